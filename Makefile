@@ -1,0 +1,65 @@
+# Everything runs in .venv, built from pyproject.toml and constraints.txt by whichever target needs it first.
+PYTHON ?= python3
+WORKERS ?= 2
+PORT ?= 5000
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test lint bench ui clean
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet install --no-compile --constraint constraints.txt
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.dev ## build .venv with everything in it, development tools too
+
+train: .venv/.run data/demo/index.json ## make the demo's data, train, register the model, draw what it sees
+	$(BIN)/python jobs/train.py --preset demo --data data/demo --workers $(WORKERS)
+
+test: .venv/.dev ## run all tests, those through Ray and MLflow too
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The server's job runner, seven more processes, serves features of MLflow that training does not use.
+ui: .venv/.run ## show runs, curves, figures and models at http://127.0.0.1:5000 (another port: PORT=5001)
+	@store="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; \
+	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a server already: open $$store"; exit 0;; esac; \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri "$$store"
+
+clean: ## remove .venv, caches and the demo's data; trained runs and models stay
+	rm -rf .venv data/demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis platform/*.egg-info
+	find platform jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+data/demo/index.json: | .venv/.run
+	$(BIN)/python jobs/convert.py synthetic --dest data/demo
+
+# Training needs no development tools, so it does not wait for them. Of the 18,000 modules installed some
+# 3,000 are ever imported: --no-compile leaves the others alone, and importing the big libraries once compiles
+# theirs before several workers ask for them at the same time, even where bytecode is switched off.
+.venv/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crowdray needs Python 3.11 or newer, " \
+		"$(PYTHON) is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv, once: this takes a minute or two"
+	$(PIP) --editable .
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import matplotlib.pyplot, mlflow.pytorch, \
+		ray.train.torch, s3fs, scipy.ndimage, torch.export, tyro'
+	touch $@
+
+.venv/.dev: .venv/.run
+	@echo "Adding the development tools to .venv"
+	$(PIP) --editable '.[dev]'
+	touch $@

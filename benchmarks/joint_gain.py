@@ -1,0 +1,124 @@
+"""Does the joint stage beat the baseline given the same number of updates? Both start from one baseline
+stage.
+
+The rival goes on with the density loss alone, for the joint stage's epochs and the decoders stage's on top.
+Prints MAE and RMSE on the test split for each seed, the mean-count predictor, and a paired comparison over
+the test images.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import wilcoxon
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+from crowdray.config import Config, LossConfig
+from crowdray.data.shards import Dataset
+from crowdray.presets import preset
+from crowdray.training.checkpoint import load_checkpoint
+from crowdray.training.loop import Row, Training
+from crowdray.training.result import TrainingResult, conclude
+from crowdray.training.world import World, pick_device
+
+BLOCK = 50
+"""Neighbouring test images that are drawn together in the bootstrap: frames of a video are no independent
+trials."""
+
+
+def rival_of(config: Config) -> Config:
+    """The same training without auxiliary tasks, as many updates."""
+    stages = config.stages
+    joint = dataclasses.replace(stages.joint, epochs=stages.joint.epochs + stages.decoders.epochs)
+    return dataclasses.replace(
+        config,
+        loss=LossConfig(segmentation=0, depth=0, count=0, share=config.loss.share),
+        stages=dataclasses.replace(stages, joint=joint),
+    )
+
+
+def finish(config: Config, dataset: Dataset, checkpoint: Path | None, report: Callable[..., None]) -> TrainingResult:
+    """Train from a checkpoint, or from the start, to the end."""
+    restored = load_checkpoint(checkpoint) if checkpoint else None
+    training = Training(config, dataset, world=World(), device=pick_device(), restored=restored)
+    training.run(report)
+    return conclude(training)
+
+
+def compare(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Both trainings of one seed, from a shared baseline stage."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def keep(row: Row, save: Callable[[Path], None]) -> None:
+            print(
+                f"    {row['stage']:8} {row['epoch']:3} val MAE {row.get('val/mae', float('nan')):.3f}",
+                flush=True,
+            )
+            if row["stage"] == "baseline" and row["epoch"] == config.stages.baseline.epochs:
+                save(Path(folder))
+
+        joint = finish(config, dataset, None, keep)
+        rival = finish(rival_of(config), dataset, Path(folder), keep)
+    ours, theirs = (
+        np.array([abs(c.predicted - c.truth) for c in result.stages["joint"].test_counts]) for result in (joint, rival)
+    )
+    gain = theirs - ours
+    rng = np.random.default_rng(0)
+    blocks = np.array_split(gain, max(1, len(gain) // BLOCK))
+    means = [
+        np.concatenate([blocks[k] for k in rng.integers(len(blocks), size=len(blocks))]).mean() for _ in range(5000)
+    ]
+    assert joint.mean_predictor is not None
+    return {
+        "mean": joint.mean_predictor.mae,
+        "baseline": joint.stages["baseline"].test,
+        "rival": rival.stages["joint"].test,
+        "joint": joint.stages["joint"].test,
+        "gain": gain.mean(),
+        "interval": np.percentile(means, [2.5, 97.5]),
+        "p": wilcoxon(theirs, ours).pvalue if gain.any() else 1.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--data", default="data/demo")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dataset = Dataset.open(arguments.data)
+    wins = 0
+    for seed in json.loads(f"[{arguments.seeds}]"):
+        started = time.perf_counter()
+        config = dataclasses.replace(preset(arguments.preset), seed=seed)
+        found = compare(config, dataset)
+        print(f"seed {seed}: test MAE/RMSE (RMSE is what tables of the field print as MSE)")
+        print(f"  mean-count predictor      {found['mean']:7.3f}")
+        for name in ("baseline", "rival", "joint"):
+            test = found[name]
+            label = {"baseline": "stage 1 alone", "rival": "stage 1, same updates", "joint": "joint"}[name]
+            print(f"  {label:25} {test.mae:7.3f} / {test.rmse:.3f}, bias {test.bias:+.3f}")
+        ratio = found["mean"] / found["joint"].mae
+        low, high = found["interval"]
+        print(f"  mean predictor / joint {ratio:.2f} (goal: at least 3)")
+        print(
+            f"  paired gain of the joint model {found['gain']:+.3f} heads, 95% [{low:+.3f}, {high:+.3f}] "
+            f"(bootstrap over blocks of {BLOCK} images), Wilcoxon p = {found['p']:.2g}"
+        )
+        print(f"  {time.perf_counter() - started:.0f} s", flush=True)
+        wins += found["gain"] > 0
+    print(f"the joint stage wins in {wins} of {len(json.loads(f'[{arguments.seeds}]'))} seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Training with the loader against the same steps over batches already in memory, images/s, taken in turn."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+from crowdray.data.loader import Batch
+from crowdray.data.shards import Dataset
+from crowdray.presets import preset
+from crowdray.training.loop import Training, _RunningStage
+from crowdray.training.world import World, pick_device
+
+ROUNDS = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--data", default="data/demo")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    training = Training(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
+    running = _RunningStage(training, training.stages[0], None)
+    memory: list[Batch] = []
+    for batch in training.loader.epoch(0):
+        memory.append(batch)
+        if len(memory) == arguments.steps:
+            break
+    for batch in memory[:2]:
+        running._step(batch)
+    ratios = []
+    for number in range(1, ROUNDS + 1):
+        started = time.perf_counter()
+        for batch in memory:
+            running._step(batch)
+        from_memory = sum(len(batch.rows) for batch in memory) / (time.perf_counter() - started)
+        images, started = 0, time.perf_counter()
+        for _, batch in zip(range(arguments.steps), training.loader.epoch(number), strict=False):
+            running._step(batch)
+            images += len(batch.rows)
+        loaded = images / (time.perf_counter() - started)
+        ratios.append(loaded / from_memory)
+        kind = "first epoch, decoding" if number == 1 else "decoded pictures cached"
+        print(f"  in memory {from_memory:.1f} images/s, loader {loaded:.1f} ({kind}), ratio {ratios[-1]:.3f}")
+    print(f"  median ratio {sorted(ratios)[len(ratios) // 2]:.3f} (goal: at least 0.9), {arguments.threads} threads")
+
+
+if __name__ == "__main__":
+    main()

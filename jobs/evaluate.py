@@ -1,0 +1,55 @@
+"""Score a packaged counter: python jobs/evaluate.py --model URI --data URI --split test [--json FILE]."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "platform"))
+
+from crowdray.cli import console, parse, run_job, write_json
+from crowdray.cluster.predict import choose_device
+from crowdray.cluster.progress import counting
+from crowdray.cluster.runtime import Device
+from crowdray.data.shards import Dataset
+from crowdray.evaluation.report import evaluate_images, evaluation_table, summarise_images
+from crowdray.registry.loading import load_counter
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Count whole photos of a split and compare with their annotation, with and without their ROI."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, or the folder of a packaged counter."""
+    data: str
+    """Path or URI of the dataset, as jobs/convert.py made it."""
+    split: str = "test"
+    """The split to count."""
+    device: Device = "auto"
+    """Where to count: auto takes a GPU where there is one."""
+    json: str | None = None
+    """File or URI for the result as JSON, image by image."""
+
+
+def main(arguments: list[str]) -> None:
+    job = parse(EvaluateJob, arguments, "jobs/evaluate.py")
+    dataset = Dataset.open(job.data)
+    rows = dataset.rows(job.split).tolist()
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    counter = load_counter(job.model, choose_device(job.device), tracking_uri)
+    screen = console()
+    images = []
+    with counting("images", len(rows), screen) as advance:
+        for image in evaluate_images(counter, dataset, rows):
+            images.append(image)
+            advance(1)
+    evaluation = summarise_images(images)
+    screen.print(evaluation_table(evaluation, f"{job.model} on {job.split} of {job.data}"))
+    about = {"model": job.model, "data": dataset.uri, "digest": dataset.digest, "split": job.split}
+    write_json(job.json, evaluation.content(**about))
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,63 @@
+"""Train the three stages on a dataset and register what came out: python jobs/train.py --preset NAME --data
+URI."""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "platform"))
+
+from crowdray.cli import console, parse_with_config, run_job, write_json
+from crowdray.cluster.progress import TrainingDisplay
+from crowdray.cluster.runs import plan
+from crowdray.cluster.runtime import Device
+from crowdray.cluster.summary import show_outcome
+from crowdray.cluster.train import train
+from crowdray.config import Config
+from crowdray.training.stages import stages_of
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a crowd counter in three stages and register it, stripped of its auxiliary decoders.
+
+    The same command given again goes on where it was stopped. Options with a dot override the preset.
+    """
+
+    preset: str
+    """demo, mall-cfcn, shb-cfcn, cfcn, debug, or the path of a config.json."""
+    data: str
+    """Path or URI of the dataset, as jobs/convert.py made it."""
+    workers: int = 1
+    """Processes that train together, each with its share of the CPUs or a GPU of its own."""
+    storage: str = "runs"
+    """Folder or URI for checkpoints and results; on several nodes one that all of them reach."""
+    name: str | None = None
+    """Name of the run; without it the preset's, with a hash of all that decides what is computed."""
+    device: Device = "auto"
+    """Where workers train: auto takes GPUs where there are enough."""
+    json: str | None = None
+    """File for the result as JSON."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """What the training computes."""
+
+
+def main(arguments: list[str]) -> None:
+    job = parse_with_config(TrainJob, arguments, "jobs/train.py")
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    run = plan(job.config, job.data, job.workers, job.storage, job.name, job.preset)
+    screen = console()
+    with TrainingDisplay(stages_of(run.config), screen) as display:
+        outcome = train(run, display, tracking_uri=tracking_uri, device=job.device)
+    show_outcome(outcome, screen)
+    write_json(job.json, dataclasses.asdict(outcome))
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,1 @@
+"""Train, tune and ship crowd counters on a Ray cluster."""

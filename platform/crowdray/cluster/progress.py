@@ -1,0 +1,145 @@
+"""What a job shows while it works: a live display on a terminal, plain lines in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crowdray.training.loop import Row
+from crowdray.training.stages import Stage
+
+PLAIN_EVERY_S = 10.0
+"""Seconds between two lines of a count in a log."""
+
+
+@contextmanager
+def counting(what: str, total: int, console: Console | None = None) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` things are done; the block calls what it gets with each number of new ones."""
+    console = console or Console()
+    if not console.is_terminal:
+        yield _plain_count(what, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda number: progress.advance(task, number)
+
+
+def _plain_count(what: str, total: int) -> Callable[[int], None]:
+    done, started = 0, time.monotonic()
+    told = started
+
+    def advance(number: int) -> None:
+        nonlocal done, told
+        done += number
+        now = time.monotonic()
+        if done == total or now - told >= PLAIN_EVERY_S:
+            told = now
+            print(f"{done}/{total} {what}, {done / max(now - started, 1e-9):.0f} per second", flush=True)
+
+    return advance
+
+
+class TrainingDisplay:
+    """The stages of a training as they pass: a table that is redrawn on a terminal, a line per epoch in a
+    log."""
+
+    def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
+        self._stages = stages
+        self._console = console or Console()
+        self._history: Sequence[Row] = ()
+        self._status = ""
+        self._told = 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(self, console=self._console, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def status(self, text: str) -> None:
+        """Say what is going on now."""
+        self._status = text
+        if not self._live:
+            print(text, file=sys.stdout, flush=True)
+
+    def history(self, rows: Sequence[Row]) -> None:
+        """Show a training's whole history; in a log, what is new of it."""
+        self._history = rows
+        self._status = "training"
+        if not self._live:
+            if self._told == 0 and len(rows) > 1:
+                print(f"going on after epoch {len(rows) - 1}", flush=True)
+                self._told = len(rows) - 1
+            for row in rows[self._told :]:
+                print(self._line(row), flush=True)
+        self._told = len(rows)
+
+    def __rich__(self) -> Table:
+        """The table that a terminal shows."""
+        table = Table(title=self._status, title_justify="left", title_style="bold", caption=self._outlook())
+        for name in ("stage", "epoch", "loss", "val MAE", "RMSE", "best", "images/s"):
+            table.add_column(name, justify="left" if name in ("stage", "loss") else "right")
+        for stage in self._stages:
+            rows = [row for row in self._history if row["stage"] == stage.name]
+            errors = [float(row["val/mae"]) for row in rows if "val/mae" in row]
+            last = rows[-1] if rows else {}
+            table.add_row(
+                stage.name,
+                f"{len(rows)}/{stage.schedule.epochs}",
+                _losses(last),
+                _number(last, "val/mae"),
+                _number(last, "val/rmse"),
+                f"{min(errors):.2f}" if errors else "",
+                _number(last, "images_per_s", "{:.0f}"),
+            )
+        return table
+
+    def _line(self, row: Row) -> str:
+        stage = next(stage for stage in self._stages if stage.name == row["stage"])
+        done = sum(1 for seen in self._history[: int(row["epoch"])] if seen["stage"] == stage.name)
+        parts = [f"{stage.name} {done}/{stage.schedule.epochs}", _losses(row)]
+        if "val/mae" in row:
+            parts.append(f"val MAE {row['val/mae']:.2f} RMSE {row['val/rmse']:.2f}")
+        parts.append(f"{row['images_per_s']:.0f} images/s")
+        return "  ".join([*parts, self._outlook()])
+
+    def _outlook(self) -> str:
+        """Time left, from the epochs seen: a stage of which nothing is known is taken to go like the
+        others."""
+        if not self._history:
+            return ""
+        seen: dict[str, list[float]] = {}
+        for row in self._history:
+            seen.setdefault(str(row["stage"]), []).append(float(row["seconds"]))
+        overall = sum(map(sum, seen.values())) / len(self._history)
+        left, reached = 0.0, False
+        for stage in self._stages:
+            reached = reached or stage.name == self._history[-1]["stage"]
+            if reached:
+                times = seen.get(stage.name, [])
+                pace = sum(times) / len(times) if times else overall
+                left += max(0, stage.schedule.epochs - len(times)) * pace
+        return f"{left // 60:.0f}:{left % 60:02.0f} left"
+
+
+def _losses(row: Row) -> str:
+    return " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
+
+
+def _number(row: Row, key: str, form: str = "{:.2f}") -> str:
+    return form.format(row[key]) if key in row else ""

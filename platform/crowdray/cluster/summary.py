@@ -1,0 +1,72 @@
+"""The tables at the end of a job: what came out, and where everything lies."""
+
+import shlex
+
+from rich.console import Console
+from rich.table import Table
+
+from crowdray.cluster.ship import Outcome
+from crowdray.data.shards import Index
+from crowdray.evaluation.metrics import Metrics
+
+
+def show_dataset(index: Index, dest: str, console: Console) -> None:
+    """Splits of a converted dataset, and what its conversion found worth telling."""
+    table = Table(title=f"{index.name}, depth: {index.depth_teacher}", title_justify="left")
+    table.add_column("split")
+    for name in ("images", "heads", "heads per image"):
+        table.add_column(name, justify="right")
+    for split, total in index.splits.items():
+        rows, heads = total["rows"], total["heads"]
+        table.add_row(split, f"{rows:,}", f"{heads:,}", f"{heads / rows:.1f}")
+    console.print(table)
+    for note in index.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    _lines(console, {"dataset": dest, "digest": index.digest[:12]})
+    console.print(f"train on it: python jobs/train.py --preset NAME --data {shlex.quote(dest)}", markup=False)
+
+
+def show_outcome(outcome: Outcome, console: Console) -> None:
+    """The stages of a training, what was registered, where everything lies, and how to count with it."""
+    result = outcome.result
+    table = Table(title=f"{outcome.run.rpartition('/')[2]} (* ships)", title_justify="left")
+    for name in ("stage", "epochs", "last losses"):
+        table.add_column(name, justify="right" if name == "epochs" else "left")
+    for name in ("val MAE", "val RMSE", "test MAE", "test RMSE"):
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(str(row["stage"]) for row in result.history):
+        rows = [row for row in result.history if row["stage"] == name]
+        losses = "\n".join(
+            f"{key.removeprefix('loss/')} {value:.4g}" for key, value in rows[-1].items() if key.startswith("loss/")
+        )
+        stage = result.stages.get(name)
+        errors = [*_pair(stage.validation), *_pair(stage.test)] if stage else [""] * 4
+        mark = "*" if name == result.shipped else ""
+        table.add_row(f"{name}{mark}", str(len(rows)), losses, *errors)
+    if result.mean_predictor is not None:
+        table.add_row(
+            f"always {result.mean_count:.1f}", "", "the mean of training", "", "", *_pair(result.mean_predictor)
+        )
+    console.print(table)
+    version = f"{outcome.registered} ({outcome.alias or 'no alias'})" if outcome.registered else "not registered"
+    _lines(
+        console,
+        {
+            "registered": version,
+            "picture": outcome.figure,
+            "model": outcome.model,
+            "run": outcome.run,
+            "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
+        },
+    )
+    command = f"python jobs/predict.py --model {shlex.quote(outcome.shortest)} --input IMAGE --output predictions"
+    console.print(f"count with it: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _pair(metrics: Metrics | None) -> list[str]:
+    return ["", ""] if metrics is None else [f"{metrics.mae:.2f}", f"{metrics.rmse:.2f}"]
+
+
+def _lines(console: Console, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        console.print(f"{name + ':':<12}{value}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,177 @@
+"""The driver of a training: tracked, fed by workers under Ray Train of which killed ones come back, and
+shipped."""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, Literal
+
+from crowdray import storage
+from crowdray.cluster.progress import TrainingDisplay
+from crowdray.cluster.runs import RESULT, Run
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, choose_gpu, connect
+from crowdray.cluster.ship import Outcome, ship, tracked_rows
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.registry.provenance import git_revision
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
+from crowdray.training.loop import DivergedError, Row
+
+RETRIES = 3
+"""Times that a group of workers is started again after one of them was lost."""
+
+Follow = Callable[[Sequence[Row]], None]
+"""Told the whole history of a training after each of its epochs."""
+
+
+class TrainingStopped(RuntimeError):
+    """Workers were lost more often than they are brought back; the same command goes on where they
+    stopped."""
+
+
+def train(run: Run, display: TrainingDisplay, *, tracking_uri: str | None, device: Device = "auto") -> Outcome:
+    """Train, track, package and register a run, from wherever an earlier start of it stopped; returns what
+    came out.
+
+    A run that has ended already gives what it gave then. Raises as `run_training` does.
+    """
+    dataset = Dataset.open(run.data)
+    run.claim()
+    if storage.exists(run.outcome):
+        outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
+        if outcome.tracking_uri == tracking_uri:
+            display.status(f"the run {run.uri} has ended already; this is what it gave (another --name trains anew)")
+            return outcome
+    if "/runtime_resources/" in run.uri:
+        display.status(f"{run.uri} goes with this Ray job; --storage URI and MLFLOW_TRACKING_URI keep what it gives")
+    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
+        tracker.log_config(asdict(run.config), tags)
+        tracker.log_dataset(dataset.index.name, run.data, run.digest)
+        if not storage.exists(storage.join(run.trained, RESULT)):
+            display.status("starting Ray")
+            with connect() as resources:
+                display.status(f"starting {run.workers} workers")
+                run_training(run, resources, device=device, follow=_follower(display, tracker))
+        display.status("packaging and registering the counter")
+        outcome = ship(run, tracker, tracking_uri, tags)
+        storage.write_bytes(run.outcome, outcome.to_json().encode())
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    return outcome
+
+
+def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
+    def follow(history: Sequence[Row]) -> None:
+        display.history(history)
+        tracker.sync_history(tracked_rows(history))
+        last = history[-1]
+        tracker.set_tags({f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"})
+
+    return follow
+
+
+def run_training(
+    run: Run, resources: Resources, *, device: Device = "auto", follow: Follow = lambda rows: None
+) -> None:
+    """Train to the end inside a connected Ray cluster; afterwards `run.trained` holds the finished training.
+
+    Goes on from the last checkpoint in the run's folder. Raises UserError for what the user can mend,
+    DivergedError for a loss that is no number, and TrainingStopped when too many workers were lost.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
+    from crowdray.cluster.listener import Listener
+    from crowdray.cluster.worker import Task, train_worker
+
+    use_gpu = choose_gpu(resources, run.workers, device)
+    path, filesystem = _for_ray(run.storage)
+    rows: Any = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": Task(run.config, run.data, run.uri, run.trained, run.mend())},
+        scaling_config=ScalingConfig(num_workers=run.workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=RETRIES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[Listener(rows)],  # type: ignore[list-item]
+        ),
+    )
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            with suppress(RayError):  # the cluster itself may be gone
+                if ray.is_initialized():
+                    rows.put(None)
+
+    # Ray waits in a thread, so that an interrupt reaches us and not Ray's own handler of it.
+    waiting = threading.Thread(target=fit, name="crowdray-fit", daemon=True)
+    waiting.start()
+    try:
+        _read(rows, follow)
+    except RayError as error:
+        errors.append(error)
+    waiting.join()
+    if errors:
+        raise explained(errors[0], run) from errors[0]
+    ray.kill(rows.actor)
+
+
+def _read(rows: Any, follow: Follow) -> None:
+    """Hand on what arrives until None does; a repeated epoch takes the place of the one it repeats."""
+    history: list[Row] = []
+    while (arrived := rows.get()) is not None:
+        history = [row for row in history if row["epoch"] < arrived[0]["epoch"]] + arrived
+        follow(history)
+
+
+def _for_ray(uri: str) -> tuple[str, Any]:
+    """A storage URI as path and file system for Ray: local paths are its own, everything else goes through
+    fsspec."""
+    if storage.is_local(uri):
+        return uri, None
+    import fsspec
+    import pyarrow.fs
+
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+
+
+def explained(error: BaseException, run: Run) -> BaseException:
+    """What Ray wrapped, if it is for the user or our own mistake; else what happened, in a sentence."""
+    from crowdray.cluster.listener import is_loss
+
+    causes: list[BaseException] = [error]
+    for cause in causes:  # the list grows while it is read
+        failures = [getattr(cause, "controller_failure", None), *getattr(cause, "worker_failures", {}).values()]
+        causes += [failure for failure in failures if isinstance(failure, BaseException)]
+    for cause in causes:
+        if isinstance(cause, (UserError, DivergedError)):
+            return cause
+    deepest = causes[-1]
+    if not is_loss(deepest):
+        return deepest
+    lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]
+    return TrainingStopped(
+        f"the training under {run.uri} lost its workers {RETRIES + 1} times; the last time: {lines[-1]}. The same "
+        "command goes on from its last checkpoint"
+    )

@@ -1,0 +1,121 @@
+"""What runs inside each worker of a training: one rank of the loop, reporting to Ray Train after every
+epoch."""
+
+import errno
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from safetensors import SafetensorError
+
+from crowdray import storage
+from crowdray.cluster.runs import RESULT
+from crowdray.config import Config
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crowdray.training.loop import Row, Training
+from crowdray.training.result import conclude
+from crowdray.training.world import World
+
+ROWS = "rows"
+"""Key of the reported rows: the newest one; the whole history at a worker's first report."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each worker is told."""
+
+    config: Config
+    data: str
+    """URI of the dataset."""
+    run: str
+    """URI of the run's folder."""
+    trained: str
+    """URI of the folder in which the finished training is published."""
+    resume: str | None
+    """Folder of a checkpoint to go on from where Ray knows of none."""
+
+
+def train_worker(told: dict[str, Any]) -> None:
+    """Train one rank, from the last checkpoint where there is one, and publish the end."""
+    task: Task = told["task"]
+    try:
+        _train(task)
+    except Exception as error:
+        # Ray hands over the exception without its traceback.
+        error.add_note(traceback.format_exc())
+        raise
+
+
+def _train(task: Task) -> None:
+    context = ray.train.get_context()
+    torch.set_num_threads(_threads(task.config, context.get_local_world_size()))
+    training = Training(
+        task.config,
+        Dataset.open(task.data, verify=True),
+        world=World(context.get_world_rank(), context.get_world_size()),
+        device=ray.train.torch.get_device(),
+        restored=_restored(task),
+    )
+    first = True
+
+    def report(row: Row, save: Callable[[Path], None]) -> None:
+        nonlocal first
+        rows = list(training.progress.history) if first else [row]  # a copy: Ray serialises it later
+        first = False
+        name = f"checkpoint-{row['epoch']:05d}"  # a repeated epoch writes over what a killed one left
+        with room(task.run), tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder:
+            checkpoint = None
+            if training.world.rank == 0:
+                save(Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({ROWS: rows}, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+    training.run(report)
+    result = conclude(training)
+    if training.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
+        with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
+            done = Checkpoint(task.config, training.progress, training.counter.state_dict(), best=training.best)
+            save_checkpoint(done, Path(folder))
+            (Path(folder) / RESULT).write_text(result.to_json())
+            storage.publish_directory(Path(folder), task.trained, last=RESULT)
+
+
+@contextmanager
+def room(place: str) -> Iterator[None]:
+    """Turn a full disk into a UserError that names `place`, where a checkpoint was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            raise UserError(
+                f"no space left for a checkpoint under {place} or in {tempfile.gettempdir()}; free some, then give the "
+                "same command again: it goes on from the last whole checkpoint"
+            ) from error
+        raise
+
+
+def _restored(task: Task) -> Checkpoint | None:
+    """The checkpoint that this run goes on from."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            return load_checkpoint(Path(folder))
+    return None if task.resume is None else load_checkpoint(Path(task.resume))
+
+
+def _threads(config: Config, workers_here: int) -> int:
+    """This worker's share of the CPUs that Ray may use on its node."""
+    node = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    cpus = next(int(entry["Resources"].get("CPU", 1)) for entry in nodes if entry["NodeID"] == node)
+    return config.numerics.threads or max(1, cpus // workers_here)

@@ -1,0 +1,309 @@
+"""Typed configuration of a training: groups of fields with their meaning and unit, validated together, and
+its JSON form."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from crowdray.errors import UserError
+
+
+class ConfigError(UserError):
+    """All problems of a configuration together: each with its field, the value given, and the mend."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("the configuration cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Which pixels a training step sees."""
+
+    validation: Literal["random", "contiguous"] = "random"
+    """How validation images are taken from the training split: drawn at random (the paper), or its last ones
+    (video frames, where neighbours are near-duplicates)."""
+    validation_fraction: float = 1 / 6
+    """Share of the training split that is kept for validation."""
+    downsample: int = 1
+    """Images are averaged over squares of this many pixels before anything else, in training, evaluation and
+    the shipped model."""
+    crop: int = 160
+    """Side in pixels (after downsampling) of the square whose heads the count decoder regresses."""
+    context: int = 36
+    """Real pixels around the crop that the network sees as well. Map losses count every pixel of this window
+    whose receptive field the window does not cut, so that a pixel is trained as it will be used: inside a
+    whole image. CFCN reaches 34 pixels."""
+    batch: int = 8
+    """Windows of one update, over all workers together."""
+    crops_per_image: int = 1
+    """Windows drawn from one decoded image in an epoch."""
+    flip: float = 0.5
+    """Probability of a horizontal mirror."""
+    brightness: float = 0.0
+    """Largest shift of all pixels, as a share of the full range."""
+    contrast: float = 0.0
+    """Largest relative change of contrast."""
+    colour: float = 0.0
+    """Largest relative change of each of the three colours."""
+    scale: float = 0.0
+    """Largest relative change of size: a batch is shown at one size between 1 / (1 + scale) and 1 + scale."""
+    roi: bool = True
+    """Keep losses and counts inside the dataset's region of interest, where it has one."""
+    cache_gib: float = 2.0
+    """Memory in GiB of each worker for decoded images."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from _within("sampling.validation_fraction", self.validation_fraction, 0.0, 0.9)
+        yield from _at_least("sampling.downsample", self.downsample, 1)
+        yield from _at_least("sampling.batch", self.batch, 1)
+        yield from _at_least("sampling.crops_per_image", self.crops_per_image, 1)
+        yield from _at_least("sampling.cache_gib", self.cache_gib, 0.0)
+        yield from _at_least("sampling.context", self.context, 0)
+        for name in ("flip", "brightness", "contrast", "colour", "scale"):
+            yield from _within(f"sampling.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("crop", "context"):
+            if (value := getattr(self, name)) % 4:
+                nearest = max(4, value // 4 * 4)
+                yield f"sampling.{name} is {value}; the model's stride of 4 must divide it: try {nearest}"
+        yield from _at_least("sampling.crop", self.crop, 16)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How annotated points become targets."""
+
+    sigma: float = 4.0
+    """Deviation in pixels of the Gaussian that stands for one head in the density map."""
+    threshold: float = 0.3
+    """A pixel is crowd where the density exceeds this fraction of one head's peak."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from _within("target.sigma", self.sigma, 0.25, 64.0)
+        if not 0 < self.threshold < 1:
+            yield f"target.threshold is {self.threshold}; it is a fraction of one head's peak: give one between 0 and 1"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    backbone: Literal["cfcn"] = "cfcn"
+    """Encoder and decoders of the paper's Table 1."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the auxiliary losses in the joint stage (eq. 5), in the paper's units."""
+
+    segmentation: float = 0.04
+    """Weight of the crowd segmentation's cross-entropy (eq. 1); 0 drops the task."""
+    depth: float = 0.6
+    """Weight of the distilled depth's squared error (eq. 2); 0 drops the task."""
+    count: float = 1.0
+    """Weight of the count's squared error (eq. 3); 0 drops the task."""
+    share: float = 0.1
+    """What the paper's weights (0.04, 0.6, 1) mean here: at the start of the joint stage each auxiliary loss
+    is scaled so that, at the paper's weight, its gradient at the encoder's features is this share of the
+    density loss's gradient."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        for name in ("segmentation", "depth", "count", "share"):
+            yield from _at_least(f"loss.{name}", getattr(self, name), 0.0)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are updated."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    """sgd is the paper's; adamw reaches lower errors in fewer epochs (docs/lab-notes.md)."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """L2 penalty of sgd, decoupled decay of adamw."""
+    warmup: int = 100
+    """Updates over which a stage's learning rate rises from 0; fresh Adam moments at full rate can kill ReLUs
+    for good."""
+    plateau_patience: int = 5
+    """Epochs without a better validation error before the learning rate falls."""
+    plateau_factor: float = 0.1
+    """What the learning rate is multiplied with then."""
+    clip: float = 1.0
+    """Largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them."""
+    average: float = 0.99
+    """Decay per update of the running average of the weights, which is what is validated and shipped; 0 ships
+    the last weights."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from _within("optimizer.momentum", self.momentum, 0.0, 0.9999)
+        yield from _at_least("optimizer.weight_decay", self.weight_decay, 0.0)
+        yield from _at_least("optimizer.warmup", self.warmup, 0)
+        yield from _at_least("optimizer.plateau_patience", self.plateau_patience, 0)
+        yield from _within("optimizer.plateau_factor", self.plateau_factor, 0.001, 0.999)
+        yield from _at_least("optimizer.clip", self.clip, 0.0)
+        yield from _within("optimizer.average", self.average, 0.0, 0.99999)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Length and pace of one stage."""
+
+    epochs: int
+    """Passes over the training images; 0 leaves the stage out."""
+    learning_rate: float
+    """First learning rate; it falls on plateaus only, so that it never looks ahead to the stage's length."""
+    patience: int = 0
+    """Epochs without a better validation error after which the stage ends; 0 goes on to its full length."""
+
+    def problems(self, place: str) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from _at_least(f"{place}.epochs", self.epochs, 0)
+        yield from _at_least(f"{place}.patience", self.patience, 0)
+        yield from _within(f"{place}.learning_rate", self.learning_rate, 1e-9, 10.0)
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """The three stages of Section 3.3."""
+
+    baseline: StageConfig = field(default_factory=lambda: StageConfig(epochs=40, learning_rate=3e-4))
+    """Encoder and density decoder, density loss only."""
+    decoders: StageConfig = field(default_factory=lambda: StageConfig(epochs=4, learning_rate=1e-3))
+    """The auxiliary decoders on frozen features, side by side."""
+    joint: StageConfig = field(default_factory=lambda: StageConfig(epochs=20, learning_rate=3e-4))
+    """Everything, end to end."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        for name in ("baseline", "decoders", "joint"):
+            stage: StageConfig = getattr(self, name)
+            yield from stage.problems(f"stages.{name}")
+        if self.baseline.epochs == 0:
+            yield "stages.baseline.epochs is 0; the later stages start from the baseline: give at least 1"
+        if self.joint.epochs > 0 and self.decoders.epochs == 0:
+            yield (
+                "stages.decoders.epochs is 0 but stages.joint.epochs is not; fresh decoders would disturb the encoder: "
+                "give at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class NumericsConfig:
+    """How numbers are computed."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the convolutions; auto takes bf16 where the processor multiplies it natively. Weights,
+    losses, targets and evaluation stay fp32 either way."""
+    threads: int = 0
+    """CPU threads of each worker; 0 shares the machine's cores between the workers."""
+
+    def problems(self) -> Iterator[str]:
+        """What cannot be used, one sentence each."""
+        yield from _at_least("numerics.threads", self.threads, 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training computes; where it runs is no part of it."""
+
+    seed: int = 0
+    """Of the weights, the validation split, the order of samples and their augmentation."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+
+    def __post_init__(self) -> None:
+        groups = (
+            self.sampling,
+            self.target,
+            self.model,
+            self.loss,
+            self.optimizer,
+            self.stages,
+            self.numerics,
+        )
+        problems = [problem for group in groups for problem in group.problems()]
+        if not 0 <= self.seed < 2**31:
+            problems.insert(0, f"seed is {self.seed}; give a number from 0 to {2**31 - 1}")
+        if problems:
+            raise ConfigError(problems)
+
+
+def to_json(config: Config) -> str:
+    """The configuration as JSON text, which `from_json` takes back unchanged."""
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str | bytes, place: str) -> Config:
+    """Parse and validate a configuration; `place` names it in messages. Raises ConfigError with all problems
+    together.
+
+    Fields that are left out keep their defaults; unknown ones are an error.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ConfigError([f"{place} is no JSON: {error}"]) from error
+    unknown = [
+        f"{name} in {place} is no field; look at the fields of the configuration with --help"
+        for name in _unknown(content, Config)
+    ]
+    try:
+        config = TypeAdapter(Config).validate_python(content)
+    except ConfigError as error:
+        raise ConfigError(unknown + error.problems) from None
+    except ValidationError as error:
+        raise ConfigError(unknown + _readable(error, place)) from None
+    if unknown:
+        raise ConfigError(unknown)
+    return config
+
+
+def _readable(error: ValidationError, place: str) -> list[str]:
+    problems = []
+    for item in error.errors(include_url=False):
+        if isinstance(cause := item.get("ctx", {}).get("error"), ConfigError):
+            problems += cause.problems
+        else:
+            where = ".".join(str(part) for part in item["loc"])
+            problems.append(f"{where} in {place} is {item['input']!r}: {item['msg'].lower()}")
+    return problems
+
+
+def _unknown(content: Any, group: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(content, dict):
+        return
+    known = {item.name: item.type for item in dataclasses.fields(group)}
+    for name, value in content.items():
+        if name not in known:
+            yield prefix + name
+        elif dataclasses.is_dataclass(known[name]):
+            yield from _unknown(value, known[name], f"{prefix}{name}.")
+
+
+def _at_least(name: str, value: float, lowest: float) -> Iterator[str]:
+    if not (math.isfinite(value) and value >= lowest):
+        yield f"{name} is {value}; give at least {lowest}"
+
+
+def _within(name: str, value: float, lowest: float, highest: float) -> Iterator[str]:
+    if not (math.isfinite(value) and lowest <= value <= highest):
+        yield f"{name} is {value}; give a number from {lowest} to {highest}"

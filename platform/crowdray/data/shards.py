@@ -1,0 +1,362 @@
+"""Shards of samples as uncompressed Arrow IPC files under one index.json, read by memory map without copying.
+
+A dataset is a folder or a URI prefix: shards whose names carry their number and hash, and the index, written
+last.
+"""
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate, chain, groupby, islice
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from crowdray import storage
+from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
+from crowdray.errors import DataError, UserError
+
+FORMAT = "crowdray"
+INDEX = "index.json"
+ROWS_PER_BATCH = 64
+"""Rows of one record batch: bounds what a writer holds in memory and what a reader parses at once."""
+SHARD_NAME = re.compile(r"shard-\d{5}-[0-9a-f]{16}\.arrow")
+"""Number and hash: a conversion that replaces a dataset never writes over a shard that somebody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What the index says of one shard."""
+
+    path: str
+    """File name inside the dataset."""
+    rows: int
+    """Number of samples."""
+    bytes: int
+    """File size."""
+    sha256: str
+    """Hash of the file."""
+    runs: tuple[tuple[str, int], ...]
+    """Splits of its rows in their order, run-length encoded: (("train", 100), ("test", 28))."""
+    heads: dict[str, int]
+    """Annotated heads per split."""
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Rows per split."""
+        rows: Counter[str] = Counter()
+        for split, length in self.runs:
+            rows[split] += length
+        return dict(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The parsed index.json of a dataset."""
+
+    name: str
+    """Name of the source it was made from, such as mall."""
+    depth_teacher: str
+    """Where its depth maps come from, with version."""
+    shards: tuple[ShardInfo, ...]
+    """Shards in row order."""
+    notes: tuple[str, ...]
+    """What the conversion found worth telling: missing splits, heads outside their image, repeated images."""
+
+    @property
+    def digest(self) -> str:
+        """The dataset's identity: sha256 over the schema version and the hash of each shard, in order."""
+        return hashlib.sha256(json.dumps([SCHEMA_VERSION, [s.sha256 for s in self.shards]]).encode()).hexdigest()
+
+    @property
+    def splits(self) -> dict[str, dict[str, int]]:
+        """Rows and heads of each split, in order of appearance."""
+        totals: dict[str, dict[str, int]] = {}
+        for shard in self.shards:
+            for split, rows in shard.splits.items():
+                total = totals.setdefault(split, {"rows": 0, "heads": 0})
+                total["rows"] += rows
+                total["heads"] += shard.heads[split]
+        return totals
+
+    def to_json(self) -> str:
+        """The content of index.json."""
+        content = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "depth_teacher": self.depth_teacher,
+            "digest": self.digest,
+            "splits": self.splits,
+            "notes": self.notes,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, place: str) -> Self:
+        """Parse index.json; `place` is its URI for messages. A DataError for what cannot be read."""
+        mend = "convert the dataset again"
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise DataError(
+                    f"{place} has the format {content['format']!r}, not {FORMAT!r}; is it a dataset of ours?"
+                )
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise DataError(f"{place} has schema version {content['schema_version']}, not {SCHEMA_VERSION}; {mend}")
+            shards = tuple(_shard_from_json(shard) for shard in content["shards"])
+            index = cls(content["name"], content["depth_teacher"], shards, tuple(content["notes"]))
+            if content["digest"] != index.digest:
+                raise DataError(f"{place} has digest {content['digest']}, but its shards give {index.digest}; {mend}")
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise DataError(f"{place} is damaged ({type(error).__name__}: {error}); {mend}") from error
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{place} is damaged ({error}); {mend}") from error
+        return index
+
+
+def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
+    """Write samples in their order as shard `number` of the dataset at `dest`; equal samples give equal
+    bytes.
+
+    The file gets its final name once it is whole, and holds nothing if there is no sample: then DataError.
+    """
+    runs: list[tuple[str, int]] = []
+    heads: Counter[str] = Counter()
+    with storage.local_scratch(storage.join(storage.resolve(dest), f"shard-{number:05d}.arrow")) as scratch:
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for rows in _batches(samples):
+                writer.write_batch(_record_batch(rows))
+                runs.extend((split, len(list(run))) for split, run in groupby(row.split for row in rows))
+                for row in rows:
+                    heads[row.split] += len(row.points)
+        if not runs:
+            raise DataError(f"shard {number} of {dest} would hold no sample; give at least one")
+        sha256 = storage.hash_file(scratch)
+        name = f"shard-{number:05d}-{sha256[:16]}.arrow"
+        size = scratch.stat().st_size
+        storage.write_file(scratch, storage.join(dest, name))
+    return ShardInfo(name, sum(n for _, n in runs), size, sha256, _merge(runs), dict(heads))
+
+
+def write_index(
+    dest: str, shards: Sequence[ShardInfo], *, source: str, depth_teacher: str, notes: Sequence[str] = ()
+) -> Index:
+    """Write index.json over finished shards: from this moment the dataset exists. Returns what it says."""
+    index = Index(source, depth_teacher, tuple(shards), tuple(notes))
+    storage.write_bytes(storage.join(dest, INDEX), index.to_json().encode())
+    return index
+
+
+class Dataset:
+    """Samples of all shards as one sequence; a row is found by arithmetic and its bytes are views into the
+    map.
+
+    Cheap to open and to pickle: shards are mapped when their first row is asked for, in each process anew.
+    """
+
+    def __init__(self, uri: str, index: Index, *, verify: bool = False) -> None:
+        self.uri = uri
+        self.index = index
+        self._verify = verify
+        self._ends = list(accumulate(shard.rows for shard in index.shards))
+        self._open: dict[int, _MappedShard] = {}
+
+    @classmethod
+    def open(cls, uri: str, *, verify: bool = False) -> Self:
+        """Open the dataset at a path or URI, reading only its index; with `verify`, local shards are hashed
+        when mapped.
+
+        Raises DataError when there is no index, when it is damaged, or when a local shard is missing or
+        truncated.
+        """
+        place = storage.resolve(uri)
+        index_uri = storage.join(place, INDEX)
+        if not storage.exists(index_uri):
+            raise DataError(
+                f"{place} holds no {INDEX}, so it is no dataset or its conversion never ended; "
+                f"run jobs/convert.py with --dest {place}"
+            )
+        dataset = cls(place, Index.from_json(storage.read_bytes(index_uri), index_uri), verify=verify)
+        if storage.is_local(place):
+            for shard in dataset.index.shards:
+                storage.fetch(storage.join(place, shard.path), sha256=shard.sha256, size=shard.bytes, verify=False)
+        return dataset
+
+    @cached_property
+    def digest(self) -> str:
+        """The dataset's identity, see Index.digest."""
+        return self.index.digest
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "index": self.index, "verify": self._verify}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        Dataset.__init__(self, state["uri"], state["index"], verify=state["verify"])
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Global row numbers of a split in ascending order; a UserError names the splits there are."""
+        runs = list(chain.from_iterable(shard.runs for shard in self.index.shards))
+        if split not in {name for name, _ in runs}:
+            raise UserError(f"{self.uri} has no split {split!r}; it has {', '.join(self.index.splits)}")
+        names = np.array([name == split for name, _ in runs])
+        return np.flatnonzero(np.repeat(names, [length for _, length in runs])).astype(np.int64)
+
+    def sample(self, row: int) -> Sample:
+        """The sample of a global row; its bytes and points are read-only views into the mapped shard."""
+        if not 0 <= row < len(self):
+            raise UserError(f"row {row} is outside the {len(self)} rows of {self.uri}")
+        shard = bisect_right(self._ends, row)
+        return self._shard(shard).sample(row - self._first(shard))
+
+    def sizes(self, split: str) -> NDArray[np.int64]:
+        """(n, 2) height and width in pixels of a split's images, in the order of rows(split)."""
+        return np.stack([self._column("height", split), self._column("width", split)], axis=1)
+
+    def counts(self, split: str) -> NDArray[np.int64]:
+        """(n,) number of heads of a split's images, in the order of rows(split)."""
+        return self._column("heads", split)
+
+    def texts(self, column: Literal["name", "scene"], split: str) -> list[str]:
+        """Names or scenes of a split's images, in the order of rows(split)."""
+        rows = self.rows(split)
+        return [getattr(self._shard(shard), column)[local] for shard, local in self._addresses(rows)]
+
+    def verify(self) -> None:
+        """Hash every shard; a DataError names the first missing, truncated or damaged one, and the mend."""
+        for shard in self.index.shards:
+            storage.fetch(storage.join(self.uri, shard.path), sha256=shard.sha256, size=shard.bytes)
+
+    def _first(self, shard: int) -> int:
+        return self._ends[shard] - self.index.shards[shard].rows
+
+    def _addresses(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        for row in rows.tolist():
+            shard = bisect_right(self._ends, row)
+            yield shard, row - self._first(shard)
+
+    def _column(self, name: str, split: str) -> NDArray[np.int64]:
+        rows = self.rows(split)
+        parts = []
+        for number in range(len(self.index.shards)):
+            local = rows[(rows >= self._first(number)) & (rows < self._ends[number])] - self._first(number)
+            if len(local):
+                column: NDArray[np.int64] = getattr(self._shard(number), name)
+                parts.append(column[local])
+        return np.concatenate(parts)
+
+    def _shard(self, number: int) -> "_MappedShard":
+        if number not in self._open:
+            info = self.index.shards[number]
+            uri = storage.join(self.uri, info.path)
+            path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
+            self._open[number] = _MappedShard(str(path), uri, info)
+        return self._open[number]
+
+
+class _MappedShard:
+    """Columns of one mapped shard: small ones in memory, binary ones as offsets and a view for each batch."""
+
+    def __init__(self, path: str, uri: str, info: ShardInfo) -> None:
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(path, "r"))
+            if not reader.schema.equals(SCHEMA):
+                raise DataError(f"{uri} does not have the columns of schema version {SCHEMA_VERSION}; convert again")
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except pa.ArrowException as error:
+            raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
+        if sum(len(batch) for batch in batches) != info.rows:
+            raise DataError(f"{uri} does not hold the {info.rows} rows that its index names; convert the dataset again")
+        self.ends = list(accumulate(len(batch) for batch in batches))
+        self.name, self.split, self.scene, self.sha256 = (
+            [text for batch in batches for text in batch.column(column).to_pylist()]
+            for column in ("name", "split", "scene", "sha256")
+        )
+        self.height, self.width = (
+            np.concatenate([batch.column(column).to_numpy() for batch in batches]).astype(np.int64)
+            for column in ("height", "width")
+        )
+        self.points = [(b.column("points").offsets.to_numpy(), b.column("points").values.to_numpy()) for b in batches]
+        self.heads = np.concatenate([np.diff(offsets) // 2 for offsets, _ in self.points])
+        self.binary = {c: [_binary_views(b.column(c)) for b in batches] for c in ("image", "roi", "depth")}
+
+    def sample(self, row: int) -> Sample:
+        batch = bisect_right(self.ends, row)
+        local = row - (self.ends[batch - 1] if batch else 0)
+        offsets, values = self.points[batch]
+        image = self._bytes("image", batch, local)
+        assert image is not None, "the schema has no null image"
+        return Sample(
+            name=self.name[row],
+            split=self.split[row],
+            scene=self.scene[row],
+            image=image,
+            height=int(self.height[row]),
+            width=int(self.width[row]),
+            points=values[offsets[local] : offsets[local + 1]].reshape(-1, 2),
+            roi=self._bytes("roi", batch, local),
+            depth=self._bytes("depth", batch, local),
+            sha256=self.sha256[row],
+        )
+
+    def _bytes(self, column: str, batch: int, local: int) -> Encoded | None:
+        offsets, view = self.binary[column][batch]
+        start, end = int(offsets[local]), int(offsets[local + 1])
+        return view[start:end] if end > start else None
+
+
+def _binary_views(column: pa.Array) -> tuple[NDArray[np.int64], memoryview]:
+    """Offsets (rows + 1,) and the bytes of a large_binary column; a null is an empty range."""
+    _, offsets, content = column.buffers()
+    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
+    return starts, memoryview(content if content is not None else b"").toreadonly()
+
+
+def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    remaining = iter(samples)
+    while rows := list(islice(remaining, ROWS_PER_BATCH)):
+        yield rows
+
+
+def _record_batch(rows: Sequence[Sample]) -> pa.RecordBatch:
+    def encoded(values: Iterable[Encoded | None]) -> pa.Array:
+        return pa.array([None if v is None else bytes(v) for v in values], type=pa.large_binary())
+
+    offsets = np.cumsum([0, *(row.points.size for row in rows)], dtype=np.int64)
+    points = np.concatenate([row.points.reshape(-1) for row in rows])
+    columns = {
+        "image": encoded(row.image for row in rows),
+        "roi": encoded(row.roi for row in rows),
+        "depth": encoded(row.depth for row in rows),
+        "points": pa.LargeListArray.from_arrays(offsets, points, type=SCHEMA.field("points").type),
+    }
+    for field in SCHEMA:
+        if field.name not in columns:
+            columns[field.name] = pa.array([getattr(row, field.name) for row in rows], type=field.type)
+    return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _merge(runs: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    return tuple((split, sum(n for _, n in run)) for split, run in groupby(runs, key=lambda pair: pair[0]))
+
+
+def _shard_from_json(content: Mapping[str, Any]) -> ShardInfo:
+    runs = tuple((str(split), int(rows)) for split, rows in content["runs"])
+    shard = ShardInfo(**{**content, "runs": runs})
+    # The name is checked because it is joined to the dataset's place: no index may point elsewhere.
+    if not SHARD_NAME.fullmatch(shard.path) or sum(rows for _, rows in runs) != shard.rows:
+        raise ValueError(f"shard {shard.path!r} with {shard.rows} rows in runs {runs}")
+    return shard

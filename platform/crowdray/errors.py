@@ -1,0 +1,11 @@
+"""The two kinds of mistakes that are the user's: jobs print their message and exit with status 2, without a
+traceback."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message shows the value, its place and the mend."""
+
+
+class DataError(UserError):
+    """Data that cannot be used as it is: a broken file, a wrong hash, an annotation that does not fit its
+    image."""

@@ -1,0 +1,1 @@
+"""Metrics, reports and figures of counters; torch and numpy only."""

@@ -1,0 +1,38 @@
+"""Count the heads of whole images with a counter."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crowdray.data.loader import Picture, PictureStore
+from crowdray.evaluation.metrics import ImageCount
+
+
+def to_input(picture: Picture, device: torch.device) -> Tensor:
+    """The picture's image as uint8 (1, 3, H, W), channels last in memory."""
+    return image_input(picture.image, device)
+
+
+def image_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """An image (H, W, 3) as uint8 (1, 3, H, W), channels last in memory."""
+    # Pillow's arrays are read-only, which torch has no notion of.
+    owned = image if image.flags.writeable else image.copy()
+    return torch.from_numpy(owned).to(device).permute(2, 0, 1)[None]
+
+
+def count_pictures(
+    density: Callable[[Tensor], Tensor], store: PictureStore, rows: Iterable[int], device: torch.device
+) -> Iterator[ImageCount]:
+    """Count whole images one at a time, so that no result depends on its neighbours in a batch.
+
+    `density` maps uint8 RGB (1, 3, H, W) to heads per cell at the same size.
+    """
+    for row in rows:
+        picture = store[int(row)]
+        with torch.inference_mode():
+            cells = density(to_input(picture, device))[0, 0].float().cpu().numpy().astype(np.float64)
+        masked = cells if picture.roi is None else cells * picture.roi
+        yield ImageCount(int(row), len(picture.points), float(masked.sum()), float(cells.sum()))

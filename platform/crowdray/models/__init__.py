@@ -1,0 +1,1 @@
+"""Backbones, decoders and the counter made of them; torch only."""

@@ -1,0 +1,32 @@
+"""CFCN, the paper's light counting network: three convolutions, stride 4.
+
+Shape legend: B batch, H W image, h = ceil(H / 4), w = ceil(W / 4).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class CFCNEncoder(nn.Module):
+    """7x7x32 stride 2, 7x7x64 stride 2, 5x5x128, each with a ReLU (Table 1): 310,080 parameters.
+
+    An image (B, 3, H, W), normalised, gives features (B, 128, h, w).
+    """
+
+    channels = 128
+    stride = 4
+    receptive_radius = 34
+    """Pixels on each side of an output pixel that can change the density there: 3 + 6 + 8 by the three
+    convolutions here, 8 by the decoder's, and 9 by its two upsamplings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 7, stride=2, padding=3)
+        self.conv2 = nn.Conv2d(32, 64, 7, stride=2, padding=3)
+        self.conv3 = nn.Conv2d(64, 128, 5, padding=2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode an image (B, 3, H, W) to features (B, 128, h, w)."""
+        x = torch.relu(self.conv1(image))
+        x = torch.relu(self.conv2(x))
+        return torch.relu(self.conv3(x))

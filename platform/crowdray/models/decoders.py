@@ -1,0 +1,77 @@
+"""The decoders (heads) of the paper's Table 1 for CFCN: density, segmentation, depth, and count.
+
+Shape legend: B batch, C feature channels, h w feature map.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from crowdray.models.upsampling import FixedUpsample
+
+
+class MapDecoder(nn.Module):
+    """5x5x64 convolution, then two fixed deconvolutions (64 -> 32 -> 1 channels, x4 in size).
+
+    Both deconvolutions average groups of channels and upsample with one shared fixed kernel: linear
+    operations that commute. So the 64 channels are averaged first and one channel is upsampled; the result is
+    the same map. 204,864 trained parameters, as in the paper. Features (B, C, h, w) give a map (B, 1, 4h + 3,
+    4w + 3), never negative, whose last rows and columns the counter cuts to the image's size.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 64, 5, padding=2)
+        self.upsample = FixedUpsample()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode features (B, C, h, w) to a non-negative map (B, 1, 4h + 3, 4w + 3), float32."""
+        channels = torch.relu(self.conv(features))
+        mean = channels.mean(dim=1, keepdim=True, dtype=torch.promote_types(channels.dtype, torch.float32))
+        upsampled: Tensor = self.upsample(self.upsample(mean))
+        return upsampled
+
+
+class LogitDecoder(MapDecoder):
+    """A map decoder with a trained scale and bias on its output, so that it can express "no".
+
+    As printed, the map cannot be negative: as a logit it says "at least one half" everywhere, and the
+    cross-entropy rests at ln 2. Scale and bias (two parameters) start at a logit range of a few units around
+    the prior `foreground`.
+    """
+
+    def __init__(self, channels: int, foreground: float = 0.1) -> None:
+        super().__init__(channels)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.bias = nn.Parameter(torch.tensor(math.log(foreground / (1 - foreground))))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode features (B, C, h, w) to logits (B, 1, 4h + 3, 4w + 3), float32."""
+        return super().forward(features) * self.scale + self.bias
+
+
+class CountDecoder(nn.Module):
+    """NxNx64, 1x1x32, 1x1x1 convolutions: one number from the whole feature map of a crop.
+
+    Features (B, C, N, N) give counts (B,), float32, in units of `count_scale` heads. N fixes the crop size in
+    training, and only there: this decoder is stripped before the model ships. 13,109,377 parameters for C =
+    128, N = 40.
+
+    A convolution whose kernel is the whole map is a linear layer, and is computed as one. It stays in float32
+    also where the rest computes in bfloat16: its millions of weights, each used once per image, would cost
+    more to convert than to use.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.layers = nn.Sequential(
+            nn.Linear(channels * side * side, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Regress counts (B,) from features (B, C, N, N)."""
+        with torch.autocast(features.device.type, enabled=False):
+            count: Tensor = self.layers(features.float().flatten(1))
+        return count.flatten()

@@ -1,0 +1,92 @@
+"""Presets: each a function that returns a whole configuration, found by its name on the command line."""
+
+from collections.abc import Callable
+
+from crowdray.config import (
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    StageConfig,
+    StagesConfig,
+    TargetConfig,
+)
+from crowdray.errors import UserError
+
+
+def demo() -> Config:
+    """Synthetic scenes of 320x240, minutes on two CPU cores; whole images as context, small crops for the count."""
+    return Config(
+        sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=10, learning_rate=1e-3),
+            decoders=StageConfig(epochs=1, learning_rate=1e-3),
+            joint=StageConfig(epochs=5, learning_rate=5e-4),
+        ),
+    )
+
+
+def mall_cfcn() -> Config:
+    """Mall at 320x240 as in the paper, whole frames as context; its last training frames validate, since
+    neighbours are alike."""
+    return Config(
+        sampling=SamplingConfig(
+            validation="contiguous",
+            downsample=2,
+            crop=160,
+            context=80,
+            batch=4,
+            brightness=0.2,
+            contrast=0.2,
+            colour=0.1,
+            scale=0.15,
+        ),
+        loss=LossConfig(share=0.2),
+        optimizer=OptimizerConfig(average=0.997, warmup=200, plateau_patience=3, plateau_factor=0.3),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=26, learning_rate=1e-3),
+            decoders=StageConfig(epochs=2, learning_rate=1e-3),
+            joint=StageConfig(epochs=16, learning_rate=3e-4),
+        ),
+    )
+
+
+def shb_cfcn() -> Config:
+    """ShanghaiTech B with the light network, 160-pixel crops."""
+    return Config(sampling=SamplingConfig(crops_per_image=4, brightness=0.1, contrast=0.1))
+
+
+def cfcn() -> Config:
+    """The light network on data of one's own."""
+    return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
+
+
+def debug() -> Config:
+    """The whole way in seconds: what the tests use."""
+    return Config(
+        sampling=SamplingConfig(crop=32, context=36, batch=4),
+        target=TargetConfig(sigma=2.0),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=2, learning_rate=3e-4),
+            decoders=StageConfig(epochs=1, learning_rate=1e-3),
+            joint=StageConfig(epochs=2, learning_rate=3e-4),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "mall-cfcn": mall_cfcn,
+    "shb-cfcn": shb_cfcn,
+    "cfcn": cfcn,
+    "debug": debug,
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration of a preset; a UserError names those there are."""
+    if name not in PRESETS:
+        raise UserError(
+            f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}, or give the path of a config.json"
+        )
+    return PRESETS[name]()

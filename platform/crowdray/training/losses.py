@@ -1,0 +1,95 @@
+"""The four losses of the paper, each with a stated scale, and the targets that they compare with.
+
+Shape legend: B windows, h w output cells.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crowdray.config import Config
+from crowdray.data.loader import Batch
+from crowdray.data.shards import Dataset
+from crowdray.data.targets import make_targets, peak_density
+from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Units of the regressed quantities: they bring every target to the order of one."""
+
+    density: float
+    """What densities are multiplied with: the inverse of one head's peak."""
+    count: float
+    """What counts are divided by: the mean number of heads in a crop."""
+
+
+def measured_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64]) -> Scales:
+    """The units for a training on these rows of the training split: one head's peak, the mean count of a
+    crop."""
+    chosen = np.isin(dataset.rows("train"), rows)
+    sizes = dataset.sizes("train")[chosen] / config.sampling.downsample
+    share = np.minimum(config.sampling.crop**2 / sizes.prod(axis=1), 1)
+    mean = float((dataset.counts("train")[chosen] * share).mean())
+    return Scales(density=1 / peak_density(config.target.sigma), count=max(1.0, mean))
+
+
+@dataclass(frozen=True)
+class MapTargets:
+    """Targets of one batch; maps are (B, 1, h, w) float32."""
+
+    density: Tensor
+    """Heads per cell."""
+    segmentation: Tensor
+    """0 or 1."""
+    depth: Tensor
+    """Distilled depth in [0, 1]."""
+    count: Tensor
+    """(B,) heads in the crop."""
+    weight: Tensor
+    """Weight of each cell; its expected mean is one."""
+    has_depth: Tensor
+    """(B,) 1 where depth is known."""
+
+
+def targets_of(batch: Batch, config: Config) -> MapTargets:
+    """Make a batch's targets on the batch's device."""
+    size = (batch.roi.shape[-2], batch.roi.shape[-1])
+    maps = make_targets(
+        batch.points,
+        batch.present,
+        size,
+        batch.depth,
+        sigma=config.target.sigma,
+        threshold=config.target.threshold,
+        extent=batch.extent,
+        roi=batch.roi,
+    )
+    return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, batch.weight, batch.has_depth)
+
+
+def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:
+    """Unweighted loss of each predicted task, a scalar each.
+
+    Density (eq. 4) and depth (eq. 2): mean squared error per cell. Segmentation (eq. 1): mean binary
+    cross-entropy per cell. Count (eq. 3): squared error in units of `scales.count`. Every mean divides by a
+    constant of the batch's shape, never by a data-dependent sum, so that the mean over ranks is the loss of
+    the whole batch.
+    """
+    losses = {}
+    if DENSITY in outputs:
+        error = outputs[DENSITY] - targets.density * scales.density
+        losses[DENSITY] = (error.square() * targets.weight).mean()
+    if SEGMENTATION in outputs:
+        entropy = F.binary_cross_entropy_with_logits(outputs[SEGMENTATION], targets.segmentation, reduction="none")
+        losses[SEGMENTATION] = (entropy * targets.weight).mean()
+    if DEPTH in outputs:
+        known = targets.has_depth[:, None, None, None]
+        losses[DEPTH] = ((outputs[DEPTH] - targets.depth).square() * targets.weight * known).mean()
+    if COUNT in outputs:
+        losses[COUNT] = (outputs[COUNT] - targets.count / scales.count).square().mean()
+    return losses

@@ -1,0 +1,44 @@
+"""A small dataset for everything that trains: bright discs on noise, with region of interest and depth."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
+from crowdray.data.shards import Dataset, write_index, write_shard
+
+HEIGHT, WIDTH = 64, 96
+
+
+def disc_sample(number: int, split: str) -> Sample:
+    """A noisy picture with 0 to 8 discs; every second one has a region of interest and depth."""
+    rng = np.random.default_rng((number, len(split)))
+    image = rng.integers(60, 120, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    points = rng.uniform([2, 10], [WIDTH - 2, HEIGHT - 2], (number % 9, 2))
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    for x, y in points:
+        image[(columns - x) ** 2 + (rows - y) ** 2 < 9] = (230, 200, 40)
+    roi = np.ones((HEIGHT, WIDTH), dtype=bool)
+    roi[:8] = False
+    masks = number % 2 == 0
+    return make_sample(
+        name=f"{number:03d}",
+        split=split,
+        scene="disc",
+        image=simplejpeg.encode_jpeg(image, quality=95),
+        points=points,
+        roi=encode_roi(roi) if masks else None,
+        depth=encode_depth(np.linspace(4, 1, HEIGHT)[:, None] * np.ones((1, WIDTH))) if masks else None,
+    )
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """24 training and 7 test pictures of 96x64."""
+    place: Path = tmp_path_factory.mktemp("discs") / "data"
+    pictures = [disc_sample(n, "train") for n in range(24)] + [disc_sample(n, "test") for n in range(7)]
+    info = write_shard(pictures, str(place), 0)
+    write_index(str(place), [info], source="discs", depth_teacher="test")
+    return Dataset.open(str(place))

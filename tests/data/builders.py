@@ -1,0 +1,77 @@
+"""Small datasets in the layouts of their originals, for the tests of sources, conversion and faults."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from scipy.io import savemat
+
+from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
+
+HEIGHT, WIDTH = 24, 32
+
+
+def jpeg(seed: int, height: int = HEIGHT, width: int = WIDTH) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    content: bytes = simplejpeg.encode_jpeg(pixels, quality=80)
+    return content
+
+
+def heads(seed: int, count: int) -> NDArray[np.float64]:
+    """(count, 2) MATLAB coordinates inside the image."""
+    return np.random.default_rng(seed + 1000).uniform(1, [WIDTH, HEIGHT], (count, 2))
+
+
+def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
+    """Samples with different sizes and head counts, 0 heads among them; every third without ROI and depth."""
+    made = []
+    for number in range(count):
+        height, width = HEIGHT + number % 3, WIDTH + number % 5
+        rng = np.random.default_rng([seed, number])
+        masks = number % 3 > 0
+        sample = make_sample(
+            name=f"{number:03d}",
+            split=split,
+            scene=f"scene-{number % 2}",
+            image=jpeg(seed * 10_000 + number, height, width),
+            points=rng.uniform(0, [width, height], (number % 7, 2)),
+            roi=encode_roi(rng.random((height, width)) < 0.5) if masks else None,
+            depth=encode_depth(rng.uniform(1, 9, (height, width))) if masks else None,
+        )
+        made.append(sample)
+    return made
+
+
+def make_mall(root: Path, frames: Sequence[int] = range(1, 7), annotated: int = 6) -> Path:
+    """A Mall of a few frames, numbered from 1; frame n has n - 1 heads, so the first scene is empty."""
+    (root / "frames").mkdir(parents=True)
+    for number in frames:
+        (root / "frames" / f"seq_{number:06d}.jpg").write_bytes(jpeg(number))
+    located = np.empty((1, annotated), dtype=object)
+    for number in range(annotated):
+        located[0, number] = {"loc": heads(number, number)}
+    savemat(root / "mall_gt.mat", {"frame": located, "count": np.arange(annotated)[:, None]})
+    rows = np.arange(HEIGHT)[:, None] * np.ones((1, WIDTH))
+    mask = np.ones((HEIGHT, WIDTH), dtype=np.uint8)
+    savemat(root / "perspective_roi.mat", {"roi": {"mask": mask}, "pMapN": (0.5 + rows / HEIGHT) ** -2})
+    return root
+
+
+def make_shanghaitech(part: Path, split: str = "train", count: int = 12, annotations: str = "ground_truth") -> Path:
+    """A part of ShanghaiTech with IMG_1 .. IMG_count; image n has n - 1 heads, so the first is empty."""
+    folder = part / f"{split}_data"
+    for name in ("images", annotations):
+        (folder / name).mkdir(parents=True)
+    for number in range(1, count + 1):
+        (folder / "images" / f"IMG_{number}.jpg").write_bytes(jpeg(number))
+        write_annotation(folder / annotations / f"GT_IMG_{number}.mat", heads(number, number - 1))
+    return part
+
+
+def write_annotation(path: Path, points: NDArray[np.float64]) -> None:
+    """ShanghaiTech's nesting: a cell that holds a struct with `location` and `number`."""
+    cell = np.empty((1, 1), dtype=object)
+    cell[0, 0] = {"location": points, "number": len(points)}
+    savemat(path, {"image_info": cell})

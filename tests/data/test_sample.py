@@ -1,0 +1,114 @@
+"""Samples: what is encoded comes back, and what cannot be used is refused by name."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from crowdray.data.sample import (
+    decode_depth,
+    decode_image,
+    decode_roi,
+    encode_depth,
+    encode_roi,
+    make_sample,
+    points_outside,
+)
+from crowdray.errors import DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_a_roi_comes_back_bit_for_bit(height: int, width: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    np.testing.assert_array_equal(decode_roi(encode_roi(mask)), mask)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-3, 1e6), st.integers(0, 2**32 - 1))
+def test_depth_keeps_its_ratios_to_a_16_bit_step(height: int, width: int, metres: float, seed: int) -> None:
+    depth = np.random.default_rng(seed).uniform(0.01, 1.0, (height, width)) * metres
+    decoded = decode_depth(encode_depth(depth))
+    assert decoded.dtype == np.float32 and decoded.max() == 1.0
+    np.testing.assert_allclose(decoded, depth / depth.max(), atol=0.5 / 65535 + 1e-7)
+
+
+def test_infinite_depth_is_the_farthest() -> None:
+    decoded = decode_depth(encode_depth(np.array([[1.0, 4.0], [np.inf, 2.0]])))
+    np.testing.assert_allclose(decoded, [[0.25, 1.0], [1.0, 0.5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [[[0.0, 0.0]], [[np.nan, 1.0]], [[-1.0, 1.0]], [1.0, 2.0]])
+def test_impossible_depth_is_refused(depth: list[float]) -> None:
+    with pytest.raises(DataError, match="depth"):
+        encode_depth(np.array(depth))
+
+
+def test_png_decodes_exactly_and_jpeg_as_pillow_does() -> None:
+    np.testing.assert_array_equal(decode_image(png(Image.fromarray(PIXELS))), PIXELS)
+    smooth = np.broadcast_to(np.arange(0, 248, 8, dtype=np.uint8)[None, :, None], (24, 31, 3)).copy()
+    content = simplejpeg.encode_jpeg(smooth, quality=95)
+    with Image.open(io.BytesIO(content)) as image:
+        reference = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(decode_image(content).astype(int) - reference).max() <= 2
+
+
+def test_grey_images_become_rgb_with_equal_channels() -> None:
+    grey = Image.fromarray(PIXELS[..., 0])
+    buffer = io.BytesIO()
+    grey.save(buffer, format="JPEG")
+    for content in (png(grey), buffer.getvalue()):
+        decoded = decode_image(content)
+        assert decoded.shape == (24, 31, 3) and decoded.dtype == np.uint8
+        assert (decoded == decoded[..., :1]).all()
+
+
+def test_an_alpha_channel_is_dropped() -> None:
+    rgba = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
+    np.testing.assert_array_equal(decode_image(png(Image.fromarray(rgba))), PIXELS)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 300, -2])
+def test_a_corrupt_image_is_a_data_error(cut: int) -> None:
+    content = simplejpeg.encode_jpeg(np.repeat(PIXELS, 4, axis=0), quality=90)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_image(content[:cut])
+
+
+def test_a_sample_takes_size_and_hash_from_its_image_and_survives_pickling() -> None:
+    image = png(Image.fromarray(PIXELS))
+    sample = make_sample(name="a", split="train", scene="s", image=image, points=np.array([[1.5, 2.5]]))
+    assert (sample.height, sample.width) == (24, 31) and sample.points.dtype == np.float32
+    copy = pickle.loads(pickle.dumps(sample))
+    assert bytes(copy.image) == image and copy.sha256 == sample.sha256
+    np.testing.assert_array_equal(copy.points, sample.points)
+
+
+def test_no_heads_are_an_empty_array_of_pairs() -> None:
+    for empty in (np.zeros((0, 2)), np.zeros((0, 0)), np.array([])):
+        sample = make_sample(name="a", split="t", scene="s", image=b"", points=empty, shape=(2, 3))
+        assert sample.points.shape == (0, 2)
+
+
+@pytest.mark.parametrize("points", [[[1.0, np.nan]], [[np.inf, 1.0]], [[1.0, 2.0, 3.0]]])
+def test_impossible_points_are_refused(points: list[list[float]]) -> None:
+    with pytest.raises(DataError, match="points"):
+        make_sample(name="a", split="t", scene="s", image=b"", points=np.array(points), shape=(2, 3))
+
+
+def test_the_border_itself_is_inside() -> None:
+    points = np.array([[0, 0], [31, 24], [31.5, 1], [-0.1, 1], [1, 24.1]], dtype=np.float32)
+    assert points_outside(points, 24, 31) == 3

@@ -1,0 +1,105 @@
+"""Errors of counts: against plain recomputation, and the laws of the grid average error."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from crowdray.evaluation.metrics import ImageCount, grid_error, summarise
+
+TRUTHS = [0, 3, 17, 5, 240, 0, 1]
+
+
+def counts(seed: int = 0) -> list[ImageCount]:
+    rng = np.random.default_rng(seed)
+    return [ImageCount(row, truth, truth + rng.normal(), truth + rng.normal()) for row, truth in enumerate(TRUTHS)]
+
+
+def test_errors_are_those_of_plain_arithmetic() -> None:
+    given_counts = counts()
+    errors = [count.predicted - count.truth for count in given_counts]
+    relative = [abs(error) / count.truth for error, count in zip(errors, given_counts, strict=True) if count.truth]
+    found = summarise(given_counts)
+    assert found.images == len(TRUTHS)
+    assert found.mae == pytest.approx(sum(map(abs, errors)) / len(errors), rel=1e-12)
+    assert found.rmse == pytest.approx(math.sqrt(sum(e * e for e in errors) / len(errors)), rel=1e-12)
+    assert found.bias == pytest.approx(sum(errors) / len(errors), rel=1e-12)
+    assert found.nae == pytest.approx(sum(relative) / len(relative), rel=1e-12)
+    assert found.mae_unmasked == pytest.approx(
+        sum(abs(count.unmasked - count.truth) for count in given_counts) / len(errors), rel=1e-12
+    )
+
+
+def test_images_without_heads_have_no_relative_error() -> None:
+    empty = [ImageCount(row, 0, 0.5, 0.5) for row in range(3)]
+    assert math.isnan(summarise(empty).nae)
+    assert summarise([*empty, ImageCount(3, 4, 5.0, 5.0)]).nae == 0.25
+
+
+@given(st.permutations(range(len(TRUTHS))))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_images_does_not_matter_to_the_last_bit(order: list[int]) -> None:
+    given_counts = counts(1)
+    assert summarise([given_counts[i] for i in order]) == summarise(given_counts)
+
+
+def test_nothing_to_evaluate_is_said() -> None:
+    with pytest.raises(ValueError, match="no image"):
+        summarise([])
+
+
+@st.composite
+def scenes(draw: Any) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Densities of any small size, and heads inside, on the rim and beyond it."""
+    height, width = draw(st.integers(1, 37)), draw(st.integers(1, 37))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    points = rng.uniform(-1, [width + 1, height + 1], (draw(st.integers(0, 30)), 2))
+    return rng.random((height, width)) * draw(st.sampled_from([0.0, 0.01, 1.0])), points.astype(np.float32)
+
+
+@given(scenes())
+@settings(max_examples=50, deadline=None)
+def test_grid_error_is_the_counting_error_at_level_0_and_never_falls(
+    scene: tuple[NDArray[np.float64], NDArray[np.float32]],
+) -> None:
+    density, points = scene
+    errors = [grid_error(density, points, level) for level in range(6)]
+    assert errors[0] == pytest.approx(abs(density.sum() - len(points)), abs=1e-9)
+    assert all(later >= earlier - 1e-9 for earlier, later in pairwise(errors))
+
+
+@given(scenes(), st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_grid_error_is_that_of_counting_cell_by_cell(
+    scene: tuple[NDArray[np.float64], NDArray[np.float32]], level: int
+) -> None:
+    density, points = scene
+    height, width = density.shape
+
+    def region(cell: int, side: int) -> int:
+        """The last region that opens at or before a cell."""
+        return max(i for i in range(2**level) if i * side // 2**level <= cell)
+
+    left = np.zeros((2**level, 2**level))
+    for y in range(height):
+        for x in range(width):
+            left[region(y, height), region(x, width)] += density[y, x]
+    for px, py in points.tolist():
+        x, y = min(max(math.floor(px), 0), width - 1), min(max(math.floor(py), 0), height - 1)
+        left[region(y, height), region(x, width)] -= 1
+    assert grid_error(density, points, level) == pytest.approx(np.abs(left).sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_no_cell_is_dropped_and_a_perfect_map_has_no_error(level: int) -> None:
+    rng = np.random.default_rng(level)
+    density = rng.random((23, 41))
+    assert grid_error(density, np.zeros((0, 2), np.float32), level) == pytest.approx(density.sum())
+    points = rng.uniform(0, [41, 23], (60, 2)).astype(np.float32)
+    exact, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=(23, 41), range=((0, 23), (0, 41)))
+    assert grid_error(exact, points, level) == 0

@@ -1,0 +1,118 @@
+"""CFCN against the paper's Table 1, and the laws of its parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from crowdray.config import Config
+from crowdray.data.loader import shrink
+from crowdray.models.build import build_counter
+from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
+from crowdray.models.packaged import PackagedCounter
+from crowdray.models.upsampling import FixedUpsample
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def counter() -> Counter:
+    return build_counter(Config(), density_scale=100.0)
+
+
+def test_parameter_counts_are_those_of_table_1(counter: Counter) -> None:
+    assert parameters(counter.encoder) == 310_080
+    assert parameters(counter.decoders[DENSITY]) == 204_864
+    assert parameters(counter.decoders[DEPTH]) == 204_864
+    assert parameters(counter.decoders[SEGMENTATION]) == 204_864 + 2  # scale and bias of the logit
+    assert parameters(counter.decoders[COUNT]) == 13_109_377
+    assert parameters(counter.strip()) == 310_080 + 204_864
+
+
+def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = build_counter(Config(seed=1), 1.0), build_counter(Config(seed=1), 1.0)
+    other = build_counter(Config(seed=2), 1.0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_upsampling_is_the_fixed_deconvolution_away_from_the_rim() -> None:
+    taps = torch.tensor([1.0, 2, 3, 4, 3, 2, 1]) / 8
+    deconvolution = nn.ConvTranspose2d(1, 1, 7, stride=2, padding=3, output_padding=1, bias=False)
+    deconvolution.weight.data = torch.outer(taps, taps)[None, None]
+    x = torch.randn(2, 1, 9, 12)
+    ours, reference = FixedUpsample()(x)[..., :18, :24], deconvolution(x)
+    torch.testing.assert_close(ours[..., 4:-4, 4:-4], reference[..., 4:-4, 4:-4])
+
+
+def test_upsampling_keeps_a_constant_map_to_its_rim() -> None:
+    torch.testing.assert_close(FixedUpsample()(torch.full((1, 3, 5, 6), 0.7)), torch.full((1, 3, 11, 13), 0.7))
+
+
+def test_density_decoder_equals_the_two_grouped_deconvolutions_of_the_paper(counter: Counter) -> None:
+    """64 -> 32 -> 1 channels, each output the mean of its group: averaging first gives the same map."""
+    decoder = counter.decoders[DENSITY]
+    features = torch.rand(1, 128, 10, 11)
+    taps = torch.tensor([1.0, 2, 3, 4, 3, 2, 1]) / 8
+    kernel = torch.outer(taps, taps)
+    x = torch.relu(decoder.get_submodule("conv")(features))
+    for groups in (32, 1):
+        size = x.shape[1] // groups
+        weight = kernel.expand(x.shape[1], 1, 7, 7) / size
+        x = F.conv_transpose2d(F.pad(x, (1, 2, 1, 2), mode="replicate"), weight, stride=2, padding=5, groups=groups)
+    torch.testing.assert_close(decoder(features), x)
+
+
+def test_segmentation_logits_can_be_negative_and_density_cannot(counter: Counter) -> None:
+    outputs = counter(torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8), TASKS)
+    assert outputs[SEGMENTATION].min() < 0
+    assert outputs[DENSITY].min() >= 0
+    assert {task: tuple(value.shape) for task, value in outputs.items()} == {
+        DENSITY: (2, 1, 160, 160), SEGMENTATION: (2, 1, 160, 160), DEPTH: (2, 1, 160, 160), COUNT: (2,)
+    }  # fmt: skip
+
+
+def test_the_count_decoder_reads_the_square_at_its_corner(counter: Counter) -> None:
+    images = torch.randint(0, 256, (2, 3, 200, 240), dtype=torch.uint8)
+    corners = torch.tensor([[3, 5], [10, 20]])
+    together = counter(images, (COUNT,), corners)[COUNT]
+    features = counter.features(images)
+    for index, (row, column) in enumerate(corners.tolist()):
+        square = features[index : index + 1, :, row : row + 40, column : column + 40]
+        torch.testing.assert_close(counter.decoders[COUNT](square)[0], together[index])
+
+
+def test_stripped_density_equals_the_full_models_to_the_bit(counter: Counter) -> None:
+    images = torch.randint(0, 256, (1, 3, 97, 133), dtype=torch.uint8)
+    full = counter(images, (DENSITY, SEGMENTATION, DEPTH))[DENSITY] / counter.density_scale
+    stripped = counter.strip()
+    assert torch.equal(stripped.density(images), full)
+    assert not any(task in name for name, _ in stripped.named_parameters() for task in AUXILIARY)
+
+
+def test_receptive_radius_is_what_the_encoder_says() -> None:
+    """With positive weights no path cancels, so a gradient is nonzero exactly inside the receptive field."""
+    counter = build_counter(Config(), 1.0).double()
+    for parameter in (*counter.encoder.parameters(), *counter.decoders[DENSITY].parameters()):
+        parameter.data.abs_()
+    reach = 0
+    for row in range(100, 104):
+        image = torch.full((1, 3, 208, 208), 255.0, dtype=torch.double, requires_grad=True)
+        gradient = torch.autograd.grad(counter.density(image)[0, 0, row, row], image)[0].abs().sum((0, 1, 3))
+        rows = gradient.nonzero().flatten()
+        reach = max(reach, row - int(rows.min()), int(rows.max()) - row)
+    assert reach == counter.backbone.receptive_radius
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_packaged_counter_downsamples_as_the_loader_does(counter: Counter, factor: int) -> None:
+    photo = torch.randint(0, 256, (1, 3, 101, 134), dtype=torch.uint8)
+    small = torch.from_numpy(shrink(photo[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[None]
+    packaged = PackagedCounter(counter, factor)
+    assert torch.equal(packaged(photo), counter.density(small))
+    assert torch.equal(packaged(photo.float()), packaged(photo))

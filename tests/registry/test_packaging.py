@@ -1,0 +1,152 @@
+"""The package gives what the counter gives, for every size, batch and dtype, or is not made."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crowdray import storage
+from crowdray.errors import UserError
+from crowdray.registry.loading import LoadedCounter, load_counter
+from crowdray.registry.packaging import Package
+
+from .plain import METRICS, TAGS, PlainCounter, Repackage, photo
+
+SIDES = (5, 32, 33, 97, 133)
+
+
+@pytest.fixture(scope="module")
+def loaded(package: Package) -> LoadedCounter:
+    return load_counter(str(package.path))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equals_the_counter_for_every_size(
+    counter: PlainCounter, loaded: LoadedCounter, batch: int, dtype: torch.dtype
+) -> None:
+    sizes = [(a, b) for a in SIDES for b in SIDES] + [(480, 640), (640, 481)]
+    for height, width in sizes if batch == 1 else sizes[::4]:
+        image = photo(batch, height, width).to(dtype)
+        with torch.inference_mode():
+            expected = counter(image)
+        assert expected.shape == (batch, 1, height, width)
+        torch.testing.assert_close(loaded(image), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_takes_an_image_as_decoders_lay_it_out(counter: PlainCounter, loaded: LoadedCounter) -> None:
+    image = photo(1, 50, 97).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    torch.testing.assert_close(loaded(image), counter(image).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_package_says_what_it_is(package: Package, loaded: LoadedCounter, counter: PlainCounter) -> None:
+    assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS}
+    assert loaded.parameters == package.parameters == sum(p.numel() for p in counter.parameters())
+    assert (package.path / "requirements.txt").read_text().count("crowdray") == 0
+
+
+def test_result_carries_no_graph_and_wrong_images_are_refused(loaded: LoadedCounter) -> None:
+    assert loaded(photo(1, 20, 30)).is_inference()
+    with pytest.raises(UserError, match=re.escape("(1, 4, 20, 30)")):
+        loaded(torch.zeros(1, 4, 20, 30))
+    with pytest.raises(UserError, match="4x30 pixels is too small"):
+        loaded(photo(1, 4, 30))
+
+
+def test_loads_from_a_published_folder(package: Package) -> None:
+    uri = "memory://bucket/models/test"
+    storage.publish_directory(package.path, uri, last="MLmodel")
+    torch.testing.assert_close(load_counter(uri)(package.example), package.density)
+
+
+class AuxiliaryCounter(PlainCounter):
+    """The real counter's other form: density() of its own, and decoders to leave behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(100, 100)
+
+    def density(self, image: Tensor) -> Tensor:
+        return PlainCounter.forward(self, image)
+
+    def forward(self, image: Tensor) -> Tensor:
+        raise AssertionError("the density is asked for")
+
+    def strip(self) -> nn.Module:
+        return PlainCounter()
+
+
+def test_what_ships_is_stripped_and_its_weights_name_it(
+    repackage: Repackage, package: Package, other_package: Package, tmp_path: Path
+) -> None:
+    place = tmp_path / "a"
+    place.mkdir()
+    (place / "old").touch()
+    stripped = repackage(AuxiliaryCounter(), place)
+    assert stripped.parameters == package.parameters
+    assert stripped.weights == package.weights != other_package.weights
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (place / "old").exists()
+    torch.testing.assert_close(load_counter(str(place))(stripped.example), stripped.density)
+
+
+class BareSlice(PlainCounter):
+    def forward(self, image: Tensor) -> Tensor:
+        density = F.interpolate(self.encoder(image * 1.0).mean(1, keepdim=True), scale_factor=4)
+        return density[..., : image.shape[-2], : image.shape[-1]]
+
+
+class Cast(PlainCounter):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.to(torch.float32))
+
+
+class DeviceBound(PlainCounter):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) + torch.zeros(1)
+
+
+class Branch(PlainCounter):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image) * (2 if image.sum() > 3 else 1)
+
+
+@pytest.mark.parametrize(
+    ("counter_class", "message"),
+    [
+        (BareSlice, "refuses .*Guard failed"),
+        (Cast, "refuses .* torch.float32"),
+        (DeviceBound, "bound to the CPU: the device stands in zeros"),
+        (Branch, "cannot be exported"),
+    ],
+)
+def test_counter_that_would_fail_later_is_refused_now(
+    counter_class: type[PlainCounter], message: str, repackage: Repackage, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        repackage(counter_class(), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_package_is_refused(package: Package, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no packaged counter at .*models:/NAME@candidate"):
+        load_counter(str(tmp_path / "nothing"))
+    broken = tmp_path / "broken"
+    shutil.copytree(package.path, broken)
+    (broken / "data/model.pt2").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_counter(str(broken))
+    (broken / "data/model.pt2").unlink()
+    with pytest.raises(UserError, match=r"holds no data/model\.pt2"):
+        load_counter(str(broken))
+
+
+def test_pickled_model_is_refused(tmp_path: Path, package: Package) -> None:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(package.path, pickled)
+    torch.save(PlainCounter(), pickled / "data/model.pt2")
+    with pytest.raises(UserError, match=r"cannot be loaded: .*pickle"):
+        load_counter(str(pickled))

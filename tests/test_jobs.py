@@ -1,0 +1,221 @@
+"""The jobs' command lines, the folder of a run, and what is told of mistakes and faults; none of it starts Ray."""
+
+import errno
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crowdray.cli import load_preset, parse_with_config
+from crowdray.cluster.convert import convert
+from crowdray.cluster.listener import is_loss
+from crowdray.cluster.runs import RAY_LIST, Run, default_name, plan
+from crowdray.cluster.runtime import Device, Resources, choose_gpu
+from crowdray.cluster.train import TrainingStopped, explained
+from crowdray.cluster.worker import room
+from crowdray.config import Config, ConfigError, to_json
+from crowdray.data.sources import open_source
+from crowdray.errors import UserError
+from crowdray.presets import preset
+from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from crowdray.training.loop import DivergedError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_job(name: str) -> Any:
+    """A job as a module; it is a script, so its folder is no package."""
+    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = list(sys.path)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def job(name: str) -> Callable[[list[str]], None]:
+    """The main function of a job."""
+    main: Callable[[list[str]], None] = load_job(name).main
+    return main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    dest = str(tmp_path_factory.mktemp("jobs") / "data")
+    convert(open_source("synthetic", None, train=6, test=2, width=96, height=64), dest)
+    return dest
+
+
+@pytest.fixture
+def run(data: str, tmp_path: Path) -> Run:
+    return plan(preset("debug"), data, 2, str(tmp_path / "runs"), "run", "debug")
+
+
+def test_all_problems_of_a_command_are_told_at_once() -> None:
+    mistaken = ["--loss.depth", "much", "--stages.joint.epochs=few", "--seed", "-3", "--optimizer.name", "adam"]
+    with pytest.raises(ConfigError) as caught:
+        job("train")(["--preset", "debug", "--data", "x", *mistaken, "--los.count", "1"])
+    told = "\n".join(caught.value.problems)
+    for part in ("loss.depth", "'much'", "stages.joint.epochs", "'few'", "seed is -3", "'adam'", "is it --loss.count?"):
+        assert part in told
+    assert len(caught.value.problems) == 5
+
+
+def test_a_mistake_is_one_message_and_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--preset", "dem", "--data", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no preset 'dem'; choose one of demo, ")
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_a_saved_config_is_a_preset(tmp_path: Path) -> None:
+    config = replace(preset("debug"), seed=7)
+    place = tmp_path / "config.json"
+    place.write_text(to_json(config))
+    assert load_preset(str(place)) == config
+
+
+def test_an_unreachable_server_ends_a_training_before_ray_starts(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=uri):
+        job("train")(["--preset", "debug", "--data", data, "--storage", str(tmp_path)])
+    assert "Ray" not in capsys.readouterr().out
+
+
+def test_data_that_is_none_names_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"jobs/convert\.py"):
+        job("train")(["--preset", "debug", "--data", str(tmp_path)])
+
+
+def test_options_of_another_source_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mall knows no --seed, no --train; leave that out"):
+        job("convert")(["mall", "--source", "x", "--dest", str(tmp_path / "d"), "--train", "3", "--seed", "1"])
+
+
+def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.move", full)
+    dest = tmp_path / "data"
+    with pytest.raises(UserError, match="no space left"):
+        job("convert")(["synthetic", "--dest", str(dest), "--train", "2", "--test", "0", "--width", "96"])
+    assert list(dest.iterdir()) == []
+
+
+def test_a_full_disk_under_a_checkpoint_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match="no space left for a checkpoint under s3://b/run"), room("s3://b/run"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="refused"), room("s3://b/run"):
+        raise OSError(errno.ECONNREFUSED, "refused")
+
+
+def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
+    run.claim()
+    run.claim()
+    replace(run, workers=1).claim()
+    other = replace(run.config, seed=5)
+    with pytest.raises(UserError, match=r"another --name.*\n  seed is 0 there, 5 here"):
+        replace(run, config=other).claim()
+    with pytest.raises(UserError, match=r"digest is \w+ there, abc here"):
+        replace(run, digest="abc").claim()
+    assert load_preset(f"{run.uri}/config.json") == run.config
+
+
+def test_a_name_is_a_function_of_all_that_is_computed() -> None:
+    config = Config()
+    name = default_name("demo", config, "d", 2)
+    assert name == default_name("demo", config, "d", 2) and name.startswith("demo-")
+    others = [default_name("demo", replace(config, seed=1), "d", 2), default_name("demo", config, "e", 2)]
+    assert len({name, *others, default_name("demo", config, "d", 1)}) == 4
+    assert default_name("runs/a/config.json", config, "d", 2).startswith("config-")
+
+
+@pytest.mark.parametrize("cut", ["", '{"checkpoint_results": [{"chec'])
+def test_a_list_of_checkpoints_that_a_kill_cut_off_is_mended(run: Run, cut: str) -> None:
+    for epoch in (1, 2, 3):
+        folder = Path(run.uri, f"checkpoint-{epoch:05d}")
+        folder.mkdir(parents=True)
+        progress = Progress(1.0, 1.0, run.digest, 2, epochs=epoch)
+        save_checkpoint(Checkpoint(run.config, progress, {"a": torch.zeros(8)}), folder)
+    torn = Path(run.uri, "checkpoint-00003", "weights.safetensors")
+    torn.write_bytes(torn.read_bytes()[:-4])
+    listed = Path(run.uri, RAY_LIST)
+    listed.write_text(cut)
+
+    assert run.mend() == f"{run.uri}/checkpoint-00002"
+    assert not listed.exists()
+    listed.write_text(json.dumps({}))
+    assert run.mend() is None and listed.exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "workers", "device", "gpu"),
+    [
+        (Resources(4, 0, True), 2, "auto", False),
+        (Resources(4, 2, True), 2, "auto", True),
+        (Resources(4, 2, True), 4, "cpu", False),
+        (Resources(4, 1, False), 1, "gpu", True),
+    ],
+)
+def test_workers_take_gpus_where_there_are_enough(there: Resources, workers: int, device: Device, gpu: bool) -> None:
+    assert choose_gpu(there, workers, device) is gpu
+
+
+@pytest.mark.parametrize(
+    ("there", "workers", "device", "mend"),
+    [
+        (Resources(2, 0, True), 3, "auto", "this machine has 2 CPUs and 0 GPUs: give --workers 2"),
+        (Resources(2, 0, False), 3, "auto", "the Ray cluster has 2 CPUs and 0 GPUs: give --workers 2, or add nodes"),
+        (Resources(8, 1, True), 2, "auto", "give --workers 1, or --device cpu"),
+        (Resources(8, 0, True), 1, "gpu", "give --device cpu"),
+        (Resources(8, 0, True), 0, "auto", "give at least 1"),
+    ],
+)
+def test_more_workers_than_there_is_room_for(there: Resources, workers: int, device: Device, mend: str) -> None:
+    with pytest.raises(UserError, match=mend):
+        choose_gpu(there, workers, device)
+
+
+def test_only_losses_are_worth_another_start() -> None:
+    assert all(map(is_loss, (RuntimeError("connection closed by peer"), ConnectionError(), OSError())))
+    assert not any(map(is_loss, (DivergedError("nan"), UserError("bad"), TypeError(), AssertionError())))
+
+
+def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    diverged = DivergedError("joint stage, epoch 3: density nan")
+    assert explained(ControllerError(diverged), run) is diverged
+    assert explained(WorkerGroupError("", {0: RuntimeError("closed"), 1: diverged}), run) is diverged
+    lost = explained(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
+    assert isinstance(lost, TrainingStopped)
+    assert "closed by peer. The same command goes on" in str(lost)
+
+
+def test_overrides_change_the_preset() -> None:
+    given = ["--preset", "debug", "--data", "d", "--sampling.roi", "False", "--optimizer.weight-decay=0"]
+    parsed = parse_with_config(load_job("train").TrainJob, given, "jobs/train.py")
+    expected = preset("debug")
+    assert parsed.config == replace(
+        expected,
+        sampling=replace(expected.sampling, roi=False),
+        optimizer=replace(expected.optimizer, weight_decay=0.0),
+    )

@@ -1,0 +1,214 @@
+"""Laws of the loop: stages train what they name, a resumed training equals an unbroken one, and windows see
+what images see."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from crowdray.config import Config, LossConfig, OptimizerConfig, SamplingConfig, StageConfig, StagesConfig
+from crowdray.data.loader import collate
+from crowdray.data.sampling import draw_window
+from crowdray.data.shards import Dataset
+from crowdray.errors import DataError, UserError
+from crowdray.evaluation.counting import count_pictures
+from crowdray.evaluation.metrics import summarise
+from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
+from crowdray.presets import preset
+from crowdray.training.checkpoint import load_checkpoint
+from crowdray.training.loop import DivergedError, Row, Training, _RunningStage
+from crowdray.training.result import TrainingResult, conclude
+from crowdray.training.stages import module_of, stages_of
+from crowdray.training.world import World, local_world
+
+CPU = torch.device("cpu")
+
+
+def small(**change: object) -> Config:
+    config = preset("debug")
+    sampling = dataclasses.replace(config.sampling, context=16, validation_fraction=0.25)
+    return dataclasses.replace(config, **{"sampling": sampling, **change})  # type: ignore[arg-type]
+
+
+def training(discs: Dataset, config: Config | None = None, restored: Path | None = None) -> Training:
+    checkpoint = load_checkpoint(restored) if restored else None
+    return Training(config or small(), discs, world=World(), device=CPU, restored=checkpoint)
+
+
+def numbers(rows: list[Row]) -> list[dict[str, float | str]]:
+    """Rows without what a clock measured."""
+    timed = ("images_per_s", "wait_share", "seconds")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_trains_the_modules_it_names_and_no_other(discs: Dataset, stage: int) -> None:
+    run = training(discs)
+    running = _RunningStage(run, run.stages[stage], None)
+    before = {name: value.detach().clone() for name, value in run.counter.named_parameters()}
+    for batch in run.loader.epoch(1):
+        running._step(batch)
+    changed = {
+        module_of(name) for name, value in run.counter.named_parameters() if not torch.equal(value, before[name])
+    }
+    unchanged = {module_of(name) for name, value in run.counter.named_parameters() if torch.equal(value, before[name])}
+    assert changed == set(running.stage.modules)
+    assert not changed & unchanged
+    for name, value in run.counter.named_parameters():
+        assert (value.grad is not None) == (module_of(name) in running.stage.modules)
+
+
+def test_decoders_side_by_side_equal_decoders_in_succession(discs: Dataset) -> None:
+    """Decision 4: they share a frozen encoder and do not influence each other. Clipping, which would join
+    them, is off."""
+    together = small(optimizer=OptimizerConfig(clip=0.0))
+    run = training(discs, together)
+    side_by_side = _RunningStage(run, run.stages[1], None)
+    for batch in run.loader.epoch(1):
+        side_by_side._step(batch)
+    for task in AUXILIARY:
+        alone = training(discs, together)
+        stage = dataclasses.replace(alone.stages[1], tasks=(task,), modules=(task,))
+        running = _RunningStage(alone, stage, None)
+        for batch in alone.loader.epoch(1):
+            running._step(batch)
+        for one, other in zip(
+            run.counter.decoders[task].parameters(), alone.counter.decoders[task].parameters(), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_resumed_after_any_epoch_equals_unbroken(discs: Dataset, tmp_path: Path) -> None:
+    def keep(row: Row, save: Callable[[Path], None]) -> None:
+        folder = tmp_path / str(row["epoch"])
+        folder.mkdir()
+        save(folder)
+
+    unbroken = training(discs)
+    unbroken.run(keep)
+    expected = conclude(unbroken)
+    epochs = sorted(int(folder.name) for folder in tmp_path.iterdir())
+    assert epochs == [1, 2, 3, 4, 5]
+    for epoch in epochs:
+        resumed = training(discs, restored=tmp_path / str(epoch))
+        resumed.run()
+        result = conclude(resumed)
+        assert numbers(result.history) == numbers(expected.history)
+        assert result.stages == expected.stages
+        assert result.shipped == expected.shipped
+    assert TrainingResult.from_json(expected.to_json(), "x") == expected
+
+
+def test_a_window_sees_what_the_whole_image_sees(discs: Dataset) -> None:
+    """The cure of the border surplus: wherever a window's loss has weight, its density is the whole
+    image's."""
+    run = training(discs, small(sampling=SamplingConfig(crop=16, context=36, flip=0.0)))
+    run.counter.eval()
+    rule, checked = run.loader.rule, 0
+    for row in range(8):
+        picture = run.store[row]
+        wide = dataclasses.replace(picture, image=picture.image.repeat(2, axis=1), roi=None, depth=None)
+        window = draw_window(rule, wide.size, seed=1, epoch=0, sample=row)
+        batch = collate([(wide, window)], rule)
+        with torch.no_grad():
+            whole = run.counter.density(torch.from_numpy(wide.image).permute(2, 0, 1)[None])
+            seen = run.counter.density(batch.image)
+        valid = batch.weight > 0
+        there = whole[..., window.top : window.top + window.height, window.left : window.left + window.width]
+        torch.testing.assert_close(seen[valid], there[valid], atol=1e-8, rtol=1e-4)
+        checked += int(window.left > 0) * int((~valid).any())
+    assert checked > 2
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(discs: Dataset) -> None:
+    run = training(discs)
+    running = _RunningStage(run, run.stages[0], None)
+    batch = next(run.loader.epoch(1))
+    before = {name: value.detach().clone() for name, value in run.counter.named_parameters()}
+    batch.brightness[0] = float("nan")
+    with pytest.raises(DivergedError, match=r"baseline stage.*density nan.*learning_rate"):
+        running._step(batch)
+    assert all(torch.equal(value, before[name]) for name, value in run.counter.named_parameters())
+
+
+def test_tasks_without_weight_are_dropped_and_without_any_the_joint_stage_is_the_baseline_continued() -> None:
+    without = stages_of(small(loss=LossConfig(depth=0)))
+    assert [stage.tasks for stage in without] == [
+        (DENSITY,), ("segmentation", "count"), (DENSITY, "segmentation", "count"),
+    ]  # fmt: skip
+    alone = stages_of(small(loss=LossConfig(segmentation=0, depth=0, count=0)))
+    assert [(stage.name, stage.tasks) for stage in alone] == [("baseline", (DENSITY,)), ("joint", (DENSITY,))]
+    assert [stage.tasks for stage in stages_of(small())] == [(DENSITY,), AUXILIARY, TASKS]
+
+
+def test_a_stage_ends_early_when_its_patience_is_over(discs: Dataset) -> None:
+    schedule = StageConfig(epochs=30, learning_rate=1e-9, patience=2)
+    run = training(
+        discs,
+        small(stages=StagesConfig(baseline=schedule, decoders=StageConfig(1, 1e-3), joint=StageConfig(0, 1e-3))),
+    )
+    run.run()
+    best = run.progress.best["baseline"].epoch
+    assert len([row for row in run.progress.history if row["stage"] == "baseline"]) == best + 2 < 30
+
+
+def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(discs: Dataset, tmp_path: Path) -> None:
+    run = training(discs)
+    running = _RunningStage(run, run.stages[0], None)
+    running.epoch()
+    run._save(tmp_path, running)
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint.progress.data_digest = "f" * 64
+    with pytest.raises(DataError, match="under a new --name"):
+        Training(small(), discs, world=World(), device=CPU, restored=checkpoint)
+    content = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "weights.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_dataset_too_small_to_validate_on_is_refused(discs: Dataset) -> None:
+    config = small(sampling=SamplingConfig(crop=32, validation_fraction=0.0))
+    with pytest.raises(UserError, match=r"0 for validation.*validation_fraction"):
+        training(discs, config)
+
+
+def _rank(rank: int, world: int, place: str, uri: str, config: Config) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/rendezvous-{world}", rank=rank, world_size=world
+    )
+    run = Training(config, Dataset.open(uri), world=local_world(), device=CPU)
+    run.run()
+    counts = run.evaluate("joint", run.store.dataset.rows("test"))
+    if rank == 0:
+        torch.save((run.counter.state_dict(), [dataclasses.asdict(c) for c in counts]), f"{place}/{world}.pt")
+        torch.save(run.best["joint"], f"{place}/{world}-best.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_what_one_worker_trains(discs: Dataset, tmp_path: Path) -> None:
+    """Same global batches, SGD, fp32: the weights agree within rounding after all three stages."""
+    config = small(optimizer=OptimizerConfig(name="sgd", clip=0.0))
+    stages = StagesConfig(StageConfig(1, 1e-2), StageConfig(1, 1e-2), StageConfig(1, 1e-2))
+    numerics = dataclasses.replace(config.numerics, precision="fp32")
+    config = dataclasses.replace(config, stages=stages, numerics=numerics)
+    for world in (1, 2):
+        mp.spawn(_rank, args=(world, str(tmp_path), discs.uri, config), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]
+    (one, _), (two, _) = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_one_and_two_workers_evaluate_a_checkpoint_identically(discs: Dataset, tmp_path: Path) -> None:
+    run = training(discs)
+    run.run()
+    rows = discs.rows("test")
+    alone = run.evaluate("joint", rows)
+    density = run.shipped("joint").density
+    shares = [list(count_pictures(density, run.store, rows[rank::2].tolist(), CPU)) for rank in range(2)]
+    assert sorted(shares[0] + shares[1], key=lambda count: count.row) == alone
+    assert summarise(shares[1] + shares[0]) == summarise(alone)

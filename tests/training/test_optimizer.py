@@ -1,0 +1,85 @@
+"""Optimizer state, plateau and weight average against torch and closed forms."""
+
+import pytest
+import torch
+from torch import nn
+
+from crowdray.config import OptimizerConfig
+from crowdray.training.optimizer import (
+    Plateau,
+    WeightAverage,
+    build_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_restored_optimizer_steps_as_the_unbroken_one(name: str) -> None:
+    config = OptimizerConfig(name=name)  # type: ignore[arg-type]
+
+    def made() -> tuple[nn.Conv2d, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return layer, build_optimizer(config, layer.parameters(), 0.1)
+
+    def step(layer: nn.Conv2d, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        layer(torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = made()
+    for seed in range(3):
+        step(layer, optimizer, seed)
+    kept = {k: v.clone().contiguous() for k, v in optimizer_tensors(optimizer).items()}  # as a file keeps them
+    weights = {k: v.clone() for k, v in layer.state_dict().items()}
+    step(layer, optimizer, 3)
+    other, restored = made()
+    other.load_state_dict(weights)
+    restore_optimizer(restored, kept, 0.1)
+    step(other, restored, 3)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_plateau_divides_after_its_patience_and_survives_a_restart() -> None:
+    config = OptimizerConfig(plateau_patience=1, plateau_factor=0.1)
+    errors = [5.0, 4.0, 4.5, 4.6, 3.0, 3.5, 3.4, 3.3]
+
+    def rates(restart_after: int | None) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        rule, seen = Plateau(optimizer, config), []
+        for index, error in enumerate(errors):
+            rule.step(error)
+            seen.append(optimizer.param_groups[0]["lr"])
+            if index == restart_after:
+                state = rule.state()
+                optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=seen[-1])
+                rule = Plateau(optimizer, config)
+                rule.restore(state)
+        return seen
+
+    unbroken = rates(None)
+    assert unbroken == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    for index in range(len(errors) - 1):
+        assert rates(index) == unbroken
+
+
+def test_weight_average_is_its_closed_form() -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    average, expected = WeightAverage({"w": weight}, 0.9), 1.0
+    for number in range(1, 40):
+        with torch.no_grad():
+            weight.fill_(float(number))
+        average.update()
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * number
+    assert average.values["w"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_decay_the_average_is_the_last_weight() -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    average = WeightAverage({"w": weight}, 0.0)
+    with torch.no_grad():
+        weight.fill_(4.0)
+    average.update()
+    assert average.values["w"].item() == 4.0
