@@ -2,7 +2,9 @@
 what images see."""
 
 import dataclasses
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -144,15 +146,16 @@ def test_tasks_without_weight_are_dropped_and_without_any_the_joint_stage_is_the
     assert [stage.tasks for stage in stages_of(small())] == [(DENSITY,), AUXILIARY, TASKS]
 
 
-def test_a_stage_ends_early_when_its_patience_is_over(discs: Dataset) -> None:
-    schedule = StageConfig(epochs=30, learning_rate=1e-9, patience=2)
-    run = training(
-        discs,
-        small(stages=StagesConfig(baseline=schedule, decoders=StageConfig(1, 1e-3), joint=StageConfig(0, 1e-3))),
-    )
+def test_a_stage_ends_early_when_its_patience_is_over(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = StageConfig(epochs=30, learning_rate=1e-3, patience=2)
+    stages = StagesConfig(schedule, decoders=StageConfig(0, 1e-3), joint=StageConfig(0, 1e-3))
+    run = training(discs, small(stages=stages))
+    whole = run.validate(nullcontext)
+    errors = iter([3.0, 2.0, 2.0, 4.0])
+    monkeypatch.setattr(run, "validate", lambda autocast: dataclasses.replace(whole, mae=next(errors)))
     run.run()
-    best = run.progress.best["baseline"].epoch
-    assert len([row for row in run.progress.history if row["stage"] == "baseline"]) == best + 2 < 30
+    assert [row["val/mae"] for row in run.progress.history] == [3.0, 2.0, 2.0, 4.0]
+    assert run.progress.best["baseline"].epoch == 2
 
 
 def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(discs: Dataset, tmp_path: Path) -> None:
@@ -187,7 +190,9 @@ def _rank(rank: int, world: int, place: str, uri: str, config: Config) -> None:
     if rank == 0:
         torch.save((run.counter.state_dict(), [dataclasses.asdict(c) for c in counts]), f"{place}/{world}.pt")
         torch.save(run.best["joint"], f"{place}/{world}-best.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # the interpreter's own end now and then aborts in a thread of gloo's, after all is done
 
 
 def test_two_workers_train_what_one_worker_trains(discs: Dataset, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ class _RunningStage:
             progress.factors = self._factors()
         self.model: nn.Module = counter
         if training.world.size > 1:
-            self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def epoch(self) -> Row:
         """Train one epoch, validate, remember the best; returns what to tell of it."""
