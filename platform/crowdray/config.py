@@ -128,12 +128,12 @@ class LossConfig:
 class OptimizerConfig:
     """How weights are updated."""
 
-    name: Literal["sgd", "adamw"] = "adamw"
-    """sgd is the paper's; adamw reaches lower errors in fewer epochs (docs/lab-notes.md)."""
+    name: Literal["sgd", "adamw", "muon"] = "muon"
+    """sgd is the paper's; muon needs a quarter of adamw's epochs here (docs/lab-notes.md)."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 5e-4
-    """L2 penalty of sgd, decoupled decay of adamw."""
+    """L2 penalty of sgd, decoupled decay of adamw and muon."""
     warmup: int = 100
     """Updates over which a stage's learning rate rises from 0; fresh Adam moments at full rate can kill ReLUs
     for good."""

@@ -14,7 +14,7 @@ from crowdray.training.optimizer import (
 )
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_a_restored_optimizer_steps_as_the_unbroken_one(name: str) -> None:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
 
@@ -39,6 +39,31 @@ def test_a_restored_optimizer_steps_as_the_unbroken_one(name: str) -> None:
     restore_optimizer(restored, kept, 0.1)
     step(other, restored, 3)
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_muon_is_torchs_on_convolutions_and_adam_elsewhere() -> None:
+    """torch's own Muon, which takes matrices only, is the reference for a convolution seen as one."""
+    torch.manual_seed(0)
+    layer, head = nn.Conv2d(5, 8, 3), nn.Linear(6, 2)
+    matrix = nn.Parameter(layer.weight.detach().flatten(1).clone())
+    others = [nn.Parameter(p.detach().clone()) for p in (layer.bias, *head.parameters()) if p is not None]
+    ours = build_optimizer(
+        OptimizerConfig(name="muon", weight_decay=0.1), [*layer.parameters(), *head.parameters()], 0.01
+    )
+    muon = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=0.01, weight_decay=0.1, eps=1e-10)
+    for _ in range(4):
+        layer.weight.grad = torch.randn_like(layer.weight)
+        matrix.grad = layer.weight.grad.flatten(1).clone()
+        for mine, theirs in zip((layer.bias, *head.parameters()), others, strict=True):
+            assert mine is not None
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad.clone()
+        for optimizer in (ours, muon, adam):
+            optimizer.step()
+    torch.testing.assert_close(layer.weight.flatten(1), matrix, atol=1e-4, rtol=0)
+    for mine, theirs in zip((layer.bias, *head.parameters()), others, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_plateau_divides_after_its_patience_and_survives_a_restart() -> None:

@@ -87,6 +87,13 @@ class TrainingDisplay:
                 self._told = len(rows) - 1
             for row in rows[self._told :]:
                 print(self._line(row), flush=True)
+        if any(_is_dead(row) for row in rows[self._told :]):
+            self._console.print(
+                "warning: the density map is dead, every validation image counts 0 heads; a stage whose ReLUs died does "
+                "not recover: start anew with a lower learning rate or a longer optimizer.warmup",
+                style="yellow",
+                soft_wrap=True,
+            )
         self._told = len(rows)
 
     def __rich__(self) -> Table:
@@ -135,6 +142,11 @@ class TrainingDisplay:
                 pace = sum(times) / len(times) if times else overall
                 left += max(0, stage.schedule.epochs - len(times)) * pace
         return f"{left // 60:.0f}:{left % 60:02.0f} left"
+
+
+def _is_dead(row: Row) -> bool:
+    """Is every count nothing, where there are heads?"""
+    return float(row.get("val/nae", 0)) > 0.999 and float(row["val/mae"]) == -float(row["val/bias"])
 
 
 def _losses(row: Row) -> str:

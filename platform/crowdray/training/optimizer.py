@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from crowdray.config import OptimizerConfig
@@ -13,7 +14,13 @@ from crowdray.config import OptimizerConfig
 def build_optimizer(
     config: OptimizerConfig, parameters: Iterable[nn.Parameter], learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The configured optimizer over the parameters of one stage."""
+    """The configured optimizer over the parameters of one stage.
+
+    muon (Jordan et al. 2024): the update of a convolution, seen as the matrix (output channels, inputs), is its
+    momentum with all singular values set to about 1, scaled by 0.2 sqrt(larger side) so that its entries are as
+    large as Adam's (Liu et al. 2025, arXiv 2502.16982) and one learning rate serves both. Biases, and the
+    millions of linear weights of the count decoder, take Adam.
+    """
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -22,7 +29,15 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             foreach=True,
         )
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    listed = list(parameters)
+    shared = {"lr": learning_rate, "weight_decay": config.weight_decay}
+    groups = [
+        {"params": [p for p in listed if p.ndim == 4], "use_muon": True, "use_adjusted_lr": True, **shared},
+        {"params": [p for p in listed if p.ndim != 4], "use_muon": False, "betas": (0.9, 0.999), **shared},
+    ]
+    return Muon([group for group in groups if group["params"]])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -91,27 +106,33 @@ class WeightAverage:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: "<parameter number>.<name>"."""
-    state = optimizer.state_dict()["state"]
-    return {
+    """The optimizer's state as named tensors: "<parameter number>.<name>", and "group.<number>" for the updates
+    that an optimizer counts by group."""
+    saved = optimizer.state_dict()
+    tensors = {
         f"{number}.{name}": value
-        for number, entry in state.items()
+        for number, entry in saved["state"].items()
         for name, value in entry.items()
         if value is not None
     }
+    counted = {number: group["step"] for number, group in enumerate(saved["param_groups"]) if "step" in group}
+    return tensors | {f"group.{number}": torch.tensor(step) for number, step in counted.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], learning_rate: float) -> None:
     """Take back what `optimizer_tensors` gave, and the learning rate it had."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
+        if number == "group":
+            groups[int(name)]["step"] = int(value)
+            continue
         like = parameters[int(number)]
         # Fused kernels walk through memory: a moment must lie there in the order of its parameter.
         moment = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
         state.setdefault(int(number), {})[name] = moment
-    groups = optimizer.state_dict()["param_groups"]
     for group in groups:
         group["lr"] = learning_rate
     optimizer.load_state_dict({"state": state, "param_groups": groups})
