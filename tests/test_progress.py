@@ -24,7 +24,7 @@ def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
     config = dataclasses.replace(config, sampling=sampling, stages=stages)
     run = Training(config, discs, world=World(), device=torch.device("cpu"))
     if dead:
-        torch.nn.init.constant_(run.counter.decoders[DENSITY].conv.bias, -1e4)
+        torch.nn.init.constant_(run.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
     run.run()
     said = io.StringIO()
     TrainingDisplay(run.stages, Console(file=said)).history(run.progress.history)

@@ -89,8 +89,8 @@ class TrainingDisplay:
                 print(self._line(row), flush=True)
         if any(_is_dead(row) for row in rows[self._told :]):
             self._console.print(
-                "warning: the density map is dead, every validation image counts 0 heads; a stage whose ReLUs died does "
-                "not recover: start anew with a lower learning rate or a longer optimizer.warmup",
+                "warning: the density map is dead, every validation image counts 0 heads; dead ReLUs do not "
+                "recover: start anew with a lower learning rate or a longer optimizer.warmup",
                 style="yellow",
                 soft_wrap=True,
             )
