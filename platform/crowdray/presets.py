@@ -20,9 +20,9 @@ def demo() -> Config:
         sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
         optimizer=OptimizerConfig(average=0.995, warmup=30),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=5, learning_rate=2e-3),
+            baseline=StageConfig(epochs=3, learning_rate=2e-3),
             decoders=StageConfig(epochs=1, learning_rate=2e-3),
-            joint=StageConfig(epochs=3, learning_rate=1e-3),
+            joint=StageConfig(epochs=5, learning_rate=1e-3),
         ),
     )
 
