@@ -18,6 +18,7 @@ def demo() -> Config:
     """Synthetic scenes of 320x240, minutes on two CPU cores; whole images as context, small crops for the count."""
     return Config(
         sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
+        loss=LossConfig(share=0.3),
         optimizer=OptimizerConfig(average=0.995, warmup=30),
         stages=StagesConfig(
             baseline=StageConfig(epochs=3, learning_rate=2e-3),
