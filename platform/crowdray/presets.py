@@ -29,26 +29,18 @@ def demo() -> Config:
 
 
 def mall_cfcn() -> Config:
-    """Mall at 320x240 as in the paper, whole frames as context; its last training frames validate, since
+    """Mall at 320x240 as in the paper, whole frames as context; runs of training frames validate, since
     neighbours are alike."""
     return Config(
         sampling=SamplingConfig(
-            validation="contiguous",
-            downsample=2,
-            crop=160,
-            context=80,
-            batch=4,
-            brightness=0.2,
-            contrast=0.2,
-            colour=0.1,
-            scale=0.15,
+            validation="blocks", downsample=2, crop=160, context=80, brightness=0.2, contrast=0.2, colour=0.1
         ),
-        loss=LossConfig(share=0.2),
-        optimizer=OptimizerConfig(average=0.997, warmup=200, plateau_patience=3, plateau_factor=0.3),
+        loss=LossConfig(share=0.3),
+        optimizer=OptimizerConfig(average=0.995, plateau_patience=2, plateau_factor=0.3),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=26, learning_rate=1e-3),
-            decoders=StageConfig(epochs=2, learning_rate=1e-3),
-            joint=StageConfig(epochs=16, learning_rate=3e-4),
+            baseline=StageConfig(epochs=6, learning_rate=1e-3),
+            decoders=StageConfig(epochs=1, learning_rate=1e-3),
+            joint=StageConfig(epochs=10, learning_rate=3e-4),
         ),
     )
 

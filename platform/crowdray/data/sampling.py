@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 # First words of the seeds of independent random streams.
 _VALIDATION, _ORDER, _WINDOW, _SCALE = 1, 2, 3, 4
 
+_RUN = 20
+"""Rows in a run of validation images."""
+
 
 @dataclass(frozen=True)
 class WindowRule:
@@ -73,17 +76,16 @@ class Window:
 
 
 def split_validation(
-    rows: NDArray[np.int64], fraction: float, rule: Literal["random", "contiguous"], seed: int
+    rows: NDArray[np.int64], fraction: float, rule: Literal["random", "blocks", "contiguous"], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and validation rows, each ascending: a share of the rows drawn at random, or their last
-    part."""
-    held = round(len(rows) * fraction)
-    order = (
-        np.arange(len(rows))
-        if rule == "contiguous"
-        else np.random.default_rng((_VALIDATION, seed)).permutation(len(rows))
-    )
-    kept = len(rows) - held
+    """Training and validation rows, each ascending: a share of the rows drawn at random one by one or in runs
+    of 20, or their last part."""
+    kept = len(rows) - round(len(rows) * fraction)
+    order = np.arange(len(rows))
+    if rule != "contiguous":
+        runs = np.split(order, order[:: _RUN if rule == "blocks" else 1][1:])
+        drawn = np.random.default_rng((_VALIDATION, seed)).permutation(len(runs))
+        order = np.concatenate([runs[k] for k in drawn])
     return np.sort(rows[order[:kept]]), np.sort(rows[order[kept:]])
 
 
