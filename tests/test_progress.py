@@ -12,7 +12,8 @@ from crowdray.config import StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
-from crowdray.training.loop import Training
+from crowdray.training.loop import Row, Training
+from crowdray.training.stages import stages_of
 from crowdray.training.world import World
 
 
@@ -29,3 +30,11 @@ def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
     said = io.StringIO()
     TrainingDisplay(run.stages, Console(file=said)).history(run.progress.history)
     assert ("the density map is dead" in said.getvalue()) == dead
+
+
+def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = stages_of(preset("debug"))
+    epoch: Row = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
+    TrainingDisplay(stages, Console(file=io.StringIO())).history([epoch])
+    assert sum(stage.schedule.epochs for stage in stages) == 5
+    assert "0:02:00 left" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -141,7 +142,7 @@ class TrainingDisplay:
                 times = seen.get(stage.name, [])
                 pace = sum(times) / len(times) if times else overall
                 left += max(0, stage.schedule.epochs - len(times)) * pace
-        return f"{left // 60:.0f}:{left % 60:02.0f} left"
+        return f"{timedelta(seconds=round(left))} left"
 
 
 def _is_dead(row: Row) -> bool:
