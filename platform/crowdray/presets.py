@@ -36,9 +36,9 @@ def mall_cfcn() -> Config:
             validation="blocks", downsample=2, crop=160, context=80, brightness=0.2, contrast=0.2, colour=0.1
         ),
         loss=LossConfig(share=0.3),
-        optimizer=OptimizerConfig(average=0.995, plateau_patience=2, plateau_factor=0.3),
+        optimizer=OptimizerConfig(average=0.98, plateau_patience=1, plateau_factor=0.3),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=6, learning_rate=1e-3),
+            baseline=StageConfig(epochs=8, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
             joint=StageConfig(epochs=10, learning_rate=3e-4),
         ),
