@@ -25,9 +25,9 @@ class ConfigError(UserError):
 class SamplingConfig:
     """Which pixels a training step sees."""
 
-    validation: Literal["random", "blocks", "contiguous"] = "random"
-    """How validation images are taken from the training split: drawn at random (the paper), as runs of 20 drawn
-    at random (video frames, where neighbours are near-duplicates), or as its last ones."""
+    validation: Literal["random", "run"] = "random"
+    """How validation images are taken from the training split: drawn at random (the paper), or one run of
+    neighbours at a place drawn at random (video, where frames seconds apart show the same people)."""
     validation_fraction: float = 1 / 6
     """Share of the training split that is kept for validation."""
     downsample: int = 1

@@ -29,18 +29,18 @@ def demo() -> Config:
 
 
 def mall_cfcn() -> Config:
-    """Mall at 320x240 as in the paper, whole frames as context; runs of training frames validate, since
-    neighbours are alike."""
+    """Mall at 320x240 as in the paper, whole frames as context; a run of training frames validates, since
+    neighbours show the same people."""
     return Config(
         sampling=SamplingConfig(
-            validation="blocks", downsample=2, crop=160, context=80, brightness=0.2, contrast=0.2, colour=0.1
+            validation="run", downsample=2, crop=160, context=80, brightness=0.2, contrast=0.2, colour=0.1
         ),
         loss=LossConfig(share=0.3),
         optimizer=OptimizerConfig(average=0.98, plateau_patience=1, plateau_factor=0.3),
         stages=StagesConfig(
             baseline=StageConfig(epochs=8, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
-            joint=StageConfig(epochs=10, learning_rate=3e-4),
+            joint=StageConfig(epochs=8, learning_rate=3e-4),
         ),
     )
 

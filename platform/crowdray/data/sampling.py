@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 # First words of the seeds of independent random streams.
 _VALIDATION, _ORDER, _WINDOW, _SCALE = 1, 2, 3, 4
 
-_RUN = 20
-"""Rows in a run of validation images."""
-
 
 @dataclass(frozen=True)
 class WindowRule:
@@ -76,17 +73,18 @@ class Window:
 
 
 def split_validation(
-    rows: NDArray[np.int64], fraction: float, rule: Literal["random", "blocks", "contiguous"], seed: int
+    rows: NDArray[np.int64], fraction: float, rule: Literal["random", "run"], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and validation rows, each ascending: a share of the rows drawn at random one by one or in runs
-    of 20, or their last part."""
-    kept = len(rows) - round(len(rows) * fraction)
-    order = np.arange(len(rows))
-    if rule != "contiguous":
-        runs = np.split(order, order[:: _RUN if rule == "blocks" else 1][1:])
-        drawn = np.random.default_rng((_VALIDATION, seed)).permutation(len(runs))
-        order = np.concatenate([runs[k] for k in drawn])
-    return np.sort(rows[order[:kept]]), np.sort(rows[order[kept:]])
+    """Training and validation rows, each ascending: a share of the rows drawn at random one by one, or as one
+    run."""
+    rng = np.random.default_rng((_VALIDATION, seed))
+    held = round(len(rows) * fraction)
+    kept = len(rows) - held
+    if rule == "random":
+        chosen = rng.permutation(len(rows))[kept:]
+    else:
+        chosen = rng.integers(kept + 1) + np.arange(held)
+    return np.sort(np.delete(rows, chosen)), np.sort(rows[chosen])
 
 
 def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: int = 1) -> list[NDArray[np.int64]]:
