@@ -80,10 +80,7 @@ def split_validation(
     rng = np.random.default_rng((_VALIDATION, seed))
     held = round(len(rows) * fraction)
     kept = len(rows) - held
-    if rule == "random":
-        chosen = rng.permutation(len(rows))[kept:]
-    else:
-        chosen = rng.integers(kept + 1) + np.arange(held)
+    chosen = rng.permutation(len(rows))[kept:] if rule == "random" else rng.integers(kept + 1) + np.arange(held)
     return np.sort(np.delete(rows, chosen)), np.sort(rows[chosen])
 
 
