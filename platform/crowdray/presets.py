@@ -30,17 +30,28 @@ def demo() -> Config:
 
 def mall_cfcn() -> Config:
     """Mall at 320x240 as in the paper, whole frames as context; a run of training frames validates, since
-    neighbours show the same people."""
+    neighbours show the same people.
+
+    Sizes and colours vary much: the few people who stay for hundreds of frames are not to be learnt by heart. The
+    tasks pay where the encoder still learns, so the joint stage is the long one.
+    """
     return Config(
         sampling=SamplingConfig(
-            validation="run", downsample=2, crop=160, context=80, brightness=0.2, contrast=0.2, colour=0.1
+            validation="run",
+            downsample=2,
+            crop=160,
+            context=80,
+            brightness=0.3,
+            contrast=0.4,
+            colour=0.3,
+            scale=0.4,
         ),
-        loss=LossConfig(share=0.3),
-        optimizer=OptimizerConfig(average=0.98, plateau_patience=1, plateau_factor=0.3),
+        loss=LossConfig(share=0.5),
+        optimizer=OptimizerConfig(weight_decay=0.5, average=0.98, plateau_patience=2, plateau_factor=0.3),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=8, learning_rate=1e-3),
+            baseline=StageConfig(epochs=3, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
-            joint=StageConfig(epochs=8, learning_rate=3e-4),
+            joint=StageConfig(epochs=20, learning_rate=1e-3),
         ),
     )
 
