@@ -41,17 +41,17 @@ def mall_cfcn() -> Config:
             downsample=2,
             crop=160,
             context=80,
-            brightness=0.3,
-            contrast=0.4,
-            colour=0.3,
-            scale=0.4,
+            brightness=0.25,
+            contrast=0.3,
+            colour=0.2,
+            scale=0.25,
         ),
         loss=LossConfig(share=0.5),
         optimizer=OptimizerConfig(weight_decay=0.5, average=0.98, plateau_patience=2, plateau_factor=0.3),
         stages=StagesConfig(
             baseline=StageConfig(epochs=3, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
-            joint=StageConfig(epochs=20, learning_rate=1e-3),
+            joint=StageConfig(epochs=16, learning_rate=1e-3),
         ),
     )
 
