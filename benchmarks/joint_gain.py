@@ -3,7 +3,8 @@ stage.
 
 The rival goes on with the density loss alone, for the joint stage's epochs and the decoders stage's on top.
 Prints MAE and RMSE on the test split for each seed, the mean-count predictor, and a paired comparison over
-the test images.
+the test images. With --runs JOINT RIVAL it compares two finished runs of jobs/train.py instead, each the folder of
+its run.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from scipy.stats import wilcoxon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.config import Config, LossConfig
+from crowdray.config import Config, LossConfig, from_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import load_checkpoint
@@ -52,8 +53,8 @@ def finish(config: Config, dataset: Dataset, checkpoint: Path | None, report: Ca
     return conclude(training)
 
 
-def compare(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """Both trainings of one seed, from a shared baseline stage."""
+def train_both(config: Config, dataset: Dataset) -> tuple[TrainingResult, TrainingResult]:
+    """The joint training and its rival, of one seed, from a shared baseline stage."""
     with tempfile.TemporaryDirectory() as folder:
 
         def keep(row: Row, save: Callable[[Path], None]) -> None:
@@ -65,7 +66,11 @@ def compare(config: Config, dataset: Dataset) -> dict[str, Any]:
                 save(Path(folder))
 
         joint = finish(config, dataset, None, keep)
-        rival = finish(rival_of(config), dataset, Path(folder), keep)
+        return joint, finish(rival_of(config), dataset, Path(folder), keep)
+
+
+def compare(config: Config, joint: TrainingResult, rival: TrainingResult) -> dict[str, Any]:
+    """Errors of both, and their paired difference over the test images."""
     ours, theirs = (
         np.array([abs(c.predicted - c.truth) for c in result.stages["joint"].test_counts]) for result in (joint, rival)
     )
@@ -89,33 +94,54 @@ def compare(config: Config, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def show(found: dict[str, Any]) -> None:
+    """Print what `compare` found."""
+    print("test MAE/RMSE (RMSE is what tables of the field print as MSE)")
+    print(f"  mean-count predictor      {found['mean']:7.3f}")
+    for name in ("baseline", "rival", "joint"):
+        test = found[name]
+        label = {"baseline": "stage 1 alone", "rival": "stage 1, same updates", "joint": "joint"}[name]
+        print(f"  {label:25} {test.mae:7.3f} / {test.rmse:.3f}, bias {test.bias:+.3f}")
+    ratio = found["mean"] / found["joint"].mae
+    low, high = found["interval"]
+    print(f"  mean predictor / joint {ratio:.2f} (goal: at least 3)")
+    print(
+        f"  paired gain of the joint model {found['gain']:+.3f} heads, 95% [{low:+.3f}, {high:+.3f}] "
+        f"(bootstrap, {found['block']} images at a time), Wilcoxon p = {found['p']:.2g}"
+    )
+
+
+def finished(run: str) -> tuple[Config, TrainingResult]:
+    """Configuration and result of a finished run, from its folder."""
+    folder = Path(run)
+    place = folder / "trained" / "result.json"
+    return (
+        from_json((folder / "config.json").read_text(), str(folder / "config.json")),
+        TrainingResult.from_json(place.read_text(), str(place)),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--runs", nargs=2, metavar=("JOINT", "RIVAL"))
     arguments = parser.parse_args()
+    if arguments.runs:
+        (config, joint), (_, rival) = map(finished, arguments.runs)
+        show(compare(config, joint, rival))
+        return
     torch.set_num_threads(arguments.threads)
     dataset = Dataset.open(arguments.data)
     wins = 0
     for seed in json.loads(f"[{arguments.seeds}]"):
         started = time.perf_counter()
         config = dataclasses.replace(preset(arguments.preset), seed=seed)
-        found = compare(config, dataset)
-        print(f"seed {seed}: test MAE/RMSE (RMSE is what tables of the field print as MSE)")
-        print(f"  mean-count predictor      {found['mean']:7.3f}")
-        for name in ("baseline", "rival", "joint"):
-            test = found[name]
-            label = {"baseline": "stage 1 alone", "rival": "stage 1, same updates", "joint": "joint"}[name]
-            print(f"  {label:25} {test.mae:7.3f} / {test.rmse:.3f}, bias {test.bias:+.3f}")
-        ratio = found["mean"] / found["joint"].mae
-        low, high = found["interval"]
-        print(f"  mean predictor / joint {ratio:.2f} (goal: at least 3)")
-        print(
-            f"  paired gain of the joint model {found['gain']:+.3f} heads, 95% [{low:+.3f}, {high:+.3f}] "
-            f"(bootstrap, {found['block']} images at a time), Wilcoxon p = {found['p']:.2g}"
-        )
+        found = compare(config, *train_both(config, dataset))
+        print(f"seed {seed}", end=", ")
+        show(found)
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
         wins += found["gain"] > 0
     print(f"the joint stage wins in {wins} of {len(json.loads(f'[{arguments.seeds}]'))} seeds")
