@@ -104,6 +104,31 @@ def test_resumed_after_any_epoch_equals_unbroken(discs: Dataset, tmp_path: Path)
     assert TrainingResult.from_json(expected.to_json(), "x") == expected
 
 
+def test_a_shorter_training_ends_where_a_longer_one_passes(discs: Dataset, tmp_path: Path) -> None:
+    """The last checkpoint of a stage goes on into the next stage, or into a longer version of its own."""
+
+    def keep(row: Row, save: Callable[[Path], None]) -> None:
+        folder = tmp_path / f"{row['epoch']}"
+        folder.mkdir()
+        save(folder)
+
+    training(discs).run(keep)
+    stages = small().stages
+    longer = StagesConfig(
+        dataclasses.replace(stages.baseline, epochs=stages.baseline.epochs + 1),
+        dataclasses.replace(stages.decoders, epochs=stages.decoders.epochs + 1),
+        dataclasses.replace(stages.joint, epochs=1),
+    )
+    config = small(stages=longer)
+    unbroken = training(discs, config)
+    unbroken.run()
+    continued = training(discs, config, restored=tmp_path / str(stages.baseline.epochs))
+    continued.run()
+    assert numbers(continued.progress.history) == numbers(unbroken.progress.history)
+    for name, value in unbroken.counter.state_dict().items():
+        assert torch.equal(continued.counter.state_dict()[name], value)
+
+
 def test_a_window_sees_what_the_whole_image_sees(discs: Dataset) -> None:
     """The cure of the border surplus: wherever a window's loss has weight, its density is the whole
     image's."""

@@ -110,25 +110,29 @@ class Training:
         """Units of the regressed quantities."""
         return Scales(self.progress.density_scale, self.progress.count_scale)
 
+    @property
+    def stage_is_over(self) -> bool:
+        """Whether the stage under way has had its last epoch."""
+        schedule, progress = self.stages[self.progress.stage].schedule, self.progress
+        stopped = schedule.patience > 0 and progress.stale >= schedule.patience
+        return progress.stage_epochs >= schedule.epochs or stopped
+
     def run(self, report: Report = ignore) -> None:
         """Train what is left. Afterwards `best` holds the best shipped weights of each stage that trains the
         encoder."""
         while self.progress.stage < len(self.stages):
             stage = self.stages[self.progress.stage]
-            if not self._is_over(stage):  # a checkpoint from the seam between two stages has nothing left of its stage
+            if not self.stage_is_over:  # a checkpoint from a stage's end has nothing left of its stage
                 self._run_stage(stage, report)
+            if stage.trains_encoder:  # the next stage begins where this one was best
+                self._load(self.best[stage.name])
             self._advance()
 
     def _run_stage(self, stage: Stage, report: Report) -> None:
-        running: _RunningStage | None = _RunningStage(self, stage, self._restored)
+        running = _RunningStage(self, stage, self._restored)
         self._restored = None
-        while running:
+        while not self.stage_is_over:
             row = running.epoch()
-            if self._is_over(stage):
-                # The next stage begins where this one was best, so the checkpoint at the seam already holds
-                # that.
-                running.finish()
-                running = None
             report(row, partial(self._save, running=running))
 
     def shipped(self, stage: str) -> Counter:
@@ -161,26 +165,17 @@ class Training:
         scales = measured_scales(self.config, dataset, self.train_rows)
         return Progress(scales.density, scales.count, dataset.digest, self.world.size)
 
-    def _is_over(self, stage: Stage) -> bool:
-        schedule, progress = stage.schedule, self.progress
-        stopped = schedule.patience > 0 and progress.stale >= schedule.patience
-        return progress.stage_epochs >= schedule.epochs or stopped
-
     def _advance(self) -> None:
         progress = self.progress
         progress.stage += 1
         progress.stage_epochs = progress.stale = progress.average_updates = 0
         progress.plateau = {}
 
-    def _save(self, folder: Path, running: "_RunningStage | None") -> None:
+    def _save(self, folder: Path, running: "_RunningStage") -> None:
         touched = {module for stage in self.stages[: self.progress.stage + 1] for module in stage.modules}
         weights = {name: value for name, value in self.counter.state_dict().items() if module_of(name) in touched}
-        checkpoint = Checkpoint(self.config, self.progress, weights, best=self.best)
-        if running:
-            checkpoint.average, checkpoint.optimizer = (
-                running.average.values,
-                optimizer_tensors(running.optimizer),
-            )
+        optimizer = optimizer_tensors(running.optimizer)
+        checkpoint = Checkpoint(self.config, self.progress, weights, running.average.values, optimizer, self.best)
         save_checkpoint(checkpoint, folder)
 
     def _load(self, weights: dict[str, Tensor]) -> None:
@@ -242,11 +237,6 @@ class _RunningStage:
         row["seconds"] = time.perf_counter() - started
         progress.history.append(row)
         return row
-
-    def finish(self) -> None:
-        """Put the stage's best weights into the counter, where it has some."""
-        if self.stage.trains_encoder:
-            self.training._load(self.training.best[self.stage.name])
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of the convolutions."""
