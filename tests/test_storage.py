@@ -1,11 +1,15 @@
 """Storage: whole or not there at all, the same on a local folder and on a remote file system."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -133,6 +137,85 @@ def test_a_failed_local_publish_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="no space left"):
         storage.publish_directory(tmp_path / "made", str(tmp_path / "out" / "run"), "a_complete.json")
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_published_folder_is_taken_back_and_then_is_gone(place: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "made")
+    uri = storage.join(place, "folder")
+    storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
+    storage.write_bytes(storage.join(place, "folder-2"), b"a neighbour")
+    for _ in range(2):
+        storage.retract_directory(uri, "a_complete.json")
+        assert [file.name for file in storage.find_files(place)] == ["folder-2"]
+    storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
+
+
+def test_taken_back_remotely_the_last_file_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "made")
+    place = f"memory://{uuid.uuid4().hex}"
+    storage.publish_directory(tmp_path / "made", place, "a_complete.json")
+    fs = fsspec.filesystem("memory")
+    gone: list[str] = []
+    monkeypatch.setattr(type(fs), "rm_file", lambda self, path: gone.append(path.rsplit("/", 1)[1]))
+    storage.retract_directory(place, "a_complete.json")
+    assert gone[0] == "a_complete.json" and len(gone) == 3
+
+
+def test_all_files_below_a_folder_are_found_with_size_and_time(place: str) -> None:
+    assert storage.find_files(place) == []
+    before = time.time()
+    for name in ("b", "a/deep/c", "a/d"):
+        storage.write_bytes(storage.join(place, name), name.encode())
+    found = storage.find_files(place)
+    assert {file.name: file.bytes for file in found} == {"b": 1, "a/deep/c": 8, "a/d": 3}
+    assert all(before - 1 < file.modified < time.time() + 1 for file in found)
+    assert {file.name for file in storage.find_files(storage.join(place, "a"))} == {"deep/c", "d"}
+
+
+@pytest.mark.parametrize("name", ["mtime", "LastModified", "last_modified", "updated"])
+@pytest.mark.parametrize("value", [12.5, datetime.fromtimestamp(12.5, UTC), "1970-01-01T00:00:12.500Z"])
+def test_each_file_systems_time_is_understood(name: str, value: object) -> None:
+    assert storage._modified({name: value}) == 12.5
+
+
+def test_a_file_is_created_once(place: str) -> None:
+    uri = storage.join(place, "deep", "file")
+    assert storage.read_if_there(uri) is None
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"second")
+    assert storage.read_if_there(uri) == b"first"
+
+
+def test_a_refusal_in_any_words_means_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object stores refuse a taken name with errors of their own, and refuse what they took when it comes twice."""
+    fs = type(fsspec.filesystem("memory"))
+    uri = f"memory://{uuid.uuid4().hex}/file"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EINVAL, "At least one of the pre-conditions you specified did not hold")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "pipe_file", refuse)
+        with pytest.raises(UserError, match=r"create.*pre-conditions"):
+            storage.create_bytes(uri, b"ours")
+    storage.write_bytes(uri, b"ours")
+    monkeypatch.setattr(fs, "pipe_file", refuse)
+    assert storage.create_bytes(uri, b"ours")
+    assert not storage.create_bytes(uri, b"another's")
+
+
+def test_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+
+    @contextlib.contextmanager
+    def full(self: Path, mode: str) -> Iterator[Any]:
+        with open(self, mode) as file:
+            yield SimpleNamespace(write=file.write, flush=no_space)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="no space left"):
+        storage.create_bytes(str(target), b"content")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_remote_file_is_fetched_once_and_verified(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

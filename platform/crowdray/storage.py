@@ -7,9 +7,11 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from filelock import FileLock
@@ -74,6 +76,16 @@ def read_bytes(uri: str) -> bytes:
         return content
 
 
+def read_if_there(uri: str) -> bytes | None:
+    """The whole content of a file, None when there is no such file."""
+    try:
+        return read_bytes(uri)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 @contextlib.contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
     """A file opened for reading, where a part of it is enough; a missing one is a UserError that names it."""
@@ -96,6 +108,48 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     endings = tuple(suffix.lower() for suffix in suffixes)
     names = [Path(entry["name"]).name for entry in entries if entry["type"] == "file"]
     return [join(resolved, name) for name in sorted(names) if not endings or name.lower().endswith(endings)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file somewhere below a folder."""
+
+    name: str
+    """Its path from the folder on, with slashes."""
+    bytes: int
+    """Its size."""
+    modified: float
+    """Seconds since 1970."""
+
+
+def find_files(uri: str) -> list[Found]:
+    """All files below a folder, in one listing; none when the folder is not there."""
+    with _explained("list", uri):
+        fs, path = _filesystem(uri)
+        fs.invalidate_cache()
+        entries = fs.find(path, detail=True)
+    found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
+    return [file for file in found if file.name]
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write a file that is not there yet: of many who try, each with other data, one gets True.
+
+    A reader may meet a local file before its content.
+    """
+    with _explained("create", uri):
+        fs, path = _filesystem(uri)
+        try:
+            if is_local(uri):
+                _create_locally(Path(path), data)
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except OSError:
+            # Object stores say "taken" in several ways, and a put that was sent twice is refused though it is ours.
+            if (there := read_if_there(uri)) is None:
+                raise
+            return there == data
+    return True
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -179,6 +233,22 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
             _publish_remotely(local, uri, sorted(names, key=lambda name: name == last))
 
 
+def retract_directory(uri: str, last: str) -> None:
+    """Take back what publish_directory published: at once locally, elsewhere `last` first; if gone, no error."""
+    with _explained("remove", uri):
+        fs, path = _filesystem(uri)
+        if is_local(uri):
+            partial = _partial_sibling(Path(path))
+            with contextlib.suppress(FileNotFoundError):
+                Path(path).replace(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        fs.invalidate_cache()
+        for name in sorted(fs.find(path), key=lambda name: name != join(path, last)):
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(name)
+
+
 def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
     """A local path to map: the file itself when it is local, else a copy in this node's cache, fetched once.
 
@@ -253,6 +323,26 @@ def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def _partial_sibling(target: Path) -> Path:
     return target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}-{target.name}")
+
+
+def _create_locally(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("xb") as file:  # LocalFileSystem.pipe_file looks first and then writes
+        try:
+            file.write(data)
+            file.flush()  # a full disk shows here
+        except OSError:
+            target.unlink()
+            raise
+
+
+def _modified(entry: Mapping[str, Any]) -> float:
+    """When a listed file was written: each file system has its own name and type for it."""
+    times = (entry.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
+    time = next(value for value in times if value is not None)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
 def _download(uri: str, path: Path) -> None:

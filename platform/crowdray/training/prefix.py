@@ -1,0 +1,116 @@
+"""Which trainings begin alike: a key for each stage, made of all that its states depend on and of nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import crowdray
+from crowdray.config import Config
+from crowdray.models.counter import AUXILIARY, DEPTH, SEGMENTATION
+from crowdray.training.numerics import resolve_precision
+from crowdray.training.stages import Stage, stages_of
+
+FORMAT = 1
+"""Enters every key: a higher number forgets all stored states."""
+
+DECIDING = ("data", "models", "training", "evaluation")
+"""Folders of this package whose code decides what a training computes."""
+
+LIBRARIES = ("torch", "pytorch-optimizer", "numpy", "pillow", "simplejpeg")
+"""Distributions whose code does so too."""
+
+Facts = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One stage after a fixed beginning. Trainings whose chains have equal keys pass through the same states,
+    epoch by epoch."""
+
+    key: str
+    """32 hexadecimal digits."""
+    stage: str
+    """baseline, decoders or joint."""
+    epochs: int
+    """Epochs that this training spends here at most."""
+
+
+def chains_of(
+    config: Config, data_digest: str, world_size: int, numerics: Mapping[str, str | int]
+) -> tuple[Chain, ...]:
+    """The chains of a training, one for each of its stages; `numerics` is what `numerics_of` gives.
+
+    A stage's own length is not in its key: a training of 20 epochs is the beginning of one of 40.
+    """
+    key = _hash(
+        {
+            "format": FORMAT,
+            "code": code_digest(),
+            "data": data_digest,
+            "world_size": world_size,
+            "numerics": dict(numerics),
+            "seed": config.seed,
+        }
+    )
+    chains = []
+    for stage in stages_of(config):
+        pace = {"learning_rate": stage.schedule.learning_rate, "patience": stage.schedule.patience}
+        key = _hash({"after": key, "stage": stage.name, **pace, **_facts(config, stage)})
+        chains.append(Chain(key, stage.name, stage.schedule.epochs))
+        key = _hash({"end of": key, "epochs": stage.schedule.epochs})
+    return tuple(chains)
+
+
+def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str, str | int]:
+    """What decides how a sum is rounded: libraries, processor, precision and, on a CPU, the threads that share
+    it."""
+    on_gpu = device.type == "cuda"
+    able = [f"{name}={value}" for name, value in torch.cpu.get_capabilities().items() if not name.startswith("num_")]
+    return {
+        "precision": resolve_precision(config.numerics.precision, device),
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if on_gpu else " ".join(sorted(able)),
+        "threads": 0 if on_gpu else threads,
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+@cache
+def code_digest() -> str:
+    """The digest of this package's code, read once: states of other code are never used."""
+    return digest_of(Path(crowdray.__file__).parent)
+
+
+def digest_of(package: Path) -> str:
+    """A hash of the names and contents of all modules that decide what a training computes."""
+    files = sorted(file for folder in DECIDING for file in (package / folder).rglob("*.py"))
+    return _hash({file.relative_to(package).as_posix(): file.read_text() for file in files})
+
+
+def _facts(config: Config, stage: Stage) -> Facts:
+    """What a stage's states depend on beside its beginning and its pace."""
+    if stage.name == "baseline":
+        # All targets and windows that later stages see are made by these too; the cache changes only the pace.
+        sampling = {name: value for name, value in asdict(config.sampling).items() if name != "cache_gib"}
+        return {
+            "sampling": sampling,
+            "sigma": config.target.sigma,
+            "model": asdict(config.model),
+            "optimizer": asdict(config.optimizer),
+        }
+    if stage.name == "decoders":
+        # Depth is distilled where the segmentation's target is 1. The joint stage has it from here.
+        masked = SEGMENTATION in stage.tasks or DEPTH in stage.tasks
+        return {"tasks": stage.tasks, "threshold": config.target.threshold if masked else None}
+    weights = {task: getattr(config.loss, task) for task in stage.tasks if task in AUXILIARY}
+    return {"weights": weights, "share": config.loss.share if weights else None}
+
+
+def _hash(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,93 @@
+"""How a training shares its beginning: it starts from the longest stored one, and leaves its states for others."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from crowdray import storage
+from crowdray.config import Config
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.training.checkpoint import Checkpoint
+from crowdray.training.leases import Keeper
+from crowdray.training.loop import Training
+from crowdray.training.prefix import Chain, chains_of, numerics_of
+from crowdray.training.store import StageStore
+from crowdray.training.world import World
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where trainings leave their states for each other, as plain data."""
+
+    uri: str
+    """Absolute URI of the stage store."""
+    limit_bytes: int
+    """How large it may grow."""
+    quanta: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Epochs of each stage, by its name, after which a state is kept besides the stage's end."""
+
+    def open(self) -> StageStore:
+        """The store itself."""
+        return StageStore(self.uri, self.limit_bytes)
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where the stage store lies: options of a job."""
+
+    store: str | None = None
+    """Folder or URI of the stage store, where trainings find the beginnings that others trained; without it `stages`
+    in --storage."""
+    store_gib: float = 20.0
+    """Size in GiB that the stage store may have; what was not used for longest goes first."""
+
+    def shelf(self, folder: str) -> Shelf:
+        """The shelf of the trainings whose runs lie in `folder`."""
+        if not self.store_gib >= 0:
+            raise UserError(f"--store-gib is {self.store_gib}; give at least 0")
+        return Shelf(storage.resolve(self.store or storage.join(folder, "stages")), int(self.store_gib * 2**30))
+
+
+class Sharing:
+    """The stored beginnings of one training."""
+
+    def __init__(
+        self, shelf: Shelf, config: Config, dataset: Dataset, *, world: World, device: torch.device, threads: int
+    ) -> None:
+        self.chains: tuple[Chain, ...] = chains_of(
+            config, dataset.digest, world.size, numerics_of(config, device, threads)
+        )
+        self._shelf, self._world = shelf, world
+        self._store = shelf.open()
+
+    def restore(self) -> Checkpoint | None:
+        """The longest stored beginning, the same on all ranks; None when the training has to start anew."""
+        while (found := self._world.gather([self._store.find(self.chains)])[0]) is not None:
+            checkpoint = self._store.load(found)
+            if all(self._world.gather([checkpoint is not None])):
+                return checkpoint
+            # It was evicted meanwhile, or damaged and therefore removed: the next longest, then.
+        return None
+
+    @contextmanager
+    def announced(self, owner: str) -> Iterator[None]:
+        """Tell searches that use the store what is trained here, so that their trials wait for it; on rank 0.
+
+        Nobody is kept from training: what another trains already is trained here too, to the same states.
+        """
+        with Keeper() as keeper:
+            for chain in self.chains if self._world.rank == 0 else ():
+                if (lease := self._store.claim(chain, owner)) is not None:
+                    keeper.add(lease)
+            yield
+
+    def keep(self, training: Training, save: Callable[[Path], None]) -> None:
+        """After an epoch, on rank 0: publish the state if the stage ends here or another training may want it."""
+        progress = training.progress
+        chain, epoch = self.chains[progress.stage], progress.stage_epochs
+        if training.stage_is_over or epoch in self._shelf.quanta.get(chain.stage, ()):
+            self._store.publish(chain, epoch, save)

@@ -1,0 +1,82 @@
+"""A training that starts from what others left is the training that started from nothing, bit for bit."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from crowdray.config import Config, LossConfig, SamplingConfig, StageConfig, StagesConfig
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.presets import preset
+from crowdray.training.loop import Training
+from crowdray.training.sharing import Sharing, Shelf, StoreOptions
+from crowdray.training.world import World
+
+CPU = torch.device("cpu")
+CLOCKED = ("images_per_s", "wait_share", "seconds")
+
+
+def config_of(baseline: int, decoders: int, joint: int, **loss: float) -> Config:
+    config = preset("debug")
+    stages = StagesConfig(StageConfig(baseline, 3e-4), StageConfig(decoders, 1e-3), StageConfig(joint, 3e-4))
+    sampling = SamplingConfig(crop=32, context=16, batch=4, validation_fraction=0.25)
+    return dataclasses.replace(config, sampling=sampling, stages=stages, loss=LossConfig(**loss))
+
+
+def train(discs: Dataset, config: Config, shelf: Shelf | None) -> tuple[Training, int]:
+    """Train, through the shelf if there is one; also says how many epochs were found there."""
+    if shelf is None:
+        alone = Training(config, discs, world=World(), device=CPU)
+        alone.run()
+        return alone, 0
+    sharing = Sharing(shelf, config, discs, world=World(), device=CPU, threads=torch.get_num_threads())
+    training = Training(config, discs, world=World(), device=CPU, restored=sharing.restore())
+    found = len(training.progress.history)
+    training.run(lambda row, save: sharing.keep(training, save))
+    return training, found
+
+
+def test_a_training_through_the_store_equals_one_without_it(discs: Dataset, tmp_path: Path) -> None:
+    shelf = Shelf(str(tmp_path / "stages"), 2**30, quanta={"baseline": (1,)})
+    steps = [
+        (config_of(2, 1, 1), 0),
+        (config_of(2, 1, 1, depth=1.2), 3),  # the decoders' stage does not depend on the weights
+        (config_of(3, 1, 1), 2),  # a longer baseline
+        (config_of(1, 2, 1), 1),  # a shorter one, a snapshot on the way
+        (config_of(2, 2, 1, segmentation=0), 2),  # other decoders
+        (config_of(2, 1, 2, depth=1.2), 4),  # a longer joint stage
+        (config_of(2, 1, 1), 4),  # the first one again: nothing is left to train
+    ]
+    for config, expected in steps:
+        shared, found = train(discs, config, shelf)
+        assert found == expected
+        alone, _ = train(discs, config, None)
+        rows = [
+            [{k: v for k, v in row.items() if k not in CLOCKED} for row in t.progress.history] for t in (shared, alone)
+        ]
+        assert rows[0] == rows[1]
+        assert shared.progress.best == alone.progress.best
+        for stage, weights in alone.best.items():
+            assert all(torch.equal(shared.best[stage][name], value) for name, value in weights.items())
+
+
+def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) -> None:
+    shelf = Shelf(str(tmp_path / "stages"), 2**30)
+    config = config_of(1, 1, 1)
+    train(discs, config, shelf)
+    for place in (tmp_path / "stages" / "states").rglob("weights.safetensors"):
+        content = bytearray(place.read_bytes())
+        content[-1] ^= 1
+        place.write_bytes(content)
+    again, found = train(discs, config, shelf)
+    assert found == 0 and len(again.progress.history) == 3
+    assert train(discs, config, shelf)[1] == 3
+
+
+def test_the_store_lies_beside_the_runs_unless_it_is_named(tmp_path: Path) -> None:
+    assert StoreOptions().shelf(str(tmp_path)) == Shelf(str(tmp_path / "stages"), 20 * 2**30)
+    assert StoreOptions("memory://stages", 0.5).shelf(str(tmp_path)) == Shelf("memory://stages", 2**29)
+    with pytest.raises(UserError, match=r"--store-gib is -1; give at least 0"):
+        StoreOptions(store_gib=-1).shelf(str(tmp_path))
