@@ -1,6 +1,5 @@
 """Score a packaged counter: python jobs/evaluate.py --model URI --data URI --split test [--json FILE]."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse, run_job, write_json
+from crowdray.cli import console, parse, run_job, tracking_uri, write_json
 from crowdray.cluster.predict import choose_device
 from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
@@ -37,8 +36,7 @@ def main(arguments: list[str]) -> None:
     job = parse(EvaluateJob, arguments, "jobs/evaluate.py")
     dataset = Dataset.open(job.data)
     rows = dataset.rows(job.split).tolist()
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
-    counter = load_counter(job.model, choose_device(job.device), tracking_uri)
+    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT))
     screen = console()
     images = []
     with counting("images", len(rows), screen) as advance:

@@ -1,6 +1,5 @@
 """Count the people in photos: python jobs/predict.py --model URI --input PATH|URI --output URI."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse, run_job
+from crowdray.cli import console, parse, run_job, tracking_uri
 from crowdray.cluster.predict import choose_device, find_images, predict_images, show_prediction
 from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
@@ -35,8 +34,7 @@ class PredictJob:
 def main(arguments: list[str]) -> None:
     job = parse(PredictJob, arguments, "jobs/predict.py")
     images = find_images(job.input, job.output)
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
-    counter = load_counter(job.model, choose_device(job.device), tracking_uri)
+    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT))
     screen = console()
     with counting("images", len(images), screen) as advance:
         prediction = predict_images(counter, images, job.output, advance)

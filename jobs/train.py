@@ -2,7 +2,6 @@
 URI."""
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,14 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse_with_config, run_job, write_json
+from crowdray.cli import console, parse_with_config, run_job, tracking_uri, write_json
 from crowdray.cluster.progress import TrainingDisplay
 from crowdray.cluster.runs import plan
 from crowdray.cluster.runtime import Device
 from crowdray.cluster.summary import show_outcome
 from crowdray.cluster.train import train
 from crowdray.config import Config
+from crowdray.training.sharing import StoreOptions
 from crowdray.training.stages import stages_of
 
 
@@ -44,17 +44,19 @@ class TrainJob:
     """Where workers train: auto takes GPUs where there are enough."""
     json: str | None = None
     """File for the result as JSON."""
+    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    """Where trainings leave their states for each other."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What the training computes."""
 
 
 def main(arguments: list[str]) -> None:
     job = parse_with_config(TrainJob, arguments, "jobs/train.py")
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
     run = plan(job.config, job.data, job.workers, job.storage, job.name, job.preset)
     screen = console()
     with TrainingDisplay(stages_of(run.config), screen) as display:
-        outcome = train(run, display, tracking_uri=tracking_uri, device=job.device)
+        shelf = job.store.shelf(run.storage)
+        outcome = train(run, display, tracking_uri=tracking_uri(ROOT), shelf=shelf, device=job.device)
     show_outcome(outcome, screen)
     write_json(job.json, dataclasses.asdict(outcome))
 

@@ -140,12 +140,12 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
 
 
 def test_a_name_is_a_function_of_all_that_is_computed() -> None:
-    config = Config()
-    name = default_name("demo", config, "d", 2)
-    assert name == default_name("demo", config, "d", 2) and name.startswith("demo-")
-    others = [default_name("demo", replace(config, seed=1), "d", 2), default_name("demo", config, "e", 2)]
-    assert len({name, *others, default_name("demo", config, "d", 1)}) == 4
-    assert default_name("runs/a/config.json", config, "d", 2).startswith("config-")
+    one, other = to_json(Config()), to_json(Config(seed=1))
+    name = default_name("demo", one, "d", 2)
+    assert name == default_name("demo", one, "d", 2) and name.startswith("demo-")
+    others = [default_name("demo", other, "d", 2), default_name("demo", one, "e", 2), default_name("demo", one, "d", 1)]
+    assert len({name, *others}) == 4
+    assert default_name("runs/a/config.json", one, "d", 2).startswith("config-")
 
 
 @pytest.mark.parametrize("cut", ["", '{"checkpoint_results": [{"chec'])

@@ -6,8 +6,10 @@ import difflib
 import functools
 import json
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import tyro
@@ -78,6 +80,11 @@ def load_preset(choice: str) -> Config:
     if choice.endswith(".json"):
         return from_json(storage.read_bytes(choice), choice)
     return preset(choice)
+
+
+def tracking_uri(root: Path) -> str:
+    """Where MLflow keeps its record: MLFLOW_TRACKING_URI, else a file at the repository's root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
 
 
 def write_json(place: str | None, content: Mapping[str, Any]) -> None:

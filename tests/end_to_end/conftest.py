@@ -30,10 +30,18 @@ class Workplace:
         return self.folder / "mlflow.db"
 
     def train(self, name: str, *overrides: str, workers: int = 2) -> Job:
-        """Start a training under a name of its own; without overrides it is the one that all tests here compare."""
+        """Start a training under a name of its own, with a stage store of its own; without overrides it is the one that
+        all tests here compare."""
         arguments = ["--preset", "debug", "--data", str(self.data), "--workers", str(workers), "--name", name]
-        arguments += ["--json", f"{name}.json", *(overrides or LENGTH)]
+        arguments += ["--store", f"stages-{name}", "--json", f"{name}.json", *(overrides or LENGTH)]
         self.started.append(Job("train.py", arguments, self.environment, self.folder))
+        return self.started[-1]
+
+    def tune(self, name: str, trials: int) -> Job:
+        """Start a study of its own, one trial at a time, with a stage store of its own."""
+        arguments = ["--preset", "debug", "--data", str(self.data), "--trials", str(trials), "--name", name]
+        arguments += ["--concurrent", "1", "--prune", "False", "--store", f"stages-{name}", "--json", f"{name}.json"]
+        self.started.append(Job("tune.py", arguments, self.environment, self.folder))
         return self.started[-1]
 
     def outcome(self, name: str) -> dict[str, Any]:

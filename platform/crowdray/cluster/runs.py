@@ -74,20 +74,12 @@ class Run:
         one.
         """
         place = storage.join(self.uri, IDENTITY)
-        identity = {"config": asdict(self.config), "data": {"uri": self.data, "digest": self.digest}}
-        if storage.exists(place):
-            there = _parse(place)
-            differences = list(_differences(there.get("config", {}), identity["config"]))
-            if (digest := there.get("data", {}).get("digest")) != self.digest:
-                differences.append(f"the data's digest is {str(digest)[:12]} there, {self.digest[:12]} here")
-            if differences:
-                raise UserError(
-                    f"the run {self.uri} was started with something else; train under another --name, or give what it "
-                    "was started with:\n" + "\n".join(f"  {difference}" for difference in differences)
-                )
-            return
-        storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
-        storage.write_bytes(place, (json.dumps(identity | {"workers": self.workers}, indent=1) + "\n").encode())
+        identity = {"config": asdict(self.config), "data": {"digest": self.digest}}
+        if not storage.exists(place):
+            storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
+        claim_file(
+            place, identity, identity | {"data": {"uri": self.data, "digest": self.digest}, "workers": self.workers}
+        )
 
     def mend(self) -> str | None:
         """Remove Ray's list of checkpoints if a kill cut it off, and give the newest whole one that is there.
@@ -113,19 +105,38 @@ def plan(config: Config, data: str, workers: int, folder: str, name: str | None,
 
     Raises UserError for data that is none, and for a name that is no name of a folder.
     """
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--name is {name!r}; use letters, digits, - _ and .")
+    check_name(name)
     dataset = Dataset.open(data)
-    chosen = name or default_name(preset, config, dataset.digest, workers)
+    chosen = name or default_name(preset, to_json(config), dataset.digest, workers)
     return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen)
 
 
-def default_name(preset: str, config: Config, digest: str, workers: int) -> str:
-    """The name of a run that was given none: the same command gets the same one, and so goes on where it
-    stopped."""
-    key = json.dumps([to_json(config), digest, workers]).encode()
+def check_name(name: str | None) -> None:
+    """Raise UserError for a name that is no name of a folder."""
+    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--name is {name!r}; use letters, digits, - _ and .")
+
+
+def default_name(preset: str, *computed: str | int) -> str:
+    """The name of what was given none, from all that is computed: the same command gets the same one, and so goes
+    on where it stopped."""
+    key = json.dumps(computed).encode()
     stem = preset.rsplit("/", 1)[-1].removesuffix(".json")
     return f"{stem}-{hashlib.sha256(key).hexdigest()[:8]}"
+
+
+def claim_file(place: str, identity: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Write down in a file what its folder belongs to, or check that what lies there agrees with `identity`.
+
+    Raises UserError with all that differs.
+    """
+    if not storage.exists(place):
+        storage.write_bytes(place, (json.dumps(content, indent=1) + "\n").encode())
+    elif differences := list(_differences(_parse(place), identity)):
+        raise UserError(
+            f"{place.rpartition('/')[0]} was started with something else; give another --name, or what it was started "
+            "with:\n" + "\n".join(f"  {difference.removeprefix('config.')}" for difference in differences)
+        )
 
 
 def _parse(place: str) -> dict[str, Any]:

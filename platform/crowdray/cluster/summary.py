@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdray.cluster.ship import Outcome
+from crowdray.cluster.study_display import trial_table
+from crowdray.cluster.tune import StudyOutcome
 from crowdray.data.shards import Index
 from crowdray.evaluation.metrics import Metrics
 
@@ -61,6 +63,22 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     )
     command = f"python jobs/predict.py --model {shlex.quote(outcome.shortest)} --input IMAGE --output predictions"
     console.print(f"count with it: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_study(ended: StudyOutcome, console: Console) -> None:
+    """The trials of a study, what its stage store saved, its figures, and its best trial shipped."""
+    record = ended.record
+    console.print(trial_table(record, f"{record.name} (* ships)"))
+    _lines(
+        console,
+        {
+            "store": f"{record.factor:.2f} times fewer worker-seconds than without ({record.bound:.2f} if nothing were "
+            "ever trained twice)",
+            "figures": ", ".join(ended.figures),
+            "study": ended.study,
+        },
+    )
+    show_outcome(ended.outcome, console)
 
 
 def _pair(metrics: Metrics | None) -> list[str]:

@@ -17,6 +17,7 @@ from crowdray.errors import UserError
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
 from crowdray.training.loop import DivergedError, Row
+from crowdray.training.sharing import Shelf
 
 RETRIES = 3
 """Times that a group of workers is started again after one of them was lost."""
@@ -30,7 +31,9 @@ class TrainingStopped(RuntimeError):
     stopped."""
 
 
-def train(run: Run, display: TrainingDisplay, *, tracking_uri: str | None, device: Device = "auto") -> Outcome:
+def train(
+    run: Run, display: TrainingDisplay, *, tracking_uri: str | None, shelf: Shelf, device: Device = "auto"
+) -> Outcome:
     """Train, track, package and register a run, from wherever an earlier start of it stopped; returns what
     came out.
 
@@ -41,7 +44,7 @@ def train(run: Run, display: TrainingDisplay, *, tracking_uri: str | None, devic
     if storage.exists(run.outcome):
         outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
         if outcome.tracking_uri == tracking_uri:
-            display.status(f"the run {run.uri} has ended already; this is what it gave (another --name trains anew)")
+            display.status(f"the run {run.uri} has ended already; this is what it gave")
             return outcome
     if "/runtime_resources/" in run.uri:
         display.status(f"{run.uri} goes with this Ray job; --storage URI and MLFLOW_TRACKING_URI keep what it gives")
@@ -55,7 +58,7 @@ def train(run: Run, display: TrainingDisplay, *, tracking_uri: str | None, devic
             display.status("starting Ray")
             with connect() as resources:
                 display.status(f"starting {run.workers} workers")
-                run_training(run, resources, device=device, follow=_follower(display, tracker))
+                run_training(run, resources, device=device, shelf=shelf, follow=_follower(display, tracker))
         display.status("packaging and registering the counter")
         outcome = ship(run, tracker, tracking_uri, tags)
         storage.write_bytes(run.outcome, outcome.to_json().encode())
@@ -79,12 +82,19 @@ def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
 
 
 def run_training(
-    run: Run, resources: Resources, *, device: Device = "auto", follow: Follow = lambda rows: None
+    run: Run,
+    resources: Resources,
+    *,
+    shelf: Shelf,
+    device: Device = "auto",
+    follow: Follow = lambda rows: None,
+    scored: bool = True,
 ) -> None:
     """Train to the end inside a connected Ray cluster; afterwards `run.trained` holds the finished training.
 
-    Goes on from the last checkpoint in the run's folder. Raises UserError for what the user can mend,
-    DivergedError for a loss that is no number, and TrainingStopped when too many workers were lost.
+    Goes on from the last checkpoint in the run's folder, else from the longest beginning on the shelf. Without
+    `scored` the end lies on the shelf alone, and the test split is not looked at. Raises UserError for what the user
+    can mend, DivergedError for a loss that is no number, and TrainingStopped when too many workers were lost.
     """
     import ray
     from ray.exceptions import RayError
@@ -100,7 +110,9 @@ def run_training(
     rows: Any = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"task": Task(run.config, run.data, run.uri, run.trained, run.mend())},
+        train_loop_config={
+            "task": Task(run.config, run.data, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
+        },
         scaling_config=ScalingConfig(num_workers=run.workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=run.name,

@@ -24,6 +24,7 @@ from crowdray.errors import UserError
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from crowdray.training.loop import Row, Training
 from crowdray.training.result import conclude
+from crowdray.training.sharing import Sharing, Shelf
 from crowdray.training.world import World
 
 ROWS = "rows"
@@ -43,6 +44,10 @@ class Task:
     """URI of the folder in which the finished training is published."""
     resume: str | None
     """Folder of a checkpoint to go on from where Ray knows of none."""
+    shelf: Shelf
+    """Where trainings leave their states for each other; what was never begun here begins there."""
+    scored: bool
+    """Whether the end is scored, on the test split too, and published."""
 
 
 def train_worker(told: dict[str, Any]) -> None:
@@ -58,14 +63,13 @@ def train_worker(told: dict[str, Any]) -> None:
 
 def _train(task: Task) -> None:
     context = ray.train.get_context()
-    torch.set_num_threads(_threads(task.config, context.get_local_world_size()))
-    training = Training(
-        task.config,
-        Dataset.open(task.data, verify=True),
-        world=World(context.get_world_rank(), context.get_world_size()),
-        device=ray.train.torch.get_device(),
-        restored=_restored(task),
-    )
+    threads = _threads(task.config, context.get_local_world_size())
+    torch.set_num_threads(threads)
+    dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
+    world = World(context.get_world_rank(), context.get_world_size())
+    sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
+    restored = _restored(task) or sharing.restore()
+    training = Training(task.config, dataset, world=world, device=device, restored=restored)
     first = True
 
     def report(row: Row, save: Callable[[Path], None]) -> None:
@@ -76,11 +80,16 @@ def _train(task: Task) -> None:
         with room(task.run), tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder:
             checkpoint = None
             if training.world.rank == 0:
+                sharing.keep(training, save)
                 save(Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({ROWS: rows}, checkpoint=checkpoint, checkpoint_dir_name=name)
 
-    training.run(report)
+    if not task.scored:  # a trial of a search, which has announced it
+        training.run(report)
+        return
+    with sharing.announced(task.run):
+        training.run(report)
     result = conclude(training)
     if training.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
         with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
@@ -105,7 +114,7 @@ def room(place: str) -> Iterator[None]:
 
 
 def _restored(task: Task) -> Checkpoint | None:
-    """The checkpoint that this run goes on from."""
+    """The checkpoint of its own that this run goes on from."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:

@@ -29,6 +29,7 @@ NONFINITE = "crowdray.nonfinite"
 CONFIG_CHANGED = "crowdray.config_changed"
 """Tag that lists parameters whose value differs from the run's first start: MLflow keeps the first one."""
 
+_PARENT = "mlflow.parentRunId"
 _EPOCH = "epoch"
 _TIMESTAMP = "timestamp"
 _LONGEST_VALUE = 500
@@ -107,8 +108,12 @@ class NullTracker:
         """Do nothing."""
 
 
-def open_tracker(uri: str | None, experiment: str, run_name: str, run_key: str, timeout_s: float = 20.0) -> Tracker:
+def open_tracker(
+    uri: str | None, experiment: str, run_name: str, run_key: str, *, parent: str | None = None, timeout_s: float = 20.0
+) -> Tracker:
     """The tracker of one training: its run is found again by `run_key`, or made; None gives the NullTracker.
+
+    parent: id of the run below which MLflow shows this one, such as a study's.
 
     Raises UserError within about `timeout_s` seconds when the tracking URI cannot be used.
     """
@@ -123,7 +128,7 @@ def open_tracker(uri: str | None, experiment: str, run_name: str, run_key: str, 
         experiment_id = _experiment(client, uri, experiment).experiment_id
         run = _find_run(client, experiment_id, run_key)
         if run is None:
-            run = _create_run(client, experiment_id, run_name, run_key)
+            run = _create_run(client, experiment_id, run_name, run_key, parent)
         else:
             client.update_run(run.info.run_id, status="RUNNING")
     return MlflowTracker(client, uri, run, timeout_s)
@@ -350,8 +355,9 @@ def _find_run(client: "MlflowClient", experiment_id: str, run_key: str) -> "Run 
     return found[0] if found else None
 
 
-def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, run_key: str) -> "Run":
-    created = client.create_run(experiment_id, run_name=run_name, tags={RUN_KEY: run_key})
+def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, run_key: str, parent: str | None) -> "Run":
+    tags = {RUN_KEY: run_key} | ({_PARENT: parent} if parent else {})
+    created = client.create_run(experiment_id, run_name=run_name, tags=tags)
     # Two first starts at the same moment both create a run; both then agree on the older one.
     first = _find_run(client, experiment_id, run_key) or created
     if first.info.run_id != created.info.run_id:

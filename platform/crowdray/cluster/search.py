@@ -1,0 +1,275 @@
+"""Optuna's suggestions, started in the order in which their beginnings are shared, and stopped when they are poor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import optuna
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from crowdray.cluster.book import RECORD, Book
+from crowdray.cluster.studies import Study, drawn_trials
+from crowdray.config import Config, to_json
+from crowdray.space import first_points
+from crowdray.training.leases import Keeper, Lease
+from crowdray.training.prefix import Chain, chains_of
+from crowdray.training.store import StageStore, StateId
+
+STARTUP = 10
+"""Trials that TPE draws at random before it looks at results: they may be drawn, and ordered, all at once."""
+REDUCTION = 3
+"""Of so many trials at a rung one goes on."""
+REFERENCE = "reference"
+"""Mark of the trials that others are compared with: they are never stopped."""
+
+
+FINISHED = Searcher.FINISHED
+"""What Tune takes for the end of a search."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial that Optuna has drawn and nobody trains yet."""
+
+    number: int
+    values: Mapping[str, Any]
+    config: Config
+    chains: tuple[Chain, ...]
+
+    def missing(self, store: StageStore) -> tuple[Chain, ...]:
+        """The chains that this trial would have to extend, the first one first."""
+        found = store.find(self.chains)
+        if found is None:
+            return self.chains
+        place = [chain.key for chain in self.chains].index(found.chain)
+        return self.chains[place + (found.epoch >= self.chains[place].epochs) :]
+
+
+class StageTreeSearch(OptunaSearch):
+    """Optuna's search over a study's space, for Ray Tune.
+
+    A drawn trial waits, holding no worker, while somebody else trains a beginning that it needs. Of those that could
+    start, the one whose beginning most others wait for goes first, the longest before shorter ones, which find their
+    states on its way. Optuna's own record is the only memory: a trial that was under way when its driver died is taken
+    up again, under its number. Poor trials are stopped on the best validation MAE at equal epochs of the joint stage,
+    and told to Optuna as pruned.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        book: Book,
+        *,
+        places: int,
+        trials: int,
+        store: StageStore,
+        keeper: Keeper,
+        numerics: Mapping[str, str | int],
+    ) -> None:
+        self._study, self._book = study, book
+        self._places, self._wanted = places, trials
+        self._store, self._keeper, self._numerics = store, keeper, numerics
+        self._prunes = study.prune and len(study.objectives) == 1
+        self._pruner = SuccessiveHalvingPruner(
+            min_resource=max(1, min(study.space.quanta("joint"), default=1) // 2), reduction_factor=REDUCTION
+        )
+        self._pool: dict[str, Candidate] = {}
+        self._live: dict[str, Candidate] = {}
+        self._leases: dict[str, dict[str, Lease]] = {}
+        self._pinned: Lease | None = None
+        self.mistake: str | None = None
+        single = len(study.objectives) == 1
+        self._record = study.optuna_study()
+        drawn = len(drawn_trials(self._record))
+        super().__init__(
+            space=study.space.suggest,
+            metric=study.objectives[0] if single else list(study.objectives),
+            mode="min" if single else ["min"] * len(study.objectives),
+            # A sampler seeded alike after every start would draw the same points again.
+            sampler=TPESampler(seed=study.config.seed + drawn, n_startup_trials=STARTUP),
+            study_name=study.name,
+            storage=self._record._storage,
+        )
+        self._pin()
+        if not self._record.get_trials(deepcopy=False):
+            for point in first_points(study.space, study.config):
+                self._record.enqueue_trial(point, user_attrs={REFERENCE: True})
+        assert self._ot_study is not None
+        self._asked: optuna.Study = self._ot_study  # the one with the sampler
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray writes copies of the search beside its results, and Optuna's record is what counts."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing, likewise."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial to start; None while all that are drawn have to wait, and the end when all are told."""
+        if self.mistake is not None:
+            return cast(None, FINISHED)
+        if len(self._live) >= self._places:
+            return None
+        self._adopt()
+        self._draw(STARTUP)
+        chosen = self._choose()
+        if chosen is None and len(self._pool) < self._places:
+            self._draw(None)
+            chosen = self._choose()
+        if chosen is None:
+            over = not (self._pool or self._live or self._left())
+            return cast(None, FINISHED) if over else None
+        candidate = self._live[trial_id] = self._pool.pop(chosen)
+        self._ot_trials[trial_id] = self._ot_trials.pop(chosen)
+        self._leases[trial_id] = self._leases.pop(chosen)
+        self._book.started(candidate.number, candidate.values, candidate.config)
+        return {
+            "name": self._study.trial(candidate.number, candidate.config).name,
+            "config": to_json(candidate.config),
+            "chains": candidate.chains,
+        }
+
+    def heard(self, trial_id: str, report: Mapping[str, Any]) -> bool:
+        """Take in a trial's report; says whether the trial is to stop here."""
+        candidate = self._live[trial_id]
+        if "mistake" in report:
+            self.mistake = str(report["mistake"])
+        if "rows" not in report:
+            return False
+        self._book.heard(candidate.number, report)
+        self._release(trial_id, before=str(report["rows"][-1]["stage"]) if report["rows"] else None)
+        if not self._prunes or "joint_epoch" not in report or report.get("finished"):
+            return False
+        trial, epoch = self._ot_trials[trial_id], int(report["joint_epoch"])
+        frozen = self._frozen(candidate.number)
+        if epoch not in frozen.intermediate_values:
+            trial.report(float(report["mae"]), epoch)
+        if REFERENCE in frozen.user_attrs or epoch >= candidate.chains[-1].epochs:
+            return False
+        return bool(self._pruner.prune(self._record, self._frozen(candidate.number)))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Do nothing: `heard` was told before, by the scheduler."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell Optuna how a trial ended: complete with its value, pruned or failed without one."""
+        candidate = self._live.pop(trial_id, None)
+        if candidate is None:
+            return
+        self._release(trial_id)
+        result = result or {}
+        if "mistake" in result:  # the study ends; this trial goes on when it is started again
+            return
+        finished, failed = bool(result.get("finished")), error or "failed" in result
+        record = self._book.ended(
+            candidate.number,
+            "complete" if finished else "failed" if failed else "pruned",
+            str(result.get("failed", "its process was lost again and again")) if failed else "",
+        )
+        self._ot_trials[trial_id].set_user_attr(RECORD, record)
+        super().on_trial_complete(trial_id, result if finished else None, error=failed)
+        self._pin()
+
+    def _adopt(self) -> None:
+        """Take up the trials that were under way when an earlier driver died."""
+        known = {candidate.number for candidate in [*self._pool.values(), *self._live.values()]}
+        for frozen in self._record.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if frozen.number not in known:
+                self._take(optuna.trial.Trial(self._asked, frozen._trial_id))
+
+    def _draw(self, until: int | None) -> None:
+        """Ask Optuna for one trial, or for all of the first ones, which depend on no result."""
+        while self._left() and (until is None or len(drawn_trials(self._record)) < until):
+            self._take(self._asked.ask())
+            if until is None:
+                return
+
+    def _left(self) -> int:
+        return self._wanted - len(drawn_trials(self._record))
+
+    def _take(self, trial: optuna.Trial) -> None:
+        key = f"waiting-{trial.number}"
+        self._ot_trials[key] = trial
+        drawn = super().suggest(key) or {}
+        values = {name: drawn[name] for name in self._study.space.dimensions}
+        config = self._study.space.configure(self._study.config, values)
+        chains = chains_of(config, self._study.digest, self._study.workers, self._numerics)
+        self._pool[key] = Candidate(trial.number, values, config, chains)
+
+    def _choose(self) -> str | None:
+        """Of those in the pool that could start now the one to start, with the leases that it needs."""
+        missing = {key: candidate.missing(self._store) for key, candidate in self._pool.items()}
+        waiting: dict[str, int] = {}
+        for chains in missing.values():
+            if chains:
+                waiting[chains[0].key] = waiting.get(chains[0].key, 0) + 1
+
+        def urgency(key: str) -> tuple[int, int, int]:
+            first = missing[key][:1]
+            shared = waiting[first[0].key] if first else 0
+            return (-shared, -first[0].epochs if first else 0, self._pool[key].number)
+
+        for key in sorted(self._pool, key=urgency):
+            if (leases := self._claim(missing[key])) is not None:
+                self._leases[key] = leases
+                return key
+        return None
+
+    def _claim(self, chains: Sequence[Chain]) -> dict[str, Lease] | None:
+        """Leases on all chains by stage, or None where somebody has one of them."""
+        leases: dict[str, Lease] = {}
+        for chain in chains:
+            if (lease := self._store.claim(chain, self._study.uri)) is None:
+                for claimed in leases.values():
+                    claimed.release()
+                return None
+            leases[chain.stage] = lease
+        for lease in leases.values():
+            self._keeper.add(lease)
+        return leases
+
+    def _release(self, trial_id: str, before: str | None = None) -> None:
+        """Give back a trial's leases: all, or those of the stages before the one under way."""
+        leases = self._leases.get(trial_id, {})
+        for stage in list(leases):
+            if stage == before:
+                return
+            self._keeper.discard(leases[stage])
+            leases.pop(stage).release()
+
+    def _pin(self) -> None:
+        """Keep the end of the best trial from eviction: it is what ships."""
+        best = self._book.record.best()
+        if best is not None and best.legs:
+            last, before = best.legs[-1], self._pinned
+            self._pinned = self._store.hold(StateId(last.chain, last.stage, last.epochs))
+            self._keeper.add(self._pinned)
+            if before is not None:
+                self._keeper.discard(before)
+                before.release()
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._record.get_trials(deepcopy=False)[number]
+
+
+class StudyScheduler(FIFOScheduler):
+    """Starts trials as they come, and asks the search whether they go on."""
+
+    def __init__(self, search: StageTreeSearch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._search = search
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: see the search."""
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Hand on a report, and stop the trial if it is poor."""
+        if self._search.heard(trial.trial_id, result):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)

@@ -1,0 +1,150 @@
+"""The folder of a study in --storage: what it searches, its journal, its figures, its best trial.
+
+study.json         what is searched, on what; a study under the same name has to have the same
+journal.log        Optuna's own record of all trials, unless a database keeps it
+trial-NNNN/        the best trial, as a run of its own (cluster/runs.py)
+*.png              figures
+outcome.json       everything together; written last
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from crowdray import storage
+from crowdray.cluster.runs import Run, check_name, claim_file, default_name
+from crowdray.config import Config, to_json
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.space import Space, load_space
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched, by whom, and where it is kept: options of a job."""
+
+    space: str | None = None
+    """JSON file that changes what is searched: {"target.sigma": {"low": 2, "high": 6}, "loss.count": null}."""
+    vary: tuple[str, ...] = ()
+    """The same for single fields, as in --vary 'target.sigma={"low": 2, "high": 6}' 'loss.count=null'."""
+    objectives: Literal["mae", "mae+rmse"] = "mae"
+    """Validation error that is to be small, or both."""
+    prune: bool = True
+    """Stop trials that are poor at equal epochs of the joint stage; with two objectives none is stopped."""
+    workers: int = 1
+    """Processes that train one trial together."""
+    storage: str = "runs"
+    """Folder or URI for the study and its best trial; on several nodes one that all of them reach."""
+    database: str | None = None
+    """URL of a database for Optuna's record, such as postgresql://...; without it a journal in the study's folder."""
+    name: str | None = None
+    """Name of the study; without it the preset's, with a hash of all that decides what is searched."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One search: over what, from which configuration, on what data, by whom, and where it is kept."""
+
+    config: Config
+    """What the space leaves as it is; threads are settled."""
+    space: Space
+    """What varies, and how."""
+    objectives: tuple[str, ...]
+    """mae, rmse or both: validation errors of the joint stage that are to be small."""
+    prune: bool
+    """Whether poor trials are stopped."""
+    data: str
+    """Absolute URI of the dataset."""
+    digest: str
+    """Its identity."""
+    workers: int
+    """Processes that train one trial together."""
+    storage: str
+    """Absolute URI of the folder that holds all runs and studies."""
+    name: str
+    """Name of the study."""
+    database: str | None = None
+    """URL of the database that holds Optuna's record; None: a journal in the study's folder."""
+
+    @property
+    def uri(self) -> str:
+        """The study's own folder."""
+        return storage.join(self.storage, self.name)
+
+    def trial(self, number: int, config: Config) -> Run:
+        """A trial as a run of its own."""
+        return Run(config, self.data, self.digest, self.workers, self.uri, f"trial-{number:04d}")
+
+    def claim(self) -> None:
+        """Write down what the study is, or check that its folder belongs to this very study."""
+        identity = {
+            "config": asdict(self.config),
+            "space": json.loads(self.space.to_json()),
+            "objectives": list(self.objectives),
+            "prune": self.prune,
+            "workers": self.workers,
+            "data": {"digest": self.digest},
+        }
+        content = identity | {"data": {"uri": self.data, "digest": self.digest}}
+        claim_file(storage.join(self.uri, "study.json"), identity, content)
+
+    def optuna_study(self) -> "optuna.Study":
+        """Optuna's record of the trials: a journal in the study's folder, or the database that was named."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return optuna.create_study(
+            storage=self._optuna_storage(),
+            study_name=self.name,
+            directions=["minimize"] * len(self.objectives),
+            load_if_exists=True,
+        )
+
+    def _optuna_storage(self) -> "optuna.storages.BaseStorage":
+        from optuna.storages import JournalStorage, RDBStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        if self.database is not None:
+            return RDBStorage(self.database)
+        if not storage.is_local(self.uri):
+            raise UserError(
+                f"Optuna's journal cannot lie in {self.uri}: it grows line by line, and objects there are written "
+                "whole; name a database with --database, such as postgresql://..., or a --storage that is a path"
+            )
+        Path(self.uri).mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(Path(self.uri) / "journal.log")))
+
+
+def drawn_trials(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
+    """The trials that have their parameters: all but those that only wait for theirs."""
+    from optuna.trial import TrialState
+
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+
+
+def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -> Study:
+    """The study of a command; without a name it is called after its preset and a hash of all that it searches.
+
+    A worker of a trial has one CPU unless the configuration says otherwise: more trials at once beat faster ones.
+    """
+    check_name(options.name)
+    dataset = Dataset.open(data)
+    space = load_space(options.space, options.vary, config)
+    settled = replace(config, numerics=replace(config.numerics, threads=config.numerics.threads or 1))
+    searched = (to_json(settled), space.to_json(), options.objectives, options.prune, dataset.digest, options.workers)
+    return Study(
+        config=settled,
+        space=space,
+        objectives=tuple(options.objectives.split("+")),
+        prune=options.prune,
+        data=dataset.uri,
+        digest=dataset.digest,
+        workers=options.workers,
+        storage=storage.resolve(options.storage),
+        name=options.name or f"tune-{default_name(preset, *searched)}",
+        database=options.database,
+    )

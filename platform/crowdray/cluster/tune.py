@@ -1,0 +1,286 @@
+"""The driver of a study: Optuna proposes, Ray Tune runs the trials, the stage store trains each beginning once, and
+the best trial is scored on the test split, stripped and registered."""
+
+import os
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from crowdray import storage
+from crowdray.cluster.book import Book
+from crowdray.cluster.runs import RESULT
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, choose_gpu, connect
+from crowdray.cluster.ship import Outcome, ship
+from crowdray.cluster.studies import Study
+from crowdray.cluster.study_display import StudyDisplay
+from crowdray.cluster.train import run_training
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.evaluation.stage_tree_figure import draw_stage_tree
+from crowdray.evaluation.study import StudyRecord, TrialRecord, importances
+from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices
+from crowdray.registry.provenance import git_revision
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
+from crowdray.training.leases import LEASE_S, Keeper, take
+from crowdray.training.prefix import numerics_of
+from crowdray.training.sharing import Shelf
+
+RETRIES = 3
+"""Times that a trial is started again after its process was lost."""
+
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they would write lies in Optuna's and MLflow's record
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only epochs of the joint stage are scored
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class StudyFailed(RuntimeError):
+    """No trial of a study came to its end."""
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What came out of a study, and where everything lies."""
+
+    study: str
+    """The study's folder."""
+    record: StudyRecord
+    """All trials."""
+    best: int
+    """Number of the best trial."""
+    outcome: Outcome
+    """The best trial, shipped."""
+    figures: tuple[str, ...]
+    """Pictures of the search."""
+
+
+def tune(
+    study: Study,
+    display: StudyDisplay,
+    *,
+    trials: int,
+    concurrent: int | None,
+    tracking_uri: str | None,
+    shelf: Shelf,
+    device: Device = "auto",
+) -> StudyOutcome:
+    """Search until there are `trials` trials, from wherever an earlier start of the study stopped, and ship the best.
+
+    concurrent: trials at once at most; None: as many as fit. Raises UserError for what the user can mend, and
+    StudyFailed when no trial came to its end.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
+    dataset = Dataset.open(study.data)
+    study.claim()
+    tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
+    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
+        tracker.log_dataset(dataset.index.name, study.data, study.digest)
+        book = Book(
+            study,
+            study.optuna_study(),
+            display.show,
+            dataset=dataset.index.name,
+            tracking_uri=tracking_uri,
+            parent=tracker.run_id,
+            tags=tags,
+        )
+        shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
+        with Keeper() as keeper, _alone(study, keeper, display), connect() as resources:
+            _search(study, book, display, resources, keeper, trials, concurrent, shelf, device)
+            best = _best(book.record, study)
+            display.status(f"trial {best.number} is the best: scoring it on the test split, packaging, registering")
+            outcome = _ship(study, book, best, resources, tracking_uri, shelf, device, tags)
+        display.status("drawing")
+        figures = _draw(book.record, study, tracker)
+        ended = StudyOutcome(study.uri, book.record, best.number, outcome, figures)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    return ended
+
+
+@contextmanager
+def _alone(study: Study, keeper: Keeper, display: StudyDisplay) -> Iterator[None]:
+    """The right to be a study's only driver; one that was killed keeps it until its lease expires."""
+    folder, end = storage.join(study.uri, "leases"), time.monotonic() + 1.5 * LEASE_S
+    while (lease := take(folder, "driver", f"{socket.gethostname()}:{os.getpid()}")) is None:
+        if time.monotonic() > end:
+            raise UserError(f"another driver runs the study {study.uri}; wait for it, or give another --name")
+        display.status(f"waiting for the driver of an earlier start, which died less than {LEASE_S:.0f} s ago or lives")
+        time.sleep(5)
+    keeper.add(lease)
+    try:
+        yield
+    finally:
+        keeper.discard(lease)
+        lease.release()
+
+
+def places_of(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
+    """How many trials run at once, and whether their workers get a GPU each.
+
+    Raises UserError in words where not even one trial fits, which would wait for ever.
+    """
+    use_gpu = choose_gpu(resources, study.workers, device)
+    threads = study.config.numerics.threads
+    if resources.cpus < threads * study.workers:
+        raise UserError(
+            f"a trial needs {study.workers} workers of {threads} CPUs each, there are {resources.cpus}: lower "
+            f"--workers, or --numerics.threads to {max(1, resources.cpus // study.workers)}"
+        )
+    if concurrent is not None and concurrent < 1:
+        raise UserError(f"--concurrent is {concurrent}; give at least 1")
+    fit = resources.cpus // (threads * study.workers)
+    if use_gpu:
+        fit = min(fit, resources.gpus // study.workers)
+    return min(fit, concurrent or fit), use_gpu
+
+
+def _search(
+    study: Study,
+    book: Book,
+    display: StudyDisplay,
+    resources: Resources,
+    keeper: Keeper,
+    trials: int,
+    concurrent: int | None,
+    shelf: Shelf,
+    device: Device,
+) -> None:
+    """Run trials until there are enough."""
+    from ray import tune as ray_tune
+
+    from crowdray.cluster.search import StageTreeSearch, StudyScheduler
+    from crowdray.cluster.trial import TrialTask, run_trial
+
+    places, use_gpu = places_of(study, resources, concurrent, device)
+    task = TrialTask(study.data, study.digest, study.uri, study.workers, resources, device, shelf)
+    own = {"CPU": float(study.config.numerics.threads), "GPU": float(use_gpu)}
+    if study.workers > 1:  # the workers have their own; a trial that only waits for them takes a byte of memory
+        own = {"memory": 1.0}
+    search = StageTreeSearch(
+        study, book, places=places, trials=trials, store=shelf.open(), keeper=keeper, numerics=_numerics(study, use_gpu)
+    )
+    display.status(f"searching: {places} trials at once, {trials} in all")
+    with tempfile.TemporaryDirectory(prefix="crowdray-tune-") as scratch:
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(partial(run_trial, task), own),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=StudyScheduler(search),
+                num_samples=-1,
+                reuse_actors=study.workers == 1,  # the next trial finds torch imported
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=ray_tune.RunConfig(
+                name=study.name,
+                storage_path=scratch,
+                failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
+                verbose=0,
+            ),
+        )
+        errors: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:
+                errors.append(error)
+
+        # Ray waits in a thread, so that an interrupt reaches us and not Ray's own handler of it.
+        waiting = threading.Thread(target=fit, name="crowdray-fit", daemon=True)
+        waiting.start()
+        while waiting.is_alive():
+            waiting.join(timeout=0.5)
+    if search.mistake is not None:
+        raise UserError(search.mistake)
+    if errors:
+        raise errors[0]
+
+
+def _numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
+    """How a trial's process computes, asked where one would run."""
+    import ray
+
+    from crowdray.training.world import pick_device
+
+    config = study.config
+
+    def ask() -> dict[str, str | int]:
+        return numerics_of(config, pick_device(), config.numerics.threads)
+
+    asked = ray.remote(ask).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
+    found: dict[str, str | int] = ray.get(asked)
+    return found
+
+
+def _best(record: StudyRecord, study: Study) -> TrialRecord:
+    best = record.best()
+    if best is None:
+        reasons = sorted({trial.reason for trial in record.trials if trial.reason})
+        raise StudyFailed(f"no trial of {study.uri} came to its end: " + ("; ".join(reasons) or "all were stopped"))
+    return best
+
+
+def _ship(
+    study: Study,
+    book: Book,
+    best: TrialRecord,
+    resources: Resources,
+    tracking_uri: str | None,
+    shelf: Shelf,
+    device: Device,
+    tags: Mapping[str, str],
+) -> Outcome:
+    """Score the best trial on the test split, package and register it, under its own MLflow run."""
+    config = study.space.configure(study.config, best.values)
+    run = study.trial(best.number, config)
+    run.claim()
+    if storage.exists(run.outcome):
+        outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
+        if outcome.tracking_uri == tracking_uri:
+            return outcome
+    if not storage.exists(storage.join(run.trained, RESULT)):
+        run_training(run, resources, device=device, shelf=shelf)
+    tracker = book.tracker(best.number, config)
+    outcome = ship(run, tracker, tracking_uri, tags)
+    storage.write_bytes(run.outcome, outcome.to_json().encode())
+    tracker.finish("FINISHED")
+    return outcome
+
+
+def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...]:
+    """Draw the search, and keep its record beside the pictures."""
+    places = []
+    with tempfile.TemporaryDirectory(prefix="crowdray-figures-") as folder:
+        names = ("optimisation", "importance", "slices", "stage-tree")
+        paths = [Path(folder) / f"{name}.png" for name in names]
+        draw_optimisation(record, paths[0])
+        draw_importance(record, importances(record), paths[1])
+        draw_slices(record, paths[2])
+        draw_stage_tree(record, paths[3])
+        for path in paths:
+            tracker.log_figure(path, "figures")
+            places.append(storage.join(study.uri, path.name))
+            storage.write_file(path, places[-1])
+    storage.write_bytes(storage.join(study.uri, "record.json"), record.to_json().encode())
+    best = record.best()
+    if best is not None and best.mae is not None:
+        costs = {"worker_seconds/spent": record.spent, "worker_seconds/saved": record.saved}
+        tracker.log_summary({"best/val/mae": best.mae, "trials": float(len(record.trials))} | costs, len(record.trials))
+    return tuple(places)

@@ -1,0 +1,222 @@
+"""Laws of a search over the stage tree: nothing is trained twice, Optuna is told the truth, and nothing is lost."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from crowdray.cluster.book import Book
+from crowdray.cluster.search import REFERENCE, StageTreeSearch
+from crowdray.cluster.studies import Study, drawn_trials
+from crowdray.config import StagesConfig, from_json
+from crowdray.presets import preset
+from crowdray.space import default_space
+from crowdray.training.leases import Keeper
+from crowdray.training.prefix import Chain
+from crowdray.training.store import StageStore
+
+NUMERICS: dict[str, str | int] = {"threads": 1}
+
+
+def study_in(folder: Path, prune: bool = True, **change: Any) -> Study:
+    config = preset("debug")
+    stages = StagesConfig(*(dataclasses.replace(stage, epochs=4) for stage in vars(config.stages).values()))
+    config = dataclasses.replace(config, stages=stages)
+    told: dict[str, Any] = {"objectives": ("mae",), "workers": 1, "data": "data", "digest": "d" * 64} | change
+    return Study(config, default_space(config), prune=prune, storage=str(folder), name="study", **told)
+
+
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    with Keeper() as keeper:
+        yield keeper
+
+
+def search_of(study: Study, keeper: Keeper, *, places: int = 2, trials: int = 16) -> StageTreeSearch:
+    store = StageStore(f"{study.uri}/stages", 2**30)
+    book = Book(study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+    return StageTreeSearch(study, book, places=places, trials=trials, store=store, keeper=keeper, numerics=NUMERICS)
+
+
+def write_nothing(folder: Path) -> None:
+    (folder / "state").write_text("nothing")
+
+
+class Cluster:
+    """Trains what a search starts, an epoch of every trial in turn, and counts what is trained."""
+
+    def __init__(self, search: StageTreeSearch, store: StageStore, quanta: dict[str, tuple[int, ...]]) -> None:
+        self.search, self.store, self.quanta = search, store, quanta
+        self.trained: Counter[tuple[str, int]] = Counter()
+        self.running: dict[str, Iterator[dict[str, Any]]] = {}
+        self.order: list[dict[str, Any]] = []
+
+    def error_of(self, told: dict[str, Any]) -> float:
+        depth = from_json(told["config"], "the trial").loss.depth
+        return 3 + abs(depth - 1)
+
+    def train(self, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        chains: tuple[Chain, ...] = told["chains"]
+        found = self.store.find(chains)
+        rows: list[dict[str, Any]] = []
+        done = 0
+        for place, chain in enumerate(chains):
+            start = 0
+            if found is not None and chain.key in (key := [c.key for c in chains])[: key.index(found.chain) + 1]:
+                start = found.epoch if chain.key == found.chain else chain.epochs
+            rows += [{"stage": chain.stage, "epoch": done + epoch} for epoch in range(1, start + 1)]
+            for epoch in range(start + 1, chain.epochs + 1):
+                self.trained[chain.key, epoch] += 1
+                rows.append({"stage": chain.stage, "epoch": done + epoch})
+                if epoch == chain.epochs or epoch in self.quanta[chain.stage]:
+                    self.store.publish(chain, epoch, write_nothing)
+                joint = {"joint_epoch": epoch, "mae": self.error_of(told) + 1 / epoch, "rmse": 9.0}
+                yield {"rows": list(rows), "legs": []} | (joint if place == len(chains) - 1 else {})
+            done += chain.epochs
+        yield {"rows": list(rows), "legs": [], "finished": True, "mae": self.error_of(told), "rmse": 9.0}
+
+    def start(self) -> bool:
+        """Start one more trial, if the search gives one."""
+        name = f"ray-{len(self.order)}"
+        told = self.search.suggest(name)
+        if not isinstance(told, dict):
+            return False
+        self.order.append(told)
+        self.running[name] = self.train(told)
+        return True
+
+    def step(self) -> None:
+        """One epoch of each running trial."""
+        for name, trial in list(self.running.items()):
+            report = next(trial)
+            if self.search.heard(name, report) or report.get("finished"):
+                del self.running[name]
+                self.search.on_trial_complete(name, report)
+
+    def run(self) -> None:
+        """Until the search has no more trials."""
+        while True:
+            while self.start():
+                pass
+            if not self.running:
+                return
+            self.step()
+
+
+def cluster_of(study: Study, search: StageTreeSearch) -> Cluster:
+    quanta = {stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")}
+    return Cluster(search, StageStore(f"{study.uri}/stages", 2**30), quanta)
+
+
+def test_no_epoch_of_any_chain_is_trained_twice(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path, prune=False)
+    cluster = cluster_of(study, search_of(study, keeper))
+    cluster.run()
+    told = drawn_trials(study.optuna_study())
+    assert [trial.state for trial in told] == [TrialState.COMPLETE] * 16
+    assert max(cluster.trained.values()) == 1
+    wanted = {
+        (chain.key, epoch) for told in cluster.order for chain in told["chains"] for epoch in range(1, chain.epochs + 1)
+    }
+    assert set(cluster.trained) == wanted
+    assert len(wanted) < sum(chain.epochs for told in cluster.order for chain in told["chains"]) / 1.5
+
+
+def test_the_longest_beginning_goes_first_and_shorter_ones_follow_on_its_way(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    cluster = cluster_of(study, search_of(study, keeper))
+    assert cluster.start()
+    first = from_json(cluster.order[0]["config"], "the first")
+    longest = max(study.space.quanta("baseline"))
+    assert first.stages.baseline.epochs == longest
+    assert not cluster.start()  # all others wait for the same baseline
+    shortest = min(study.space.quanta("baseline"))
+    while not cluster.start():
+        cluster.step()
+    second = from_json(cluster.order[1]["config"], "the second")
+    assert second.stages.baseline.epochs == shortest
+    assert max(epoch for _, epoch in cluster.trained) == shortest
+
+
+def test_optuna_is_told_what_happened(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    cluster = cluster_of(study, search_of(study, keeper, trials=12))
+    cluster.run()
+    trials = drawn_trials(study.optuna_study())
+    states = Counter(trial.state for trial in trials)
+    assert states[TrialState.PRUNED] > 0 and states[TrialState.COMPLETE] > 1
+    for trial in trials:
+        length = from_json(
+            next(t for t in cluster.order if t["name"] == f"trial-{trial.number:04d}")["config"], "x"
+        ).stages
+        if trial.state == TrialState.PRUNED:
+            assert REFERENCE not in trial.user_attrs
+            assert max(trial.intermediate_values) < length.joint.epochs
+        else:
+            assert trial.value is not None and trial.value < min(trial.intermediate_values.values(), default=99.0)
+
+
+def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    search = search_of(study, keeper, trials=3)
+    cluster = cluster_of(study, search)
+    cluster.start()
+    search.on_trial_complete("ray-0", {"failed": "density nan"})
+    cluster.running.clear()
+    cluster.run()
+    told = drawn_trials(study.optuna_study())
+    failed = [trial for trial in told if trial.state == TrialState.FAIL]
+    assert len(told) == 3 and len(failed) == 1 and failed[0].user_attrs["record"]["reason"] == "density nan"
+
+
+def test_a_search_whose_driver_died_goes_on_under_the_same_numbers(tmp_path: Path) -> None:
+    study = study_in(tmp_path, prune=False)
+    with Keeper() as keeper:
+        cluster = cluster_of(study, search_of(study, keeper))
+        for _ in range(9):
+            cluster.start()
+            cluster.step()
+        assert cluster.running
+    before = {trial.number: trial.params for trial in drawn_trials(study.optuna_study())}
+    with Keeper() as keeper:
+        again = cluster_of(study, search_of(study, keeper))
+        again.run()
+    after = drawn_trials(study.optuna_study())
+    assert [trial.state for trial in after] == [TrialState.COMPLETE] * 16
+    assert {number: after[number].params for number in before} == before
+    names = Counter(told["name"] for told in [*cluster.order, *again.order])
+    assert {name for name, times in names.items() if times > 1} <= {told["name"] for told in cluster.order}
+    assert len({str(sorted(trial.params.items())) for trial in after}) == 16  # no point is drawn again
+
+
+def test_more_trials_continue_a_study(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path, prune=False)
+    cluster_of(study, search_of(study, keeper, trials=3)).run()
+    cluster_of(study, search_of(study, keeper, trials=5)).run()
+    told = drawn_trials(study.optuna_study())
+    assert [trial.number for trial in told] == [0, 1, 2, 3, 4]
+    assert sum(REFERENCE in trial.user_attrs for trial in told) == 2
+
+
+def test_a_mistake_of_the_user_ends_the_search_and_its_trial_is_not_lost(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    search = search_of(study, keeper)
+    cluster = cluster_of(study, search)
+    cluster.start()
+    search.heard("ray-0", {"mistake": "no space left"})
+    search.on_trial_complete("ray-0", {"mistake": "no space left"})
+    assert search.mistake == "no space left"
+    assert str(search.suggest("ray-1")) == "FINISHED"
+    assert TrialState.RUNNING in {trial.state for trial in study.optuna_study().trials}
+
+
+def test_two_objectives_are_both_told(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path, objectives=("mae", "rmse"))
+    cluster_of(study, search_of(study, keeper, trials=3)).run()
+    told: list[optuna.trial.FrozenTrial] = drawn_trials(study.optuna_study())
+    assert all(trial.values[1] == 9.0 and trial.state == TrialState.COMPLETE for trial in told)
