@@ -54,7 +54,7 @@ class StudyDisplay:
         for trial in record.trials:
             if trial.state != "running" and trial.number not in self._ended:
                 self._ended.add(trial.number)
-                print(f"trial {trial.number} {trial.state}  {_line(trial)}{_outlook(record)}", flush=True)
+                print(f"trial {trial.number}: {_line(trial)}{_outlook(record)}", flush=True)
         running = [trial for trial in record.trials if trial.state == "running" and trial.legs]
         if running and time.monotonic() - self._told > PLAIN_EVERY_S:
             self._told = time.monotonic()

@@ -1,0 +1,143 @@
+"""A search over the stage tree against plain Ray Tune training the same configurations: worker-seconds, same results.
+
+32 TPE trials over continuous loss weights and stage lengths in the proportions {20, 40, 60}, {10, 20}, {20, 40},
+shortened, on small synthetic scenes. Plain trials start from nothing; in the paper's way the three decoders are
+trained one after the other. The search that stops poor trials is compared with training all of its trials whole.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+import torch
+from ray import tune
+
+from crowdray.cluster.runtime import connect
+from crowdray.config import Config, StageConfig, StagesConfig, to_json
+from crowdray.data.shards import Dataset
+from crowdray.evaluation.study import StudyRecord
+from crowdray.presets import preset
+from crowdray.space import load_space
+from crowdray.training.loop import Training
+from crowdray.training.world import World
+
+LENGTHS = {"baseline": (20, 40, 60), "decoders": (10, 20), "joint": (20, 40)}
+"""Epochs of the study to measure; shortened by a common divisor."""
+
+
+def base_of(divisor: int) -> Config:
+    """The demo's configuration with one thread and the shortest lengths."""
+    config = preset("demo")
+    pace = config.stages
+    stages = StagesConfig(
+        *(
+            StageConfig(min(LENGTHS[name]) // divisor, getattr(pace, name).learning_rate)
+            for name in ("baseline", "decoders", "joint")
+        )
+    )
+    sampling = dataclasses.replace(config.sampling, crop=64, context=64)
+    numerics = dataclasses.replace(config.numerics, threads=1)
+    return dataclasses.replace(config, stages=stages, sampling=sampling, numerics=numerics)
+
+
+def search(folder: Path, name: str, varied: Sequence[str], trials: int, prune: bool) -> StudyRecord:
+    """A study of its own store, through the job; gives its record."""
+    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--preset", str(folder / "config.json")]
+    command += ["--data", str(folder / "data"), "--trials", str(trials), "--name", name, "--prune", str(prune)]
+    command += ["--storage", str(folder / "runs"), "--store", str(folder / f"stages-{name}"), "--vary", *varied]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    place = folder / "runs" / name / "record.json"
+    return StudyRecord.from_json(place.read_text(), str(place))
+
+
+def plain_trial(data: str, configs: Sequence[Config], succession: bool, told: Mapping[str, Any]) -> None:
+    """A whole training from nothing, as Ray Tune runs one."""
+    config = configs[told["number"]]
+    torch.set_num_threads(config.numerics.threads)
+    started = time.monotonic()
+    training = Training(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
+    if succession:
+        one_by_one = [
+            [dataclasses.replace(stage, tasks=(task,), modules=(task,)) for task in stage.tasks]
+            if stage.name == "decoders"
+            else [stage]
+            for stage in training.stages
+        ]
+        training.stages = tuple(stage for stages in one_by_one for stage in stages)
+    training.run()
+    tune.report({"mae": training.progress.best["joint"].mae, "seconds": time.monotonic() - started})
+
+
+def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[float], float]:
+    """Validation MAE of each configuration and the worker-seconds of all, by plain Ray Tune."""
+    with connect(), tempfile.TemporaryDirectory() as scratch:
+        trainable = tune.with_resources(partial(plain_trial, data, configs, succession), {"CPU": 1})
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"number": tune.grid_search(list(range(len(configs))))},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(storage_path=scratch, verbose=0),
+        )
+        grid = tuner.fit()
+        ended = [grid[place] for place in range(len(grid))]
+        results = {result.config["number"]: result.metrics for result in ended if result.config and result.metrics}
+    assert len(results) == len(configs), "a plain trial failed"
+    return [results[n]["mae"] for n in range(len(configs))], sum(found["seconds"] for found in results.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--divisor", type=int, default=10, help="what the study's lengths are divided by")
+    parser.add_argument("--images", type=int, default=48)
+    arguments = parser.parse_args()
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, base = Path(scratch), base_of(arguments.divisor)
+        (folder / "config.json").write_text(to_json(base))
+        convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(folder / "data")]
+        convert += ["--train", str(arguments.images), "--test", "8", "--width", "160", "--height", "120"]
+        subprocess.run(convert, check=True, capture_output=True)
+        varied = [
+            f"stages.{name}.epochs={json.dumps([length // arguments.divisor for length in lengths])}"
+            for name, lengths in LENGTHS.items()
+        ]
+        space = load_space(None, varied, base)
+        whole = search(folder, "whole", varied, arguments.trials, prune=False)
+        stopping = search(folder, "stopping", varied, arguments.trials, prune=True)
+        configs = {s.name: [space.configure(base, t.values) for t in s.trials] for s in (whole, stopping)}
+        data = str(folder / "data")
+        beside, beside_s = plain(data, configs["whole"], succession=False)
+        _, succession_s = plain(data, configs["whole"], succession=True)
+        _, stopping_beside_s = plain(data, configs["stopping"], succession=False)
+        _, stopping_succession_s = plain(data, configs["stopping"], succession=True)
+    same = beside == [trial.mae for trial in whole.trials]
+    print(f"{arguments.trials} trials, worker-seconds; results {'the same' if same else 'NOT the same'} as plain ones")
+    print(f"  plain, decoders in succession  {succession_s:8.0f}")
+    print(f"  plain, decoders side by side   {beside_s:8.0f}")
+    print(f"  stage tree                     {whole.spent:8.0f}")
+    print(f"  in succession / stage tree {succession_s / whole.spent:.2f} (goal: at least 3.4)")
+    print(f"  side by side / stage tree  {beside_s / whole.spent:.2f} (goal: at least 2.4)")
+    print(f"  the tree allows {whole.bound:.2f}; by its own clock it reached {whole.factor:.2f} (goal: within 10%)")
+    ratios = (stopping_succession_s / stopping.spent, stopping_beside_s / stopping.spent)
+    print(f"  with poor trials stopped: {ratios[0]:.2f} and {ratios[1]:.2f} (goals: at least 6.5 and 5)")
+    best = [study.best() for study in (whole, stopping)]
+    print("  best validation MAE: " + ", stopping ".join(f"{trial.mae:.3f}" for trial in best if trial))
+
+
+if __name__ == "__main__":
+    main()
