@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--divisor", type=int, default=10, help="what the study's lengths are divided by")
     parser.add_argument("--images", type=int, default=48)
     arguments = parser.parse_args()
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     with tempfile.TemporaryDirectory() as scratch:
         folder, base = Path(scratch), base_of(arguments.divisor)
         (folder / "config.json").write_text(to_json(base))

@@ -21,7 +21,6 @@ from crowdray.space import (
     Space,
     SpaceError,
     default_space,
-    differences,
     first_points,
     load_space,
 )
@@ -235,7 +234,6 @@ def test_the_saved_form_gives_the_same_space_back(tmp_path: Path) -> None:
         for again in (load_space(str(file), [], base), load_space(str(file), [], other)):
             assert again == space
             assert list(again.dimensions) == list(space.dimensions)
-            assert differences(space, again) == []
         assert pickle.loads(pickle.dumps(space)) == space
 
 
@@ -260,17 +258,6 @@ def test_equal_spaces_are_equal_however_they_are_written() -> None:
     assert one == other
     assert one.to_json() == other.to_json()
     assert one.suggest(random_study(5).ask()) == other.suggest(random_study(5).ask())
-
-
-def test_differences_are_told_in_words() -> None:
-    base = preset("demo")
-    before = load_space(None, ["target.sigma=[2, 4]"], base)
-    now = load_space(None, ['loss.depth={"low": 0.1, "high": 1}', "loss.count=null", "target.sigma=[2, 4, 6]"], base)
-    assert differences(before, now) == [
-        "target.sigma: one of 2.0, 4.0 before, one of 2.0, 4.0, 6.0 now",
-        "loss.depth: 0.06 to 6.0 on a log scale, or 0 before, 0.1 to 1.0 now",
-        "loss.count: 0.1 to 10.0 on a log scale, or 0 before, not varied now",
-    ]
 
 
 MISTAKES = [

@@ -28,6 +28,8 @@ SWITCH = ".on"
 
 FIXED = {
     "seed": "the best trial would be the luckiest, not the best setting; keep one seed for the study: --seed 0",
+    "numerics.precision": "it decides who can share whose beginning; set it by its flag, for all trials",
+    "numerics.threads": "each trial gets as many CPUs as its flag says; set --numerics.threads, for all trials",
     "sampling.validation": "trials would be measured on different images; choose once: --sampling.validation run",
     "sampling.validation_fraction": "trials would be measured on different images; set it by its flag, for all trials",
     "sampling.downsample": "errors at different sizes cannot be compared; set it by its flag, for all trials",
@@ -265,13 +267,6 @@ def first_points(space: Space, base: Config) -> list[dict[str, Any]]:
         if all(attrgetter(name)(config) == weight for name, weight in weights.items()):
             points.append(space.parameters(config))
     return [point for place, point in enumerate(points) if point not in points[:place]]
-
-
-def differences(before: Space, now: Space) -> list[str]:
-    """What differs between two spaces, one line for each field; a study goes on only where there is nothing."""
-    pairs = ((name, before.dimensions.get(name), now.dimensions.get(name)) for name in FIELDS)
-    changed = (item for item in pairs if item[1] != item[2])
-    return [f"{name}: {old or 'not varied'} before, {new or 'not varied'} now" for name, old, new in changed]
 
 
 _KEYS = tuple(item.name for item in dataclasses.fields(Dimension))

@@ -16,7 +16,7 @@ from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.config import StagesConfig, from_json
 from crowdray.presets import preset
 from crowdray.space import default_space
-from crowdray.training.leases import Keeper
+from crowdray.training.leases import Keeper, Lease, take
 from crowdray.training.prefix import Chain
 from crowdray.training.store import StageStore
 
@@ -37,10 +37,14 @@ def keeper() -> Iterator[Keeper]:
         yield keeper
 
 
-def search_of(study: Study, keeper: Keeper, *, places: int = 2, trials: int = 16) -> StageTreeSearch:
+def search_of(
+    study: Study, keeper: Keeper, *, places: int = 2, trials: int = 16, driver: Lease | None = None
+) -> StageTreeSearch:
     store = StageStore(f"{study.uri}/stages", 2**30)
     book = Book(study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
-    return StageTreeSearch(study, book, places=places, trials=trials, store=store, keeper=keeper, numerics=NUMERICS)
+    return StageTreeSearch(
+        study, book, places=places, trials=trials, store=store, keeper=keeper, numerics=NUMERICS, driver=driver
+    )
 
 
 def write_nothing(folder: Path) -> None:
@@ -60,25 +64,30 @@ class Cluster:
         depth = from_json(told["config"], "the trial").loss.depth
         return 3 + abs(depth - 1)
 
-    def train(self, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def train(self, name: str, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
         chains: tuple[Chain, ...] = told["chains"]
         found = self.store.find(chains)
+        reached = [chain.key for chain in chains].index(found.chain) if found else -1
         rows: list[dict[str, Any]] = []
-        done = 0
+        curve: list[tuple[int, float]] = []
         for place, chain in enumerate(chains):
-            start = 0
-            if found is not None and chain.key in (key := [c.key for c in chains])[: key.index(found.chain) + 1]:
-                start = found.epoch if chain.key == found.chain else chain.epochs
-            rows += [{"stage": chain.stage, "epoch": done + epoch} for epoch in range(1, start + 1)]
-            for epoch in range(start + 1, chain.epochs + 1):
+            last = place == len(chains) - 1
+            start = chain.epochs if place < reached else found.epoch if found and place == reached else 0
+            for epoch in range(1, chain.epochs + 1):
+                rows.append({"stage": chain.stage, "epoch": len(rows) + 1})
+                curve += [(epoch, self.error_of(told) + 1 / epoch)] * last
+                if epoch <= start:
+                    continue
                 self.trained[chain.key, epoch] += 1
-                rows.append({"stage": chain.stage, "epoch": done + epoch})
                 if epoch == chain.epochs or epoch in self.quanta[chain.stage]:
                     self.store.publish(chain, epoch, write_nothing)
-                joint = {"joint_epoch": epoch, "mae": self.error_of(told) + 1 / epoch, "rmse": 9.0}
-                yield {"rows": list(rows), "legs": []} | (joint if place == len(chains) - 1 else {})
-            done += chain.epochs
-        yield {"rows": list(rows), "legs": [], "finished": True, "mae": self.error_of(told), "rmse": 9.0}
+                yield self.report(name, rows, curve, told)
+                curve = []
+        yield self.report(name, rows, curve, told) | {"finished": True}
+
+    def report(self, name: str, rows: list[Any], curve: list[Any], told: dict[str, Any]) -> dict[str, Any]:
+        errors = {"mae": self.error_of(told), "rmse": 9.0} if rows[-1]["stage"] == "joint" else {}
+        return {"attempt": name, "rows": list(rows), "curve": list(curve), "legs": [], **errors}
 
     def start(self) -> bool:
         """Start one more trial, if the search gives one."""
@@ -87,7 +96,7 @@ class Cluster:
         if not isinstance(told, dict):
             return False
         self.order.append(told)
-        self.running[name] = self.train(told)
+        self.running[name] = self.train(name, told)
         return True
 
     def step(self) -> None:
@@ -161,6 +170,40 @@ def test_optuna_is_told_what_happened(tmp_path: Path, keeper: Keeper) -> None:
             assert trial.value is not None and trial.value < min(trial.intermediate_values.values(), default=99.0)
 
 
+def test_trials_are_judged_at_equal_epochs_though_they_found_some_in_the_store(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    cluster = cluster_of(study, search_of(study, keeper, trials=14))
+    cluster.run()
+    for trial in drawn_trials(study.optuna_study()):
+        assert sorted(trial.intermediate_values) == list(range(1, max(trial.intermediate_values) + 1))
+        rungs = [value for name, value in trial.system_attrs.items() if name.startswith("completed_rung")]
+        assert rungs and rungs[0] == trial.intermediate_values[1]  # references are judged too, for the others' sake
+
+
+def test_a_trial_that_ends_without_a_finite_error_has_failed(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    search = search_of(study, keeper)
+    cluster_of(study, search).start()
+    end: dict[str, Any] = {"attempt": "a", "rows": [], "curve": [], "legs": [], "finished": True}
+    search.heard("ray-0", end)
+    search.on_trial_complete("ray-0", end)
+    failed = [trial for trial in drawn_trials(study.optuna_study()) if trial.state == TrialState.FAIL]
+    assert [trial.user_attrs["record"]["state"] for trial in failed] == ["failed"]
+
+
+def test_a_driver_that_lost_its_study_stops(tmp_path: Path, keeper: Keeper) -> None:
+    study = study_in(tmp_path)
+    driver = take(f"{study.uri}/leases", "driver", "me")
+    assert driver is not None
+    search = search_of(study, keeper, driver=driver)
+    cluster = cluster_of(study, search)
+    cluster.start()
+    driver.release()
+    assert str(search.suggest("ray-1")) == "FINISHED"
+    assert search.heard("ray-0", next(cluster.running["ray-0"]))
+    assert search.mistake and "suspended" in search.mistake
+
+
 def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(tmp_path: Path, keeper: Keeper) -> None:
     study = study_in(tmp_path)
     search = search_of(study, keeper, trials=3)
@@ -211,6 +254,7 @@ def test_a_mistake_of_the_user_ends_the_search_and_its_trial_is_not_lost(tmp_pat
     search.heard("ray-0", {"mistake": "no space left"})
     search.on_trial_complete("ray-0", {"mistake": "no space left"})
     assert search.mistake == "no space left"
+    assert search.heard("ray-7", {})  # whatever else runs stops, and goes on at the next start
     assert str(search.suggest("ray-1")) == "FINISHED"
     assert TrialState.RUNNING in {trial.state for trial in study.optuna_study().trials}
 

@@ -1,6 +1,7 @@
 """A training that starts from what others left is the training that started from nothing, bit for bit."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from crowdray.config import Config, LossConfig, SamplingConfig, StageConfig, Sta
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.training.loop import Training
+from crowdray.training.checkpoint import load_checkpoint
+from crowdray.training.loop import Row, Training
 from crowdray.training.sharing import Sharing, Shelf, StoreOptions
+from crowdray.training.store import StageStore
 from crowdray.training.world import World
 
 CPU = torch.device("cpu")
@@ -60,6 +63,34 @@ def test_a_training_through_the_store_equals_one_without_it(discs: Dataset, tmp_
         assert shared.progress.best == alone.progress.best
         for stage, weights in alone.best.items():
             assert all(torch.equal(shared.best[stage][name], value) for name, value in weights.items())
+
+
+def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(discs: Dataset, tmp_path: Path) -> None:
+    config = config_of(2, 1, 1)
+    kept: list[Path] = []
+
+    def keep(row: Row, save: Callable[[Path], None]) -> None:
+        sharing.keep(training, save)
+        kept.append(tmp_path / f"own-{row['epoch']}")
+        kept[-1].mkdir()
+        save(kept[-1])
+
+    def sharing_of(shelf: str, threads: int) -> Sharing:
+        return Sharing(Shelf(str(tmp_path / shelf), 2**30), config, discs, world=World(), device=CPU, threads=threads)
+
+    sharing, training = sharing_of("first", 1), Training(config, discs, world=World(), device=CPU)
+    training.run(keep)
+
+    def shared_by(threads: int) -> list[str]:
+        going_on = sharing_of(f"{threads}", threads)
+        own = going_on.go_on_from(load_checkpoint(kept[1]))
+        continued = Training(config, discs, world=World(), device=CPU, restored=own)
+        continued.run(lambda row, save: going_on.keep(continued, save))
+        store = StageStore(str(tmp_path / f"{threads}"), 2**30)
+        return [chain.stage for chain in going_on.chains if store.epochs(chain)]
+
+    assert shared_by(threads=1) == ["decoders", "joint"]
+    assert shared_by(threads=7) == []
 
 
 def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) -> None:

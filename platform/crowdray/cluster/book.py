@@ -1,8 +1,8 @@
 """The book of a study: what each trial does, told to whoever looks on and to MLflow."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import optuna
@@ -44,13 +44,10 @@ class Book:
     ) -> None:
         self._study, self._show = study, show
         self._dataset, self._tracking_uri, self._parent, self._tags = dataset, tracking_uri, parent, tags
-        self._trackers: dict[int, Tracker] = {}
-        self._histories: dict[int, dict[int, Row]] = {}
-        adapter = TypeAdapter(TrialRecord)
-        ended = [t.user_attrs[RECORD] for t in drawn_trials(told) if t.state.is_finished() and RECORD in t.user_attrs]
-        self._records: dict[int, TrialRecord] = {
-            record.number: record for record in map(adapter.validate_python, ended)
-        }
+        self._running: dict[int, _Running] = {}
+        kept = [trial.user_attrs[RECORD] for trial in drawn_trials(told) if RECORD in trial.user_attrs]
+        records = map(TypeAdapter(TrialRecord).validate_python, kept)
+        self._records: dict[int, TrialRecord] = {record.number: record for record in records}
 
     @property
     def record(self) -> StudyRecord:
@@ -67,43 +64,77 @@ class Book:
         return tracker
 
     def started(self, number: int, values: Mapping[str, Any], config: Config) -> None:
-        """A trial starts, or starts again."""
-        self._records[number] = TrialRecord(number, "running", dict(values), None, None, {}, ())
-        self._histories[number] = {}
-        try:
-            self._trackers[number] = self.tracker(number, config)
-        except UserError as error:  # the study goes on; the run is opened when the study is started again
-            _log.warning("trial %d is not tracked: %s", number, error)
+        """A trial starts, or starts again; what it spent before its driver died counts on."""
+        before = self._records.get(number)
+        legs = before.legs if before else ()
+        self._records[number] = TrialRecord(number, "running", dict(values), None, None, {}, legs)
+        self._running[number] = _Running(config, self._tracked(number, config))
         self._show(self.record)
 
-    def heard(self, number: int, report: Mapping[str, Any]) -> None:
-        """A trial reports: its new epochs, or once more those that a lost process had reported."""
-        record, history = self._records[number], self._histories[number]
-        history.update({int(row["epoch"]): row for row in report["rows"]})
-        curve = dict(record.curve)
-        if "joint_epoch" in report:
-            curve[int(report["joint_epoch"])] = float(report["mae"])
+    def heard(self, number: int, report: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial reports its new epochs, or once more those that a lost process had reported; gives its record."""
+        record, running = self._records[number], self._running[number]
+        running.history.update({int(row["epoch"]): row for row in report["rows"]})
+        if running.attempt != report["attempt"]:
+            running.attempt, running.lost = report["attempt"], record.legs
         self._records[number] = replace(
             record,
             mae=report.get("mae"),
             rmse=report.get("rmse"),
-            curve=curve,
-            legs=tuple(Leg(**leg) for leg in report["legs"]),
+            curve=dict(record.curve) | {int(epoch): float(mae) for epoch, mae in report["curve"]},
+            legs=tuple(_with_lost(Leg(**leg), running.lost) for leg in report["legs"]),
         )
-        if number in self._trackers:
-            self._trackers[number].sync_history(tracked_rows([history[epoch] for epoch in sorted(history)]))
+        if running.tracker:
+            running.tracker.sync_history(running.rows())
         self._show(self.record)
+        return asdict(self._records[number])
 
     def ended(self, number: int, state: State, reason: str) -> dict[str, Any]:
         """A trial ends; gives its record as Optuna keeps it."""
         record = self._records[number] = replace(self._records[number], state=state, reason=reason)
-        if tracker := self._trackers.pop(number, None):
+        running = self._running.pop(number)
+        if tracker := running.tracker or self._tracked(number, running.config):
+            tracker.sync_history(running.rows())
             errors = {"mae": record.mae, "rmse": record.rmse}
-            history = self._histories.pop(number)
             summary = {f"trial/val/{name}": value for name, value in errors.items() if value is not None}
             costs = {"worker_seconds/spent": record.spent, "worker_seconds/saved": record.saved}
-            tracker.log_summary(summary | costs, max(history, default=0))
+            tracker.log_summary(summary | costs, max(running.history, default=0))
             tracker.set_tags({"crowdray.trial": state} | ({"crowdray.reason": reason} if reason else {}))
             tracker.finish(_STATUS[state])
         self._show(self.record)
         return asdict(record)
+
+    def _tracked(self, number: int, config: Config) -> Tracker | None:
+        """A trial's MLflow run; one that cannot be opened costs a warning, and another try at the trial's end."""
+        try:
+            return self.tracker(number, config)
+        except UserError as error:
+            _log.warning("trial %d is not tracked: %s", number, error)
+            return None
+
+
+@dataclass
+class _Running:
+    """A trial under way."""
+
+    config: Config
+    tracker: Tracker | None
+    history: dict[int, Row] = field(default_factory=dict)
+    """Rows by epoch."""
+    attempt: str = ""
+    """The process that reports."""
+    lost: tuple[Leg, ...] = ()
+    """What earlier processes had spent."""
+
+    def rows(self) -> list[dict[str, float]]:
+        """The history as MLflow takes it."""
+        return tracked_rows([self.history[epoch] for epoch in sorted(self.history)])
+
+
+def _with_lost(leg: Leg, lost: Sequence[Leg]) -> Leg:
+    """A stage of a trial with what its lost processes spent on it; what they had trained was not saved by others."""
+    for before in lost:
+        if before.stage == leg.stage:
+            reused, saved = min(leg.reused, before.reused), min(leg.saved, before.saved)
+            return replace(leg, seconds=leg.seconds + before.seconds, reused=reused, saved=saved)
+    return leg

@@ -39,11 +39,15 @@ class Resources:
     """Whether it is this machine alone, started by us."""
     growing: bool = False
     """Whether an autoscaler can add nodes; then the numbers are those of the largest cluster it may build."""
+    nodes: tuple[int, ...] = ()
+    """CPUs of each node that is there."""
 
 
 @contextmanager
-def connect() -> Iterator[Resources]:
+def connect(dashboard: bool = False) -> Iterator[Resources]:
     """A Ray cluster for the length of a block: the one that RAY_ADDRESS names, else a local one of our own.
+
+    dashboard: whether the local one has a dashboard, on this machine's loopback.
 
     A cluster that was joined is left as it was; a local one is shut down. Raises UserError when it cannot be
     joined, and when this process is in a cluster already.
@@ -61,7 +65,7 @@ def connect() -> Iterator[Resources]:
     _quieten()
     try:
         if local:
-            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **_common())
+            ray.init("local", include_dashboard=dashboard, object_store_memory=_OBJECT_STORE_BYTES, **_common())
         else:
             ray.init(address, **_common())
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -135,4 +139,6 @@ def _resources(local: bool) -> Resources:
     most = None if local else state.get_max_resources_from_cluster_config()
     if most:
         total |= {name: max(total.get(name, 0), value) for name, value in most.items()}
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), local, bool(most))
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = tuple(int(node.get("CPU", 0)) for node in alive)
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), local, bool(most), nodes)

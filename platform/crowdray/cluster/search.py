@@ -1,5 +1,6 @@
 """Optuna's suggestions, started in the order in which their beginnings are shared, and stopped when they are poor."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from crowdray.cluster.book import RECORD, Book
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.config import Config, to_json
+from crowdray.evaluation.study import State
 from crowdray.space import first_points
 from crowdray.training.leases import Keeper, Lease
 from crowdray.training.prefix import Chain, chains_of
@@ -70,18 +72,19 @@ class StageTreeSearch(OptunaSearch):
         store: StageStore,
         keeper: Keeper,
         numerics: Mapping[str, str | int],
+        driver: Lease | None = None,
     ) -> None:
         self._study, self._book = study, book
         self._places, self._wanted = places, trials
-        self._store, self._keeper, self._numerics = store, keeper, numerics
+        self._store, self._keeper, self._numerics, self._driver = store, keeper, numerics, driver
         self._prunes = study.prune and len(study.objectives) == 1
-        self._pruner = SuccessiveHalvingPruner(
-            min_resource=max(1, min(study.space.quanta("joint"), default=1) // 2), reduction_factor=REDUCTION
-        )
+        shortest = min(study.space.quanta("joint"), default=study.config.stages.joint.epochs)
+        self._pruner = SuccessiveHalvingPruner(min_resource=max(1, shortest // 2), reduction_factor=REDUCTION)
         self._pool: dict[str, Candidate] = {}
         self._live: dict[str, Candidate] = {}
         self._leases: dict[str, dict[str, Lease]] = {}
         self._pinned: Lease | None = None
+        self._errors: dict[str, str] = {}
         self.mistake: str | None = None
         single = len(study.objectives) == 1
         self._record = study.optuna_study()
@@ -96,9 +99,8 @@ class StageTreeSearch(OptunaSearch):
             storage=self._record._storage,
         )
         self._pin()
-        if not self._record.get_trials(deepcopy=False):
-            for point in first_points(study.space, study.config):
-                self._record.enqueue_trial(point, user_attrs={REFERENCE: True})
+        for point in first_points(study.space, study.config):
+            self._record.enqueue_trial(point, user_attrs={REFERENCE: True}, skip_if_exists=True)
         assert self._ot_study is not None
         self._asked: optuna.Study = self._ot_study  # the one with the sampler
 
@@ -111,6 +113,8 @@ class StageTreeSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next trial to start; None while all that are drawn have to wait, and the end when all are told."""
+        if self._driver is not None and self._driver.ended:
+            self.mistake = "this driver was suspended so long that another one may have taken the study; start it again"
         if self.mistake is not None:
             return cast(None, FINISHED)
         if len(self._live) >= self._places:
@@ -136,44 +140,66 @@ class StageTreeSearch(OptunaSearch):
 
     def heard(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Take in a trial's report; says whether the trial is to stop here."""
-        candidate = self._live[trial_id]
         if "mistake" in report:
             self.mistake = str(report["mistake"])
+        if self.mistake is not None:  # all stop, and go on when the study is started again
+            return True
         if "rows" not in report:
             return False
-        self._book.heard(candidate.number, report)
-        self._release(trial_id, before=str(report["rows"][-1]["stage"]) if report["rows"] else None)
-        if not self._prunes or "joint_epoch" not in report or report.get("finished"):
-            return False
-        trial, epoch = self._ot_trials[trial_id], int(report["joint_epoch"])
-        frozen = self._frozen(candidate.number)
-        if epoch not in frozen.intermediate_values:
-            trial.report(float(report["mae"]), epoch)
-        if REFERENCE in frozen.user_attrs or epoch >= candidate.chains[-1].epochs:
-            return False
-        return bool(self._pruner.prune(self._record, self._frozen(candidate.number)))
+        candidate, trial = self._live[trial_id], self._ot_trials[trial_id]
+        trial.set_user_attr(RECORD, self._book.heard(candidate.number, report))
+        if report["rows"]:
+            self._release(trial_id, before=str(report["rows"][-1]["stage"]))
+        return self._prunes and self._is_poor(candidate, trial, report)
+
+    def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
+        """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.
+
+        References are judged for the others' sake alone; a trial at its end has nothing left to stop.
+        """
+        poor = False
+        for epoch, mae in report["curve"]:
+            frozen = self._frozen(candidate.number)
+            if epoch not in frozen.intermediate_values and math.isfinite(mae):
+                trial.report(float(mae), epoch)
+                judged = self._pruner.prune(self._record, self._frozen(candidate.number))
+                poor = poor or (judged and epoch < candidate.chains[-1].epochs)
+        return poor and not report.get("finished") and REFERENCE not in self._frozen(candidate.number).user_attrs
+
+    def lost(self, trial_id: str, error: str) -> None:
+        """Remember why a trial's process was lost for the last time."""
+        self._errors[trial_id] = error
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Do nothing: `heard` was told before, by the scheduler."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a trial ended: complete with its value, pruned or failed without one."""
-        candidate = self._live.pop(trial_id, None)
-        if candidate is None:
+        """Tell Optuna how a trial ended: complete with its values, pruned or failed without any."""
+        if trial_id not in self._live:
             return
+        candidate, result = self._live[trial_id], result or {}
         self._release(trial_id)
-        result = result or {}
-        if "mistake" in result:  # the study ends; this trial goes on when it is started again
+        if self.mistake is not None and not result.get("finished"):
+            del self._live[trial_id]
             return
-        finished, failed = bool(result.get("finished")), error or "failed" in result
-        record = self._book.ended(
-            candidate.number,
-            "complete" if finished else "failed" if failed else "pruned",
-            str(result.get("failed", "its process was lost again and again")) if failed else "",
-        )
+        state, reason = self._end_of(trial_id, result, error)
+        record = self._book.ended(candidate.number, state, reason)
         self._ot_trials[trial_id].set_user_attr(RECORD, record)
-        super().on_trial_complete(trial_id, result if finished else None, error=failed)
+        super().on_trial_complete(trial_id, result if state == "complete" else None, error=state == "failed")
+        del self._live[trial_id]
         self._pin()
+
+    def _end_of(self, trial_id: str, result: Mapping[str, Any], error: bool) -> tuple[State, str]:
+        """How a trial ended, and why if it failed."""
+        if error:
+            return "failed", f"its process was lost again and again: {self._errors.get(trial_id, 'no reason is known')}"
+        if "failed" in result:
+            return "failed", str(result["failed"])
+        if not result.get("finished"):
+            return "pruned", ""
+        if "mae" not in result:
+            return "failed", "its validation errors are no finite numbers"
+        return "complete", ""
 
     def _adopt(self) -> None:
         """Take up the trials that were under way when an earlier driver died."""
@@ -236,11 +262,11 @@ class StageTreeSearch(OptunaSearch):
     def _release(self, trial_id: str, before: str | None = None) -> None:
         """Give back a trial's leases: all, or those of the stages before the one under way."""
         leases = self._leases.get(trial_id, {})
-        for stage in list(leases):
-            if stage == before:
-                return
-            self._keeper.discard(leases[stage])
-            leases.pop(stage).release()
+        stages = [chain.stage for chain in self._live[trial_id].chains]
+        for stage in stages[: stages.index(before)] if before else stages:
+            if (lease := leases.pop(stage, None)) is not None:
+                self._keeper.discard(lease)
+                lease.release()
 
     def _pin(self) -> None:
         """Keep the end of the best trial from eviction: it is what ships."""
@@ -267,6 +293,11 @@ class StudyScheduler(FIFOScheduler):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: see the search."""
         return {}
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Hand on why a trial's process was lost; the last time counts."""
+        error = trial.get_error()
+        self._search.lost(trial.trial_id, str(error).strip().splitlines()[-1] if error else "no reason is known")
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Hand on a report, and stop the trial if it is poor."""

@@ -3,8 +3,8 @@
 study.json         what is searched, on what; a study under the same name has to have the same
 journal.log        Optuna's own record of all trials, unless a database keeps it
 trial-NNNN/        the best trial, as a run of its own (cluster/runs.py)
-*.png              figures
-outcome.json       everything together; written last
+leases/            who drives it
+record.json        all trials, and *.png, the figures: written last
 """
 
 import json
@@ -107,9 +107,17 @@ class Study:
     def _optuna_storage(self) -> "optuna.storages.BaseStorage":
         from optuna.storages import JournalStorage, RDBStorage
         from optuna.storages.journal import JournalFileBackend
+        from sqlalchemy.exc import SQLAlchemyError
 
         if self.database is not None:
-            return RDBStorage(self.database)
+            try:
+                return RDBStorage(self.database)
+            except (ImportError, SQLAlchemyError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"--database cannot be used: {reason}; give a URL such as postgresql://user@host/optuna, and "
+                    "install the database's driver"
+                ) from error
         if not storage.is_local(self.uri):
             raise UserError(
                 f"Optuna's journal cannot lie in {self.uri}: it grows line by line, and objects there are written "
@@ -134,6 +142,11 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     check_name(options.name)
     dataset = Dataset.open(data)
     space = load_space(options.space, options.vary, config)
+    if config.stages.joint.epochs == 0 or 0 in space.quanta("joint"):
+        raise UserError(
+            "a trial is judged by its joint stage, and stages.joint.epochs can be 0; give at least 1, in the preset "
+            "and in the space"
+        )
     settled = replace(config, numerics=replace(config.numerics, threads=config.numerics.threads or 1))
     searched = (to_json(settled), space.to_json(), options.objectives, options.prune, dataset.digest, options.workers)
     return Study(

@@ -72,8 +72,8 @@ def show_study(ended: StudyOutcome, console: Console) -> None:
     _lines(
         console,
         {
-            "store": f"{record.factor:.2f} times fewer worker-seconds than without ({record.bound:.2f} if nothing were "
-            "ever trained twice)",
+            "store": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.factor:.2f} times "
+            f"fewer than without, {record.bound:.2f} if nothing were ever trained twice",
             "figures": ", ".join(ended.figures),
             "study": ended.study,
         },

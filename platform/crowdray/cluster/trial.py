@@ -1,6 +1,8 @@
 """What runs inside each trial of a study: a training that tells Ray Tune of its epochs."""
 
+import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from ray import tune
 
+from crowdray.cluster.listener import is_loss
 from crowdray.cluster.runs import Run
 from crowdray.cluster.runtime import Device, Resources
 from crowdray.cluster.train import run_training
@@ -37,7 +40,9 @@ class TrialTask:
     resources: Resources
     """What the cluster has."""
     device: Device
-    """Where workers train."""
+    """Where the workers of a group train."""
+    use_gpu: bool
+    """Whether a trial of one worker has a GPU."""
     shelf: Shelf
     """Where trials find and leave their beginnings."""
 
@@ -45,25 +50,27 @@ class TrialTask:
 def run_trial(task: TrialTask, told: Mapping[str, Any]) -> None:
     """Train one trial and report each epoch; a single worker trains in this very process.
 
-    What the user has to mend, and a loss that is no number, are reported and not raised: Tune would only start the
-    trial again.
+    What would happen again is reported and not raised, since Tune would start the trial again.
     """
     try:
         if task.workers == 1:
             _train_here(task, told)
         else:
             _train_group(task, told)
-    except DivergedError as error:
-        tune.report({"failed": str(error)})
     except UserError as error:
         tune.report({"mistake": str(error)})
+    except Exception as error:
+        if is_loss(error):
+            raise
+        kind = "" if isinstance(error, DivergedError) else f"{type(error).__name__}: "
+        tune.report({"failed": f"{kind}{error}"})
 
 
 def _train_here(task: TrialTask, told: Mapping[str, Any]) -> None:
     config = from_json(told["config"], "the trial")
     torch.set_num_threads(config.numerics.threads)
     dataset = Dataset.open(task.data, verify=True)
-    device = pick_device()
+    device = trial_device(task.use_gpu)
     sharing = Sharing(task.shelf, config, dataset, world=World(), device=device, threads=config.numerics.threads)
     account = Account(sharing.chains, 1)
     restored = sharing.restore()
@@ -76,6 +83,11 @@ def _train_here(task: TrialTask, told: Mapping[str, Any]) -> None:
 
     training.run(report)
     tune.report(account.at_end(training.progress.history))
+
+
+def trial_device(use_gpu: bool) -> torch.device:
+    """Where a trial of one worker trains: a GPU may be visible that it has not got."""
+    return pick_device() if use_gpu else torch.device("cpu")
 
 
 def _train_group(task: TrialTask, told: Mapping[str, Any]) -> None:
@@ -95,7 +107,10 @@ def _train_group(task: TrialTask, told: Mapping[str, Any]) -> None:
 
 
 class Account:
-    """What a trial reports: its new epochs, its best errors, and the worker-seconds of its stages."""
+    """What a trial reports: its new epochs, its best errors, and the worker-seconds of its stages.
+
+    `attempt` tells the reports of a process from those of the one that was lost before it.
+    """
 
     def __init__(self, chains: Sequence[Chain], workers: int) -> None:
         self._chains = chains
@@ -104,6 +119,7 @@ class Account:
         self._spent = dict.fromkeys((chain.stage for chain in chains), 0.0)
         self._reused = 0
         self._told = 0
+        self._attempt = uuid.uuid4().hex
 
     def begin(self, history: Sequence[Row]) -> None:
         """The training starts after these epochs, which somebody else has trained."""
@@ -121,12 +137,15 @@ class Account:
         return self._report(history) | {"finished": True}
 
     def _report(self, history: Sequence[Row]) -> dict[str, Any]:
-        rows, self._told = list(history[self._told :]), len(history)
+        told, self._told = self._told, len(history)
         joint = [row for row in history if row["stage"] == "joint"]
-        report: dict[str, Any] = {"rows": rows, "legs": [asdict(leg) for leg in self._legs(history)]}
-        if joint:
-            best = min(joint, key=lambda row: float(row["val/mae"]))
-            report |= {"joint_epoch": len(joint), "mae": best["val/mae"], "rmse": best["val/rmse"]}
+        errors = [float(row.get("val/mae", math.inf)) for row in joint]
+        curve = [(epoch, min(errors[:epoch])) for epoch, row in enumerate(joint, 1) if row in history[told:]]
+        report: dict[str, Any] = {"attempt": self._attempt, "rows": list(history[told:]), "curve": curve}
+        report["legs"] = [asdict(leg) for leg in self._legs(history)]
+        if errors and math.isfinite(min(errors)):
+            best = joint[errors.index(min(errors))]
+            report |= {"mae": best["val/mae"], "rmse": best["val/rmse"]}
         return report
 
     def _legs(self, history: Sequence[Row]) -> list[Leg]:

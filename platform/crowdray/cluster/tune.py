@@ -6,12 +6,12 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from crowdray import storage
 from crowdray.cluster.book import Book
@@ -20,20 +20,22 @@ from crowdray.cluster.runtime import PACKAGE, Device, Resources, choose_gpu, con
 from crowdray.cluster.ship import Outcome, ship
 from crowdray.cluster.studies import Study
 from crowdray.cluster.study_display import StudyDisplay
-from crowdray.cluster.train import run_training
+from crowdray.cluster.train import RETRIES, run_training
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import StudyRecord, TrialRecord, importances
 from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
-from crowdray.training.leases import LEASE_S, Keeper, take
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Status, Tracker, open_tracker
+from crowdray.training.leases import LEASE_S, Keeper, Lease, take
+from crowdray.training.loop import Row
 from crowdray.training.prefix import numerics_of
 from crowdray.training.sharing import Shelf
 
-RETRIES = 3
-"""Times that a trial is started again after its process was lost."""
+if TYPE_CHECKING:
+    from crowdray.cluster.search import StageTreeSearch
+    from crowdray.cluster.trial import TrialTask
 
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they would write lies in Optuna's and MLflow's record
@@ -79,14 +81,18 @@ def tune(
     StudyFailed when no trial came to its end.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
+    for option, value in (("--trials", trials), ("--concurrent", concurrent)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; give at least 1")
     dataset = Dataset.open(study.data)
     study.claim()
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
-    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
-        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
-        tracker.log_dataset(dataset.index.name, study.data, study.digest)
+    shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
+    with (
+        Keeper() as keeper,
+        _alone(study, keeper, display) as driver,
+        _tracked(study, dataset, tags, tracking_uri) as tracker,
+    ):
         book = Book(
             study,
             study.optuna_study(),
@@ -96,26 +102,39 @@ def tune(
             parent=tracker.run_id,
             tags=tags,
         )
-        shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
-        with Keeper() as keeper, _alone(study, keeper, display), connect() as resources:
-            _search(study, book, display, resources, keeper, trials, concurrent, shelf, device)
+        # Ray frees the workers of a stopped trial's own group through its dashboard.
+        with connect(dashboard=study.workers > 1) as resources:
+            places, use_gpu = places_of(study, resources, concurrent, device)
+            search = _search_of(study, book, shelf, keeper, driver, places=places, trials=trials, use_gpu=use_gpu)
+            display.status(f"searching: {places} trials at once, {trials} in all")
+            _run_trials(study, search, _task_of(study, shelf, resources, device, use_gpu))
             best = _best(book.record, study)
             display.status(f"trial {best.number} is the best: scoring it on the test split, packaging, registering")
-            outcome = _ship(study, book, best, resources, tracking_uri, shelf, device, tags)
+            outcome = _ship(study, book, best, resources, tracking_uri, shelf, device, tags, display)
         display.status("drawing")
         figures = _draw(book.record, study, tracker)
-        ended = StudyOutcome(study.uri, book.record, best.number, outcome, figures)
+        return StudyOutcome(study.uri, book.record, best.number, outcome, figures)
+
+
+@contextmanager
+def _tracked(study: Study, dataset: Dataset, tags: Mapping[str, str], tracking_uri: str | None) -> Iterator[Tracker]:
+    """The study's own MLflow run, for the length of a block."""
+    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)
+    status: Status = "FAILED"
+    try:
+        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
+        tracker.log_dataset(dataset.index.name, study.data, study.digest)
+        yield tracker
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         tracker.finish(status)
-    return ended
 
 
 @contextmanager
-def _alone(study: Study, keeper: Keeper, display: StudyDisplay) -> Iterator[None]:
+def _alone(study: Study, keeper: Keeper, display: StudyDisplay) -> Iterator[Lease]:
     """The right to be a study's only driver; one that was killed keeps it until its lease expires."""
     folder, end = storage.join(study.uri, "leases"), time.monotonic() + 1.5 * LEASE_S
     while (lease := take(folder, "driver", f"{socket.gethostname()}:{os.getpid()}")) is None:
@@ -124,11 +143,7 @@ def _alone(study: Study, keeper: Keeper, display: StudyDisplay) -> Iterator[None
         display.status(f"waiting for the driver of an earlier start, which died less than {LEASE_S:.0f} s ago or lives")
         time.sleep(5)
     keeper.add(lease)
-    try:
-        yield
-    finally:
-        keeper.discard(lease)
-        lease.release()
+    yield lease  # the keeper releases it
 
 
 def places_of(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
@@ -138,46 +153,63 @@ def places_of(study: Study, resources: Resources, concurrent: int | None, device
     """
     use_gpu = choose_gpu(resources, study.workers, device)
     threads = study.config.numerics.threads
-    if resources.cpus < threads * study.workers:
+    fit = sum(cpus // threads for cpus in resources.nodes or (resources.cpus,)) // study.workers
+    if fit == 0:
+        there = " and ".join(str(cpus) for cpus in resources.nodes or (resources.cpus,))
         raise UserError(
-            f"a trial needs {study.workers} workers of {threads} CPUs each, there are {resources.cpus}: lower "
-            f"--workers, or --numerics.threads to {max(1, resources.cpus // study.workers)}"
+            f"a trial needs {study.workers} times {threads} CPUs, each {threads} on one node, and the nodes have "
+            f"{there}: lower --workers or --numerics.threads"
         )
-    if concurrent is not None and concurrent < 1:
-        raise UserError(f"--concurrent is {concurrent}; give at least 1")
-    fit = resources.cpus // (threads * study.workers)
     if use_gpu:
         fit = min(fit, resources.gpus // study.workers)
     return min(fit, concurrent or fit), use_gpu
 
 
-def _search(
-    study: Study,
-    book: Book,
-    display: StudyDisplay,
-    resources: Resources,
-    keeper: Keeper,
-    trials: int,
-    concurrent: int | None,
-    shelf: Shelf,
-    device: Device,
-) -> None:
-    """Run trials until there are enough."""
+def _search_of(
+    study: Study, book: Book, shelf: Shelf, keeper: Keeper, driver: Lease, *, places: int, trials: int, use_gpu: bool
+) -> "StageTreeSearch":
+    from crowdray.cluster.search import StageTreeSearch
+
+    numerics = _numerics(study, use_gpu)
+    return StageTreeSearch(
+        study,
+        book,
+        places=places,
+        trials=trials,
+        store=shelf.open(),
+        keeper=keeper,
+        numerics=numerics,
+        driver=driver,
+    )
+
+
+def _task_of(study: Study, shelf: Shelf, resources: Resources, device: Device, use_gpu: bool) -> "TrialTask":
+    from crowdray.cluster.trial import TrialTask
+
+    return TrialTask(
+        data=study.data,
+        digest=study.digest,
+        storage=study.uri,
+        workers=study.workers,
+        resources=resources,
+        device=device,
+        use_gpu=use_gpu,
+        shelf=shelf,
+    )
+
+
+def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> None:
+    """Run what the search gives until it gives no more."""
     from ray import tune as ray_tune
 
-    from crowdray.cluster.search import StageTreeSearch, StudyScheduler
-    from crowdray.cluster.trial import TrialTask, run_trial
+    from crowdray.cluster.search import StudyScheduler
+    from crowdray.cluster.trial import run_trial
 
-    places, use_gpu = places_of(study, resources, concurrent, device)
-    task = TrialTask(study.data, study.digest, study.uri, study.workers, resources, device, shelf)
-    own = {"CPU": float(study.config.numerics.threads), "GPU": float(use_gpu)}
+    own = {"CPU": float(study.config.numerics.threads), "GPU": float(task.use_gpu)}
     if study.workers > 1:  # the workers have their own; a trial that only waits for them takes a byte of memory
         own = {"memory": 1.0}
-    search = StageTreeSearch(
-        study, book, places=places, trials=trials, store=shelf.open(), keeper=keeper, numerics=_numerics(study, use_gpu)
-    )
-    display.status(f"searching: {places} trials at once, {trials} in all")
-    with tempfile.TemporaryDirectory(prefix="crowdray-tune-") as scratch:
+    # Tune's thread may still write there after an interrupt.
+    with tempfile.TemporaryDirectory(prefix="crowdray-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(partial(run_trial, task), own),
             tune_config=ray_tune.TuneConfig(
@@ -208,7 +240,7 @@ def _search(
         while waiting.is_alive():
             waiting.join(timeout=0.5)
     if search.mistake is not None:
-        raise UserError(search.mistake)
+        raise UserError(f"{search.mistake}. The same command goes on with the trials that were under way")
     if errors:
         raise errors[0]
 
@@ -217,12 +249,12 @@ def _numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
     """How a trial's process computes, asked where one would run."""
     import ray
 
-    from crowdray.training.world import pick_device
+    from crowdray.cluster.trial import trial_device
 
     config = study.config
 
     def ask() -> dict[str, str | int]:
-        return numerics_of(config, pick_device(), config.numerics.threads)
+        return numerics_of(config, trial_device(use_gpu), config.numerics.threads)
 
     asked = ray.remote(ask).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
     found: dict[str, str | int] = ray.get(asked)
@@ -246,6 +278,7 @@ def _ship(
     shelf: Shelf,
     device: Device,
     tags: Mapping[str, str],
+    display: StudyDisplay,
 ) -> Outcome:
     """Score the best trial on the test split, package and register it, under its own MLflow run."""
     config = study.space.configure(study.config, best.values)
@@ -256,11 +289,17 @@ def _ship(
         if outcome.tracking_uri == tracking_uri:
             return outcome
     if not storage.exists(storage.join(run.trained, RESULT)):
-        run_training(run, resources, device=device, shelf=shelf)
+
+        def follow(history: Sequence[Row]) -> None:
+            display.status(f"the state of trial {best.number} is gone: training it again, epoch {len(history)}")
+
+        run_training(run, resources, device=device, shelf=shelf, follow=follow)
     tracker = book.tracker(best.number, config)
-    outcome = ship(run, tracker, tracking_uri, tags)
+    try:
+        outcome = ship(run, tracker, tracking_uri, tags)
+    finally:
+        tracker.finish("FINISHED")
     storage.write_bytes(run.outcome, outcome.to_json().encode())
-    tracker.finish("FINISHED")
     return outcome
 
 

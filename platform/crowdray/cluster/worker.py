@@ -68,7 +68,8 @@ def _train(task: Task) -> None:
     dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
     sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
-    restored = _restored(task) or sharing.restore()
+    own = _own(task)
+    restored = sharing.restore() if own is None else sharing.go_on_from(own)
     training = Training(task.config, dataset, world=world, device=device, restored=restored)
     first = True
 
@@ -81,12 +82,15 @@ def _train(task: Task) -> None:
             checkpoint = None
             if training.world.rank == 0:
                 sharing.keep(training, save)
-                save(Path(folder))
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
+                if task.scored:  # a trial has its states on the shelf alone
+                    save(Path(folder))
+                    checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({ROWS: rows}, checkpoint=checkpoint, checkpoint_dir_name=name)
 
     if not task.scored:  # a trial of a search, which has announced it
         training.run(report)
+        if first:  # all of it was found on the shelf
+            ray.train.report({ROWS: list(training.progress.history)})
         return
     with sharing.announced(task.run):
         training.run(report)
@@ -113,7 +117,7 @@ def room(place: str) -> Iterator[None]:
         raise
 
 
-def _restored(task: Task) -> Checkpoint | None:
+def _own(task: Task) -> Checkpoint | None:
     """The checkpoint of its own that this run goes on from."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:

@@ -62,7 +62,13 @@ class Sharing:
             config, dataset.digest, world.size, numerics_of(config, device, threads)
         )
         self._shelf, self._world = shelf, world
+        self._pure = True
         self._store = shelf.open()
+
+    def go_on_from(self, own: Checkpoint) -> Checkpoint:
+        """A training's own checkpoint, which it goes on from; what other code or other workers began is not shared."""
+        self._pure = own.progress.chain == self.chains[own.progress.stage].key
+        return own
 
     def restore(self) -> Checkpoint | None:
         """The longest stored beginning, the same on all ranks; None when the training has to start anew."""
@@ -89,5 +95,8 @@ class Sharing:
         """After an epoch, on rank 0: publish the state if the stage ends here or another training may want it."""
         progress = training.progress
         chain, epoch = self.chains[progress.stage], progress.stage_epochs
+        if not self._pure:
+            return
+        progress.chain = chain.key
         if training.stage_is_over or epoch in self._shelf.quanta.get(chain.stage, ()):
             self._store.publish(chain, epoch, save)

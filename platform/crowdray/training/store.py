@@ -34,9 +34,7 @@ from crowdray.errors import DataError, UserError
 from crowdray.training import leases
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.leases import Keeper, Lease
-from crowdray.training.prefix import Chain, chains_of, numerics_of
-
-__all__ = ["Chain", "Keeper", "Lease", "StageStore", "StateId", "chains_of", "numerics_of"]
+from crowdray.training.prefix import Chain
 
 MANIFEST = "manifest.json"
 

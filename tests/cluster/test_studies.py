@@ -1,0 +1,132 @@
+"""What a study may be, how many of its trials fit, and what its trials' time is counted as."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crowdray.cluster.book import Book
+from crowdray.cluster.runtime import Resources
+from crowdray.cluster.studies import SearchOptions, plan_study
+from crowdray.cluster.trial import Account
+from crowdray.cluster.tune import places_of
+from crowdray.config import Config, NumericsConfig, StageConfig
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.presets import preset
+from crowdray.training.prefix import Chain
+
+from .test_search import study_in
+
+CHAINS = (Chain("b", "baseline", 2), Chain("d", "decoders", 1), Chain("j", "joint", 2))
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "threads", "concurrent", "places"),
+    [
+        (Resources(8, 0, True, nodes=(8,)), 1, 1, None, 8),
+        (Resources(8, 0, True, nodes=(8,)), 1, 3, None, 2),
+        (Resources(8, 0, True, nodes=(8,)), 2, 1, 3, 3),
+        (Resources(8, 0, False, nodes=(2, 2, 2, 2)), 1, 2, None, 4),
+        (Resources(8, 4, True, nodes=(8,)), 2, 1, None, 2),
+    ],
+)
+def test_as_many_trials_run_as_fit(
+    tmp_path: Path, resources: Resources, workers: int, threads: int, concurrent: int | None, places: int
+) -> None:
+    study = study_in(tmp_path, workers=workers)
+    config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=threads))
+    assert places_of(dataclasses.replace(study, config=config), resources, concurrent, "auto")[0] == places
+
+
+def test_a_trial_that_fits_on_no_node_is_refused_in_words(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=3))
+    with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2.*--numerics.threads"):
+        places_of(dataclasses.replace(study, config=config), Resources(4, 0, False, nodes=(2, 2)), None, "auto")
+
+
+def test_a_study_is_judged_by_a_joint_stage(discs: Dataset) -> None:
+    config = preset("debug")
+    without = dataclasses.replace(config, stages=dataclasses.replace(config.stages, joint=StageConfig(0, 1e-3)))
+    with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
+        plan_study(without, discs.uri, "debug", SearchOptions())
+    with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
+        plan_study(config, discs.uri, "debug", SearchOptions(vary=("stages.joint.epochs=[0, 2]",)))
+
+
+def test_the_name_of_a_study_is_a_function_of_all_that_is_searched(discs: Dataset) -> None:
+    def named(config: Config, **options: Any) -> str:
+        return plan_study(config, discs.uri, "debug", SearchOptions(**options)).name
+
+    config = preset("debug")
+    others = [
+        named(dataclasses.replace(config, seed=1)),
+        named(config, vary=("loss.depth=null",)),
+        named(config, objectives="mae+rmse"),
+        named(config, prune=False),
+        named(config, workers=2),
+    ]
+    assert len({named(config), *others}) == 6 and named(config) == named(config)
+
+
+@pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
+def test_a_database_that_is_none_is_refused(tmp_path: Path, database: str) -> None:
+    with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):
+        study_in(tmp_path, database=database).optuna_study()
+
+
+def test_a_journal_on_an_object_store_is_refused() -> None:
+    study = dataclasses.replace(study_in(Path("x")), storage="memory://bucket")
+    with pytest.raises(UserError, match=r"cannot lie in memory://bucket/study.*--database"):
+        study.optuna_study()
+
+
+def row(epoch: int, stage: str) -> dict[str, Any]:
+    errors = {"val/mae": 10.0 - epoch, "val/rmse": 20.0 - epoch} if stage == "joint" else {}
+    return {"epoch": epoch, "stage": stage, "seconds": 4.0, **errors}
+
+
+HISTORY = [row(epoch, stage) for epoch, stage in enumerate(["baseline", "baseline", "decoders", "joint", "joint"], 1)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that a test sets by hand."""
+    now = [0.0]
+    monkeypatch.setattr("crowdray.cluster.trial.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_trial_accounts_for_what_it_spent_and_what_it_found(clock: list[float]) -> None:
+    account = Account(CHAINS, workers=2)
+    account.begin(HISTORY[:2])
+    clock[0] = 10.0
+    first = account.after_epoch(HISTORY[:3])
+    clock[0] = 15.0
+    second = account.after_epoch(HISTORY[:4])
+    assert [told["epoch"] for told in first["rows"]] == [1, 2, 3] and "mae" not in first
+    assert [told["epoch"] for told in second["rows"]] == [4] and second["curve"] == [(1, 6.0)] and second["mae"] == 6.0
+    legs = [(leg["stage"], leg["epochs"], leg["reused"], leg["seconds"], leg["saved"]) for leg in second["legs"]]
+    assert legs == [("baseline", 2, 2, 0.0, 16.0), ("decoders", 1, 0, 20.0, 0.0), ("joint", 1, 0, 10.0, 0.0)]
+
+
+def test_what_a_lost_process_spent_counts_and_its_epochs_are_no_saving(clock: list[float], tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    book = Book(study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+    book.started(0, {}, study.config)
+    lost = Account(CHAINS, workers=1)
+    lost.begin([])
+    for epoch in (1, 2, 3):
+        clock[0] += 10
+        book.heard(0, lost.after_epoch(HISTORY[:epoch]))
+    again = Account(CHAINS, workers=1)  # after the kill it finds the baseline in the store, where it left it
+    again.begin(HISTORY[:2])
+    for epoch in (3, 4, 5):
+        clock[0] += 10
+        book.heard(0, again.after_epoch(HISTORY[:epoch]))
+    book.heard(0, again.at_end(HISTORY))
+    (record,) = book.record.trials
+    assert record.spent == 60.0 and record.saved == 0.0
+    assert record.curve == {1: 6.0, 2: 5.0} and record.mae == 5.0
