@@ -28,7 +28,7 @@ from crowdray.config import Config, StageConfig, StagesConfig, to_json
 from crowdray.data.shards import Dataset
 from crowdray.evaluation.study import StudyRecord
 from crowdray.presets import preset
-from crowdray.space import load_space
+from crowdray.space import default_space, load_space
 from crowdray.training.loop import Training
 from crowdray.training.world import World
 
@@ -116,6 +116,10 @@ def main() -> None:
             f"stages.{name}.epochs={json.dumps([length // arguments.divisor for length in lengths])}"
             for name, lengths in LENGTHS.items()
         ]
+        # No task is dropped: the weights are continuous.
+        for name, item in default_space(base).dimensions.items():
+            if item.zero:
+                varied.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
         space = load_space(None, varied, base)
         whole = search(folder, "whole", varied, arguments.trials, prune=False)
         stopping = search(folder, "stopping", varied, arguments.trials, prune=True)
