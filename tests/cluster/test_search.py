@@ -241,6 +241,7 @@ def test_more_trials_continue_a_study(tmp_path: Path, keeper: Keeper) -> None:
     study = study_in(tmp_path, prune=False)
     cluster_of(study, search_of(study, keeper, trials=3)).run()
     cluster_of(study, search_of(study, keeper, trials=5)).run()
+    cluster_of(study, search_of(study, keeper, trials=4)).run()  # fewer than there are: nothing to do
     told = drawn_trials(study.optuna_study())
     assert [trial.number for trial in told] == [0, 1, 2, 3, 4]
     assert sum(REFERENCE in trial.user_attrs for trial in told) == 2

@@ -216,7 +216,7 @@ class StageTreeSearch(OptunaSearch):
                 return
 
     def _left(self) -> int:
-        return self._wanted - len(drawn_trials(self._record))
+        return max(0, self._wanted - len(drawn_trials(self._record)))
 
     def _take(self, trial: optuna.Trial) -> None:
         key = f"waiting-{trial.number}"

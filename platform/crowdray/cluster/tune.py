@@ -170,7 +170,6 @@ def _search_of(
 ) -> "StageTreeSearch":
     from crowdray.cluster.search import StageTreeSearch
 
-    numerics = _numerics(study, use_gpu)
     return StageTreeSearch(
         study,
         book,
@@ -178,7 +177,7 @@ def _search_of(
         trials=trials,
         store=shelf.open(),
         keeper=keeper,
-        numerics=numerics,
+        numerics=_numerics(study, use_gpu),
         driver=driver,
     )
 
