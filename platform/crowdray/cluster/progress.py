@@ -48,16 +48,12 @@ def _plain_count(what: str, total: int) -> Callable[[int], None]:
     return advance
 
 
-class TrainingDisplay:
-    """The stages of a training as they pass: a table that is redrawn on a terminal, a line per epoch in a
-    log."""
+class LiveDisplay:
+    """What a subclass draws as `__rich__`, redrawn on a terminal; in a log only lines are told."""
 
-    def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
-        self._stages = stages
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._history: Sequence[Row] = ()
         self._status = ""
-        self._told = 0
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -77,6 +73,21 @@ class TrainingDisplay:
         self._status = text
         if not self._live:
             print(text, file=sys.stdout, flush=True)
+
+    def __rich__(self) -> Table:
+        """The table that a terminal shows."""
+        raise NotImplementedError
+
+
+class TrainingDisplay(LiveDisplay):
+    """The stages of a training as they pass: a table that is redrawn on a terminal, a line per epoch in a
+    log."""
+
+    def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
+        super().__init__(console)
+        self._stages = stages
+        self._history: Sequence[Row] = ()
+        self._told = 0
 
     def history(self, rows: Sequence[Row]) -> None:
         """Show a training's whole history; in a log, what is new of it."""

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,24 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         yield _resources(local)
     finally:
         ray.shutdown()
+
+
+def beside(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
+    """Start Ray's own waiting in a thread, so that an interrupt reaches us and not Ray's handler of it.
+
+    Gives the thread, and the list that will hold what the work raises.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="crowdray-ray", daemon=True)
+    thread.start()
+    return thread, raised
 
 
 def choose_gpu(resources: Resources, workers: int, device: Device) -> bool:

@@ -2,13 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from crowdray.cluster.progress import LiveDisplay
 from crowdray.evaluation.study import StudyRecord, TrialRecord
 
 LINES = 24
@@ -17,34 +15,14 @@ PLAIN_EVERY_S = 20.0
 """Seconds between two lines of progress in a log."""
 
 
-class StudyDisplay:
+class StudyDisplay(LiveDisplay):
     """The trials of a study as they pass."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        super().__init__(console)
         self._record: StudyRecord | None = None
-        self._status = ""
         self._ended: set[int] = set()
         self._told = 0.0
-        self._live: Live | None = None
-
-    def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = Live(self, console=self._console, refresh_per_second=2, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
-
-    def status(self, text: str) -> None:
-        """Say what is going on now."""
-        self._status = text
-        if not self._live:
-            print(text, flush=True)
 
     def show(self, record: StudyRecord) -> None:
         """Show the study as it stands; in a log, the trials that ended since, and now and then those that run."""

@@ -1,7 +1,6 @@
 """The driver of a training: tracked, fed by workers under Ray Train of which killed ones come back, and
 shipped."""
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from crowdray import storage
 from crowdray.cluster.progress import TrainingDisplay
 from crowdray.cluster.runs import RESULT, Run
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, choose_gpu, connect
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect
 from crowdray.cluster.ship import Outcome, ship, tracked_rows
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
@@ -123,21 +122,16 @@ def run_training(
             callbacks=[Listener(rows)],  # type: ignore[list-item]
         ),
     )
-    errors: list[BaseException] = []
 
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:
-            errors.append(error)
         finally:
             with suppress(RayError):  # the cluster itself may be gone
                 if ray.is_initialized():
                     rows.put(None)
 
-    # Ray waits in a thread, so that an interrupt reaches us and not Ray's own handler of it.
-    waiting = threading.Thread(target=fit, name="crowdray-fit", daemon=True)
-    waiting.start()
+    waiting, errors = beside(fit)
     try:
         _read(rows, follow)
     except RayError as error:

@@ -4,7 +4,6 @@ the best trial is scored on the test split, stripped and registered."""
 import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from crowdray import storage
 from crowdray.cluster.book import Book
 from crowdray.cluster.runs import RESULT
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, choose_gpu, connect
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect
 from crowdray.cluster.ship import Outcome, ship
 from crowdray.cluster.studies import Study
 from crowdray.cluster.study_display import StudyDisplay
@@ -225,17 +224,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
                 verbose=0,
             ),
         )
-        errors: list[BaseException] = []
-
-        def fit() -> None:
-            try:
-                tuner.fit()
-            except BaseException as error:
-                errors.append(error)
-
-        # Ray waits in a thread, so that an interrupt reaches us and not Ray's own handler of it.
-        waiting = threading.Thread(target=fit, name="crowdray-fit", daemon=True)
-        waiting.start()
+        waiting, errors = beside(tuner.fit)
         while waiting.is_alive():
             waiting.join(timeout=0.5)
     if search.mistake is not None:
