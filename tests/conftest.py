@@ -1,7 +1,10 @@
 """A small dataset for everything that trains: bright discs on noise, with region of interest and depth."""
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import simplejpeg
@@ -10,6 +13,19 @@ from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
 
 HEIGHT, WIDTH = 64, 96
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A URI that nothing lies at yet: a folder, and the stand-in for an object store."""
+    if request.param == "local":
+        yield str(tmp_path / "place")
+        return
+    root = f"memory://{uuid.uuid4().hex}"
+    yield root
+    fs = fsspec.filesystem("memory")
+    if fs.exists(root):
+        fs.rm(root, recursive=True)
 
 
 def disc_sample(number: int, split: str) -> Sample:

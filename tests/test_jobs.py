@@ -21,12 +21,11 @@ from crowdray.cluster.listener import is_loss
 from crowdray.cluster.runs import RAY_LIST, Run, default_name, plan
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained
-from crowdray.cluster.worker import room
 from crowdray.config import Config, ConfigError, to_json
 from crowdray.data.sources import open_source
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
+from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
 from crowdray.training.loop import DivergedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,9 +120,12 @@ def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch:
 
 
 def test_a_full_disk_under_a_checkpoint_is_the_users_to_mend() -> None:
-    with pytest.raises(UserError, match="no space left for a checkpoint under s3://b/run"), room("s3://b/run"):
+    with (
+        pytest.raises(UserError, match=r"no space left for s3://b/run, or in .*; free some, try again"),
+        room("s3://b/run", "try again"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match="refused"), room("s3://b/run"):
+    with pytest.raises(OSError, match="refused"), room("s3://b/run", "try again"):
         raise OSError(errno.ECONNREFUSED, "refused")
 
 

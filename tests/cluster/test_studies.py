@@ -71,6 +71,15 @@ def test_the_name_of_a_study_is_a_function_of_all_that_is_searched(discs: Datase
     assert len({named(config), *others}) == 6 and named(config) == named(config)
 
 
+def test_trials_of_two_codes_are_never_in_one_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_in(tmp_path)
+    study.claim()
+    study.claim()
+    monkeypatch.setattr("crowdray.cluster.studies.code_digest", lambda: "other")
+    with pytest.raises(UserError, match=r"another --name.*\n  code is \w+ there, other here"):
+        study.claim()
+
+
 @pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
 def test_a_database_that_is_none_is_refused(tmp_path: Path, database: str) -> None:
     with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):

@@ -4,12 +4,9 @@ import json
 import multiprocessing
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from crowdray import storage
@@ -20,16 +17,9 @@ from crowdray.training.leases import Keeper, Lease, living, share, sweep, take
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "local":
-        yield str(tmp_path / "leases")
-        return
-    root = f"memory://{uuid.uuid4().hex}/leases"
-    yield root
-    fs = fsspec.filesystem("memory")
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
+@pytest.fixture
+def folder(place: str) -> str:
+    return f"{place}/leases"
 
 
 def taken(folder: str, name: str, owner: str = "me") -> Lease:

@@ -4,7 +4,6 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -25,18 +24,6 @@ from crowdray.training.store import MANIFEST, StageStore, StateId
 PLENTY = 10**9
 CHAIN = Chain("a" * 32, "baseline", 10)
 OTHER = Chain("b" * 32, "decoders", 4)
-
-
-@pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "local":
-        yield str(tmp_path / "store")
-        return
-    root = f"memory://{uuid.uuid4().hex}"
-    yield root
-    fs = fsspec.filesystem("memory")
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
 
 
 def checkpoint(number: int) -> Checkpoint:

@@ -18,6 +18,7 @@ from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.space import Space, load_space
+from crowdray.training.prefix import code_digest
 
 if TYPE_CHECKING:
     import optuna
@@ -87,6 +88,7 @@ class Study:
             "objectives": list(self.objectives),
             "prune": self.prune,
             "workers": self.workers,
+            "code": code_digest(),  # trials of two codes cannot be compared
             "data": {"digest": self.digest},
         }
         content = identity | {"data": {"uri": self.data, "digest": self.digest}}
@@ -148,7 +150,15 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
             "and in the space"
         )
     settled = replace(config, numerics=replace(config.numerics, threads=config.numerics.threads or 1))
-    searched = (to_json(settled), space.to_json(), options.objectives, options.prune, dataset.digest, options.workers)
+    searched = (
+        code_digest(),
+        to_json(settled),
+        space.to_json(),
+        options.objectives,
+        options.prune,
+        dataset.digest,
+        options.workers,
+    )
     return Study(
         config=settled,
         space=space,

@@ -4,7 +4,7 @@ shipped."""
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 from crowdray import storage
 from crowdray.cluster.progress import TrainingDisplay
@@ -14,7 +14,7 @@ from crowdray.cluster.ship import Outcome, ship, tracked_rows
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.loop import DivergedError, Row
 from crowdray.training.sharing import Shelf
 
@@ -47,9 +47,7 @@ def train(
             return outcome
     if "/runtime_resources/" in run.uri:
         display.status(f"{run.uri} goes with this Ray job; --storage URI and MLFLOW_TRACKING_URI keep what it gives")
-    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    with closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
         tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
         tracker.log_config(asdict(run.config), tags)
         tracker.log_dataset(dataset.index.name, run.data, run.digest)
@@ -61,12 +59,6 @@ def train(
         display.status("packaging and registering the counter")
         outcome = ship(run, tracker, tracking_uri, tags)
         storage.write_bytes(run.outcome, outcome.to_json().encode())
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
     return outcome
 
 

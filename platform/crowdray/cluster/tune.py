@@ -26,7 +26,7 @@ from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import StudyRecord, TrialRecord, importances
 from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Status, Tracker, open_tracker
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.leases import LEASE_S, Keeper, Lease, take
 from crowdray.training.loop import Row
 from crowdray.training.prefix import numerics_of
@@ -90,8 +90,10 @@ def tune(
     with (
         Keeper() as keeper,
         _alone(study, keeper, display) as driver,
-        _tracked(study, dataset, tags, tracking_uri) as tracker,
+        closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)) as tracker,
     ):
+        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
+        tracker.log_dataset(dataset.index.name, study.data, study.digest)
         book = Book(
             study,
             study.optuna_study(),
@@ -113,23 +115,6 @@ def tune(
         display.status("drawing")
         figures = _draw(book.record, study, tracker)
         return StudyOutcome(study.uri, book.record, best.number, outcome, figures)
-
-
-@contextmanager
-def _tracked(study: Study, dataset: Dataset, tags: Mapping[str, str], tracking_uri: str | None) -> Iterator[Tracker]:
-    """The study's own MLflow run, for the length of a block."""
-    tracker = open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)
-    status: Status = "FAILED"
-    try:
-        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
-        tracker.log_dataset(dataset.index.name, study.data, study.digest)
-        yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.finish(status)
 
 
 @contextmanager
@@ -282,11 +267,8 @@ def _ship(
             display.status(f"the state of trial {best.number} is gone: training it again, epoch {len(history)}")
 
         run_training(run, resources, device=device, shelf=shelf, follow=follow)
-    tracker = book.tracker(best.number, config)
-    try:
+    with closing(book.tracker(best.number, config)) as tracker:
         outcome = ship(run, tracker, tracking_uri, tags)
-    finally:
-        tracker.finish("FINISHED")
     storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
 

@@ -1,11 +1,9 @@
 """What runs inside each worker of a training: one rank of the loop, reporting to Ray Train after every
 epoch."""
 
-import errno
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,12 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from safetensors import SafetensorError
 
 from crowdray import storage
 from crowdray.cluster.runs import RESULT
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from crowdray.training.checkpoint import Checkpoint, load_checkpoint, room, save_checkpoint
 from crowdray.training.loop import Row, Training
 from crowdray.training.result import conclude
 from crowdray.training.sharing import Sharing, Shelf
@@ -29,6 +25,9 @@ from crowdray.training.world import World
 
 ROWS = "rows"
 """Key of the reported rows: the newest one; the whole history at a worker's first report."""
+
+
+GOES_ON = "then give the same command again: it goes on from the last whole checkpoint"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,10 @@ def _train(task: Task) -> None:
         rows = list(training.progress.history) if first else [row]  # a copy: Ray serialises it later
         first = False
         name = f"checkpoint-{row['epoch']:05d}"  # a repeated epoch writes over what a killed one left
-        with room(task.run), tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder:
+        with (
+            room(f"a checkpoint under {task.run}", GOES_ON),
+            tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder,
+        ):
             checkpoint = None
             if training.world.rank == 0:
                 sharing.keep(training, save)
@@ -101,20 +103,6 @@ def _train(task: Task) -> None:
             save_checkpoint(done, Path(folder))
             (Path(folder) / RESULT).write_text(result.to_json())
             storage.publish_directory(Path(folder), task.trained, last=RESULT)
-
-
-@contextmanager
-def room(place: str) -> Iterator[None]:
-    """Turn a full disk into a UserError that names `place`, where a checkpoint was to be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            raise UserError(
-                f"no space left for a checkpoint under {place} or in {tempfile.gettempdir()}; free some, then give the "
-                "same command again: it goes on from the last whole checkpoint"
-            ) from error
-        raise
 
 
 def _own(task: Task) -> Checkpoint | None:

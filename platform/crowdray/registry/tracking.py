@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
@@ -132,6 +133,20 @@ def open_tracker(
         else:
             client.update_run(run.info.run_id, status="RUNNING")
     return MlflowTracker(client, uri, run, timeout_s)
+
+
+@contextmanager
+def closing(tracker: Tracker) -> Iterator[Tracker]:
+    """A tracker for the length of a block, whose end says how the block ended."""
+    status: Status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
 
 
 class MlflowTracker:

@@ -5,8 +5,11 @@ average.safetensors, optimizer.safetensors, and best-<stage>.safetensors, the be
 stage. Random numbers need no state: they are functions of (seed, stage, epoch, rank).
 """
 
+import errno
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crowdray.config import Config, from_json, to_json
-from crowdray.errors import DataError
+from crowdray.errors import DataError, UserError
 
 FORMAT = 1
 STATE = "state.json"
@@ -98,6 +101,18 @@ class Checkpoint:
     """State of the optimizer."""
     best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Best weights of encoder and density decoder per stage."""
+
+
+@contextmanager
+def room(what: str, mend: str) -> Iterator[None]:
+    """Turn a full disk into a UserError: there was no space for `what`, which is made in the folder for temporary
+    files first."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            raise UserError(f"no space left for {what}, or in {tempfile.gettempdir()}; free some, {mend}") from error
+        raise
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

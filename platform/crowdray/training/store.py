@@ -26,13 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from crowdray import storage
 from crowdray.config import ConfigError
 from crowdray.errors import DataError, UserError
 from crowdray.training import leases
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint
+from crowdray.training.checkpoint import Checkpoint, load_checkpoint, room
 from crowdray.training.leases import Keeper, Lease
 from crowdray.training.prefix import Chain
 
@@ -41,6 +39,7 @@ MANIFEST = "manifest.json"
 LEFTOVER_S = 3600.0
 """Seconds after which what a killed publisher left is removed."""
 
+_ELSEWHERE = "or set TMPDIR to another folder"
 _WHOLE = re.compile(r"(\d{5})/" + re.escape(MANIFEST))
 _PLAIN = re.compile(r"[\w-][\w.-]*")
 _log = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class StageStore:
         place = self._place(chain.key, epoch)
         if storage.exists(storage.join(place, MANIFEST)):
             return
-        with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch, _room(place):
+        with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch, room(f"the state {place}", _ELSEWHERE):
             files = Path(scratch, uuid.uuid4().hex)
             files.mkdir()
             save(files)
@@ -257,7 +256,7 @@ def _checked(place: str, manifest: bytes) -> Iterator[Path]:
     source = storage.join(place, said["folder"])
     with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch:
         folder = Path(source if storage.is_local(place) else scratch)
-        with _room(place):
+        with room(f"the state {place}", _ELSEWHERE):
             for name, (size, sha256) in listed.items():
                 if not storage.is_local(place):
                     _copy(storage.join(source, name), folder / name)
@@ -285,20 +284,6 @@ def _check(path: Path, size: int, sha256: str) -> None:
         raise DataError(
             f"{path.name} has {there} bytes with the sha256 {found}, its manifest says {size} with {sha256}"
         )
-
-
-@contextlib.contextmanager
-def _room(place: str) -> Iterator[None]:
-    """Turn a full disk under the scratch folder into a UserError that names it and the state's place."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            raise UserError(
-                f"no space left in {tempfile.gettempdir()} for the state {place}; free some, or set TMPDIR to another "
-                "folder"
-            ) from error
-        raise
 
 
 def _here() -> str:
