@@ -56,9 +56,7 @@ class Counter(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""
-        features: Tensor = self.encoder(
-            (image * 1.0 - self.mean) / self.std
-        )  # * 1.0: uint8 and float alike, also in an exported graph
+        features: Tensor = self.encoder((image - self.mean) / self.std)
         return features
 
     def forward(
