@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -61,7 +62,8 @@ def main() -> None:
         f"  parameters: shipped {sum(p.numel() for p in counter.strip().parameters()):,}, "
         f"plain {sum(p.numel() for p in PlainCFCN(counter).parameters()):,}"
     )
-    print(f"  480x640, {args.threads} threads, median of {ROUNDS} calls: plain {median(t['plain'] for t in seen):.1f} ms")
+    plain = median(times["plain"] for times in seen)
+    print(f"  480x640, {args.threads} threads, median of {ROUNDS} calls: plain {plain:.1f} ms")
     for name in ("twin", "shipped"):
         ratios = [times[name] / times["plain"] for times in seen]
         print(f"  {name} / plain: {median(ratios):.3f}; by process {', '.join(f'{r:.3f}' for r in ratios)}")
@@ -71,7 +73,7 @@ def main() -> None:
 def times_of(plain: nn.Module, package: Path, image: Tensor) -> dict[str, float]:
     """Median milliseconds of a call of each model, called in turn, each round in another order."""
     shipped = load_counter(str(package))
-    models = {"plain": plain, "twin": copy.deepcopy(plain), "shipped": shipped}
+    models: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "twin": copy.deepcopy(plain), "shipped": shipped}
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
