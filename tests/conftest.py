@@ -15,6 +15,10 @@ from crowdray.data.shards import Dataset, write_index, write_shard
 HEIGHT, WIDTH = 64, 96
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", default="2", help="processes that the test of interrupted studies kills")
+
+
 @pytest.fixture(params=["local", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A URI that nothing lies at yet: a folder, and the stand-in for an object store."""

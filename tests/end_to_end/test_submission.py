@@ -10,13 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from .conftest import Workplace
-from .processes import ROOT, alive, descendants, until
+from .processes import ROOT, alive, descendants, named, until
+from .test_training import query
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
@@ -30,29 +32,58 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of a Ray cluster of our own; on one machine each needs a folder of its own."""
+
+    jobs: str
+    """Where jobs are submitted."""
+    environment: Mapping[str, str]
+    nodes: list[subprocess.Popen[bytes]]
+
+    def submit(self, job: Sequence[str], tracking_uri: str) -> subprocess.Popen[str]:
+        """Start a job from the working tree on the cluster."""
+        told = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri}})
+        submit = [RAY, "job", "submit", "--address", self.jobs, "--working-dir", ".", "--runtime-env-json", told, "--"]
+        return subprocess.Popen(
+            [*submit, *job], env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
 @pytest.fixture(scope="module")
-def cluster(workplace: Workplace) -> Iterator[tuple[str, dict[str, str]]]:
-    """The job address of a Ray head of our own, and the environment in which one may speak to it."""
+def cluster(workplace: Workplace) -> Iterator[Cluster]:
+    """A head and two more nodes of one CPU each, and the environment in which one may speak to them."""
     assert importlib.util.find_spec("aiohttp_cors"), "job submission needs ray[default]: make setup"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {**workplace.environment, **access, "PATH": path}
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # its sockets' paths must stay short
-    jobs = free_port()
-    options = {"port": free_port(), "dashboard-port": jobs, "dashboard-agent-listen-port": free_port(), "num-cpus": 2}
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}", *arguments],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    port, jobs = free_port(), free_port()
+    cluster = Cluster(f"http://127.0.0.1:{jobs}", environment, [])
+    folders = [tempfile.mkdtemp(prefix="ray-", dir="/tmp") for _ in range(3)]  # their sockets' paths must stay short
     try:
-        until(lambda: listens(jobs), 60, "the head's job server did not start")
-        yield f"http://127.0.0.1:{jobs}", environment
+        for folder in folders:
+            role = [f"--address=127.0.0.1:{port}"]
+            if not cluster.nodes:
+                role = ["--head", f"--port={port}", f"--dashboard-port={jobs}"]
+            own = [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=1"]
+            command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *role, *own]
+            cluster.nodes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            )
+            until(lambda: listens(jobs), 60, "the head's job server did not start")
+        yield cluster
     finally:
-        for pid in filter(alive, [*descendants(head.pid), head.pid]):
-            os.kill(pid, signal.SIGKILL)
-        head.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
+        for node in reversed(cluster.nodes):
+            kill(node)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill(node: subprocess.Popen[bytes]) -> None:
+    """SIGKILL all of a node."""
+    for pid in filter(alive, [*descendants(node.pid), node.pid]):
+        os.kill(pid, signal.SIGKILL)
+    node.wait(timeout=30)
 
 
 def listens(port: int) -> bool:
@@ -60,17 +91,30 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_submitted_training_brings_its_own_code(
-    workplace: Workplace, cluster: tuple[str, dict[str, str]], tmp_path: Path
-) -> None:
-    address, environment = cluster
-    told = {"env_vars": {"MLFLOW_TRACKING_URI": workplace.environment["MLFLOW_TRACKING_URI"]}}
+def test_a_submitted_training_brings_its_own_code(workplace: Workplace, cluster: Cluster, tmp_path: Path) -> None:
     job = ["python", "jobs/train.py", "--preset", "debug", "--data", str(workplace.data), "--workers", "2"]
     job += ["--storage", str(tmp_path / "runs"), "--name", "submitted", "--json", str(tmp_path / "out.json")]
-    submit = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", json.dumps(told)]
-    done = subprocess.run([*submit, "--", *job], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    submitted = cluster.submit(job, workplace.environment["MLFLOW_TRACKING_URI"])
+    said, _ = submitted.communicate(timeout=300)
 
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert submitted.returncode == 0, said
     outcome = json.loads((tmp_path / "out.json").read_text())
     assert outcome["registered"].startswith("models:/crowdray-synthetic/")
     assert outcome["run"] == str(tmp_path / "runs" / "submitted")
+
+
+def test_a_submitted_study_survives_the_death_of_a_node(workplace: Workplace, cluster: Cluster, tmp_path: Path) -> None:
+    job = ["python", "jobs/tune.py", "--preset", "debug", "--data", str(workplace.data), "--trials", "6"]
+    job += ["--storage", str(tmp_path / "runs"), "--name", "submitted-study", "--json", str(tmp_path / "out.json")]
+    job += ["--prune", "False", "--vary", "stages.joint.epochs=[6,8]"]
+    submitted = cluster.submit(job, workplace.environment["MLFLOW_TRACKING_URI"])
+    last = cluster.nodes[-1]
+    until(lambda: bool(named(descendants(last.pid), "ray::ImplicitFunc")), 120, "no trial ran on the last node")
+    kill(last)
+    said, _ = submitted.communicate(timeout=300)
+
+    assert submitted.returncode == 0, said
+    trials = json.loads((tmp_path / "out.json").read_text())["record"]["trials"]
+    assert [trial["state"] for trial in trials] == ["complete"] * 6
+    runs = query(workplace, "select status from runs where name like 'submitted-study/%'")
+    assert runs == [("FINISHED",)] * 6

@@ -1,7 +1,9 @@
 """Studies through Ray Tune, Optuna and MLflow: whatever is killed, no trial is lost and none is run twice."""
 
 import os
+import random
 import signal
+import time
 from typing import Any
 
 import optuna
@@ -53,23 +55,43 @@ def test_a_study_ends_in_the_best_trial_registered(workplace: Workplace, searche
     assert children == [("FINISHED",)] * 4
 
 
-def test_killed_trials_and_drivers_lose_nothing_and_more_trials_continue(workplace: Workplace, searched: Job) -> None:
-    job = workplace.tune("stricken", 4)
-    job.wait_for("trial 0")
-    trials = named(descendants(job.pid), "ray::ImplicitFunc")
-    assert trials
-    os.kill(trials[0], signal.SIGKILL)
-    job.wait_for("trial 1")
-    job.kill()
-    again = workplace.tune("stricken", 5)
-    assert again.end() == 0, again.output
+def stricken(workplace: Workplace, name: str, kills: int, moments: random.Random) -> int:
+    """Run a study to its end, while a trial's process, the whole job, a trial's process, ... is killed; returns how
+    often. A start after a kill asks for one trial more than the first one."""
+    job, struck = workplace.tune(name, 4), 0
+    while struck < kills:
+        job.wait_for("searching")
+        time.sleep(moments.uniform(0, 12))
+        while job.running and not (trials := named(descendants(job.pid), "ray::ImplicitFunc")):
+            time.sleep(0.1)
+        if not job.running:
+            break
+        os.kill(trials[0], signal.SIGKILL)
+        struck += 1
+        time.sleep(moments.uniform(2, 8))
+        if job.running:
+            job.kill()
+            struck += 1
+            job = workplace.tune(name, 5)
+    assert job.end() == 0, job.output
+    return struck
 
-    found, expected = (computed(workplace.outcome(name)) for name in ("stricken", "searched"))
-    assert {number: found[number] for number in expected} == expected
-    told = study_of(workplace, "stricken").trials
-    assert [trial.state.name for trial in told] == ["COMPLETE"] * 5
-    runs = query(workplace, "select run_uuid, status from runs where name like 'stricken/%'")
-    assert [status for _, status in runs] == ["FINISHED"] * 5
-    for run, _ in runs:
-        twice = "select key, step from metrics where run_uuid = ? group by key, step having count(*) > 1"
-        assert query(workplace, twice, run) == []
+
+@pytest.mark.timeout(3600)  # a minute for each of many --kills
+def test_killed_trials_and_drivers_lose_nothing_and_more_trials_continue(
+    workplace: Workplace, searched: Job, request: pytest.FixtureRequest
+) -> None:
+    kills, moments, studies = int(request.config.getoption("--kills")), random.Random(0), 0
+    expected = computed(workplace.outcome("searched"))
+    while kills > 0:
+        name, studies = f"stricken-{studies}", studies + 1
+        kills -= stricken(workplace, name, kills, moments)
+        found = computed(workplace.outcome(name))
+        assert {number: found[number] for number in expected} == expected
+        told = study_of(workplace, name).trials
+        assert [trial.state.name for trial in told] == ["COMPLETE"] * len(found)
+        runs = query(workplace, "select run_uuid, status from runs where name like ?", f"{name}/%")
+        assert [status for _, status in runs] == ["FINISHED"] * len(found)
+        for run, _ in runs:
+            twice = "select key, step from metrics where run_uuid = ? group by key, step having count(*) > 1"
+            assert query(workplace, twice, run) == []
