@@ -51,10 +51,23 @@ def base_of(divisor: int) -> Config:
     return dataclasses.replace(config, stages=stages, sampling=sampling, numerics=numerics)
 
 
-def search(folder: Path, name: str, varied: Sequence[str], trials: int, prune: bool) -> StudyRecord:
+def render(place: Path, images: int) -> None:
+    """A dataset of small synthetic scenes."""
+    convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(place)]
+    convert += ["--train", str(images), "--test", "8", "--width", "160", "--height", "120"]
+    subprocess.run(convert, check=True, capture_output=True)
+
+
+def lengths_varied(divisor: int) -> list[str]:
+    """The three stage lengths as --vary takes them."""
+    shortened = {name: [length // divisor for length in lengths] for name, lengths in LENGTHS.items()}
+    return [f"stages.{name}.epochs={json.dumps(lengths)}" for name, lengths in shortened.items()]
+
+
+def search(folder: Path, name: str, varied: Sequence[str], trials: int, *options: str) -> StudyRecord:
     """A study of its own store, through the job; gives its record."""
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--preset", str(folder / "config.json")]
-    command += ["--data", str(folder / "data"), "--trials", str(trials), "--name", name, "--prune", str(prune)]
+    command += ["--data", str(folder / "data"), "--trials", str(trials), "--name", name, *options]
     command += ["--storage", str(folder / "runs"), "--store", str(folder / f"stages-{name}"), "--vary", *varied]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -109,20 +122,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, base = Path(scratch), base_of(arguments.divisor)
         (folder / "config.json").write_text(to_json(base))
-        convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(folder / "data")]
-        convert += ["--train", str(arguments.images), "--test", "8", "--width", "160", "--height", "120"]
-        subprocess.run(convert, check=True, capture_output=True)
-        varied = [
-            f"stages.{name}.epochs={json.dumps([length // arguments.divisor for length in lengths])}"
-            for name, lengths in LENGTHS.items()
-        ]
+        render(folder / "data", arguments.images)
+        varied = lengths_varied(arguments.divisor)
         # No task is dropped: the weights are continuous.
         for name, item in default_space(base).dimensions.items():
             if item.zero:
                 varied.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
         space = load_space(None, varied, base)
-        whole = search(folder, "whole", varied, arguments.trials, prune=False)
-        stopping = search(folder, "stopping", varied, arguments.trials, prune=True)
+        whole = search(folder, "whole", varied, arguments.trials, "--prune", "False")
+        stopping = search(folder, "stopping", varied, arguments.trials)
         configs = {s.name: [space.configure(base, t.values) for t in s.trials] for s in (whole, stopping)}
         data = str(folder / "data")
         beside, beside_s = plain(data, configs["whole"], succession=False)

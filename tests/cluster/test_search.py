@@ -27,7 +27,13 @@ def study_in(folder: Path, prune: bool = True, **change: Any) -> Study:
     config = preset("debug")
     stages = StagesConfig(*(dataclasses.replace(stage, epochs=4) for stage in vars(config.stages).values()))
     config = dataclasses.replace(config, stages=stages)
-    told: dict[str, Any] = {"objectives": ("mae",), "workers": 1, "data": "data", "digest": "d" * 64} | change
+    told: dict[str, Any] = {
+        "objectives": ("mae",),
+        "sampler": "tpe",
+        "workers": 1,
+        "data": "data",
+        "digest": "d" * 64,
+    } | change
     return Study(config, default_space(config), prune=prune, storage=str(folder), name="study", **told)
 
 
@@ -150,6 +156,15 @@ def test_the_longest_beginning_goes_first_and_shorter_ones_follow_on_its_way(tmp
     second = from_json(cluster.order[1]["config"], "the second")
     assert second.stages.baseline.epochs == shortest
     assert max(epoch for _, epoch in cluster.trained) == shortest
+
+
+@pytest.mark.parametrize(("sampler", "drawn"), [("tpe", 10), ("random", 16)])
+def test_trials_that_look_at_no_result_are_drawn_at_once(
+    tmp_path: Path, keeper: Keeper, sampler: str, drawn: int
+) -> None:
+    study = study_in(tmp_path, sampler=sampler)
+    search_of(study, keeper).suggest("ray-0")
+    assert len(drawn_trials(study.optuna_study())) == drawn
 
 
 def test_optuna_is_told_what_happened(tmp_path: Path, keeper: Keeper) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import optuna
 from optuna.pruners import SuccessiveHalvingPruner
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -23,7 +23,7 @@ from crowdray.training.prefix import Chain, chains_of
 from crowdray.training.store import StageStore, StateId
 
 STARTUP = 10
-"""Trials that TPE draws at random before it looks at results: they may be drawn, and ordered, all at once."""
+"""Trials that TPE draws at random before it looks at results."""
 REDUCTION = 3
 """Of so many trials at a rung one goes on."""
 REFERENCE = "reference"
@@ -88,13 +88,13 @@ class StageTreeSearch(OptunaSearch):
         self.mistake: str | None = None
         single = len(study.objectives) == 1
         self._record = study.optuna_study()
-        drawn = len(drawn_trials(self._record))
+        # Trials that look at no result may be drawn, and ordered, all at once.
+        self._blind = STARTUP if study.sampler == "tpe" else trials
         super().__init__(
             space=study.space.suggest,
             metric=study.objectives[0] if single else list(study.objectives),
             mode="min" if single else ["min"] * len(study.objectives),
-            # A sampler seeded alike after every start would draw the same points again.
-            sampler=TPESampler(seed=study.config.seed + drawn, n_startup_trials=STARTUP),
+            sampler=_sampler(study, len(drawn_trials(self._record))),
             study_name=study.name,
             storage=self._record._storage,
         )
@@ -120,7 +120,7 @@ class StageTreeSearch(OptunaSearch):
         if len(self._live) >= self._places:
             return None
         self._adopt()
-        self._draw(STARTUP)
+        self._draw(self._blind)
         chosen = self._choose()
         if chosen is None and len(self._pool) < self._places:
             self._draw(None)
@@ -281,6 +281,12 @@ class StageTreeSearch(OptunaSearch):
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._record.get_trials(deepcopy=False)[number]
+
+
+def _sampler(study: Study, drawn: int) -> BaseSampler:
+    """A study's sampler after so many trials: seeded alike at every start, it would draw the same points again."""
+    seed = study.config.seed + drawn
+    return RandomSampler(seed) if study.sampler == "random" else TPESampler(seed=seed, n_startup_trials=STARTUP)
 
 
 class StudyScheduler(FIFOScheduler):

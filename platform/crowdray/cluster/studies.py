@@ -34,6 +34,8 @@ class SearchOptions:
     """The same for single fields, as in --vary 'target.sigma={"low": 2, "high": 6}' 'loss.count=null'."""
     objectives: Literal["mae", "mae+rmse"] = "mae"
     """Validation error that is to be small, or both."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """Who draws the trials: the tree-structured Parzen estimator, which learns from earlier ones, or chance."""
     prune: bool = True
     """Stop trials that are poor at equal epochs of the joint stage; with two objectives none is stopped."""
     workers: int = 1
@@ -56,6 +58,8 @@ class Study:
     """What varies, and how."""
     objectives: tuple[str, ...]
     """mae, rmse or both: validation errors of the joint stage that are to be small."""
+    sampler: Literal["tpe", "random"]
+    """Who draws the trials."""
     prune: bool
     """Whether poor trials are stopped."""
     data: str
@@ -86,6 +90,7 @@ class Study:
             "config": asdict(self.config),
             "space": json.loads(self.space.to_json()),
             "objectives": list(self.objectives),
+            "sampler": self.sampler,
             "prune": self.prune,
             "workers": self.workers,
             "code": code_digest(),  # trials of two codes cannot be compared
@@ -155,6 +160,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         to_json(settled),
         space.to_json(),
         options.objectives,
+        options.sampler,
         options.prune,
         dataset.digest,
         options.workers,
@@ -163,6 +169,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         config=settled,
         space=space,
         objectives=tuple(options.objectives.split("+")),
+        sampler=options.sampler,
         prune=options.prune,
         data=dataset.uri,
         digest=dataset.digest,

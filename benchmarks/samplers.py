@@ -1,0 +1,83 @@
+"""The search by TPE against one by chance: the best validation MAE after equally many worker-seconds, seed by seed.
+
+Both search the same space on the same small synthetic scenes, with the stage tree and the stopping of poor trials, and
+begin with the same two points, the paper's weights and no task. The one that spent less decides where they are
+compared. Draws the curves to a PNG.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
+from benchmarks.tune import base_of, lengths_varied, render, search
+
+from crowdray.config import to_json
+from crowdray.evaluation import canvas
+from crowdray.evaluation.study import StudyRecord
+
+SAMPLERS = {"tpe": canvas.BLUE, "random": canvas.ORANGE}
+
+
+def best_so_far(record: StudyRecord) -> tuple[list[float], list[float]]:
+    """Worker-seconds after each trial, and the best validation MAE by then."""
+    paid = list(accumulate(trial.spent for trial in record.trials))
+    return paid, list(
+        accumulate((trial.mae if trial.mae is not None else float("inf") for trial in record.trials), min)
+    )
+
+
+def best_within(record: StudyRecord, seconds: float) -> float:
+    """The best validation MAE of the trials that so many worker-seconds pay for."""
+    return min(best for paid, best in zip(*best_so_far(record), strict=True) if paid <= seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--divisor", type=int, default=10, help="what lengths of 20 to 60 epochs are divided by")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--figure", type=Path, default=Path("samplers.png"))
+    arguments = parser.parse_args()
+    figure = Figure(figsize=(2.6 * arguments.seeds, 2.8), dpi=canvas.DPI, layout="constrained")
+    panels = figure.subplots(1, arguments.seeds, squeeze=False)[0]
+    won = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        render(folder / "data", arguments.images)
+        for seed, axes in enumerate(panels):
+            base = dataclasses.replace(base_of(arguments.divisor), seed=seed)
+            (folder / "config.json").write_text(to_json(base))
+            varied = lengths_varied(arguments.divisor)
+            records = {
+                sampler: search(folder, f"{sampler}-{seed}", varied, arguments.trials, "--sampler", sampler)
+                for sampler in SAMPLERS
+            }
+            seconds = min(record.spent for record in records.values())
+            best = {sampler: best_within(record, seconds) for sampler, record in records.items()}
+            won += best["tpe"] < best["random"]
+            print(
+                f"seed {seed}, after {seconds:.0f} worker-seconds: tpe {best['tpe']:.3f}, random {best['random']:.3f}",
+                flush=True,
+            )
+            for sampler, record in records.items():
+                axes.step(*best_so_far(record), where="post", color=SAMPLERS[sampler], label=sampler)
+            axes.axvline(seconds, color=canvas.FAINT, linewidth=0.8)
+            axes.set(title=f"seed {seed}", xlabel="worker-seconds")
+            canvas.plain(axes)
+    print(f"tpe is lower on {won} of {arguments.seeds} seeds (goal: at least 4 of 5)")
+    panels[0].set_ylabel("best validation MAE, heads")
+    panels[-1].legend(frameon=False)
+    canvas.save_figure(figure, arguments.figure)
+    print(f"curves: {arguments.figure}")
+
+
+if __name__ == "__main__":
+    main()
