@@ -65,10 +65,11 @@ def test_the_name_of_a_study_is_a_function_of_all_that_is_searched(discs: Datase
         named(dataclasses.replace(config, seed=1)),
         named(config, vary=("loss.depth=null",)),
         named(config, objectives="mae+rmse"),
+        named(config, sampler="random"),
         named(config, prune=False),
         named(config, workers=2),
     ]
-    assert len({named(config), *others}) == 6 and named(config) == named(config)
+    assert len({named(config), *others}) == 7 and named(config) == named(config)
 
 
 def test_trials_of_two_codes_are_never_in_one_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +85,15 @@ def test_trials_of_two_codes_are_never_in_one_study(tmp_path: Path, monkeypatch:
 def test_a_database_that_is_none_is_refused(tmp_path: Path, database: str) -> None:
     with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):
         study_in(tmp_path, database=database).optuna_study()
+
+
+def test_a_database_knows_the_folder_of_each_of_its_studies(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/optuna.db"
+    here, elsewhere = (study_in(tmp_path / name, database=database) for name in ("here", "elsewhere"))
+    here.optuna_study()
+    with pytest.raises(UserError, match=rf"belongs to {here.uri}, this one is {elsewhere.uri}.*--name"):
+        elsewhere.optuna_study()
+    here.optuna_study()
 
 
 def test_a_journal_on_an_object_store_is_refused() -> None:

@@ -23,6 +23,9 @@ from crowdray.training.prefix import code_digest
 if TYPE_CHECKING:
     import optuna
 
+FOLDER = "folder"
+"""Optuna's attribute of a study that says where its other half lies."""
+
 
 @dataclass(frozen=True)
 class SearchOptions:
@@ -100,16 +103,27 @@ class Study:
         claim_file(storage.join(self.uri, "study.json"), identity, content)
 
     def optuna_study(self) -> "optuna.Study":
-        """Optuna's record of the trials: a journal in the study's folder, or the database that was named."""
+        """Optuna's record of the trials: a journal in the study's folder, or the database that was named.
+
+        Raises UserError for a database in which a study of another folder has this name.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return optuna.create_study(
+        record = optuna.create_study(
             storage=self._optuna_storage(),
             study_name=self.name,
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
+        if self.database is not None:
+            if (folder := record.user_attrs.get(FOLDER, self.uri)) != self.uri:
+                raise UserError(
+                    f"the study {self.name} in --database belongs to {folder}, this one is {self.uri}; give another "
+                    "--name, or the --storage it was begun with"
+                )
+            record.set_user_attr(FOLDER, self.uri)
+        return record
 
     def _optuna_storage(self) -> "optuna.storages.BaseStorage":
         from optuna.storages import JournalStorage, RDBStorage
