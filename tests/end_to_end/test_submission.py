@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,22 @@ class Cluster:
         return subprocess.Popen(
             [*submit, *job], env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def listed(self, what: str, *filters: str) -> list[dict[str, Any]]:
+        """What Ray knows of its actors or nodes, dead ones too."""
+        command = [RAY, "list", what, "--address", self.jobs, "--format", "json", "--detail"]
+        for chosen in filters:
+            command += ["--filter", chosen]
+        told = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=60)
+        content: list[dict[str, Any]] = json.loads(told.stdout)
+        return content
+
+    def check_drivers(self) -> None:
+        """What a driver cannot do without lies on its own node, the head: the death of another costs it nothing."""
+        (head,) = self.listed("nodes", "is_head_node=True")
+        queues = self.listed("actors", "class_name=_QueueActor")
+        assert queues
+        assert {queue["node_id"] for queue in queues} == {head["node_id"]}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +118,7 @@ def test_a_submitted_training_brings_its_own_code(workplace: Workplace, cluster:
     outcome = json.loads((tmp_path / "out.json").read_text())
     assert outcome["registered"].startswith("models:/crowdray-synthetic/")
     assert outcome["run"] == str(tmp_path / "runs" / "submitted")
+    cluster.check_drivers()
 
 
 def test_a_submitted_study_survives_the_death_of_a_node(workplace: Workplace, cluster: Cluster, tmp_path: Path) -> None:
@@ -118,3 +136,4 @@ def test_a_submitted_study_survives_the_death_of_a_node(workplace: Workplace, cl
     assert [trial["state"] for trial in trials] == ["complete"] * 6
     runs = query(workplace, "select status from runs where name like 'submitted-study/%'")
     assert runs == [("FINISHED",)] * 6
+    cluster.check_drivers()

@@ -26,8 +26,8 @@ Follow = Callable[[Sequence[Row]], None]
 
 
 class TrainingStopped(RuntimeError):
-    """Workers were lost more often than they are brought back; the same command goes on where they
-    stopped."""
+    """Workers were lost more often than they are brought back, or the cluster was; the same command goes on
+    where they stopped."""
 
 
 def train(
@@ -92,13 +92,16 @@ def run_training(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from crowdray.cluster.listener import Listener
     from crowdray.cluster.worker import Task, train_worker
 
     use_gpu = choose_gpu(resources, run.workers, device)
     path, filesystem = _for_ray(run.storage)
-    rows: Any = Queue(actor_options={"num_cpus": 0})
+    # The driver's node: an actor without demands may land on one that has just died, and then never runs.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
@@ -170,6 +173,6 @@ def explained(error: BaseException, run: Run) -> BaseException:
         return deepest
     lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]
     return TrainingStopped(
-        f"the training under {run.uri} lost its workers {RETRIES + 1} times; the last time: {lines[-1]}. The same "
-        "command goes on from its last checkpoint"
+        f"the training under {run.uri} lost its workers or its cluster for good: {lines[-1]}. The same command goes on "
+        "from its last checkpoint"
     )
