@@ -23,10 +23,12 @@ from crowdray.training.store import StageStore
 NUMERICS: dict[str, str | int] = {"threads": 1}
 
 
-def study_in(folder: Path, prune: bool = True, **change: Any) -> Study:
-    config = preset("debug")
-    stages = StagesConfig(*(dataclasses.replace(stage, epochs=4) for stage in vars(config.stages).values()))
-    config = dataclasses.replace(config, stages=stages)
+def study_in(folder: Path, prune: bool = True, joint: int = 4, **change: Any) -> Study:
+    config, lengths = preset("debug"), {"joint": joint}
+    stages = {
+        name: dataclasses.replace(stage, epochs=lengths.get(name, 4)) for name, stage in vars(config.stages).items()
+    }
+    config = dataclasses.replace(config, stages=StagesConfig(**stages))
     told: dict[str, Any] = {
         "objectives": ("mae",),
         "sampler": "tpe",
@@ -183,6 +185,18 @@ def test_optuna_is_told_what_happened(tmp_path: Path, keeper: Keeper) -> None:
             assert max(trial.intermediate_values) < length.joint.epochs
         else:
             assert trial.value is not None and trial.value < min(trial.intermediate_values.values(), default=99.0)
+
+
+def test_poor_trials_stop_after_an_eighth_of_the_shortest_joint_stage_or_three_or_nine_times_that(
+    tmp_path: Path, keeper: Keeper
+) -> None:
+    study = study_in(tmp_path, joint=32)
+    assert min(study.space.quanta("joint")) == 16
+    cluster_of(study, search_of(study, keeper, trials=24)).run()
+    pruned = [trial for trial in drawn_trials(study.optuna_study()) if trial.state == TrialState.PRUNED]
+    stopped = Counter(max(trial.intermediate_values) for trial in pruned)
+    assert set(stopped) <= {2, 6, 18}
+    assert stopped[2] > len(pruned) / 2
 
 
 def test_trials_are_judged_at_equal_epochs_though_they_found_some_in_the_store(tmp_path: Path, keeper: Keeper) -> None:

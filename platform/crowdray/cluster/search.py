@@ -26,6 +26,8 @@ STARTUP = 10
 """Trials that TPE draws at random before it looks at results."""
 REDUCTION = 3
 """Of so many trials at a rung one goes on."""
+FIRST_RUNG = 1 / 8
+"""Trials are first judged after this part of the shortest joint stage, again after REDUCTION times as long, ..."""
 REFERENCE = "reference"
 """Mark of the trials that others are compared with: they are never stopped."""
 
@@ -79,7 +81,8 @@ class StageTreeSearch(OptunaSearch):
         self._store, self._keeper, self._numerics, self._driver = store, keeper, numerics, driver
         self._prunes = study.prune and len(study.objectives) == 1
         shortest = min(study.space.quanta("joint"), default=study.config.stages.joint.epochs)
-        self._pruner = SuccessiveHalvingPruner(min_resource=max(1, shortest // 2), reduction_factor=REDUCTION)
+        first = max(1, int(shortest * FIRST_RUNG))
+        self._pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
         self._pool: dict[str, Candidate] = {}
         self._live: dict[str, Candidate] = {}
         self._leases: dict[str, dict[str, Lease]] = {}
