@@ -115,7 +115,7 @@ def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--divisor", type=int, default=10, help="what the study's lengths are divided by")
+    parser.add_argument("--divisor", type=int, default=4, help="what the study's lengths are divided by")
     parser.add_argument("--images", type=int, default=48)
     arguments = parser.parse_args()
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
