@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--divisor", type=int, default=10, help="what lengths of 20 to 60 epochs are divided by")
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--figure", type=Path, default=Path("samplers.png"))
     arguments = parser.parse_args()
     figure = Figure(figsize=(2.6 * arguments.seeds, 2.8), dpi=canvas.DPI, layout="constrained")
