@@ -7,6 +7,7 @@ compared. Draws the curves to a PNG.
 
 import argparse
 import dataclasses
+import math
 import sys
 import tempfile
 from itertools import accumulate
@@ -26,11 +27,10 @@ SAMPLERS = {"tpe": canvas.BLUE, "random": canvas.ORANGE}
 
 
 def best_so_far(record: StudyRecord) -> tuple[list[float], list[float]]:
-    """Worker-seconds after each trial, and the best validation MAE by then."""
+    """Worker-seconds after each trial, and the best validation MAE of the complete ones by then."""
     paid = list(accumulate(trial.spent for trial in record.trials))
-    return paid, list(
-        accumulate((trial.mae if trial.mae is not None else float("inf") for trial in record.trials), min)
-    )
+    maes = (trial.mae if trial.state == "complete" else None for trial in record.trials)
+    return paid, list(accumulate((math.inf if mae is None else mae for mae in maes), min))
 
 
 def best_within(record: StudyRecord, seconds: float) -> float:
