@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--divisor", type=int, default=10, help="what lengths of 20 to 60 epochs are divided by")
     parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--figure", type=Path, default=Path("samplers.png"))
+    parser.add_argument("--figure", type=Path, default=Path("outputs/samplers.png"))
     arguments = parser.parse_args()
     figure = Figure(figsize=(2.6 * arguments.seeds, 2.8), dpi=canvas.DPI, layout="constrained")
     panels = figure.subplots(1, arguments.seeds, squeeze=False)[0]
