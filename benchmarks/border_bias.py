@@ -40,7 +40,7 @@ def main() -> None:
     checkpoint = load_checkpoint(Path(arguments.checkpoint))
     dataset = Dataset.open(arguments.data)
     training = Training(checkpoint.config, dataset, world=World(), device=pick_device(), restored=checkpoint)
-    margin = training.counter.backbone.receptive_radius // 4 * 4 + 4
+    margin = training.counter.encoder.receptive_radius // 4 * 4 + 4
     parts = {
         "training": training.train_rows[:: max(1, len(training.train_rows) // 133)],
         "validation": training.validation_rows,

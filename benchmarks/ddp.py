@@ -28,7 +28,8 @@ from crowdray.cluster.runtime import connect
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Row
+from crowdray.training.loop import Training
 from crowdray.training.world import local_world, pick_device
 
 RAY_TRAIN_HELPERS = 7

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.config import Config, LossConfig, from_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.checkpoint import load_checkpoint
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Row, load_checkpoint
+from crowdray.training.loop import Training
 from crowdray.training.result import TrainingResult, conclude
 from crowdray.training.world import World, pick_device
 

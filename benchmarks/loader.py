@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.loader import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.loop import Training, _RunningStage
+from crowdray.training.loop import Training
+from crowdray.training.running import RunningStage
 from crowdray.training.world import World, pick_device
 
 ROUNDS = 3
@@ -26,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     training = Training(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
-    running = _RunningStage(training, training.stages[0], None)
+    running = RunningStage(training, training.stages[0], None)
     memory: list[Batch] = []
     for batch in training.loader.epoch(0):
         memory.append(batch)

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     screen = console()
     images = []
     with counting("images", len(rows), screen) as advance:
-        for image in evaluate_images(counter, dataset, rows):
+        for image in evaluate_images(counter, dataset, rows, downsample=counter.downsample):
             images.append(image)
             advance(1)
     evaluation = summarise_images(images)

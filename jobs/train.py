@@ -31,7 +31,8 @@ class TrainJob:
     """
 
     preset: str
-    """demo, mall-cfcn, shb-cfcn, cfcn, debug, or the path of a config.json."""
+    """demo, mall-cfcn, shb-cfcn, shb-csrnet, sha-csrnet, worldexpo-csrnet, cfcn, csrnet, debug, or the path of a
+    config.json."""
     data: str
     """Path or URI of the dataset, as jobs/convert.py made it."""
     workers: int = 1

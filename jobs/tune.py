@@ -29,7 +29,8 @@ class TuneJob:
     """
 
     preset: str
-    """demo, mall-cfcn, shb-cfcn, cfcn, debug, or the path of a config.json: what the search does not vary."""
+    """demo, mall-cfcn, shb-cfcn, shb-csrnet, sha-csrnet, worldexpo-csrnet, cfcn, csrnet, debug, or the path of a
+    config.json: what the search does not vary."""
     data: str
     """Path or URI of the dataset, as jobs/convert.py made it."""
     trials: int

@@ -26,7 +26,7 @@ from crowdray.data.sources import open_source
 from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
-from crowdray.training.loop import DivergedError
+from crowdray.training.running import DivergedError
 
 ROOT = Path(__file__).resolve().parents[1]
 

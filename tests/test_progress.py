@@ -12,7 +12,8 @@ from crowdray.config import StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Row
+from crowdray.training.loop import Training
 from crowdray.training.stages import stages_of
 from crowdray.training.world import World
 

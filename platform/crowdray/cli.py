@@ -32,6 +32,7 @@ def run_job(main: Callable[[list[str]], None]) -> None:
     A UserError is one message and status 2; a `Failure` or a full disk one message and status 1; anything
     else is our own mistake, so it keeps its traceback, and status 1.
     """
+    sys.path.append(os.getcwd())  # a backbone of one's own lies where the job is started; Ray's workers look there too
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -4,6 +4,7 @@ its JSON form."""
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,11 +69,15 @@ class SamplingConfig:
         yield from _at_least("sampling.context", self.context, 0)
         for name in ("flip", "brightness", "contrast", "colour", "scale"):
             yield from _within(f"sampling.{name}", getattr(self, name), 0.0, 1.0)
-        for name in ("crop", "context"):
-            if (value := getattr(self, name)) % 4:
-                nearest = max(4, value // 4 * 4)
-                yield f"sampling.{name} is {value}; the model's stride of 4 must divide it: try {nearest}"
         yield from _at_least("sampling.crop", self.crop, 16)
+
+
+def crop_problems(sampling: SamplingConfig, stride: int) -> Iterator[str]:
+    """What does not fit a backbone of this stride."""
+    for name in ("crop", "context"):
+        if (value := getattr(sampling, name)) % stride:
+            nearest = max(stride, value // stride * stride)
+            yield f"sampling.{name} is {value}; the model's stride of {stride} must divide it: try {nearest}"
 
 
 @dataclass(frozen=True)
@@ -92,15 +97,47 @@ class TargetConfig:
 
 
 @dataclass(frozen=True)
+class KnownBackbone:
+    """A backbone with a name of its own."""
+
+    path: str
+    """Where its class is: module:Class."""
+    stride: int
+    """Its stride in pixels, so that crops can be checked before anything is imported."""
+
+
+BACKBONES = {
+    "cfcn": KnownBackbone("crowdray.models.cfcn:CFCN", 4),
+    "csrnet": KnownBackbone("crowdray.models.csrnet:CSRNet", 8),
+    "csrnet-table1": KnownBackbone("crowdray.models.csrnet:CSRNetTable1", 16),
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which network."""
 
-    backbone: Literal["cfcn"] = "cfcn"
-    """Encoder and decoders of the paper's Table 1."""
+    backbone: str = "cfcn"
+    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper prints it), or a class of your own as
+    package.module:Class (docs/backbone.md)."""
+    count_decoder: Literal["paper", "pooled"] = "paper"
+    """Auxiliary decoder of the count: the paper's, whose first layer spans the whole crop (13 million parameters for
+    cfcn, 206 million for csrnet), or one that averages over it. Both are stripped before the model ships."""
+    weights: str = ""
+    """Path or URI of published weights of the encoder to begin with, .safetensors or .pth: for csrnet those of VGG-16
+    on ImageNet in torchvision's layout."""
+    weights_sha256: str = ""
+    """Hash that this file must have; without it the one that it has is written down."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
-        yield from ()
+        if self.backbone not in BACKBONES and ":" not in self.backbone:
+            yield (
+                f"model.backbone is {self.backbone!r}; choose one of {', '.join(BACKBONES)}, or give a class of your "
+                "own as package.module:Class"
+            )
+        if self.weights_sha256 and not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
+            yield f"model.weights_sha256 is {self.weights_sha256!r}; a SHA-256 has 64 hexadecimal digits, small letters"
 
 
 @dataclass(frozen=True)
@@ -143,6 +180,8 @@ class OptimizerConfig:
     """What the learning rate is multiplied with then."""
     clip: float = 1.0
     """Largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them."""
+    accumulate: int = 1
+    """Parts in which a worker takes its share of a batch, to save memory: the update is the same, up to rounding."""
     average: float = 0.99
     """Decay per update of the running average of the weights, which is what is validated and shipped; 0 ships
     the last weights."""
@@ -155,6 +194,7 @@ class OptimizerConfig:
         yield from _at_least("optimizer.plateau_patience", self.plateau_patience, 0)
         yield from _within("optimizer.plateau_factor", self.plateau_factor, 0.001, 0.999)
         yield from _at_least("optimizer.clip", self.clip, 0.0)
+        yield from _at_least("optimizer.accumulate", self.accumulate, 1)
         yield from _within("optimizer.average", self.average, 0.0, 0.99999)
 
 
@@ -208,6 +248,8 @@ class NumericsConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the convolutions; auto takes bf16 where the processor multiplies it natively. Weights,
     losses, targets and evaluation stay fp32 either way."""
+    compile: bool = False
+    """Compile the network with torch.compile: faster steps after minutes of compiling; on a CPU it needs g++."""
     threads: int = 0
     """CPU threads of each worker; 0 shares the machine's cores between the workers."""
 
@@ -241,6 +283,8 @@ class Config:
             self.numerics,
         )
         problems = [problem for group in groups for problem in group.problems()]
+        if known := BACKBONES.get(self.model.backbone):
+            problems += crop_problems(self.sampling, known.stride)
         if not 0 <= self.seed < 2**31:
             problems.insert(0, f"seed is {self.seed}; give a number from 0 to {2**31 - 1}")
         if problems:

@@ -1,10 +1,12 @@
 """Presets: each a function that returns a whole configuration, found by its name on the command line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from crowdray.config import (
     Config,
     LossConfig,
+    ModelConfig,
     OptimizerConfig,
     SamplingConfig,
     StageConfig,
@@ -66,6 +68,41 @@ def cfcn() -> Config:
     return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
 
 
+def csrnet() -> Config:
+    """CSRNet, AT-CSRNet with its tasks, on data of one's own; --model.weights names VGG-16's on ImageNet.
+
+    The paper's count decoder has 206 million parameters here, thirteen times all others, which are thrown away: the
+    pooled one is the default (docs/lab-notes.md).
+    """
+    return Config(
+        sampling=SamplingConfig(crop=224, context=0, crops_per_image=2, brightness=0.1, contrast=0.1),
+        model=ModelConfig(backbone="csrnet", count_decoder="pooled"),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=40, learning_rate=1e-4),
+            decoders=StageConfig(epochs=4, learning_rate=1e-3),
+            joint=StageConfig(epochs=20, learning_rate=1e-4),
+        ),
+    )
+
+
+def shb_csrnet() -> Config:
+    """ShanghaiTech B with CSRNet, the paper's crops of 224 pixels; four of each photo of 1024x768."""
+    config = csrnet()
+    return replace(config, sampling=replace(config.sampling, crops_per_image=4))
+
+
+def sha_csrnet() -> Config:
+    """ShanghaiTech A with CSRNet: photos of many sizes, heads closer together."""
+    config = csrnet()
+    return replace(config, target=TargetConfig(sigma=3.0))
+
+
+def worldexpo_csrnet() -> Config:
+    """WorldExpo'10 with CSRNet: scenes of video, so a run of frames validates."""
+    config = csrnet()
+    return replace(config, sampling=replace(config.sampling, validation="run", crops_per_image=1))
+
+
 def debug() -> Config:
     """The whole way in seconds: what the tests use."""
     return Config(
@@ -83,7 +120,11 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "mall-cfcn": mall_cfcn,
     "shb-cfcn": shb_cfcn,
+    "shb-csrnet": shb_csrnet,
+    "sha-csrnet": sha_csrnet,
+    "worldexpo-csrnet": worldexpo_csrnet,
     "cfcn": cfcn,
+    "csrnet": csrnet,
     "debug": debug,
 }
 

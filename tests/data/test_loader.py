@@ -69,13 +69,25 @@ def test_two_ranks_together_see_what_one_sees(store: PictureStore) -> None:
             assert torch.equal(part.rows, whole.rows[rank::2])
             assert torch.equal(part.image, whole.image[rank::2])
             assert torch.equal(part.count, whole.count[rank::2])
+            assert part.total == whole.total == len(whole.rows)
+
+
+@pytest.mark.parametrize(("number", "sizes"), [(1, [6]), (2, [3, 3]), (4, [2, 1, 1, 2]), (9, [1] * 6)])
+def test_parts_are_the_batch_in_order(store: PictureStore, number: int, sizes: list[int]) -> None:
+    batch = next(loader(store).epoch(2))
+    parts = batch.parts(number)
+    assert [len(part.rows) for part in parts] == sizes
+    for name, value in vars(batch).items():
+        if name != "total":
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), value)
+    assert {part.total for part in parts} == {batch.total}
 
 
 def test_threads_change_nothing(store: PictureStore) -> None:
     threaded = loader(store)
     threaded.ahead = 3
     for one, other in zip(loader(store).epoch(2), threaded.epoch(2), strict=True):
-        assert all(torch.equal(value, getattr(other, name)) for name, value in vars(one).items())
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(other, n))) for n, v in vars(one).items())
 
 
 def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureStore) -> None:

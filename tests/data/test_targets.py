@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from crowdray.data.targets import density_map, make_targets, peak_density
+from crowdray.data.targets import cell_mask, density_map, make_targets, peak_density
 
 SIGMA = 3.0
 
@@ -98,3 +98,34 @@ def test_segmentation_of_one_head_is_the_disc_where_its_gaussian_exceeds_the_fra
     assert torch.equal(targets.segmentation[0, 0].bool()[clear], (distance < radius)[clear])
     torch.testing.assert_close(targets.depth, targets.segmentation * 0.6)
     assert targets.density.max().item() == pytest.approx(peak_density(5.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(30, 61), (32, 64), (33, 7)])
+def test_cells_count_with_half_of_their_pixels_in_the_image(size: tuple[int, int]) -> None:
+    """Against a loop over the cells, also where the image ends inside them."""
+    mask = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(3)).round()
+    extent = torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    ours = cell_mask(mask, extent, 8)[0, 0]
+    blocks = [[mask[0, 0, y : y + 8, x : x + 8] for x in range(0, size[1], 8)] for y in range(0, size[0], 8)]
+    assert torch.equal(ours, torch.tensor([[float(block.mean() >= 0.5) for block in row] for row in blocks]))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_coarse_cells_hold_all_mass_of_an_image_that_ends_inside_a_cell(mirrored: bool) -> None:
+    """A window of 64 x 48 shows an image of 58 x 43, at its left or, mirrored, at its right end."""
+    height, width, left = 43, 58, 64 - 58 if mirrored else 0
+    points = torch.tensor([[[left + 0.5, 0.5], [left + 57.9, 42.9], [left + 20, 30]]])
+    present = torch.ones(1, 3)
+    extent = torch.tensor([[left, 0, left + width, height]], dtype=torch.float32)
+    roi = torch.zeros(1, 1, 48, 64)
+    roi[..., :height, left : left + width] = 1
+    depth = torch.zeros(1, 1, 48, 64)
+    for inside in (None, roi):
+        targets = make_targets(
+            points, present, (48, 64), depth, sigma=SIGMA, threshold=0.3, stride=8, extent=extent, roi=inside
+        )
+        assert targets.density.shape == (1, 1, 6, 8)
+        assert targets.density.sum().item() == pytest.approx(3, abs=1e-4)
+    fine = density_map(points, present, (48, 64), sigma=SIGMA, extent=extent) * roi
+    summed = torch.nn.functional.avg_pool2d(fine, 8) * 64
+    torch.testing.assert_close(density_map(points, present, (48, 64), sigma=SIGMA, stride=8, extent=extent), summed)

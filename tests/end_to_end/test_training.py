@@ -9,20 +9,18 @@ import pytest
 import torch
 
 from crowdray.registry.loading import load_counter
+from crowdray.training.checkpoint import CLOCKED
 
 from .conftest import Workplace
 from .processes import Job, descendants, named
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
-MEASURED = {"images_per_s", "wait_share", "seconds"}
-"""What a clock measured: it differs between runs that compute the same."""
-
 
 def computed(outcome: dict[str, Any]) -> dict[str, Any]:
     """A training's result without what a clock measured."""
     result: dict[str, Any] = dict(outcome["result"])
-    result["history"] = [{k: v for k, v in row.items() if k not in MEASURED} for row in result["history"]]
+    result["history"] = [{k: v for k, v in row.items() if k not in CLOCKED} for row in result["history"]]
     return result
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from crowdray.config import ModelConfig
 from crowdray.data.loader import PictureStore
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
@@ -126,13 +127,18 @@ def test_one_scene_without_roi_gives_one_score(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, factor: int) -> None:
-    counter = build_counter(debug(), density_scale=100.0).eval()
+@pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
+def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, backbone: str, factor: int) -> None:
+    sampling = replace(debug().sampling, context=32)
+    config = replace(debug(), sampling=sampling, model=ModelConfig(backbone, "pooled"))
+    counter = build_counter(config, density_scale=100.0).eval()
+    stride = counter.encoder.output_stride
     rows = discs.rows("test").tolist()
     store = PictureStore(discs, factor, use_roi=True, cache_bytes=1e9)
-    in_training = list(count_pictures(counter.density, store, rows, CPU))
+    in_training = list(count_pictures(counter.density, store, rows, CPU, stride))
     shipped = PackagedCounter(counter, factor)
-    assert summarise_images(list(evaluate_images(shipped, discs, rows))).counts() == in_training
+    evaluation = summarise_images(list(evaluate_images(shipped, discs, rows, downsample=factor)))
+    assert evaluation.counts() == in_training
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from crowdray.config import Config, LossConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
+from crowdray.models.cfcn import CFCN
 from crowdray.presets import preset
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Checkpoint, Row, load_checkpoint
+from crowdray.training.loop import Training
 from crowdray.training.prefix import chains_of, digest_of, numerics_of
 from crowdray.training.world import World
 
@@ -40,7 +41,10 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "sampling.cache_gib": (1.0, None),
     "target.sigma": (2.0, "baseline"),
     "target.threshold": (0.5, "decoders"),
-    "model.backbone": ("another", "baseline"),
+    "model.backbone": (f"{__name__}:Other", "baseline"),
+    "model.count_decoder": ("pooled", "decoders"),
+    "model.weights": ("here.safetensors", "baseline"),
+    "model.weights_sha256": ("0" * 64, "baseline"),
     "loss.segmentation": (0.08, "joint"),
     "loss.depth": (0.3, "joint"),
     "loss.count": (2.0, "joint"),
@@ -52,6 +56,7 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "optimizer.plateau_patience": (2, "baseline"),
     "optimizer.plateau_factor": (0.5, "baseline"),
     "optimizer.clip": (0.5, "baseline"),
+    "optimizer.accumulate": (2, "baseline"),
     "optimizer.average": (0.9, "baseline"),
     "stages.baseline.epochs": (7, "decoders"),
     "stages.baseline.learning_rate": (1e-4, "baseline"),
@@ -63,8 +68,13 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "stages.joint.learning_rate": (1e-4, "joint"),
     "stages.joint.patience": (3, "joint"),
     "numerics.precision": ("bf16", None),  # by way of numerics_of
+    "numerics.compile": (True, None),  # likewise
     "numerics.threads": (3, None),  # likewise
 }
+
+
+class Other(CFCN):
+    """A backbone that is not the default."""
 
 
 def leaves(group: object, prefix: str = "") -> Iterator[str]:

@@ -11,14 +11,13 @@ from crowdray.config import Config, LossConfig, SamplingConfig, StageConfig, Sta
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.training.checkpoint import load_checkpoint
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import CLOCKED, Row, load_checkpoint
+from crowdray.training.loop import Training
 from crowdray.training.sharing import Sharing, Shelf, StoreOptions
 from crowdray.training.store import StageStore
 from crowdray.training.world import World
 
 CPU = torch.device("cpu")
-CLOCKED = ("images_per_s", "wait_share", "seconds")
 
 
 def config_of(baseline: int, decoders: int, joint: int, **loss: float) -> Config:

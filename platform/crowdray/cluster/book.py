@@ -14,7 +14,7 @@ from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.evaluation.study import Leg, State, StudyRecord, TrialRecord
 from crowdray.registry.tracking import Status, Tracker, open_tracker
-from crowdray.training.loop import Row
+from crowdray.training.checkpoint import Row
 
 RECORD = "record"
 """Name under which Optuna keeps the record of an ended trial."""

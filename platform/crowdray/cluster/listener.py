@@ -7,7 +7,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from crowdray.cluster.worker import ROWS
-from crowdray.training.loop import DivergedError
+from crowdray.training.running import DivergedError
 
 
 class Listener(UserCallback):

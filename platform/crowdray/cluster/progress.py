@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crowdray.training.loop import Row
+from crowdray.training.checkpoint import Row
 from crowdray.training.stages import Stage
 
 PLAIN_EVERY_S = 10.0
@@ -134,7 +134,7 @@ class TrainingDisplay(LiveDisplay):
         parts = [f"{stage.name} {done}/{stage.schedule.epochs}", _losses(row)]
         if "val/mae" in row:
             parts.append(f"val MAE {row['val/mae']:.2f} RMSE {row['val/rmse']:.2f}")
-        parts.append(f"{row['images_per_s']:.0f} images/s")
+        parts.append(_pace(row))
         return "  ".join([*parts, self._outlook()])
 
     def _outlook(self) -> str:
@@ -159,6 +159,15 @@ class TrainingDisplay(LiveDisplay):
 def _is_dead(row: Row) -> bool:
     """Is every count nothing, where there are heads?"""
     return float(row.get("val/nae", 0)) > 0.999 and float(row["val/mae"]) == -float(row["val/bias"])
+
+
+def _pace(row: Row) -> str:
+    """Windows trained per second, what of the time was spent waiting for them, and what of the device was used."""
+    share = f"{float(row['matrix_share']):.0%} of the matrix rate" if "matrix_share" in row else ""
+    parts = [f"{row['images_per_s']:.1f} images/s", f"{float(row.get('wait_share', 0)):.1%} waiting", share]
+    if "memory_gib" in row:
+        parts.append(f"{row['memory_gib']:.1f} GiB")
+    return ", ".join(filter(None, parts))
 
 
 def _losses(row: Row) -> str:

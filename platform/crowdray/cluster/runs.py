@@ -21,6 +21,8 @@ from crowdray import storage
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
+from crowdray.models.build import backbone_of
+from crowdray.models.published import pinned
 from crowdray.training.checkpoint import load_checkpoint
 
 IDENTITY = "run.json"
@@ -103,9 +105,12 @@ class Run:
 def plan(config: Config, data: str, workers: int, folder: str, name: str | None, preset: str) -> Run:
     """The run of a command; without a name it is called after its preset and a hash of all that it computes.
 
-    Raises UserError for data that is none, and for a name that is no name of a folder.
+    Raises UserError for data that is none, a name that is no name of a folder, a backbone that is none, and published
+    weights that are not there.
     """
     check_name(name)
+    backbone_of(config)
+    config = pinned(config)
     dataset = Dataset.open(data)
     chosen = name or default_name(preset, to_json(config), dataset.digest, workers)
     return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen)

@@ -17,6 +17,8 @@ from crowdray.cluster.runs import Run, check_name, claim_file, default_name
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
+from crowdray.models.build import backbone_of
+from crowdray.models.published import pinned
 from crowdray.space import Space, load_space
 from crowdray.training.prefix import code_digest
 
@@ -162,6 +164,8 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     """
     check_name(options.name)
     dataset = Dataset.open(data)
+    config = pinned(config)
+    backbone_of(config)
     space = load_space(options.space, options.vary, config)
     if config.stages.joint.epochs == 0 or 0 in space.quanta("joint"):
         raise UserError(

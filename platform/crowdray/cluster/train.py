@@ -15,7 +15,8 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
-from crowdray.training.loop import DivergedError, Row
+from crowdray.training.checkpoint import Row
+from crowdray.training.running import DivergedError
 from crowdray.training.sharing import Shelf
 
 RETRIES = 3

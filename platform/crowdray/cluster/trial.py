@@ -19,8 +19,10 @@ from crowdray.config import from_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.evaluation.study import Leg
-from crowdray.training.loop import DivergedError, Row, Training
+from crowdray.training.checkpoint import Row
+from crowdray.training.loop import Training
 from crowdray.training.prefix import Chain
+from crowdray.training.running import DivergedError
 from crowdray.training.sharing import Sharing, Shelf
 from crowdray.training.world import World, pick_device
 

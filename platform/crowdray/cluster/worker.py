@@ -17,8 +17,8 @@ from crowdray import storage
 from crowdray.cluster.runs import RESULT
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint, room, save_checkpoint
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Checkpoint, Row, load_checkpoint, room, save_checkpoint
+from crowdray.training.loop import Training
 from crowdray.training.result import conclude
 from crowdray.training.sharing import Sharing, Shelf
 from crowdray.training.world import World

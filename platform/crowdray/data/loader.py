@@ -4,12 +4,15 @@ Shape legend: B windows, H W window in working pixels, N heads (padded to the ba
 """
 
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from mmap import mmap
+from operator import itemgetter
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,14 +95,26 @@ class Batch:
     """(B, 3) relative change of red, green and blue."""
     rows: Tensor
     """(B,) dataset rows."""
+    total: int
+    """Windows of the update on all ranks together."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; from pinned memory the copy does not block."""
-        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """The batch in page-locked memory."""
-        return Batch(**{name: value.pin_memory() for name, value in vars(self).items()})
+        return self._each(Tensor.pin_memory)
+
+    def parts(self, number: int) -> list["Batch"]:
+        """The batch in so many parts, whose sizes differ by at most one window; in fewer where it has fewer."""
+        bounds = [round(k * len(self.rows) / number) for k in range(number + 1)]
+        pieces = [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
+        return [self._each(itemgetter(piece)) for piece in pieces]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def augmented(self) -> Tensor:
         """Images as float32 (B, 3, H, W) in 0..255 with colour, contrast and brightness applied, on the
@@ -237,27 +252,26 @@ class Loader:
     def epoch(self, number: int) -> Generator[Batch, None, None]:
         """The batches of an epoch in order, prepared ahead of their use. Closing the iterator stops the
         threads."""
-        shares = [
-            rank_share(batch, self.rank, self.world)
-            for batch in epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
-        ]
+        batches = epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
+        shares = [rank_share(batch, self.rank, self.world) for batch in batches]
+        total = len(batches[0])
         if not self.ahead:
             for position, share in enumerate(shares):
-                yield self._collect(share, number, position)
+                yield self._collect(share, number, position, total)
             return
         with ThreadPoolExecutor(_DECODERS, thread_name_prefix="crowdray-loader") as pool:
             pending: list[Future[Batch]] = []
             try:
                 for position in range(len(shares) + self.ahead):
                     if position < len(shares):
-                        pending.append(pool.submit(self._collect, shares[position], number, position))
+                        pending.append(pool.submit(self._collect, shares[position], number, position, total))
                     if position >= self.ahead:
                         yield pending.pop(0).result()
             finally:
                 for future in pending:
                     future.cancel()
 
-    def _collect(self, share: NDArray[np.int64], epoch: int, number: int) -> Batch:
+    def _collect(self, share: NDArray[np.int64], epoch: int, number: int, total: int) -> Batch:
         scale = draw_scale(self.rule, seed=self.seed, epoch=epoch, batch=number)
         pairs = []
         for position, repeat in (divmod(draw, self.repeats) for draw in share.tolist()):
@@ -266,13 +280,13 @@ class Loader:
                 self.rule, picture.size, seed=self.seed, epoch=epoch, sample=picture.row, repeat=repeat
             )
             pairs.append((picture, window))
-        batch = collate(pairs, self.rule)
+        batch = collate(pairs, self.rule, total)
         return batch.pin() if self.pin else batch
 
 
-def collate(pairs: list[tuple[Picture, Window]], rule: WindowRule) -> Batch:
+def collate(pairs: list[tuple[Picture, Window]], rule: WindowRule, total: int | None = None) -> Batch:
     """Cut one window from each picture and stack them, smaller windows padded at the bottom and the right
-    without weight."""
+    without weight; `total` is the number of windows on all ranks, these alone when None."""
     height = max(window.height for _, window in pairs)
     width = max(window.width for _, window in pairs)
     heads = max(1, max(len(picture.points) for picture, _ in pairs))
@@ -323,6 +337,7 @@ def collate(pairs: list[tuple[Picture, Window]], rule: WindowRule) -> Batch:
         contrast=torch.tensor([window.contrast for _, window in pairs]),
         colour=torch.tensor([window.colour for _, window in pairs]),
         rows=torch.tensor([picture.row for picture, _ in pairs]),
+        total=total or size,
     )
 
 

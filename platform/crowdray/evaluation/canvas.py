@@ -62,10 +62,11 @@ def badge(axes: Axes, text: str, size: float) -> None:
     )
 
 
-def outline(axes: Axes, mask: NDArray[Any], colour: str, width: float, style: Any = "solid") -> None:
-    """The border of a mask (H, W) of zeros and ones; nothing where it holds only one of them."""
+def outline(axes: Axes, mask: NDArray[Any], colour: str, width: float, style: Any = "solid", cell: int = 1) -> None:
+    """The border of a mask (h, w) of zeros and ones in cells of so many pixels; nothing where it holds only one of
+    them."""
     if mask.min() < mask.max():
-        rows, columns = (np.arange(side) + 0.5 for side in mask.shape)
+        rows, columns = ((np.arange(side) + 0.5) * cell for side in mask.shape)
         axes.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
 
 

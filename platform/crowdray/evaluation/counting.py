@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crowdray.data.loader import Picture, PictureStore
+from crowdray.data.targets import cell_mask, whole_window
 from crowdray.evaluation.metrics import ImageCount
 
 
@@ -23,16 +24,25 @@ def image_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     return torch.from_numpy(owned).to(device).permute(2, 0, 1)[None]
 
 
+def cells_that_count(roi: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:
+    """A region of interest (H, W) in cells of `stride` pixels, (ceil(H / stride), ceil(W / stride)), as in training."""
+    mask = torch.from_numpy(roi.astype(np.float32))[None, None]
+    counted: NDArray[np.bool_] = (
+        cell_mask(mask, whole_window(mask, (roi.shape[0], roi.shape[1])), stride)[0, 0].numpy() > 0
+    )
+    return counted
+
+
 def count_pictures(
-    density: Callable[[Tensor], Tensor], store: PictureStore, rows: Iterable[int], device: torch.device
+    density: Callable[[Tensor], Tensor], store: PictureStore, rows: Iterable[int], device: torch.device, stride: int = 1
 ) -> Iterator[ImageCount]:
     """Count whole images one at a time, so that no result depends on its neighbours in a batch.
 
-    `density` maps uint8 RGB (1, 3, H, W) to heads per cell at the same size.
+    `density` maps uint8 RGB (1, 3, H, W) to heads per cell of `stride` x `stride` pixels.
     """
     for row in rows:
         picture = store[int(row)]
         with torch.inference_mode():
             cells = density(to_input(picture, device))[0, 0].float().cpu().numpy().astype(np.float64)
-        masked = cells if picture.roi is None else cells * picture.roi
+        masked = cells if picture.roi is None else cells * cells_that_count(picture.roi, stride)
         yield ImageCount(int(row), len(picture.points), float(masked.sum()), float(cells.sum()))

@@ -1,6 +1,6 @@
 """The figures of a training: what the model sees, as in the paper's Figure 6, and how well it counts.
 
-Shape legend: H W image in working pixels, B batch.
+Shape legend: H W image in working pixels, h w output cells, B batch.
 """
 
 import os
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from crowdray.data.loader import Picture
 from crowdray.data.targets import Targets, make_targets
 from crowdray.evaluation import canvas
-from crowdray.evaluation.counting import to_input
+from crowdray.evaluation.counting import cells_that_count, to_input
 from crowdray.evaluation.metrics import ImageCount, summarise
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 
@@ -37,7 +37,7 @@ class _Panel:
 
     title: str
     values: NDArray[Any]
-    """(H, W), or (H, W, 3) for the photo."""
+    """(H, W, 3) for the photo, (h, w) cells for a map."""
     colours: str | None = None
     """Name of the colour map; None for a photo."""
     top: float = 1.0
@@ -47,7 +47,7 @@ class _Panel:
     heads: NDArray[np.float32] | None = None
     """(N, 2) points to mark."""
     outline: NDArray[np.float32] | None = None
-    """(H, W) zeros and ones, whose border is drawn."""
+    """(h, w) zeros and ones, whose border is drawn."""
 
 
 def draw_overview(
@@ -82,7 +82,7 @@ def draw_overview(
         for column, panel in enumerate(panels):
             left, low = gap + column * (side + gap), top - shape * side
             box = (left / _INCHES, low / height, side / _INCHES, shape * side / height)
-            _draw_panel(figure.add_axes(box), panel, picture.roi)
+            _draw_panel(figure.add_axes(box), panel, picture)
             if number == 0:
                 middle, over = (left + side / 2) / _INCHES, (top + 0.07) / height
                 figure.text(middle, over, panel.title, ha="center", va="bottom", size=8.5, color=canvas.INK)
@@ -215,8 +215,9 @@ def _draw_series(axes: Axes, stages: Sequence[Sequence[Mapping[str, Any]]], name
 def _panels(
     counter: Counter, picture: Picture, sigma: float, threshold: float, baseline: Counter | None
 ) -> list[_Panel]:
-    roi = np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi
-    targets = _targets(picture, sigma, threshold)
+    stride = counter.encoder.output_stride
+    roi = cells_that_count(np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi, stride)
+    targets = _targets(picture, sigma, threshold, stride)
     maps = _predict(counter, picture)
     predicted = {"Density" if baseline is None else "Joint model": maps[DENSITY]}
     if baseline is not None:
@@ -238,17 +239,17 @@ def _panels(
     return panels
 
 
-def _targets(picture: Picture, sigma: float, threshold: float) -> Targets:
+def _targets(picture: Picture, sigma: float, threshold: float, stride: int) -> Targets:
     """The training's targets of a whole picture; depth, which is not drawn, is 0."""
     points = torch.from_numpy(np.array(picture.points, dtype=np.float32))[None]
     roi = None if picture.roi is None else torch.from_numpy(picture.roi.astype(np.float32))[None, None]
     flat = torch.zeros(1, 1, *picture.size)
     present = torch.ones(points.shape[:2])
-    return make_targets(points, present, picture.size, flat, sigma=sigma, threshold=threshold, roi=roi)
+    return make_targets(points, present, picture.size, flat, sigma=sigma, threshold=threshold, stride=stride, roi=roi)
 
 
 def _predict(counter: Counter, picture: Picture) -> dict[str, NDArray[np.float32]]:
-    """The counter's maps (H, W) of a picture: heads per cell, probability of crowd, distilled depth."""
+    """The counter's maps (h, w) of a picture: heads per cell, probability of crowd, distilled depth."""
     tasks = [task for task in (DENSITY, SEGMENTATION, DEPTH) if task in counter.decoders]
     image = to_input(picture, next(counter.parameters()).device)
     trains = counter.training
@@ -264,26 +265,29 @@ def _predict(counter: Counter, picture: Picture) -> dict[str, NDArray[np.float32
     return {task: values.numpy() for task, values in maps.items()}
 
 
-def _draw_panel(axes: Axes, panel: _Panel, roi: NDArray[np.bool_] | None) -> None:
-    height, width = panel.values.shape[:2]
+def _draw_panel(axes: Axes, panel: _Panel, picture: Picture) -> None:
+    height, width = picture.size
     extent = (0, width, height, 0)
+    rows, columns = panel.values.shape[:2]
+    cell = -(-max(picture.size) // max(rows, columns))  # cells at the rim may reach beyond the image
     if panel.colours is None:
         axes.imshow(panel.values, extent=extent, interpolation="antialiased")
     else:
         norm = PowerNorm(canvas.GAMMA if panel.colours == canvas.DENSITY_COLOURS else 1.0, 0, panel.top)
         colours = canvas.from_black(panel.colours)
-        axes.imshow(panel.values, cmap=colours, norm=norm, extent=extent, interpolation="antialiased")
-    if roi is not None:
+        covered = (0, columns * cell, rows * cell, 0)
+        axes.imshow(panel.values, cmap=colours, norm=norm, extent=covered, interpolation="antialiased")
+    if picture.roi is not None:
         veil = np.zeros((height, width, 4), dtype=np.float32)
-        veil[..., 3] = 0.45 * ~roi
+        veil[..., 3] = 0.45 * ~picture.roi
         axes.imshow(veil, extent=extent, interpolation="nearest")
-        canvas.outline(axes, roi.astype(np.float32), "white", 0.8, (0, (4, 2)))
+        canvas.outline(axes, picture.roi.astype(np.float32), "white", 0.8, (0, (4, 2)))
     if panel.heads is not None and len(panel.heads):
         x, y = panel.heads.T
         size = float(np.clip(600 / len(panel.heads), 3, 14))
         axes.scatter(x, y, s=size, color=_HEADS, edgecolors="black", linewidths=0.4)
     if panel.outline is not None:
-        canvas.outline(axes, panel.outline, _HEADS, 0.6)
+        canvas.outline(axes, panel.outline, _HEADS, 0.6, cell=cell)
     if panel.count is not None:
         canvas.badge(axes, panel.count, 9)
     axes.set(xlim=(0, width), ylim=(height, 0))

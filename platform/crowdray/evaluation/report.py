@@ -20,7 +20,7 @@ from crowdray.data.loader import open_picture
 from crowdray.data.sample import Sample, decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
-from crowdray.evaluation.counting import image_input
+from crowdray.evaluation.counting import cells_that_count, image_input
 from crowdray.evaluation.metrics import GAME_LEVELS, ImageCount, grid_error, summarise
 
 _CPU = torch.device("cpu")
@@ -102,13 +102,18 @@ class Evaluation:
 
 
 def evaluate_images(
-    density: Callable[[Tensor], Tensor], dataset: Dataset, rows: Iterable[int], device: torch.device = _CPU
+    density: Callable[[Tensor], Tensor],
+    dataset: Dataset,
+    rows: Iterable[int],
+    device: torch.device = _CPU,
+    downsample: int = 1,
 ) -> Iterator[EvaluatedImage]:
     """Count whole photos one at a time, as they lie in the dataset, and compare with their annotation.
 
     `density` maps raw uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w), as a packaged counter does.
-    Regions of interest and points are brought to the density's cells as in training. Raises DataError for a
-    photo that cannot be decoded, UserError for a density that fits no whole downsampling of its photo.
+    `downsample` is how much it shrinks photos first: regions of interest and points are looked at in the pixels that
+    are left, and regions then in the density's cells, as in training. Raises DataError for a photo that cannot be
+    decoded, UserError for a density that fits no whole downsampling of its photo.
     """
     for row in rows:
         sample = dataset.sample(int(row))
@@ -118,19 +123,20 @@ def evaluate_images(
             raise DataError(f"{sample.name} (row {row} of {dataset.uri}): {error}") from error
         with torch.inference_mode():
             cells = density(image_input(photo, device))
-        yield judge(cells, sample, int(row))
+        yield judge(cells, sample, int(row), downsample)
 
 
-def judge(density: Tensor, sample: Sample, row: int) -> EvaluatedImage:
+def judge(density: Tensor, sample: Sample, row: int, downsample: int) -> EvaluatedImage:
     """Compare the density (1, 1, h, w) of a sample's photo with its annotation."""
     factor = downsampling((sample.height, sample.width), tuple(density.shape), sample.name)
     cells = density[0, 0].float().cpu().numpy().astype(np.float64)
     # The depth would be decoded for nothing.
-    picture = open_picture(replace(sample, depth=None), row, factor, use_roi=True)
+    picture = open_picture(replace(sample, depth=None), row, downsample, use_roi=True)
     everywhere = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)
     whole = inside = _count(cells, everywhere)
     if picture.roi is not None:
-        inside = _count(cells * picture.roi, picture.points)
+        stride = downsampling(picture.size, tuple(density.shape), sample.name)
+        inside = _count(cells * cells_that_count(picture.roi, stride), picture.points / np.float32(stride))
     return EvaluatedImage(row, sample.name, sample.scene, factor, inside, whole, picture.roi is not None)
 
 

@@ -1,26 +1,41 @@
 """Build a counter from a configuration: the weights are a function of the seed."""
 
+import pkgutil
+
 import torch
 
-from crowdray.config import Config
-from crowdray.models.cfcn import CFCNEncoder
+from crowdray.config import BACKBONES, Config, ConfigError, crop_problems
+from crowdray.models.backbone import Backbone
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
-from crowdray.models.decoders import CountDecoder, LogitDecoder, MapDecoder
+from crowdray.models.decoders import PooledCountDecoder
+
+
+def backbone_of(config: Config) -> type[Backbone]:
+    """The class of the configured backbone. Raises ConfigError where there is none of that name, or the crop does not
+    fit it."""
+    path = BACKBONES[config.model.backbone].path if config.model.backbone in BACKBONES else config.model.backbone
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError([f"model.backbone is {path!r}: {error}; give the class as package.module:Class"]) from error
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise ConfigError([f"model.backbone is {path!r}, which is no subclass of crowdray.models.backbone.Backbone"])
+    if problems := list(crop_problems(config.sampling, found.stride)):
+        raise ConfigError(problems)
+    return found
 
 
 def build_counter(config: Config, density_scale: float) -> Counter:
     """A counter with all four decoders in the memory format in which it trains fastest; torch's global
     generator is left alone."""
+    backbone = backbone_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = CFCNEncoder()
-        channels = encoder.channels
-        decoders = {
-            DENSITY: MapDecoder(channels),
-            SEGMENTATION: LogitDecoder(channels),
-            DEPTH: MapDecoder(channels),
-            COUNT: CountDecoder(channels, config.sampling.crop // encoder.stride),
-        }
+        encoder = backbone()
+        side = config.sampling.crop // encoder.stride
+        pooled = config.model.count_decoder == "pooled"
+        decoders = {task: encoder.map_decoder(task) for task in (DENSITY, SEGMENTATION, DEPTH)}
+        decoders[COUNT] = PooledCountDecoder(encoder.channels, side) if pooled else encoder.count_decoder(side)
     counter = Counter(encoder, decoders, density_scale)
     counter.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return counter

@@ -6,8 +6,12 @@ Shape legend: B batch, H W image, h = ceil(H / 4), w = ceil(W / 4).
 import torch
 from torch import Tensor, nn
 
+from crowdray.models.backbone import Backbone
+from crowdray.models.counter import SEGMENTATION
+from crowdray.models.decoders import LogitDecoder, MapDecoder
 
-class CFCNEncoder(nn.Module):
+
+class CFCN(Backbone):
     """7x7x32 stride 2, 7x7x64 stride 2, 5x5x128, each with a ReLU (Table 1): 310,080 parameters.
 
     An image (B, 3, H, W), normalised, gives features (B, 128, h, w).
@@ -15,6 +19,7 @@ class CFCNEncoder(nn.Module):
 
     channels = 128
     stride = 4
+    output_stride = 1
     receptive_radius = 34
     """Pixels on each side of an output pixel that can change the density there: 3 + 6 + 8 by the three
     convolutions here, 8 by the decoder's, and 9 by its two upsamplings."""
@@ -30,3 +35,7 @@ class CFCNEncoder(nn.Module):
         x = torch.relu(self.conv1(image))
         x = torch.relu(self.conv2(x))
         return torch.relu(self.conv3(x))
+
+    def map_decoder(self, task: str) -> nn.Module:
+        """The decoder of Table 1; the segmentation's can say "no"."""
+        return LogitDecoder(self.channels) if task == SEGMENTATION else MapDecoder(self.channels)

@@ -4,10 +4,12 @@ Shape legend: B batch, H W image, C h w features, N side of the count decoder's 
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from crowdray.models.backbone import Backbone
 
 DENSITY = "density"
 SEGMENTATION = "segmentation"
@@ -21,15 +23,6 @@ _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
-class Encoder(Protocol):
-    """What a backbone says of itself; it is an nn.Module from (B, 3, H, W) to (B, channels, ceil(H/stride),
-    ceil(W/stride))."""
-
-    channels: int
-    stride: int
-    receptive_radius: int
-
-
 class Counter(nn.Module):
     """Encoder, density decoder, and any of the auxiliary decoders of the paper.
 
@@ -41,18 +34,13 @@ class Counter(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, decoders: Mapping[str, nn.Module], density_scale: float) -> None:
+    def __init__(self, encoder: Backbone, decoders: Mapping[str, nn.Module], density_scale: float) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Backbone = encoder
         self.decoders = nn.ModuleDict(decoders)
         self.density_scale = density_scale
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
-
-    @property
-    def backbone(self) -> Encoder:
-        """The encoder, seen as what it says of itself."""
-        return cast(Encoder, self.encoder)
 
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""
@@ -81,22 +69,28 @@ class Counter(nn.Module):
         self, features: Tensor, tasks: Collection[str], size: Sequence[int], corners: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Decode features (B, C, h, w) of images of the given size (H, W); the rest as in `forward`."""
-        height, width = size
-        out = {task: self.decoders[task](features)[..., :height, :width] for task in tasks if task != COUNT}
+        out = {task: self._map(task, features, size) for task in tasks if task != COUNT}
         if COUNT in tasks:
             decoder = self.decoders[COUNT]
             out[COUNT] = decoder(_squares(features, corners, cast(int, decoder.side)))
         return out
 
     def density(self, image: Tensor) -> Tensor:
-        """Density of raw RGB (B, 3, H, W): (B, 1, H, W) float32 in heads per cell; its sum is the count."""
-        height, width = image.shape[-2:]
-        scaled: Tensor = self.decoders[DENSITY](self.features(image))
-        return scaled[..., :height, :width] / self.density_scale
+        """Density of raw RGB (B, 3, H, W): (B, 1, h', w') float32 in heads per cell, h' = ceil(H / output stride); its
+        sum is the count."""
+        return self._map(DENSITY, self.features(image), image.shape[-2:]) / self.density_scale
 
     def strip(self) -> "Counter":
         """The same counter without its auxiliary decoders: shares the encoder and the density decoder."""
         return Counter(self.encoder, {DENSITY: self.decoders[DENSITY]}, self.density_scale)
+
+    def _map(self, task: str, features: Tensor, size: Sequence[int]) -> Tensor:
+        """A task's map of images of the given size, float32."""
+        cells: Tensor = self.decoders[task](features)
+        if self.encoder.output_stride == self.encoder.stride:
+            return cells
+        height, width = (-(-side // self.encoder.output_stride) for side in size)
+        return cells[..., :height, :width]
 
 
 def _squares(features: Tensor, corners: Tensor | None, side: int) -> Tensor:

@@ -1,9 +1,11 @@
-"""The decoders (heads) of the paper's Table 1 for CFCN: density, segmentation, depth, and count.
+"""The decoders (heads) of the paper's Table 1: density, segmentation, depth, and count.
 
 Shape legend: B batch, C feature channels, h w feature map.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,27 +53,76 @@ class LogitDecoder(MapDecoder):
         return super().forward(features) * self.scale + self.bias
 
 
+class DilatedDecoder(nn.Module):
+    """3x3 convolutions of dilation 2 to 256, 128 and 64 channels with a ReLU each, then a plain 3x3 one to the map.
+
+    Features (B, C, h, w) give a map (B, 1, h, w) of any sign: a logit needs no layer of its own here. The last
+    convolution stays in float32 also where the rest computes in bfloat16: it makes the map.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in pairwise((channels, 256, 128, 64)):
+            layers += [nn.Conv2d(before, after, 3, padding=2, dilation=2), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.map = nn.Conv2d(64, 1, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode features (B, C, h, w) to a map (B, 1, h, w), float32."""
+        cells: Tensor = self.layers(features)
+        if torch.is_autocast_enabled(cells.device.type):
+            with torch.autocast(cells.device.type, enabled=False):
+                cells = self.map(cells.float())
+                return cells
+        cells = self.map(cells)
+        return cells
+
+
 class CountDecoder(nn.Module):
-    """NxNx64, 1x1x32, 1x1x1 convolutions: one number from the whole feature map of a crop.
+    """An NxN and several 1x1 convolutions: one number from the whole feature map of a crop.
 
     Features (B, C, N, N) give counts (B,), float32, in units of `count_scale` heads. N fixes the crop size in
-    training, and only there: this decoder is stripped before the model ships. 13,109,377 parameters for C =
-    128, N = 40.
+    training, and only there: this decoder is stripped before the model ships. 13,109,377 parameters for CFCN (C = 128,
+    N = 40, widths 64 and 32); 205,521,408 in the first layer alone for CSRNet (C = 512, N = 28, width 512).
 
     A convolution whose kernel is the whole map is a linear layer, and is computed as one. It stays in float32
     also where the rest computes in bfloat16: its millions of weights, each used once per image, would cost
     more to convert than to use.
     """
 
-    def __init__(self, channels: int, side: int) -> None:
+    def __init__(self, channels: int, side: int, widths: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
         self.side = side
-        self.layers = nn.Sequential(
-            nn.Linear(channels * side * side, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
-        )
+        layers: list[nn.Module] = []
+        for before, after in pairwise((channels * side * side, *widths)):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        if dropout:
+            layers.insert(2, nn.Dropout(dropout))
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Regress counts (B,) from features (B, C, N, N)."""
         with torch.autocast(features.device.type, enabled=False):
             count: Tensor = self.layers(features.float().flatten(1))
+        return count.flatten()
+
+
+class PooledCountDecoder(nn.Module):
+    """1x1 convolutions to 64 and 32 channels, the mean over the crop, and one number from it.
+
+    As `CountDecoder`, but its weights do not depend on the crop's size: 10,369 parameters for C = 128.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.cells = nn.Sequential(nn.Conv2d(channels, 64, 1), nn.ReLU(), nn.Conv2d(64, 32, 1), nn.ReLU())
+        self.sum = nn.Linear(32, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Regress counts (B,) from features (B, C, N, N)."""
+        mean = self.cells(features).mean((2, 3), dtype=torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            count: Tensor = self.sum(mean)
         return count.flatten()

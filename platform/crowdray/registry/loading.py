@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -42,6 +42,12 @@ class LoadedCounter:
         """Provenance, config and metrics, as packaged."""
         self.graph = graph.to(device)
         """The exported graph: a module from images to density."""
+
+    @property
+    def downsample(self) -> int:
+        """How many pixels, along a side, the counter averages before it looks at a photo."""
+        config: Any = self.metadata.get("config", {})
+        return int(config.get("sampling", {}).get("downsample", 1))
 
     @property
     def parameters(self) -> int:

@@ -37,7 +37,8 @@ def measured_norms(
         features = features.float().requires_grad_()
         with autocast():
             outputs = counter.decode(features, tasks, batch.image.shape[-2:], batch.corners)
-        for task, norm in gradient_norms(task_losses(outputs, targets_of(batch, config), scales), features).items():
+        losses = task_losses(outputs, targets_of(batch, config, counter.encoder.output_stride), scales)
+        for task, norm in gradient_norms(losses, features).items():
             totals[task] += norm
         seen += 1
     batches.close()

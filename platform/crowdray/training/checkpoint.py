@@ -21,6 +21,12 @@ from torch import Tensor
 from crowdray.config import Config, from_json, to_json
 from crowdray.errors import DataError, UserError
 
+Row = dict[str, float | str]
+"""What is told of an epoch: numbers by name, and the stage's name."""
+
+CLOCKED = ("images_per_s", "wait_share", "matrix_share", "memory_gib", "seconds")
+"""Names of a row's numbers that are measured: they differ between trainings that compute the same."""
+
 FORMAT = 1
 STATE = "state.json"
 
@@ -74,7 +80,7 @@ class Progress:
     """Updates that the weight average has seen."""
     best: dict[str, Best] = field(default_factory=dict)
     """Best validation per stage."""
-    history: list[dict[str, float | str]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
     """One row per epoch."""
 
     @classmethod

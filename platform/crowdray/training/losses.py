@@ -28,14 +28,14 @@ class Scales:
     """What counts are divided by: the mean number of heads in a crop."""
 
 
-def measured_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64]) -> Scales:
-    """The units for a training on these rows of the training split: one head's peak, the mean count of a
-    crop."""
+def measured_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64], stride: int) -> Scales:
+    """The units for a training on these rows of the training split, with maps of this stride: one head's peak, the mean
+    count of a crop."""
     chosen = np.isin(dataset.rows("train"), rows)
     sizes = dataset.sizes("train")[chosen] / config.sampling.downsample
     share = np.minimum(config.sampling.crop**2 / sizes.prod(axis=1), 1)
     mean = float((dataset.counts("train")[chosen] * share).mean())
-    return Scales(density=1 / peak_density(config.target.sigma), count=max(1.0, mean))
+    return Scales(density=1 / peak_density(config.target.sigma, stride), count=max(1.0, mean))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class MapTargets:
     """(B,) 1 where depth is known."""
 
 
-def targets_of(batch: Batch, config: Config) -> MapTargets:
-    """Make a batch's targets on the batch's device."""
+def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
+    """Make a batch's targets on the batch's device, in cells of `stride` pixels."""
     size = (batch.roi.shape[-2], batch.roi.shape[-1])
     maps = make_targets(
         batch.points,
@@ -66,10 +66,12 @@ def targets_of(batch: Batch, config: Config) -> MapTargets:
         batch.depth,
         sigma=config.target.sigma,
         threshold=config.target.threshold,
+        stride=stride,
         extent=batch.extent,
         roi=batch.roi,
     )
-    return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, batch.weight, batch.has_depth)
+    weight = F.avg_pool2d(batch.weight, stride) if stride > 1 else batch.weight
+    return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, weight, batch.has_depth)
 
 
 def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Which trainings begin alike: a key for each stage, made of all that its states depend on and of nothing else."""
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -12,7 +14,9 @@ import torch
 
 import crowdray
 from crowdray.config import Config
-from crowdray.models.counter import AUXILIARY, DEPTH, SEGMENTATION
+from crowdray.models.backbone import Backbone
+from crowdray.models.build import backbone_of
+from crowdray.models.counter import AUXILIARY, COUNT, DEPTH, SEGMENTATION
 from crowdray.training.numerics import resolve_precision
 from crowdray.training.stages import Stage, stages_of
 
@@ -74,6 +78,7 @@ def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str,
     able = [f"{name}={value}" for name, value in torch.cpu.get_capabilities().items() if not name.startswith("num_")]
     return {
         "precision": resolve_precision(config.numerics.precision, device),
+        "compile": config.numerics.compile,
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if on_gpu else " ".join(sorted(able)),
         "threads": 0 if on_gpu else threads,
@@ -85,6 +90,13 @@ def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str,
 def code_digest() -> str:
     """The digest of this package's code, read once: states of other code are never used."""
     return digest_of(Path(crowdray.__file__).parent)
+
+
+def source_of(backbone: type[Backbone]) -> str:
+    """A hash of the module that defines a user's own backbone; the package's own are in its digest."""
+    if backbone.__module__.partition(".")[0] == crowdray.__name__:
+        return ""
+    return _hash({"source": inspect.getsource(sys.modules[backbone.__module__])})
 
 
 def digest_of(package: Path) -> str:
@@ -101,13 +113,19 @@ def _facts(config: Config, stage: Stage) -> Facts:
         return {
             "sampling": sampling,
             "sigma": config.target.sigma,
-            "model": asdict(config.model),
+            "backbone": config.model.backbone,
+            "source": source_of(backbone_of(config)),
+            "weights": config.model.weights_sha256 or config.model.weights,
             "optimizer": asdict(config.optimizer),
         }
     if stage.name == "decoders":
         # Depth is distilled where the segmentation's target is 1. The joint stage has it from here.
         masked = SEGMENTATION in stage.tasks or DEPTH in stage.tasks
-        return {"tasks": stage.tasks, "threshold": config.target.threshold if masked else None}
+        return {
+            "tasks": stage.tasks,
+            "threshold": config.target.threshold if masked else None,
+            "count_decoder": config.model.count_decoder if COUNT in stage.tasks else None,
+        }
     weights = {task: getattr(config.loss, task) for task in stage.tasks if task in AUXILIARY}
     return {"weights": weights, "share": config.loss.share if weights else None}
 

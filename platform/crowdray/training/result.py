@@ -7,8 +7,8 @@ from typing import Self
 
 from crowdray.errors import DataError
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
-from crowdray.training.checkpoint import Best
-from crowdray.training.loop import Row, Training
+from crowdray.training.checkpoint import Best, Row
+from crowdray.training.loop import Training
 
 
 @dataclass

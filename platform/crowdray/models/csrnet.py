@@ -1,0 +1,77 @@
+"""CSRNet (Li et al., CVPR 2018), the paper's strong backbone, as published and as the paper's Table 1 prints it.
+
+Shape legend: B batch, H W image, h w = ceil(H / stride), ceil(W / stride).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from crowdray.models.backbone import Backbone
+
+_POOL = 0
+"""Stands for a pooling in a list of channels."""
+
+
+class CSRNet(Backbone):
+    """VGG-16 from conv1_1 to conv4_3 with three poolings (7,635,264 parameters), then three 3x3x512 convolutions of
+    dilation 2 (7,079,424).
+
+    `features` has the layers and names of torchvision's VGG-16, so ImageNet weights fit it. Poolings keep incomplete
+    squares at the bottom and the right: an image of any size gets ceil(H / 8) x ceil(W / 8) features.
+    """
+
+    channels = 512
+    stride = 8
+    output_stride = 8
+    receptive_radius = 153
+    count_widths = (512, 256, 128, 64)
+    count_dropout = 0.5
+    published = "features."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = _vgg((64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512))
+        self.dilated = _dilated()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode an image (B, 3, H, W) to features (B, 512, h, w)."""
+        features: Tensor = self.dilated(self.features(image))
+        return features
+
+
+class CSRNetTable1(CSRNet):
+    """The row of Table 1 as printed: two convolutions in each of four blocks, each of which halves the size, so 1/16.
+
+    ImageNet weights do not fit it: VGG-16 has three convolutions in its third and fourth block.
+    """
+
+    stride = 16
+    output_stride = 16
+    receptive_radius = 253
+
+    def __init__(self) -> None:
+        Backbone.__init__(self)
+        blocks = (64, 64, _POOL, 128, 128, _POOL, 256, 256, _POOL, 512, 512, _POOL)
+        self.features = _vgg(blocks)
+        self.dilated = _dilated()
+
+
+def _vgg(channels: Sequence[int]) -> nn.Sequential:
+    """3x3 convolutions with a ReLU each, in torchvision's order of layers."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in channels:
+        if width == _POOL:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        else:
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
+            before = width
+    return nn.Sequential(*layers)
+
+
+def _dilated() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers += [nn.Conv2d(512, 512, 3, padding=2, dilation=2), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,57 @@
+"""Published weights of encoders, from any URI, checked against their hash; nothing in a file is run."""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from crowdray import storage
+from crowdray.config import Config
+from crowdray.errors import UserError
+from crowdray.models.counter import Counter
+
+
+def pinned(config: Config) -> Config:
+    """The configuration with the hash of its published weights written down, so that it names one content."""
+    model = config.model
+    if not model.weights or model.weights_sha256:
+        return config
+    content = storage.read_bytes(model.weights)
+    return replace(config, model=replace(model, weights_sha256=hashlib.sha256(content).hexdigest()))
+
+
+def load_published(counter: Counter, config: Config) -> None:
+    """Give a fresh counter the published weights that its configuration names, if it names any.
+
+    Raises UserError for a file that is not there, has another hash, is no file of tensors, or does not fit; the counter
+    is then as it was.
+    """
+    place, expected = config.model.weights, config.model.weights_sha256
+    if not place:
+        return
+    content = storage.read_bytes(place)
+    digest = hashlib.sha256(content).hexdigest()
+    if expected and digest != expected:
+        raise UserError(
+            f"{place} has the SHA-256 {digest}, model.weights_sha256 is {expected}; fetch it again, or give its hash"
+        )
+    counter.encoder.load_published(_tensors(content, place), place)
+
+
+def _tensors(content: bytes, place: str) -> Mapping[str, Tensor]:
+    try:
+        if place.endswith(".safetensors"):
+            return load(content)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if isinstance(loaded, Mapping) and all(isinstance(value, Tensor) for value in loaded.values()):
+            return loaded
+        problem = "it holds something else"
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        problem = (str(error) or "it is empty").splitlines()[0]
+    raise UserError(f"{place} is no file of named tensors ({problem}); give a .safetensors or a .pth state dict")

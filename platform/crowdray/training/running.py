@@ -1,0 +1,266 @@
+"""A stage under way: its optimizer, average and wrapper, and what an update and an epoch are."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from time import perf_counter
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from crowdray.data.loader import Batch
+from crowdray.errors import UserError
+from crowdray.models.counter import DENSITY, Counter
+from crowdray.training.calibration import calibrated_weights, measured_norms
+from crowdray.training.checkpoint import Best, Checkpoint, Row
+from crowdray.training.losses import targets_of, task_losses
+from crowdray.training.numerics import resolve_precision
+from crowdray.training.optimizer import (
+    Plateau,
+    WeightAverage,
+    build_optimizer,
+    restore_optimizer,
+    set_learning_rate,
+)
+from crowdray.training.stages import ENCODER, Stage, module_of
+from crowdray.training.throughput import matrix_rate, operations_per_window, peak_memory
+
+if TYPE_CHECKING:
+    from crowdray.training.loop import Training
+
+
+class DivergedError(RuntimeError):
+    """A loss or a gradient stopped being a finite number; raised on all ranks before any of them steps."""
+
+
+class RunningStage:
+    """Optimizer, average and wrapper of one stage: rebuilt at its start, since DDP fixes which gradients it
+    reduces."""
+
+    def __init__(self, training: "Training", stage: Stage, restored: Checkpoint | None) -> None:
+        self.training = training
+        self.stage = stage
+        config, progress, counter = training.config, training.progress, training.counter
+        for name, parameter in counter.named_parameters():
+            parameter.requires_grad_(module_of(name) in stage.modules)
+        self.parameters = [parameter for parameter in counter.parameters() if parameter.requires_grad]
+        self.precision = resolve_precision(config.numerics.precision, training.device)
+        self.optimizer = build_optimizer(config.optimizer, self.parameters, stage.schedule.learning_rate)
+        self.plateau = Plateau(self.optimizer, config.optimizer)
+        self.average = WeightAverage(_shipped_parameters(counter), config.optimizer.average)
+        self.rate = stage.schedule.learning_rate
+        resumes = restored is not None and progress.stage_epochs > 0
+        if restored is not None and resumes:
+            self.rate = progress.learning_rate
+            restore_optimizer(self.optimizer, restored.optimizer, self.rate)
+            self.plateau.restore(progress.plateau)
+            self.average.restore(restored.average, progress.average_updates)
+        else:
+            progress.factors = self._factors()
+        self.operations = 0
+        """FLOPs of one window, counted at the first."""
+        self.model: nn.Module = counter
+        if training.world.size > 1:
+            self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        if config.numerics.compile:
+            self.model.compile()
+
+    def epoch(self) -> Row:
+        """Train one epoch, validate, remember the best; returns what to tell of it."""
+        training, progress = self.training, self.training.progress
+        progress.epochs += 1
+        progress.stage_epochs += 1
+        torch.manual_seed(hash((training.config.seed, progress.epochs, training.world.rank)) % 2**63)
+        started = perf_counter()
+        losses, waited, images = self._train_epoch()
+        elapsed = perf_counter() - started
+        row: Row = {
+            "epoch": progress.epochs,
+            "stage": self.stage.name,
+            "updates": progress.updates,
+            **{f"loss/{task}": value for task, value in losses.items()},
+            **{f"weighted/{task}": value * progress.factors[task] for task, value in losses.items()},
+            "learning_rate": self.rate,
+            "images_per_s": images / elapsed,
+            "wait_share": waited / elapsed,
+            "matrix_share": self._matrix_share(images / elapsed / training.world.size),
+            "memory_gib": peak_memory(training.device) / 2**30,
+        }
+        set_learning_rate(self.optimizer, self.rate)
+        row |= self._validate(losses)
+        self.rate = progress.learning_rate = self.optimizer.param_groups[0]["lr"]
+        progress.plateau = self.plateau.state()
+        progress.average_updates = self.average.updates
+        row["seconds"] = perf_counter() - started
+        progress.history.append(row)
+        return row
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The arithmetic of the convolutions."""
+        return torch.autocast(self.training.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _matrix_share(self, windows_per_s: float) -> float:
+        """This rank's FLOP/s as a share of the rate at which its device multiplies matrices."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        rate = matrix_rate(self.training.device, dtype, torch.get_num_threads())
+        return self.operations * windows_per_s / rate
+
+    def _train_epoch(self) -> tuple[dict[str, float], float, int]:
+        """Mean unweighted losses over the epoch and all ranks, seconds spent waiting for data, and windows
+        seen by all ranks."""
+        training, progress = self.training, self.training.progress
+        for name, module in {ENCODER: training.counter.encoder, **training.counter.decoders}.items():
+            module.train(name in self.stage.modules)  # dropout and running statistics of what is frozen stand still
+        sums = torch.zeros(len(self.stage.tasks))
+        waited, steps, windows = 0.0, 0, 0
+        batches = training.loader.epoch(progress.epochs)
+        while True:
+            asked = perf_counter()
+            batch = next(batches, None)
+            waited += perf_counter() - asked
+            if batch is None:
+                break
+            try:
+                sums += self._step(batch)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                error.__traceback__ = None  # its frames hold the tensors that did not fit
+                self._too_large(batch)
+            steps += 1
+            windows += batch.total
+        progress.updates += steps
+        training.agree_on_statistics()
+        means = (sums / steps).tolist()
+        return dict(zip(self.stage.tasks, means, strict=True)), waited, windows
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One update; returns the unweighted losses (tasks,) of the whole batch."""
+        training = self.training
+        if not self.operations:
+            size, frozen = batch.image.shape[-2:], not self.stage.trains_encoder
+            self.operations = operations_per_window(
+                training.counter, self.stage.tasks, size, frozen_encoder=frozen, autocast=self.autocast()
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = batch.parts(training.config.optimizer.accumulate)
+        losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+        seen = training.world.mean(losses).cpu()
+        if not torch.isfinite(seen).all():
+            raise DivergedError(self._diverged(dict(zip(self.stage.tasks, seen.tolist(), strict=True)), batch))
+        norm = nn.utils.clip_grad_norm_(self.parameters, training.config.optimizer.clip or float("inf"))
+        if not torch.isfinite(norm):
+            raise DivergedError(self._diverged({"gradient norm": float(norm)}, batch))
+        ramp = min(1.0, (self.average.updates + 1) / max(1, training.config.optimizer.warmup))
+        set_learning_rate(self.optimizer, self.rate * ramp)
+        self.optimizer.step()
+        self.average.update()
+        return seen
+
+    def _gradients(self, part: Batch, batch: Batch, last: bool) -> Tensor:
+        """Add a part's share to the gradients, which the ranks average after the last part; returns its share of the
+        losses (tasks,), such that the mean over ranks of the sum over parts is that of the whole batch."""
+        training = self.training
+        part = part.to(training.device)
+        targets = targets_of(part, training.config, training.counter.encoder.output_stride)
+        waits = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with self.autocast():
+                outputs = self.model(part.augmented(), self.stage.tasks, part.corners, not self.stage.trains_encoder)
+            share = len(part.rows) * training.world.size / batch.total
+            by_task = task_losses(outputs, targets, training.scales)
+            losses = torch.stack([by_task[task] for task in self.stage.tasks]) * share
+            factors = losses.new_tensor([training.progress.factors[task] for task in self.stage.tasks])
+            (losses * factors).sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    def _too_large(self, batch: Batch) -> NoReturn:
+        """Find out how many windows of a batch fit into memory, and raise a UserError with it."""
+        training, here = self.training, len(batch.rows)
+        height, width = batch.image.shape[-2:]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model = training.counter  # the other ranks are not here
+        fits = here
+        while fits := fits // 2:
+            try:
+                self._gradients(batch.parts(-(-here // fits))[0], batch, last=True)
+                break
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+        parts = -(-here // fits) if fits else 0
+        mend = f"{fits} at a time do: give --optimizer.accumulate {parts}" if fits else "not even one does"
+        raise UserError(
+            f"{self.stage.name} stage: {here} windows of {height}x{width} pixels do not fit into the memory of "
+            f"{training.device}, {mend}, or smaller ones: --sampling.crop {training.config.sampling.crop} and "
+            f"--sampling.context {training.config.sampling.context} now"
+        ) from None
+
+    def _validate(self, losses: dict[str, float]) -> Row:
+        """Validate what ships, if this stage changes it, and feed the plateau rule."""
+        training, progress = self.training, self.training.progress
+        if not self.stage.trains_encoder:
+            self.plateau.step(sum(losses.values()))
+            return {}
+        with self._averaged():
+            training.counter.eval()
+            metrics = training.validate(self.autocast)
+            state = training.counter.state_dict()
+            shipped = {name: value.clone() for name, value in state.items() if module_of(name) in (ENCODER, DENSITY)}
+        self.plateau.step(metrics.mae)
+        progress.stale += 1
+        best = progress.best.get(self.stage.name)
+        if best is None or metrics.mae < best.mae:
+            progress.best[self.stage.name] = Best(progress.epochs, metrics.mae, metrics.rmse)
+            training.best[self.stage.name] = {name: value.cpu() for name, value in shipped.items()}
+            progress.stale = 0
+        return {
+            f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
+        }
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the counter's place."""
+        live = _shipped_parameters(self.training.counter)
+        kept = {name: value.detach().clone() for name, value in live.items()}
+        with torch.no_grad():
+            for name, value in live.items():
+                value.copy_(self.average.values[name])
+            try:
+                yield
+            finally:
+                for name, value in live.items():
+                    value.copy_(kept[name])
+
+    def _factors(self) -> dict[str, float]:
+        """Loss factors: one each, or calibrated on the first batches of the stage's first epoch."""
+        if not self.stage.calibrated:
+            return dict.fromkeys(self.stage.tasks, 1.0)
+        training = self.training
+        batches = training.loader.epoch(training.progress.epochs + 1)
+        norms = measured_norms(
+            training.counter, batches, self.stage.tasks, training.config, training.scales, self.autocast
+        )
+        means = training.world.mean(torch.tensor([norms[task] for task in self.stage.tasks])).tolist()
+        training.progress.norms = dict(zip(self.stage.tasks, means, strict=True))
+        return calibrated_weights(training.config.loss, training.progress.norms)
+
+    def _diverged(self, values: dict[str, float], batch: Batch) -> str:
+        listed = ", ".join(f"{name} {value}" for name, value in values.items())
+        return (
+            f"{self.stage.name} stage, epoch {self.training.progress.epochs}: {listed} on dataset rows "
+            f"{batch.rows.tolist()}; no weight was changed by it. Lower stages.{self.stage.name}.learning_rate "
+            f"(now {self.rate:g}), or look at these rows"
+        )
+
+
+def _shipped_parameters(counter: Counter) -> dict[str, Tensor]:
+    return {name: value for name, value in counter.named_parameters() if module_of(name) in (ENCODER, DENSITY)}
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

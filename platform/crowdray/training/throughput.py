@@ -1,0 +1,76 @@
+"""How near a training comes to what its device can do: operations, matrix rate and memory, counted and measured."""
+
+import resource
+import time
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crowdray.models.counter import Counter
+
+_SIDES = {"cpu": 1024, "cuda": 8192}
+"""Side of the square matrices whose product is timed: large enough that starting it costs nothing."""
+_REPEATS = 5
+
+
+@cache
+def matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of the product of two large matrices: the best of a few, measured once per process.
+
+    `threads` is what torch uses on a CPU; it is here because the answer depends on it.
+    """
+    side = _SIDES.get(device.type, 1024)
+    left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(_REPEATS):
+        _wait(device)
+        started = time.perf_counter()
+        left @ right
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * side**3 / min(times)
+
+
+def operations_per_window(
+    counter: Counter,
+    tasks: Collection[str],
+    size: Sequence[int],
+    *,
+    frozen_encoder: bool,
+    autocast: AbstractContextManager[object],
+) -> int:
+    """FLOPs (a multiplication and an addition are two) of training on one window of size (H, W), backward pass too.
+
+    Counts what torch really runs, on a grey window; no parameter gets a gradient, and no random number is drawn.
+    """
+    device = counter.mean.device
+    trained = [parameter for parameter in counter.parameters() if parameter.requires_grad]
+    image = torch.zeros(1, 3, *size, device=device)
+    modes = {module: module.training for module in counter.modules()}
+    counter.eval()
+    try:
+        with FlopCounterMode(display=False) as counted:
+            with autocast:
+                # Never the compiled one, which hides its operations.
+                outputs = counter.forward(image, tasks, None, frozen_encoder)
+            total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
+            torch.autograd.grad(total, trained, allow_unused=True)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return int(counted.get_total_flops())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: by torch on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,220 @@
+"""Backbones against the paper's Table 1, and the laws that every one of them keeps."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from crowdray.config import BACKBONES, Config, ConfigError, ModelConfig, SamplingConfig
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.models.build import backbone_of, build_counter
+from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
+from crowdray.models.published import load_published, pinned
+from crowdray.presets import debug
+from crowdray.training.loop import Training
+from crowdray.training.world import World
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def config_of(backbone: str, crop: int = 160, count_decoder: str = "pooled", **model: str) -> Config:
+    sampling = SamplingConfig(crop=crop, context=0)
+    return Config(sampling=sampling, model=ModelConfig(backbone, count_decoder, **model))  # type: ignore[arg-type]
+
+
+def linear_layers(decoder: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in decoder.modules() if isinstance(layer, nn.Linear)]
+
+
+def test_parameter_counts_of_csrnet_are_those_of_table_1() -> None:
+    counter = build_counter(config_of("csrnet", crop=224), 1.0)
+    assert parameters(counter.encoder.get_submodule("features")) == 7_635_264
+    assert parameters(counter.encoder.get_submodule("dilated")) == 7_079_424
+    assert [parameters(layer) for layer in counter.decoders[DENSITY].modules() if isinstance(layer, nn.Conv2d)] == [
+        1_179_904, 295_040, 73_792, 577
+    ]  # fmt: skip
+    for task in (SEGMENTATION, DEPTH):
+        assert parameters(counter.decoders[task]) == parameters(counter.decoders[DENSITY])
+    with torch.device("meta"):  # it would take 800 MiB
+        paper = counter.encoder.count_decoder(28)
+    linear = linear_layers(paper)
+    assert parameters(linear[0]) == 205_521_408
+    assert [layer.out_features for layer in linear] == [512, 256, 128, 64, 1]
+    assert [layer.p for layer in paper.modules() if isinstance(layer, nn.Dropout)] == [0.5]
+
+
+@pytest.mark.parametrize("crop", [160, 224, 256])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_maps_have_one_cell_per_output_stride(backbone: str, crop: int) -> None:
+    counter = build_counter(config_of(backbone, crop), 1.0)
+    encoder = counter.encoder
+    images = torch.zeros(2, 3, crop, crop)
+    side, cells = crop // encoder.stride, crop // encoder.output_stride
+    with torch.no_grad():
+        features, out = counter.features(images), counter(images, TASKS)
+    assert features.shape == (2, encoder.channels, side, side)
+    for task in (DENSITY, SEGMENTATION, DEPTH):
+        assert out[task].shape == (2, 1, cells, cells)
+    assert out[COUNT].shape == (2,)
+    with torch.device("meta"):
+        paper = encoder.count_decoder(side)
+    assert linear_layers(paper)[0].in_features == features[0].numel()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_images_of_any_size_get_cells_for_their_incomplete_rims(backbone: str) -> None:
+    counter = build_counter(config_of(backbone), 1.0)
+    encoder = counter.encoder
+    for height, width in ((97, 133), (96, 65), (17, 200)):
+        with torch.no_grad():
+            features, density = (run(torch.zeros(1, 3, height, width)) for run in (counter.features, counter.density))
+        assert features.shape[2:] == (-(-height // encoder.stride), -(-width // encoder.stride))
+        assert density.shape[2:] == (-(-height // encoder.output_stride), -(-width // encoder.output_stride))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_table_of_strides_is_what_the_classes_say(backbone: str) -> None:
+    assert BACKBONES[backbone].stride == backbone_of(config_of(backbone)).stride
+
+
+@pytest.fixture
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backbone of docs/backbone.md, where Python finds it."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "backbone.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "thin.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "thin:Thin"
+
+
+def test_the_documented_backbone_trains_and_keeps_its_word(discs: Dataset, documented: str) -> None:
+    check_receptive_radius(documented)
+    base = debug()
+    sampling = replace(base.sampling, context=32, validation_fraction=0.25)
+    config = replace(base, sampling=sampling, model=ModelConfig(documented, "pooled"))
+    training = Training(config, discs, world=World(), device=torch.device("cpu"))
+    training.run()
+    assert {row["stage"] for row in training.progress.history} == {"baseline", "decoders", "joint"}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_receptive_radius_is_how_far_a_gradient_reaches(backbone: str) -> None:
+    check_receptive_radius(backbone)
+
+
+def check_receptive_radius(backbone: str) -> None:
+    """With positive weights no path cancels, so a gradient is nonzero exactly inside the receptive field. What lies on
+    both sides of an axis is alike, and so are the axes: a narrow image shows all."""
+    counter = build_counter(config_of(backbone), 1.0).double().eval()
+    for parameter in (*counter.encoder.parameters(), *counter.decoders[DENSITY].parameters()):
+        parameter.data.abs_().clamp_min_(1e-3)
+    encoder = counter.encoder
+    cell, radius = encoder.output_stride, encoder.receptive_radius
+    length = -(-(2 * radius + 3 * encoder.stride) // encoder.stride) * encoder.stride
+    first, reach = length // 2 // encoder.stride * encoder.stride // cell, 0
+    for row in range(first, first + encoder.stride // cell):
+        image = torch.full((1, 3, length, encoder.stride), 255.0, dtype=torch.double, requires_grad=True)
+        gradient = torch.autograd.grad(counter.density(image)[0, 0, row].sum(), image)[0].abs().sum((0, 1, 3))
+        seen = gradient.nonzero().flatten()
+        assert int(seen.min()) > 0 and int(seen.max()) < length - 1
+        reach = max(reach, (row + 1) * cell - 1 - int(seen.min()), int(seen.max()) - row * cell)
+    assert reach == radius
+
+
+def test_a_pooled_count_decoder_has_the_same_weights_for_every_crop() -> None:
+    one, other = (build_counter(config_of("csrnet", crop), 1.0).decoders[COUNT] for crop in (64, 256))
+    assert [p.shape for p in one.parameters()] == [p.shape for p in other.parameters()]
+    assert parameters(build_counter(config_of("cfcn"), 1.0).decoders[COUNT]) == 10_369
+
+
+def vgg_file(folder: Path, **change: Tensor | None) -> Path:
+    """Weights in torchvision's layout, with layers that CSRNet does not have."""
+    generator = torch.Generator().manual_seed(1)
+    own = build_counter(config_of("csrnet"), 1.0).encoder.get_submodule("features").state_dict()
+    tensors = {f"features.{name}": torch.rand(value.shape, generator=generator) for name, value in own.items()}
+    tensors |= {"features.24.weight": torch.rand(512, 512, 3, 3), "classifier.0.bias": torch.rand(4096)}
+    tensors |= {name: value for name, value in change.items() if value is not None}
+    save_file({name: value for name, value in tensors.items() if name not in change or change[name] is not None},
+              folder / "vgg16.safetensors")  # fmt: skip
+    return folder / "vgg16.safetensors"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_published_weights_change_their_layers_and_nothing_else(tmp_path: Path, form: str) -> None:
+    file = vgg_file(tmp_path)
+    if form == "pth":
+        from safetensors.torch import load_file
+
+        tensors = load_file(file)
+        file = file.with_suffix(".pth")
+        torch.save(tensors, file)
+    config = pinned(config_of("csrnet", weights=str(file)))
+    assert config.model.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    fresh, counter = build_counter(config, 1.0), build_counter(config, 1.0)
+    load_published(counter, config)
+    before = fresh.state_dict()
+    changed = {name for name, value in counter.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("encoder.features.")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features.21.weight": None}, r"features\.21\.weight is missing; give the file"),
+        ({"features.0.bias": torch.zeros(32)}, r"features\.0\.bias is \(32,\), expected \(64,\)"),
+    ],
+)
+def test_weights_of_another_network_are_refused_whole(
+    tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    config = config_of("csrnet", weights=str(vgg_file(tmp_path, **change)))
+    counter = build_counter(config, 1.0)
+    before = {name: value.clone() for name, value in counter.state_dict().items()}
+    with pytest.raises(UserError, match=rf"vgg16\.safetensors holds no weights of CSRNet: {message}"):
+        load_published(counter, config)
+    assert all(torch.equal(value, before[name]) for name, value in counter.state_dict().items())
+
+
+def test_a_wrong_file_and_a_wrong_hash_say_so(tmp_path: Path) -> None:
+    counter = build_counter(config_of("csrnet"), 1.0)
+    file = vgg_file(tmp_path)
+    with pytest.raises(UserError, match=r"has the SHA-256 [0-9a-f]{64}, model.weights_sha256 is 0{64}; fetch"):
+        load_published(counter, config_of("csrnet", weights=str(file), weights_sha256="0" * 64))
+    with pytest.raises(UserError, match=r"missing\.safetensors"):
+        pinned(config_of("csrnet", weights=str(tmp_path / "missing.safetensors")))
+    for name, content in (("text.safetensors", b"no tensors"), ("text.pth", b"no tensors"), ("empty.pth", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is no file of named tensors"):
+            load_published(counter, config_of("csrnet", weights=str(tmp_path / name)))
+    torch.save({"features.0.weight": Path("code that would run")}, tmp_path / "pickle.pth")
+    with pytest.raises(UserError, match=r"pickle\.pth is no file of named tensors"):
+        load_published(counter, config_of("csrnet", weights=str(tmp_path / "pickle.pth")))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("vgg", r"'vgg'; choose one of cfcn, csrnet, csrnet-table1, .*or give a class of your own"),
+        ("no_such_module:Thin", r"No module named 'no_such_module'"),
+        ("torch.nn:NoSuchClass", r"has no attribute 'NoSuchClass'"),
+        ("torch.nn:Linear", r"no subclass of crowdray.models.backbone.Backbone"),
+    ],
+)
+def test_a_backbone_that_is_none_is_refused(backbone: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        backbone_of(config_of(backbone))
+
+
+def test_crops_keep_to_the_stride_of_the_backbone() -> None:
+    with pytest.raises(ConfigError, match=r"sampling.crop is 100; the model's stride of 8 must divide it: try 96"):
+        config_of("csrnet", crop=100)
+    with pytest.raises(ConfigError, match=r"sampling.context is 36; the model's stride of 16 .* try 32"):
+        replace(Config(), model=ModelConfig("csrnet-table1"))

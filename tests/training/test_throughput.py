@@ -1,0 +1,62 @@
+"""Counted operations against their closed form, and measured rates against what is known of them."""
+
+import resource
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crowdray.config import Config, ModelConfig, SamplingConfig
+from crowdray.models.build import build_counter
+from crowdray.models.counter import AUXILIARY, DENSITY
+from crowdray.training.throughput import matrix_rate, operations_per_window, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def forward_operations(layers: list[torch.nn.Module], cells: list[int]) -> list[int]:
+    """A convolution does two operations for each weight and output cell."""
+    return [2 * layer.weight.numel() * number for layer, number in zip(layers, cells, strict=True)]  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_of_the_convolutions_there_and_back(frozen: bool) -> None:
+    """Back: the gradients of weights and of inputs cost a forward pass each; the photo needs none, nor does anything
+    below what trains."""
+    config = replace(Config(), sampling=SamplingConfig(crop=64, context=0), model=ModelConfig("csrnet", "pooled"))
+    counter = build_counter(config, 1.0)
+    for name, parameter in counter.named_parameters():
+        parameter.requires_grad_(name.startswith("decoders.density") or not (frozen or name.startswith("decoders")))
+    encoder = [layer for layer in counter.encoder.modules() if isinstance(layer, torch.nn.Conv2d)]
+    decoder = [layer for layer in counter.decoders[DENSITY].modules() if isinstance(layer, torch.nn.Conv2d)]
+    side = 64
+    sizes = [side] * 2 + [side // 2] * 2 + [side // 4] * 3 + [side // 8] * 6
+    there = forward_operations(encoder, [size**2 for size in sizes]), forward_operations(decoder, [8**2] * 4)
+    if frozen:
+        expected = sum(there[0]) + 3 * sum(there[1]) - there[1][0]
+    else:
+        expected = 3 * (sum(there[0]) + sum(there[1])) - there[0][0]
+    counted = operations_per_window(counter, (DENSITY,), (64, 64), frozen_encoder=frozen, autocast=nullcontext())
+    assert counted == expected
+
+
+def test_counting_leaves_no_trace() -> None:
+    counter = build_counter(replace(Config(), model=ModelConfig("cfcn", "pooled")), 1.0)
+    counter.train()
+    generator = torch.get_rng_state()
+    tasks = (DENSITY, *AUXILIARY)
+    operations_per_window(counter, tasks, (160, 160), frozen_encoder=False, autocast=nullcontext())
+    assert all(parameter.grad is None for parameter in counter.parameters())
+    assert all(module.training for module in counter.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_process_is_as_large_as_the_system_says_and_matrices_take_time() -> None:
+    before = peak_memory(CPU)
+    held = torch.ones(64 * 2**20)
+    assert peak_memory(CPU) >= before + 200 * 2**20 or before > 2 * held.nbytes
+    assert peak_memory(CPU) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate = matrix_rate(CPU, torch.float32, torch.get_num_threads())
+    assert 1e8 < rate < 1e14
+    assert matrix_rate(CPU, torch.float32, torch.get_num_threads()) == rate
