@@ -8,12 +8,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
 from crowdray.cli import console, parse, run_job, tracking_uri, write_json
-from crowdray.cluster.predict import choose_device
+from crowdray.cluster.predict import choose_device, tiled
 from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
 from crowdray.data.shards import Dataset
 from crowdray.evaluation.report import evaluate_images, evaluation_table, summarise_images
-from crowdray.registry.loading import load_counter
+from crowdray.registry.loading import Precision, load_counter
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class EvaluateJob:
     """The split to count."""
     device: Device = "auto"
     """Where to count: auto takes a GPU where there is one."""
+    precision: Precision = "fp32"
+    """Arithmetic of the convolutions: bf16 is faster where the device multiplies it natively."""
+    tile: int = 2048
+    """Larger photos are counted in overlapping tiles of about this many pixels along a side: the same density in less
+    memory. 0 takes each photo whole."""
     json: str | None = None
     """File or URI for the result as JSON, image by image."""
 
@@ -36,11 +41,11 @@ def main(arguments: list[str]) -> None:
     job = parse(EvaluateJob, arguments, "jobs/evaluate.py")
     dataset = Dataset.open(job.data)
     rows = dataset.rows(job.split).tolist()
-    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT))
+    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT), precision=job.precision)
     screen = console()
     images = []
     with counting("images", len(rows), screen) as advance:
-        for image in evaluate_images(counter, dataset, rows, downsample=counter.downsample):
+        for image in evaluate_images(tiled(counter, job.tile), dataset, rows, downsample=counter.downsample):
             images.append(image)
             advance(1)
     evaluation = summarise_images(images)

@@ -8,10 +8,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
 from crowdray.cli import console, parse, run_job, tracking_uri
-from crowdray.cluster.predict import choose_device, find_images, predict_images, show_prediction
+from crowdray.cluster.predict import choose_device, find_images, predict_images, show_prediction, tiled
 from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
-from crowdray.registry.loading import load_counter
+from crowdray.registry.loading import Precision, load_counter
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,20 @@ class PredictJob:
     """Folder or URI for what comes out."""
     device: Device = "auto"
     """Where to count: auto takes a GPU where there is one."""
+    precision: Precision = "fp32"
+    """Arithmetic of the convolutions: bf16 is faster where the device multiplies it natively."""
+    tile: int = 2048
+    """Larger photos are counted in overlapping tiles of about this many pixels along a side: the same density in less
+    memory. 0 takes each photo whole."""
 
 
 def main(arguments: list[str]) -> None:
     job = parse(PredictJob, arguments, "jobs/predict.py")
     images = find_images(job.input, job.output)
-    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT))
+    counter = load_counter(job.model, choose_device(job.device), tracking_uri(ROOT), precision=job.precision)
     screen = console()
     with counting("images", len(images), screen) as advance:
-        prediction = predict_images(counter, images, job.output, advance)
+        prediction = predict_images(tiled(counter, job.tile), images, job.output, advance)
     show_prediction(prediction, screen)
     prediction.check()
 

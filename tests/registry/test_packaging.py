@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crowdray import storage
+from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.errors import UserError
+from crowdray.models.build import build_counter
+from crowdray.models.packaged import Geometry, PackagedCounter
 from crowdray.registry.loading import LoadedCounter, load_counter
 from crowdray.registry.packaging import Package
 
@@ -44,7 +47,7 @@ def test_takes_an_image_as_decoders_lay_it_out(counter: PlainCounter, loaded: Lo
 
 
 def test_package_says_what_it_is(package: Package, loaded: LoadedCounter, counter: PlainCounter) -> None:
-    assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS}
+    assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS, "geometry": None}
     assert loaded.parameters == package.parameters == sum(p.numel() for p in counter.parameters())
     assert (package.path / "requirements.txt").read_text().count("crowdray") == 0
 
@@ -150,3 +153,23 @@ def test_pickled_model_is_refused(tmp_path: Path, package: Package) -> None:
     torch.save(PlainCounter(), pickled / "data/model.pt2")
     with pytest.raises(UserError, match=r"cannot be loaded: .*pickle"):
         load_counter(str(pickled))
+
+
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
+    repackage: Repackage, tmp_path: Path, downsample: int
+) -> None:
+    base = Config(sampling=SamplingConfig(crop=32, context=0), model=ModelConfig("csrnet", "pooled"))
+    counter = PackagedCounter(build_counter(base, 1.0), downsample).eval()
+    package = repackage(counter, tmp_path / "model")
+    assert package.parameters == 7_635_264 + 7_079_424 + 1_549_313
+    loaded = load_counter(str(package.path))
+    assert loaded.geometry == counter.geometry == Geometry(8 * downsample, 8 * downsample, 154 * downsample)
+    for size in ((97, 133), (64, 72)):
+        image = photo(1, *size)
+        with torch.inference_mode():
+            expected = counter(image)
+        torch.testing.assert_close(loaded(image), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    coarse = load_counter(str(package.path), precision="bf16")(image)
+    assert coarse.dtype == torch.float32
+    assert 0 < float((coarse - expected).abs().max()) < 0.05 * float(expected.abs().max())

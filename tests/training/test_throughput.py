@@ -15,9 +15,9 @@ from crowdray.training.throughput import matrix_rate, operations_per_window, pea
 CPU = torch.device("cpu")
 
 
-def forward_operations(layers: list[torch.nn.Module], cells: list[int]) -> list[int]:
+def forward_operations(layers: list[torch.nn.Conv2d], cells: list[int]) -> list[int]:
     """A convolution does two operations for each weight and output cell."""
-    return [2 * layer.weight.numel() * number for layer, number in zip(layers, cells, strict=True)]  # type: ignore[union-attr, operator]
+    return [2 * layer.weight.numel() * number for layer, number in zip(layers, cells, strict=True)]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

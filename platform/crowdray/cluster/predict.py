@@ -29,6 +29,8 @@ from crowdray.data.sample import decode_image
 from crowdray.errors import UserError
 from crowdray.evaluation.counting import image_input
 from crowdray.evaluation.overlay import draw_overlay
+from crowdray.evaluation.tiles import in_tiles
+from crowdray.registry.loading import LoadedCounter
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 COUNTS = "counts.csv"
@@ -151,6 +153,12 @@ def upright(image: NDArray[np.uint8], content: bytes) -> NDArray[np.uint8]:
     if orientation not in _UPRIGHT:
         return image
     return np.array(Image.fromarray(image).transpose(_UPRIGHT[orientation]))
+
+
+def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
+    """A counter that looks at about `side` pixels at once; at whole photos where its package does not say how its cells
+    lie, or `side` is 0."""
+    return in_tiles(counter, counter.geometry, side) if side and counter.geometry else counter
 
 
 def choose_device(device: Device) -> torch.device:

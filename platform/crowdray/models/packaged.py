@@ -1,5 +1,7 @@
 """What ships: a stripped counter that takes the photo as it is, at the scale it was trained for."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,19 +9,37 @@ from torch import Tensor, nn
 from crowdray.models.counter import Counter
 
 
-class PackagedCounter(nn.Module):
-    """Raw RGB (B, 3, H, W), 0..255, uint8 or float32, to density (B, 1, ceil(H/k), ceil(W/k)) float32; its
-    sum is the count.
+@dataclass(frozen=True)
+class Geometry:
+    """How a counter's density lies on a photo, in the photo's pixels along a side."""
 
-    k is the downsampling the counter was trained with. It is repeated here to the bit, rounding included, so
-    that no caller can feed the model a scale it does not know. Any H, W above 4k. Nothing in forward depends
-    on a concrete size, so one exported graph serves all of them.
+    cell: int
+    """Pixels of one cell."""
+    grid: int
+    """Multiples of this are where a counter may begin to look without seeing anything else; the cell divides it."""
+    reach: int
+    """Pixels that can change a cell lie no farther than this from any of its own."""
+
+
+class PackagedCounter(nn.Module):
+    """Raw RGB (B, 3, H, W), 0..255, uint8 or float32, to density (B, 1, h, w) float32; its sum is the count.
+
+    k is the downsampling the counter was trained with, s the stride of its maps: h = ceil(ceil(H / k) / s). The
+    downsampling is repeated here to the bit, rounding included, so that no caller can feed the model a scale it does
+    not know. Any H, W above 4k. Nothing in forward depends on a concrete size, so one exported graph serves all of
+    them.
     """
 
     def __init__(self, counter: Counter, downsample: int = 1) -> None:
         super().__init__()
         self.counter = counter.strip()
         self.downsample = downsample
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where its cells lie on a photo."""
+        encoder, k = self.counter.encoder, self.downsample
+        return Geometry(encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
 
     def forward(self, image: Tensor) -> Tensor:
         """Density of raw RGB images in heads per cell."""

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.errors import UserError
+from crowdray.models.packaged import Geometry
 from crowdray.registry.connection import bounded, connect, environment, explained, quiet, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+Precision = Literal["fp32", "bf16"]
 
 MODEL_NAME = "model"
 """The name under which a run holds its packaged counter: runs:/RUN_ID/model."""
@@ -36,11 +39,15 @@ _NO_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 class LoadedCounter:
     """A packaged counter, ready to count: RGB images in, density maps out whose sums are the counts."""
 
-    def __init__(self, graph: nn.Module, device: torch.device, metadata: Mapping[str, object]) -> None:
+    def __init__(
+        self, graph: nn.Module, device: torch.device, metadata: Mapping[str, object], precision: Precision = "fp32"
+    ) -> None:
         self.device = device
+        self.precision = precision
+        """Arithmetic of the convolutions."""
         self.metadata = metadata
         """Provenance, config and metrics, as packaged."""
-        self.graph = graph.to(device)
+        self.graph = graph.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         """The exported graph: a module from images to density."""
 
     @property
@@ -48,6 +55,12 @@ class LoadedCounter:
         """How many pixels, along a side, the counter averages before it looks at a photo."""
         config: Any = self.metadata.get("config", {})
         return int(config.get("sampling", {}).get("downsample", 1))
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """Where its cells lie on a photo, if its package says so."""
+        told: Any = self.metadata.get("geometry")
+        return Geometry(**told) if told else None
 
     @property
     def parameters(self) -> int:
@@ -64,8 +77,10 @@ class LoadedCounter:
             raise UserError(f"a counter takes RGB images (B, 3, H, W), not {tuple(image.shape)}; stack or permute them")
         given = image.to(self.device) if image.dtype == torch.uint8 else image.to(self.device, torch.float32)
         try:
-            with torch.inference_mode():
-                density: Tensor = self.graph(given)
+            in_bf16 = self.precision == "bf16"
+            cast = torch.autocast(self.device.type, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
+            with torch.inference_mode(), cast:
+                density: Tensor = self.graph(given).float()
         except AssertionError as error:
             if "Guard failed" not in str(error):
                 raise
@@ -75,13 +90,18 @@ class LoadedCounter:
 
 
 def load_counter(
-    uri: str, device: str | torch.device = "cpu", tracking_uri: str | None = None, timeout_s: float = 20.0
+    uri: str,
+    device: str | torch.device = "cpu",
+    tracking_uri: str | None = None,
+    timeout_s: float = 20.0,
+    precision: Precision = "fp32",
 ) -> LoadedCounter:
     """Load a packaged counter, with pickle forbidden.
 
     uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (a path or an fsspec URI) that
         `package_counter` wrote or `storage.publish_directory` published.
     tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
+    precision: bf16 is faster where the device multiplies it natively, and counts a little differently.
 
     Raises UserError when there is no such model, or when it is not one of these packages.
     """
@@ -92,7 +112,7 @@ def load_counter(
         else:
             folder = _folder(uri, Path(scratch))
         graph, metadata = _open(folder, uri)
-    return LoadedCounter(graph, torch.device(device), metadata)
+    return LoadedCounter(graph, torch.device(device), metadata, precision)
 
 
 def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:

@@ -9,7 +9,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,8 @@ def package_counter(
     """Export a counter to the folder `dest`, in MLflow's format, and compare the two.
 
     counter: a module with `density(image)`, or whose forward returns the density; auxiliary decoders are
-        left behind through `strip()` where there is one. It is copied to the CPU and not changed.
+        left behind through `strip()` where there is one. It is copied to the CPU and not changed. Its `geometry`,
+        where it has one, goes with it.
     example: uint8 or float RGB (B, 3, H, W), 0..255; the middle of its first image becomes the input example.
     config, metrics, tags: kept in the package's metadata; tags say where it comes from (data digest, dataset
         URI, git revision).
@@ -73,7 +74,9 @@ def package_counter(
     partial = dest.with_name(f"{storage.PARTIAL}{uuid.uuid4().hex[:12]}-{dest.name}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _export(plain, shown, partial, {"config": config, "metrics": metrics, "tags": tags})
+        geometry = getattr(counter, "geometry", None)
+        about = {"config": config, "metrics": metrics, "tags": tags, "geometry": geometry and asdict(geometry)}
+        _export(plain, shown, partial, about)
         _check_export(plain, shown, load_counter(str(partial)))
         _check_portable(shown, load_counter(str(partial), device="meta"))
         _replace(dest, partial)
