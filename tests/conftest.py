@@ -8,11 +8,14 @@ import fsspec
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
 
 HEIGHT, WIDTH = 64, 96
+
+torch.set_num_threads(1)  # two files of tests share the cores, and threads that wait for each other would spin
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

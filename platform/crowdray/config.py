@@ -110,6 +110,7 @@ BACKBONES = {
     "cfcn": KnownBackbone("crowdray.models.cfcn:CFCN", 4),
     "csrnet": KnownBackbone("crowdray.models.csrnet:CSRNet", 8),
     "csrnet-table1": KnownBackbone("crowdray.models.csrnet:CSRNetTable1", 16),
+    "convnext": KnownBackbone("crowdray.models.convnext:ConvNeXt", 16),
 }
 
 
@@ -118,8 +119,8 @@ class ModelConfig:
     """Which network."""
 
     backbone: str = "cfcn"
-    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper prints it), or a class of your own as
-    package.module:Class (docs/backbone.md)."""
+    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper prints it), convnext (modern; needs
+    transformers), or a class of your own as package.module:Class (docs/backbone.md)."""
     count_decoder: Literal["paper", "pooled"] = "paper"
     """Auxiliary decoder of the count: the paper's, whose first layer spans the whole crop (13 million parameters for
     cfcn, 206 million for csrnet), or one that averages over it. Both are stripped before the model ships."""

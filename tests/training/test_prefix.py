@@ -1,6 +1,9 @@
 """Laws of the keys: a field changes the keys from the first stage whose states depend on it, and no earlier one."""
 
 import dataclasses
+import importlib
+import linecache
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crowdray.config import Config, LossConfig, StageConfig, StagesConfig
+from crowdray.config import Config, LossConfig, ModelConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.cfcn import CFCN
 from crowdray.presets import preset
@@ -184,6 +187,22 @@ def test_code_that_decides_changes_the_digest_and_other_code_does_not(tmp_path: 
         (tmp_path / name).write_text("x = 2\n")
         assert digest_of(tmp_path) != before
         before = digest_of(tmp_path)
+
+
+def test_the_source_of_a_users_backbone_is_part_of_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    config = dataclasses.replace(Config(), model=ModelConfig("homemade:Own"))
+
+    def keys_with(code: str) -> list[str]:
+        (tmp_path / "homemade.py").write_text(f"from crowdray.models.cfcn import CFCN\n\n\nclass Own(CFCN):\n{code}")
+        sys.modules.pop("homemade", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        return keys(config)
+
+    first, other = keys_with("    first = 1\n"), keys_with("    other = 20\n")
+    assert not set(first) & set(other)
+    assert keys_with("    first = 1\n") == first
 
 
 class _Enough(Exception):

@@ -32,8 +32,11 @@ class Backbone(nn.Module):
     """Hidden layers of the paper's count decoder for this backbone."""
     count_dropout: ClassVar[float] = 0.0
     """Dropout after the first of them."""
-    published: ClassVar[str] = ""
+    published: ClassVar[tuple[str, ...]] = ("",)
     """How the names of published weights begin, those that `load_published` takes."""
+
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Distributions beside torch whose code it runs: their versions are part of what it trains."""
 
     def map_decoder(self, task: str) -> nn.Module:
         """A decoder of one map task: features (B, C, h, w) to (B, 1, H', W'), H' and W' at least the image's size

@@ -27,7 +27,7 @@ class CSRNet(Backbone):
     receptive_radius = 153
     count_widths = (512, 256, 128, 64)
     count_dropout = 0.5
-    published = "features."
+    published = ("features.",)
 
     def __init__(self) -> None:
         super().__init__()

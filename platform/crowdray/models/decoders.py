@@ -70,13 +70,16 @@ class DilatedDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode features (B, C, h, w) to a map (B, 1, h, w), float32."""
-        cells: Tensor = self.layers(features)
-        if torch.is_autocast_enabled(cells.device.type):
-            with torch.autocast(cells.device.type, enabled=False):
-                cells = self.map(cells.float())
-                return cells
-        cells = self.map(cells)
-        return cells
+        return exact(self.map, self.layers(features))
+
+
+def exact(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's output in float32, also under autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return exact(layer, x.float())
+    result: Tensor = layer(x)
+    return result
 
 
 class CountDecoder(nn.Module):

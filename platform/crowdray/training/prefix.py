@@ -93,10 +93,11 @@ def code_digest() -> str:
 
 
 def source_of(backbone: type[Backbone]) -> str:
-    """A hash of the module that defines a user's own backbone; the package's own are in its digest."""
-    if backbone.__module__.partition(".")[0] == crowdray.__name__:
-        return ""
-    return _hash({"source": inspect.getsource(sys.modules[backbone.__module__])})
+    """A hash of the code that a backbone brings: its libraries, and the module of a user's own; the package's own ones
+    are in its digest."""
+    own = backbone.__module__.partition(".")[0] == crowdray.__name__
+    source = "" if own else inspect.getsource(sys.modules[backbone.__module__])
+    return _hash({"source": source, **{name: version(name) for name in backbone.libraries}})
 
 
 def digest_of(package: Path) -> str:
