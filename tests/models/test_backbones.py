@@ -14,6 +14,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.build import backbone_of, build_counter
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
+from crowdray.models.packaged import PackagedCounter
 from crowdray.models.published import load_published, pinned
 from crowdray.presets import debug
 from crowdray.training.loop import Training
@@ -218,3 +219,32 @@ def test_crops_keep_to_the_stride_of_the_backbone() -> None:
         config_of("csrnet", crop=100)
     with pytest.raises(ConfigError, match=r"sampling.context is 36; the model's stride of 16 .* try 32"):
         replace(Config(), model=ModelConfig("csrnet-table1"))
+
+
+def test_what_ships_runs_the_plain_networks_operations_and_no_other() -> None:
+    """The graph of a stripped AT-CSRNet against that of CSRNet as one would write it without this project."""
+    counter = build_counter(config_of("csrnet"), 100.0).eval()
+    decoder = counter.decoders[DENSITY]
+    layers = [*counter.encoder.get_submodule("features"), *counter.encoder.get_submodule("dilated")]  # type: ignore[misc]
+    layers += [*decoder.get_submodule("layers"), decoder.get_submodule("map")]  # type: ignore[misc]
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*layers)
+            self.mean, self.std = nn.Buffer(counter.mean), nn.Buffer(counter.std)
+
+        def forward(self, image: Tensor) -> Tensor:
+            density: Tensor = self.layers((image - self.mean) / self.std) / 100.0
+            return density
+
+    image = torch.randint(0, 256, (2, 3, 64, 80), dtype=torch.uint8)
+    free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    plain, shipped = Plain().eval(), PackagedCounter(counter).eval()
+    with torch.no_grad():
+        graphs = [torch.export.export(model, (image,), dynamic_shapes=free).graph for model in (plain, shipped)]
+    operations = [[node.target for node in graph.nodes if node.op == "call_function"] for graph in graphs]
+    assert operations[0] == operations[1]
+    assert parameters(shipped) == parameters(plain)
+    with torch.inference_mode():
+        assert torch.equal(shipped(image), plain(image))
