@@ -70,7 +70,10 @@ def main() -> None:
         paper = replace(base, model=replace(base.model, count_decoder="paper"))
         stages["all tasks, the paper's count decoder"] = running_stage(paper, dataset, JOINT)
     batch: Batch = next(stages["plain"].training.loader.epoch(1))
-    updates = in_turn({name: partial(stage._step, batch) for name, stage in stages.items()}, arguments.rounds)
+    planes = replace(batch, image=batch.image.contiguous())
+    updates = in_turn(
+        {name: partial(s._step, planes if name == DEFAULTS else batch) for name, s in stages.items()}, arguments.rounds
+    )
     height, width = batch.image.shape[-2:]
     device, threads = stages["plain"].training.device, torch.get_num_threads()
     print(f"{arguments.preset}, {arguments.batch} windows of {height}x{width}, {device}, {threads} threads")

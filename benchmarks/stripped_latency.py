@@ -1,4 +1,4 @@
-"""The shipped counter against the plain CFCN written with torch's own layers: latency, and parameters.
+"""The shipped counter against the plain network written with torch's own layers: latency, and parameters.
 
 Each of several fresh processes times the models in turn, beside a twin of the plain one, whose ratio says how
 far this measurement can be trusted. The C library's allocator keeps its memory in them: else the page faults of
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.config import Config
+from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY, Counter
 from crowdray.models.packaged import PackagedCounter
@@ -41,18 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--backbone", choices=("cfcn", "csrnet"), default="cfcn")
     parser.add_argument("--package", type=Path, help="time this one, in this process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    counter = build_counter(Config(), density_scale=100.0).eval()
+    sampling = SamplingConfig(crop=160, context=0)
+    config = Config(sampling=sampling, model=ModelConfig(args.backbone, "pooled"))
+    counter = build_counter(config, density_scale=100.0).eval()
+    plain_network = PLAIN[args.backbone](counter)
     image = torch.randint(0, 256, (1, 3, 480, 640), dtype=torch.uint8)
     if args.package:
-        print(json.dumps(times_of(PlainCFCN(counter), args.package, image)))
+        print(json.dumps(times_of(plain_network, args.package, image)))
         return
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "model"
         package_counter(PackagedCounter(counter), image, package, config={}, metrics={}, tags={})
         command = [sys.executable, __file__, "--threads", str(args.threads), "--package", str(package)]
+        command += ["--backbone", args.backbone]
         environment = {**os.environ, **STEADY_ALLOCATOR}
         seen = [
             json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
@@ -60,7 +65,7 @@ def main() -> None:
         ]
     print(
         f"  parameters: shipped {sum(p.numel() for p in counter.strip().parameters()):,}, "
-        f"plain {sum(p.numel() for p in PlainCFCN(counter).parameters()):,}"
+        f"plain {sum(p.numel() for p in plain_network.parameters()):,}"
     )
     plain = median(times["plain"] for times in seen)
     print(f"  480x640, {args.threads} threads, median of {ROUNDS} calls: plain {plain:.1f} ms")
@@ -116,6 +121,30 @@ class PlainCFCN(nn.Module):
             x = nn.functional.pad(x, (1, 2, 1, 2), mode="replicate")
             x = nn.functional.conv_transpose2d(x, self.kernel, stride=2, padding=5)
         return x[..., : image.shape[-2], : image.shape[-1]] / self.scale
+
+
+class PlainCSRNet(nn.Module):
+    """CSRNet likewise."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        density = counter.decoders[DENSITY]
+        front, back = (counter.encoder.get_submodule(name) for name in ("features", "dilated"))
+        self.layers = nn.Sequential(*front.children(), *back.children(), *density.get_submodule("layers").children())
+        self.map = density.get_submodule("map")
+        self.scale = counter.density_scale
+        self.register_buffer("mean", counter.mean)
+        self.register_buffer("std", counter.std)
+
+    def forward(self, image: Tensor) -> Tensor:
+        density: Tensor = self.map(self.layers((image.float() - self.mean) / self.std)) / self.scale
+        return density
+
+
+PLAIN: dict[str, Callable[[Counter], nn.Module]] = {"cfcn": PlainCFCN, "csrnet": PlainCSRNet}
 
 
 if __name__ == "__main__":

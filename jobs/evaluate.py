@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     screen = console()
     images = []
     with counting("images", len(rows), screen) as advance:
-        for image in evaluate_images(tiled(counter, job.tile), dataset, rows, downsample=counter.downsample):
+        for image in evaluate_images(tiled(counter, job.tile), dataset, rows, geometry=counter.geometry):
             images.append(image)
             advance(1)
     evaluation = summarise_images(images)

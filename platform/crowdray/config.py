@@ -182,7 +182,8 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them."""
     accumulate: int = 1
-    """Parts in which a worker takes its share of a batch, to save memory: the update is the same, up to rounding."""
+    """Parts in which a worker takes its share of a batch, to save memory: the update is the same, up to rounding,
+    but for networks with BatchNorm or dropout."""
     average: float = 0.99
     """Decay per update of the running average of the weights, which is what is validated and shipped; 0 ships
     the last weights."""

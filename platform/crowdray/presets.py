@@ -71,8 +71,8 @@ def cfcn() -> Config:
 def csrnet() -> Config:
     """CSRNet, AT-CSRNet with its tasks, on data of one's own; --model.weights names VGG-16's on ImageNet.
 
-    The paper's count decoder has 206 million parameters here, thirteen times all others, which are thrown away: the
-    pooled one is the default (docs/lab-notes.md).
+    The paper's count decoder has 206 million parameters here, ten times all others, and is thrown away: the pooled one
+    is the default (docs/lab-notes.md).
     """
     return Config(
         sampling=SamplingConfig(crop=224, context=0, crops_per_image=2, brightness=0.1, contrast=0.1),

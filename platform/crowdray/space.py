@@ -33,6 +33,10 @@ FIXED = {
     "sampling.validation": "trials would be measured on different images; choose once: --sampling.validation run",
     "sampling.validation_fraction": "trials would be measured on different images; set it by its flag, for all trials",
     "sampling.downsample": "errors at different sizes cannot be compared; set it by its flag, for all trials",
+    "model.backbone": "what one brings is not what another one trains; search each in a study of its own",
+    "model.weights": "their hash belongs to one file; search each in a study of its own",
+    "model.weights_sha256": "it belongs to one file; search each in a study of its own",
+    "numerics.compile": "it decides who can share whose beginning; set it by its flag, for all trials",
     "sampling.roi": "errors inside different regions cannot be compared; set it by its flag, for all trials",
 }
 """Fields that must not vary within a study, and why."""

@@ -137,7 +137,7 @@ def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, backbo
     store = PictureStore(discs, factor, use_roi=True, cache_bytes=1e9)
     in_training = list(count_pictures(counter.density, store, rows, CPU, stride))
     shipped = PackagedCounter(counter, factor)
-    evaluation = summarise_images(list(evaluate_images(shipped, discs, rows, downsample=factor)))
+    evaluation = summarise_images(list(evaluate_images(shipped, discs, rows, geometry=shipped.geometry)))
     assert evaluation.counts() == in_training
 
 

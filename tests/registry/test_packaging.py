@@ -164,7 +164,7 @@ def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
     package = repackage(counter, tmp_path / "model")
     assert package.parameters == 7_635_264 + 7_079_424 + 1_549_313
     loaded = load_counter(str(package.path))
-    assert loaded.geometry == counter.geometry == Geometry(8 * downsample, 8 * downsample, 154 * downsample)
+    assert loaded.geometry == counter.geometry == Geometry(downsample, 8 * downsample, 8 * downsample, 154 * downsample)
     for size in ((97, 133), (64, 72)):
         image = photo(1, *size)
         with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Count people in photos: a file, a folder or a pattern goes in, overlays, densities and counts come out.
 
-One process does it, without Ray: a counter of half a million parameters is done with a photo before a worker
-has been sent one. On a cluster it runs as any job does, through ray job submit.
+One process does it, without Ray: a light counter is done with a photo before a worker has been sent one. On a
+cluster it runs as any job does, through ray job submit.
 
 Shape legend: H W photo, h w density.
 """
@@ -158,6 +158,8 @@ def upright(image: NDArray[np.uint8], content: bytes) -> NDArray[np.uint8]:
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
     """A counter that looks at about `side` pixels at once; at whole photos where its package does not say how its cells
     lie, or `side` is 0."""
+    if side < 0:
+        raise UserError(f"--tile is {side}; give the side of a tile in pixels, or 0 for whole photos")
     return in_tiles(counter, counter.geometry, side) if side and counter.geometry else counter
 
 

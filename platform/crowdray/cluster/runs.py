@@ -24,6 +24,7 @@ from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_of
 from crowdray.models.published import pinned
 from crowdray.training.checkpoint import load_checkpoint
+from crowdray.training.prefix import source_of
 
 IDENTITY = "run.json"
 RESULT = "result.json"
@@ -48,6 +49,8 @@ class Run:
     """Absolute URI of the folder that holds all runs."""
     name: str
     """Name of the run."""
+    backbone: str = ""
+    """Hash of the code that its backbone brings."""
 
     @property
     def uri(self) -> str:
@@ -76,7 +79,9 @@ class Run:
         one.
         """
         place = storage.join(self.uri, IDENTITY)
-        identity = {"config": asdict(self.config), "data": {"digest": self.digest}}
+        identity: dict[str, Any] = {"config": asdict(self.config), "data": {"digest": self.digest}}
+        if self.backbone:
+            identity["backbone"] = self.backbone
         if not storage.exists(place):
             storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
         claim_file(
@@ -109,11 +114,10 @@ def plan(config: Config, data: str, workers: int, folder: str, name: str | None,
     weights that are not there.
     """
     check_name(name)
-    backbone_of(config)
-    config = pinned(config)
+    source, config = source_of(backbone_of(config)), pinned(config)
     dataset = Dataset.open(data)
-    chosen = name or default_name(preset, to_json(config), dataset.digest, workers)
-    return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen)
+    chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *filter(None, [source]))
+    return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen, source)
 
 
 def check_name(name: str | None) -> None:

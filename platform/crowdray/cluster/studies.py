@@ -20,7 +20,7 @@ from crowdray.errors import UserError
 from crowdray.models.build import backbone_of
 from crowdray.models.published import pinned
 from crowdray.space import Space, load_space
-from crowdray.training.prefix import code_digest
+from crowdray.training.prefix import code_digest, source_of
 
 if TYPE_CHECKING:
     import optuna
@@ -77,6 +77,8 @@ class Study:
     """Absolute URI of the folder that holds all runs and studies."""
     name: str
     """Name of the study."""
+    backbone: str = ""
+    """Hash of the code that its backbone brings."""
     database: str | None = None
     """URL of the database that holds Optuna's record; None: a journal in the study's folder."""
 
@@ -98,7 +100,7 @@ class Study:
             "sampler": self.sampler,
             "prune": self.prune,
             "workers": self.workers,
-            "code": code_digest(),  # trials of two codes cannot be compared
+            "code": code_digest() + self.backbone,  # trials of two codes cannot be compared
             "data": {"digest": self.digest},
         }
         content = identity | {"data": {"uri": self.data, "digest": self.digest}}
@@ -164,8 +166,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     """
     check_name(options.name)
     dataset = Dataset.open(data)
-    config = pinned(config)
-    backbone_of(config)
+    source, config = source_of(backbone_of(config)), pinned(config)
     space = load_space(options.space, options.vary, config)
     if config.stages.joint.epochs == 0 or 0 in space.quanta("joint"):
         raise UserError(
@@ -174,7 +175,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         )
     settled = replace(config, numerics=replace(config.numerics, threads=config.numerics.threads or 1))
     searched = (
-        code_digest(),
+        code_digest() + source,
         to_json(settled),
         space.to_json(),
         options.objectives,
@@ -192,6 +193,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         data=dataset.uri,
         digest=dataset.digest,
         workers=options.workers,
+        backbone=source,
         storage=storage.resolve(options.storage),
         name=options.name or f"tune-{default_name(preset, *searched)}",
         database=options.database,

@@ -1,6 +1,6 @@
 """What a packaged counter is worth on a split: its errors on whole photos, with and without their ROI.
 
-Shape legend: H W photo, h w density = ceil(H / k), ceil(W / k) for the counter's own downsampling k, N heads.
+Shape legend: H W photo, h w density = ceil(H / k), ceil(W / k) for cells of k x k pixels, N heads.
 """
 
 import math
@@ -22,6 +22,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.counting import cells_that_count, image_input
 from crowdray.evaluation.metrics import GAME_LEVELS, ImageCount, grid_error, summarise
+from crowdray.models.packaged import Geometry
 
 _CPU = torch.device("cpu")
 
@@ -106,14 +107,14 @@ def evaluate_images(
     dataset: Dataset,
     rows: Iterable[int],
     device: torch.device = _CPU,
-    downsample: int = 1,
+    geometry: Geometry | None = None,
 ) -> Iterator[EvaluatedImage]:
     """Count whole photos one at a time, as they lie in the dataset, and compare with their annotation.
 
     `density` maps raw uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w), as a packaged counter does.
-    `downsample` is how much it shrinks photos first: regions of interest and points are looked at in the pixels that
-    are left, and regions then in the density's cells, as in training. Raises DataError for a photo that cannot be
-    decoded, UserError for a density that fits no whole downsampling of its photo.
+    `geometry` says where its cells lie; without it they are taken for pixels of the smaller photo that it looks at.
+    Regions of interest and points are looked at in those pixels, regions then in cells, as in training. Raises
+    DataError for a photo that cannot be decoded, UserError for a density that fits no whole downsampling of its photo.
     """
     for row in rows:
         sample = dataset.sample(int(row))
@@ -123,19 +124,20 @@ def evaluate_images(
             raise DataError(f"{sample.name} (row {row} of {dataset.uri}): {error}") from error
         with torch.inference_mode():
             cells = density(image_input(photo, device))
-        yield judge(cells, sample, int(row), downsample)
+        yield judge(cells, sample, int(row), geometry)
 
 
-def judge(density: Tensor, sample: Sample, row: int, downsample: int) -> EvaluatedImage:
+def judge(density: Tensor, sample: Sample, row: int, geometry: Geometry | None) -> EvaluatedImage:
     """Compare the density (1, 1, h, w) of a sample's photo with its annotation."""
     factor = downsampling((sample.height, sample.width), tuple(density.shape), sample.name)
     cells = density[0, 0].float().cpu().numpy().astype(np.float64)
     # The depth would be decoded for nothing.
+    downsample, factor = (geometry.downsample, geometry.cell) if geometry else (factor, factor)
     picture = open_picture(replace(sample, depth=None), row, downsample, use_roi=True)
     everywhere = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)
     whole = inside = _count(cells, everywhere)
     if picture.roi is not None:
-        stride = downsampling(picture.size, tuple(density.shape), sample.name)
+        stride = factor // downsample
         inside = _count(cells * cells_that_count(picture.roi, stride), picture.points / np.float32(stride))
     return EvaluatedImage(row, sample.name, sample.scene, factor, inside, whole, picture.roi is not None)
 

@@ -39,8 +39,8 @@ class Backbone(nn.Module):
     """Distributions beside torch whose code it runs: their versions are part of what it trains."""
 
     def map_decoder(self, task: str) -> nn.Module:
-        """A decoder of one map task: features (B, C, h, w) to (B, 1, H', W'), H' and W' at least the image's size
-        divided by `output_stride`, rounded up; more is cut at the bottom and the right."""
+        """A decoder of one map task: features (B, C, h, w) to a map (B, 1, h, w), or where `output_stride` is smaller
+        than `stride` to one larger than the image's cells, which is cut at the bottom and the right."""
         return DilatedDecoder(self.channels)
 
     def count_decoder(self, side: int) -> nn.Module:
@@ -59,6 +59,8 @@ class Backbone(nn.Module):
             for name, value in own.items()
             if name in tensors and tensors[name].shape != value.shape
         ]
+        if not own:
+            problems = [f"nothing of it is published, {' or '.join(self.published)!r} begins none of its names"]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(

@@ -9,6 +9,9 @@ from crowdray.models.backbone import Backbone
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 from crowdray.models.decoders import PooledCountDecoder
 
+NUMBERS = ("channels", "stride", "output_stride", "receptive_radius")
+"""What a backbone has to say of itself."""
+
 
 def backbone_of(config: Config) -> type[Backbone]:
     """The class of the configured backbone. Raises ConfigError where there is none of that name, or the crop does not
@@ -17,9 +20,16 @@ def backbone_of(config: Config) -> type[Backbone]:
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError([f"model.backbone is {path!r}: {error}; give the class as package.module:Class"]) from error
+        mend = "give a class that Python finds where the job runs, as package.module:Class"
+        raise ConfigError([f"model.backbone is {path!r}: {error}; {mend}"]) from error
     if not (isinstance(found, type) and issubclass(found, Backbone)):
         raise ConfigError([f"model.backbone is {path!r}, which is no subclass of crowdray.models.backbone.Backbone"])
+    if missing := [name for name in NUMBERS if not isinstance(getattr(found, name, None), int)]:
+        raise ConfigError(
+            [f"model.backbone is {path!r}, whose class sets no {', no '.join(missing)}: docs/backbone.md"]
+        )
+    if found.stride % found.output_stride:
+        raise ConfigError([f"{path}: its output_stride {found.output_stride} has to divide its stride {found.stride}"])
     if problems := list(crop_problems(config.sampling, found.stride)):
         raise ConfigError(problems)
     return found

@@ -13,8 +13,10 @@ from crowdray.models.counter import Counter
 class Geometry:
     """How a counter's density lies on a photo, in the photo's pixels along a side."""
 
+    downsample: int
+    """Pixels that the counter averages before it looks."""
     cell: int
-    """Pixels of one cell."""
+    """Pixels of one cell; the downsampling divides it."""
     grid: int
     """Multiples of this are where a counter may begin to look without seeing anything else; the cell divides it."""
     reach: int
@@ -39,7 +41,7 @@ class PackagedCounter(nn.Module):
     def geometry(self) -> Geometry:
         """Where its cells lie on a photo."""
         encoder, k = self.counter.encoder, self.downsample
-        return Geometry(encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
+        return Geometry(k, encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
 
     def forward(self, image: Tensor) -> Tensor:
         """Density of raw RGB images in heads per cell."""

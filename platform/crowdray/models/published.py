@@ -18,12 +18,13 @@ from crowdray.models.counter import Counter
 
 
 def pinned(config: Config) -> Config:
-    """The configuration with the hash of its published weights written down, so that it names one content."""
+    """The configuration with the absolute URI of its published weights and their hash: workers start elsewhere, and one
+    configuration names one content."""
     model = config.model
-    if not model.weights or model.weights_sha256:
+    if not model.weights:
         return config
-    content = storage.read_bytes(model.weights)
-    return replace(config, model=replace(model, weights_sha256=hashlib.sha256(content).hexdigest()))
+    digest = model.weights_sha256 or hashlib.sha256(storage.read_bytes(model.weights)).hexdigest()
+    return replace(config, model=replace(model, weights=storage.resolve(model.weights), weights_sha256=digest))
 
 
 def load_published(counter: Counter, config: Config) -> None:

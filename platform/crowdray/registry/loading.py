@@ -1,6 +1,6 @@
 """Opening a packaged counter again, from a registry, a run or a folder, with pickle forbidden.
 
-Shape legend: B batch, H W image, h w density (H and W, or their share after a counter's own downsampling).
+Shape legend: B batch, H W image, h w density (H and W divided by the side of a cell).
 """
 
 import contextlib
@@ -51,12 +51,6 @@ class LoadedCounter:
         """The exported graph: a module from images to density."""
 
     @property
-    def downsample(self) -> int:
-        """How many pixels, along a side, the counter averages before it looks at a photo."""
-        config: Any = self.metadata.get("config", {})
-        return int(config.get("sampling", {}).get("downsample", 1))
-
-    @property
     def geometry(self) -> Geometry | None:
         """Where its cells lie on a photo, if its package says so."""
         told: Any = self.metadata.get("geometry")
@@ -101,7 +95,7 @@ def load_counter(
     uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (a path or an fsspec URI) that
         `package_counter` wrote or `storage.publish_directory` published.
     tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
-    precision: bf16 is faster where the device multiplies it natively, and counts a little differently.
+    precision: bf16 is faster where the device multiplies it natively; counts differ by some tenths of a percent.
 
     Raises UserError when there is no such model, or when it is not one of these packages.
     """

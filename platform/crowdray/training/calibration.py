@@ -1,5 +1,6 @@
 """What the paper's loss weights mean here: the gradients that the losses send to the features."""
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 
@@ -26,20 +27,27 @@ def measured_norms(
     scales: Scales,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, float]:
-    """Mean norm of each task's gradient at the features over the first batches; no parameter gets a gradient."""
+    """Mean norm of each task's gradient at the features over the first batches; no parameter gets a gradient.
+
+    A batch is taken in the same parts as in training: their gradients are different entries of the whole one's.
+    """
     counter.eval()
     device = counter.mean.device
     totals, seen = dict.fromkeys(tasks, 0.0), 0
     for _, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
-        batch = batch.to(device)
-        with torch.no_grad(), autocast():
-            features = counter.features(batch.augmented())
-        features = features.float().requires_grad_()
-        with autocast():
-            outputs = counter.decode(features, tasks, batch.image.shape[-2:], batch.corners)
-        losses = task_losses(outputs, targets_of(batch, config, counter.encoder.output_stride), scales)
-        for task, norm in gradient_norms(losses, features).items():
-            totals[task] += norm
+        norms: dict[str, list[float]] = {task: [] for task in tasks}
+        for part in (part.to(device) for part in batch.parts(config.optimizer.accumulate)):
+            with torch.no_grad(), autocast():
+                features = counter.features(part.augmented())
+            features = features.float().requires_grad_()
+            with autocast():
+                outputs = counter.decode(features, tasks, part.image.shape[-2:], part.corners)
+            losses = task_losses(outputs, targets_of(part, config, counter.encoder.output_stride), scales)
+            share = len(part.rows) / len(batch.rows)
+            for task, norm in gradient_norms(losses, features).items():
+                norms[task].append(share * norm)
+        for task in tasks:
+            totals[task] += math.hypot(*norms[task])
         seen += 1
     batches.close()
     return {task: total / seen for task, total in totals.items()}

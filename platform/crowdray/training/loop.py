@@ -67,10 +67,7 @@ class Training:
             rows, sampling.validation_fraction, sampling.validation, config.seed
         )
         _check_sizes(dataset, len(self.train_rows), len(self.validation_rows))
-        if sampling.batch < world.size:
-            raise UserError(
-                f"sampling.batch is {sampling.batch}, too few for {world.size} workers; give at least one each"
-            )
+        _check_share(config, len(self.train_rows), world)
         self.store = PictureStore(dataset, sampling.downsample, sampling.roi, sampling.cache_gib * 2**30)
         self.progress = restored.progress if restored else self._first_progress()
         _check_same(self.progress, dataset)
@@ -148,13 +145,6 @@ class Training:
 
         return summarise(self._count(density, self.validation_rows))
 
-    def agree_on_statistics(self) -> None:
-        """Give all ranks the mean of their running statistics (BatchNorm), where each has kept its own."""
-        parameters = dict(self.counter.named_parameters())
-        for name, value in self.counter.state_dict().items():
-            if name not in parameters and value.is_floating_point():
-                value.copy_(self.world.mean(value))
-
     def _count(self, density: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> list[ImageCount]:
         share = rows[self.world.rank :: self.world.size]
         stride = self.counter.encoder.output_stride
@@ -203,6 +193,16 @@ def _check_sizes(dataset: Dataset, training: int, validation: int) -> None:
         raise UserError(
             f"{dataset.uri} leaves {training} images for training and {validation} for validation; both need at "
             "least one: change sampling.validation_fraction or convert more images"
+        )
+
+
+def _check_share(config: Config, images: int, world: World) -> None:
+    """Every worker has at least one window of each batch, and one for each part in which it takes its share."""
+    batch, parts = min(config.sampling.batch, images * config.sampling.crops_per_image), config.optimizer.accumulate
+    if batch < world.size * parts:
+        raise UserError(
+            f"a batch has {batch} windows, too few for {world.size} workers in {parts} parts each: give another "
+            "--workers, --sampling.batch or --optimizer.accumulate"
         )
 
 

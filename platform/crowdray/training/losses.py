@@ -14,7 +14,7 @@ from torch import Tensor
 from crowdray.config import Config
 from crowdray.data.loader import Batch
 from crowdray.data.shards import Dataset
-from crowdray.data.targets import make_targets, peak_density
+from crowdray.data.targets import cell_mask, make_targets, peak_density
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION
 
 
@@ -70,7 +70,9 @@ def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
         extent=batch.extent,
         roi=batch.roi,
     )
-    weight = F.avg_pool2d(batch.weight, stride) if stride > 1 else batch.weight
+    weight = batch.weight
+    if stride > 1:  # cells at the border of the region count or do not, as when heads are counted
+        weight = F.avg_pool2d(weight, stride) * cell_mask(batch.roi, batch.extent, stride)
     return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, weight, batch.has_depth)
 
 

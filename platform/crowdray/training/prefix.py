@@ -93,11 +93,13 @@ def code_digest() -> str:
 
 
 def source_of(backbone: type[Backbone]) -> str:
-    """A hash of the code that a backbone brings: its libraries, and the module of a user's own; the package's own ones
-    are in its digest."""
-    own = backbone.__module__.partition(".")[0] == crowdray.__name__
-    source = "" if own else inspect.getsource(sys.modules[backbone.__module__])
-    return _hash({"source": source, **{name: version(name) for name in backbone.libraries}})
+    """A hash of the code that a backbone brings: its libraries, and the modules that define a user's own and what it
+    derives from; "" where it brings none. The package's own modules are in its digest."""
+    modules = {base.__module__ for base in backbone.__mro__}
+    users = sorted(name for name in modules if name.partition(".")[0] not in (crowdray.__name__, "torch", "builtins"))
+    brought = {name: inspect.getsource(sys.modules[name]) for name in users}
+    brought |= {name: version(name) for name in backbone.libraries}
+    return _hash(brought) if brought else ""
 
 
 def digest_of(package: Path) -> str:

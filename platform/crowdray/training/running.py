@@ -50,7 +50,7 @@ class RunningStage:
         self.precision = resolve_precision(config.numerics.precision, training.device)
         self.optimizer = build_optimizer(config.optimizer, self.parameters, stage.schedule.learning_rate)
         self.plateau = Plateau(self.optimizer, config.optimizer)
-        self.average = WeightAverage(_shipped_parameters(counter), config.optimizer.average)
+        self.average = WeightAverage(_shipped_numbers(counter), config.optimizer.average)
         self.rate = stage.schedule.learning_rate
         resumes = restored is not None and progress.stage_epochs > 0
         if restored is not None and resumes:
@@ -86,8 +86,8 @@ class RunningStage:
             "learning_rate": self.rate,
             "images_per_s": images / elapsed,
             "wait_share": waited / elapsed,
-            "matrix_share": self._matrix_share(images / elapsed / training.world.size),
             "memory_gib": peak_memory(training.device) / 2**30,
+            "matrix_share": self._matrix_share(images / elapsed / training.world.size),
         }
         set_learning_rate(self.optimizer, self.rate)
         row |= self._validate(losses)
@@ -123,17 +123,11 @@ class RunningStage:
             waited += perf_counter() - asked
             if batch is None:
                 break
-            try:
-                sums += self._step(batch)
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                error.__traceback__ = None  # its frames hold the tensors that did not fit
-                self._too_large(batch)
+            sums += self._step(batch)
             steps += 1
             windows += batch.total
         progress.updates += steps
-        training.agree_on_statistics()
+        self._agree_on_statistics()
         means = (sums / steps).tolist()
         return dict(zip(self.stage.tasks, means, strict=True)), waited, windows
 
@@ -147,7 +141,13 @@ class RunningStage:
             )
         self.optimizer.zero_grad(set_to_none=True)
         parts = batch.parts(training.config.optimizer.accumulate)
-        losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+        try:
+            losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            self._too_large(batch, len(parts))
         seen = training.world.mean(losses).cpu()
         if not torch.isfinite(seen).all():
             raise DivergedError(self._diverged(dict(zip(self.stage.tasks, seen.tolist(), strict=True)), batch))
@@ -161,32 +161,39 @@ class RunningStage:
         return seen
 
     def _gradients(self, part: Batch, batch: Batch, last: bool) -> Tensor:
-        """Add a part's share to the gradients, which the ranks average after the last part; returns its share of the
-        losses (tasks,), such that the mean over ranks of the sum over parts is that of the whole batch."""
-        training = self.training
-        part = part.to(training.device)
-        targets = targets_of(part, training.config, training.counter.encoder.output_stride)
+        """Add a part's share to the gradients, which the ranks average after the last part; returns its losses."""
         waits = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with self.autocast():
-                outputs = self.model(part.augmented(), self.stage.tasks, part.corners, not self.stage.trains_encoder)
-            share = len(part.rows) * training.world.size / batch.total
-            by_task = task_losses(outputs, targets, training.scales)
-            losses = torch.stack([by_task[task] for task in self.stage.tasks]) * share
-            factors = losses.new_tensor([training.progress.factors[task] for task in self.stage.tasks])
+            losses = self._losses(self.model, part, batch)
+            factors = losses.new_tensor([self.training.progress.factors[task] for task in self.stage.tasks])
             (losses * factors).sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
-    def _too_large(self, batch: Batch) -> NoReturn:
-        """Find out how many windows of a batch fit into memory, and raise a UserError with it."""
+    def _losses(self, model: nn.Module, part: Batch, batch: Batch) -> Tensor:
+        """A part's share of the unweighted losses (tasks,): the mean over ranks of the sum over parts is the whole
+        batch's."""
+        training = self.training
+        part = part.to(training.device)
+        targets = targets_of(part, training.config, training.counter.encoder.output_stride)
+        with self.autocast():
+            outputs = model(part.augmented(), self.stage.tasks, part.corners, not self.stage.trains_encoder)
+        losses = task_losses(outputs, targets, training.scales)
+        share = len(part.rows) * training.world.size / batch.total
+        return torch.stack([losses[task] for task in self.stage.tasks]) * share
+
+    def _too_large(self, batch: Batch, taken: int) -> NoReturn:
+        """Find out how many windows of a batch, taken in so many parts, fit into memory; raise a UserError that says
+        it."""
         training, here = self.training, len(batch.rows)
         height, width = batch.image.shape[-2:]
         self.optimizer.zero_grad(set_to_none=True)
-        self.model = training.counter  # the other ranks are not here
-        fits = here
+        training.counter.eval()  # a synchronised BatchNorm would wait for the other ranks, and so would the wrapper
+        fits = failed = -(-here // taken)
         while fits := fits // 2:
             try:
-                self._gradients(batch.parts(-(-here // fits))[0], batch, last=True)
+                part = max(batch.parts(-(-here // fits)), key=lambda part: len(part.rows))
+                losses = self._losses(training.counter, part, batch)
+                torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
                 break
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -194,7 +201,7 @@ class RunningStage:
         parts = -(-here // fits) if fits else 0
         mend = f"{fits} at a time do: give --optimizer.accumulate {parts}" if fits else "not even one does"
         raise UserError(
-            f"{self.stage.name} stage: {here} windows of {height}x{width} pixels do not fit into the memory of "
+            f"{self.stage.name} stage: {failed} windows of {height}x{width} pixels do not fit into the memory of "
             f"{training.device}, {mend}, or smaller ones: --sampling.crop {training.config.sampling.crop} and "
             f"--sampling.context {training.config.sampling.context} now"
         ) from None
@@ -221,10 +228,18 @@ class RunningStage:
             f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
         }
 
+    def _agree_on_statistics(self) -> None:
+        """Give all ranks the mean of their running statistics (BatchNorm), where each has kept its own."""
+        parameters = {name for name, _ in self.training.counter.named_parameters()}
+        for values in (self.training.counter.state_dict(), self.average.values):
+            for name, value in values.items():
+                if name not in parameters and value.is_floating_point():
+                    value.copy_(self.training.world.mean(value))
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in the counter's place."""
-        live = _shipped_parameters(self.training.counter)
+        live = _shipped_numbers(self.training.counter)
         kept = {name: value.detach().clone() for name, value in live.items()}
         with torch.no_grad():
             for name, value in live.items():
@@ -257,8 +272,10 @@ class RunningStage:
         )
 
 
-def _shipped_parameters(counter: Counter) -> dict[str, Tensor]:
-    return {name: value for name, value in counter.named_parameters() if module_of(name) in (ENCODER, DENSITY)}
+def _shipped_numbers(counter: Counter) -> dict[str, Tensor]:
+    """Parameters and running statistics of what ships, as they change."""
+    shipped = {name: value for name, value in counter.state_dict().items() if module_of(name) in (ENCODER, DENSITY)}
+    return {name: value for name, value in shipped.items() if value.is_floating_point()}
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
