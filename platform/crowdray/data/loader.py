@@ -112,6 +112,10 @@ class Batch:
         pieces = [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
         return [self._each(itemgetter(piece)) for piece in pieces]
 
+    def first(self, number: int) -> "Batch":
+        """Its first windows."""
+        return self._each(itemgetter(slice(number)))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changed)
