@@ -53,6 +53,8 @@ def _tensors(content: bytes, place: str) -> Mapping[str, Tensor]:
         if isinstance(loaded, Mapping) and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
         problem = "it holds something else"
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's own words advise to run what is in it
+        problem = "it holds something else"
+    except (SafetensorError, RuntimeError, EOFError) as error:
         problem = (str(error) or "it is empty").splitlines()[0]
     raise UserError(f"{place} is no file of named tensors ({problem}); give a .safetensors or a .pth state dict")
