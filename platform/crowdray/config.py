@@ -112,6 +112,7 @@ BACKBONES = {
     "csrnet-table1": KnownBackbone("crowdray.models.csrnet:CSRNetTable1", 16),
     "convnext": KnownBackbone("crowdray.models.convnext:ConvNeXt", 16),
 }
+"""Backbones by their names on the command line."""
 
 
 @dataclass(frozen=True)
