@@ -278,5 +278,6 @@ def _shipped_numbers(counter: Counter) -> dict[str, Tensor]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not get memory, of a GPU or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch, or oneDNN below it, could not get memory, of a GPU or of the machine."""
+    words = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)
