@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crowdray.config import Config, ModelConfig, SamplingConfig
+from crowdray.models.backbone import Backbone
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, DENSITY
 from crowdray.training.throughput import matrix_rate, operations_per_window, peak_memory
@@ -39,6 +40,37 @@ def test_operations_are_those_of_the_convolutions_there_and_back(frozen: bool) -
         expected = 3 * (sum(there[0]) + sum(there[1])) - there[0][0]
     counted = operations_per_window(counter, (DENSITY,), (64, 64), frozen_encoder=frozen, autocast=nullcontext())
     assert counted == expected
+
+
+class Grouped(Backbone):
+    """A convolution in which every channel is alone."""
+
+    channels = 16
+    stride = 8
+    output_stride = 8
+    receptive_radius = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 8, stride=8), torch.nn.Conv2d(16, 16, 7, padding=3, groups=16)
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(image)
+        return features
+
+
+def test_channels_that_are_alone_cost_what_they_cost() -> None:
+    model = ModelConfig(f"{__name__}:Grouped", "pooled")
+    counter = build_counter(replace(Config(), sampling=SamplingConfig(crop=64, context=0), model=model), 1.0)
+    for name, parameter in counter.named_parameters():
+        parameter.requires_grad_(name.startswith(("encoder", "decoders.density")))
+    stripped = counter.strip()
+    layers = [layer for layer in stripped.modules() if isinstance(layer, torch.nn.Conv2d)]
+    there = forward_operations(layers, [8**2] * len(layers))
+    counted = operations_per_window(stripped, (DENSITY,), (64, 64), frozen_encoder=False, autocast=nullcontext())
+    assert counted == 3 * sum(there) - there[0]
 
 
 def test_counting_leaves_no_trace() -> None:

@@ -109,9 +109,10 @@ def cell_mask(mask: Tensor, extent: Tensor, stride: int) -> Tensor:
     return ((F.avg_pool2d(padded, stride) >= inside / 2) & (inside > 0)).to(mask.dtype)
 
 
-def whole_window(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """The edges (B, 4) of images that are their windows' own size (H, W)."""
-    return points.new_tensor([0, 0, size[1], size[0]]).expand(len(points), 4)
+def whole_window(batch: Tensor, size: tuple[int, int]) -> Tensor:
+    """The edges (B, 4) of images that are their windows' own size (H, W), as numbers like those of any tensor of the
+    batch."""
+    return batch.new_tensor([0, 0, size[1], size[0]]).expand(len(batch), 4)
 
 
 def _cell_edges(length: int, stride: int, ends: Tensor) -> Tensor:

@@ -27,9 +27,8 @@ def image_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
 def cells_that_count(roi: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:
     """A region of interest (H, W) in cells of `stride` pixels, (ceil(H / stride), ceil(W / stride)), as in training."""
     mask = torch.from_numpy(roi.astype(np.float32))[None, None]
-    counted: NDArray[np.bool_] = (
-        cell_mask(mask, whole_window(mask, (roi.shape[0], roi.shape[1])), stride)[0, 0].numpy() > 0
-    )
+    extent = whole_window(mask, (roi.shape[0], roi.shape[1]))
+    counted: NDArray[np.bool_] = cell_mask(mask, extent, stride)[0, 0].numpy() > 0
     return counted
 
 

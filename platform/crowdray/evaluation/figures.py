@@ -38,6 +38,8 @@ class _Panel:
     title: str
     values: NDArray[Any]
     """(H, W, 3) for the photo, (h, w) cells for a map."""
+    cell: int = 1
+    """Pixels of a value, along a side."""
     colours: str | None = None
     """Name of the colour map; None for a photo."""
     top: float = 1.0
@@ -226,16 +228,16 @@ def _panels(
     top = max(float((values * roi).max()) for values in (truth, *predicted.values())) or 1.0
     panels = [
         _Panel("Photo and heads", picture.image, heads=picture.points),
-        _Panel("Ground truth", truth, canvas.DENSITY_COLOURS, top, f"{len(picture.points)}"),
+        _Panel("Ground truth", truth, stride, canvas.DENSITY_COLOURS, top, f"{len(picture.points)}"),
     ]
     for title, values in predicted.items():
         count = f"{(values * roi).sum(dtype=np.float64):.1f}"
-        panels.append(_Panel(title, values, canvas.DENSITY_COLOURS, top, count))
+        panels.append(_Panel(title, values, stride, canvas.DENSITY_COLOURS, top, count))
     if SEGMENTATION in maps:
         crowd = targets.segmentation[0, 0].numpy()
-        panels.append(_Panel("Crowd segmentation", maps[SEGMENTATION], canvas.CROWD_COLOURS, outline=crowd))
+        panels.append(_Panel("Crowd segmentation", maps[SEGMENTATION], stride, canvas.CROWD_COLOURS, outline=crowd))
     if DEPTH in maps:
-        panels.append(_Panel("Distilled depth", maps[DEPTH], canvas.DEPTH_COLOURS))
+        panels.append(_Panel("Distilled depth", maps[DEPTH], stride, canvas.DEPTH_COLOURS))
     return panels
 
 
@@ -268,14 +270,13 @@ def _predict(counter: Counter, picture: Picture) -> dict[str, NDArray[np.float32
 def _draw_panel(axes: Axes, panel: _Panel, picture: Picture) -> None:
     height, width = picture.size
     extent = (0, width, height, 0)
-    rows, columns = panel.values.shape[:2]
-    cell = -(-max(picture.size) // max(rows, columns))  # cells at the rim may reach beyond the image
     if panel.colours is None:
         axes.imshow(panel.values, extent=extent, interpolation="antialiased")
     else:
         norm = PowerNorm(canvas.GAMMA if panel.colours == canvas.DENSITY_COLOURS else 1.0, 0, panel.top)
         colours = canvas.from_black(panel.colours)
-        covered = (0, columns * cell, rows * cell, 0)
+        rows, columns = (side * panel.cell for side in panel.values.shape)  # cells at the rim may reach beyond it
+        covered = (0, columns, rows, 0)
         axes.imshow(panel.values, cmap=colours, norm=norm, extent=covered, interpolation="antialiased")
     if picture.roi is not None:
         veil = np.zeros((height, width, 4), dtype=np.float32)
@@ -287,7 +288,7 @@ def _draw_panel(axes: Axes, panel: _Panel, picture: Picture) -> None:
         size = float(np.clip(600 / len(panel.heads), 3, 14))
         axes.scatter(x, y, s=size, color=_HEADS, edgecolors="black", linewidths=0.4)
     if panel.outline is not None:
-        canvas.outline(axes, panel.outline, _HEADS, 0.6, cell=cell)
+        canvas.outline(axes, panel.outline, _HEADS, 0.6, cell=panel.cell)
     if panel.count is not None:
         canvas.badge(axes, panel.count, 9)
     axes.set(xlim=(0, width), ylim=(height, 0))

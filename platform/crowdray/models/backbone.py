@@ -34,7 +34,6 @@ class Backbone(nn.Module):
     """Dropout after the first of them."""
     published: ClassVar[tuple[str, ...]] = ("",)
     """How the names of published weights begin, those that `load_published` takes."""
-
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions beside torch whose code it runs: their versions are part of what it trains."""
 
@@ -60,7 +59,7 @@ class Backbone(nn.Module):
             if name in tensors and tensors[name].shape != value.shape
         ]
         if not own:
-            problems = [f"nothing of it is published, {' or '.join(self.published)!r} begins none of its names"]
+            problems = [f"none of its names begins with {' or '.join(self.published)!r}, as its `published` says"]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(

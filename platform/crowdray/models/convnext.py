@@ -1,4 +1,5 @@
-"""ConvNeXt (Liu et al., CVPR 2022) as a backbone: a fifth of CSRNet's operations; by way of transformers.
+"""ConvNeXt (Liu et al., CVPR 2022) as a backbone: 7.4 GFLOPs for a crop of 224 pixels, CSRNet's are 41; by way of
+transformers.
 
 Shape legend: B batch, H W image, h w = ceil(H / 16), ceil(W / 16).
 """
