@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
 from crowdray.cli import console, parse_with_config, run_job, tracking_uri, write_json
+from crowdray.cluster.fitting import fitted
 from crowdray.cluster.progress import TrainingDisplay
 from crowdray.cluster.runs import plan
 from crowdray.cluster.runtime import Device
@@ -43,6 +44,9 @@ class TrainJob:
     """Name of the run; without it the preset's, with a hash of all that decides what is computed."""
     device: Device = "auto"
     """Where workers train: auto takes GPUs where there are enough."""
+    batch: Literal["given", "auto"] = "given"
+    """auto takes, for --sampling.batch, what one worker was measured to take: the windows beyond which it gets hardly
+    faster, or as many as fit into its memory. Learning rates are meant for their preset's batch."""
     json: str | None = None
     """File for the result as JSON."""
     store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
@@ -53,9 +57,11 @@ class TrainJob:
 
 def main(arguments: list[str]) -> None:
     job = parse_with_config(TrainJob, arguments, "jobs/train.py")
-    run = plan(job.config, job.data, job.workers, job.storage, job.name, job.preset)
+    run = plan(job.config, job.data, job.workers, job.storage, job.name, job.preset, measured=job.batch == "auto")
     screen = console()
     with TrainingDisplay(stages_of(run.config), screen) as display:
+        if job.batch == "auto":
+            run = fitted(run, display, device=job.device)
         shelf = job.store.shelf(run.storage)
         outcome = train(run, display, tracking_uri=tracking_uri(ROOT), shelf=shelf, device=job.device)
     show_outcome(outcome, screen)

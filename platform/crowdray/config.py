@@ -7,9 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from crowdray.errors import UserError
 
@@ -244,6 +244,11 @@ class StagesConfig:
             )
 
 
+def _once_a_switch(value: Any) -> Any:
+    """Files from when `compile` was true or false."""
+    return {False: "no", True: "yes"}[value] if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True)
 class NumericsConfig:
     """How numbers are computed."""
@@ -251,14 +256,25 @@ class NumericsConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the convolutions; auto takes bf16 where the processor multiplies it natively. Weights,
     losses, targets and evaluation stay fp32 either way."""
-    compile: bool = False
-    """Compile the network with torch.compile: faster steps after minutes of compiling; on a CPU it needs g++."""
+    tf32: bool = False
+    """Let a GPU round the factors of fp32 products to 10 bits (TensorFloat-32): faster where precision is fp32."""
+    compile: Annotated[Literal["no", "yes", "graphs"], BeforeValidator(_once_a_switch)] = "no"
+    """Compile the network with torch.compile: faster steps after minutes of compiling; on a CPU it needs g++. graphs
+    records CUDA graphs too: less waiting between small kernels, for memory of their own."""
+    recompute: bool = False
+    """Compute the activations of the encoder again in the backward pass instead of keeping them: less memory for
+    about a third more time, and the same results."""
     threads: int = 0
     """CPU threads of each worker; 0 shares the machine's cores between the workers."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
         yield from _at_least("numerics.threads", self.threads, 0)
+        if self.recompute and self.compile != "no":
+            yield (
+                f"numerics.recompute is True and numerics.compile {self.compile}; the compiler decides itself what it "
+                "computes again: set one of them"
+            )
 
 
 @dataclass(frozen=True)

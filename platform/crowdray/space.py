@@ -36,6 +36,8 @@ FIXED = {
     "model.backbone": "what one brings is not what another one trains; search each in a study of its own",
     "model.weights": "their hash belongs to one file; search each in a study of its own",
     "model.weights_sha256": "it belongs to one file; search each in a study of its own",
+    "numerics.tf32": "it decides who can share whose beginning; set it by its flag, for all trials",
+    "numerics.recompute": "it changes memory and time, no result; set it by its flag, for all trials",
     "numerics.compile": "it decides who can share whose beginning; set it by its flag, for all trials",
     "sampling.roi": "errors inside different regions cannot be compared; set it by its flag, for all trials",
 }

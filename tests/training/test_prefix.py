@@ -71,7 +71,9 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "stages.joint.learning_rate": (1e-4, "joint"),
     "stages.joint.patience": (3, "joint"),
     "numerics.precision": ("bf16", None),  # by way of numerics_of
-    "numerics.compile": (True, None),  # likewise
+    "numerics.compile": ("yes", None),  # likewise
+    "numerics.tf32": (True, None),  # likewise
+    "numerics.recompute": (True, None),
     "numerics.threads": (3, None),  # likewise
 }
 

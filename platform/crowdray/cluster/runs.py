@@ -72,6 +72,14 @@ class Run:
         """File that says what came out; it is there when everything is done."""
         return storage.join(self.uri, OUTCOME)
 
+    def batch_there(self) -> int | None:
+        """The batch with which a run in this folder was begun; None where none was."""
+        place = storage.join(self.uri, IDENTITY)
+        if not storage.exists(place):
+            return None
+        batch = _parse(place).get("config", {}).get("sampling", {}).get("batch")
+        return batch if isinstance(batch, int) else None
+
     def claim(self) -> None:
         """Write down what the run is, or check that its folder belongs to this very run.
 
@@ -107,16 +115,20 @@ class Run:
         return None
 
 
-def plan(config: Config, data: str, workers: int, folder: str, name: str | None, preset: str) -> Run:
+def plan(
+    config: Config, data: str, workers: int, folder: str, name: str | None, preset: str, *, measured: bool = False
+) -> Run:
     """The run of a command; without a name it is called after its preset and a hash of all that it computes.
 
+    measured: whether its batch is still to be measured; the name has to be the same before and after.
     Raises UserError for data that is none, a name that is no name of a folder, a backbone that is none, and published
     weights that are not there.
     """
     check_name(name)
     source, config = source_of(backbone_of(config)), pinned(config)
     dataset = Dataset.open(data)
-    chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *filter(None, [source]))
+    further = filter(None, [source, "batch auto" if measured else ""])
+    chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *further)
     return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen, source)
 
 

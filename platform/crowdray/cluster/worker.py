@@ -62,8 +62,8 @@ def train_worker(told: dict[str, Any]) -> None:
 
 def _train(task: Task) -> None:
     context = ray.train.get_context()
-    threads = _threads(task.config, context.get_local_world_size())
-    torch.set_num_threads(threads)
+    threads = threads_of(task.config, context.get_local_world_size())
+    torch.set_numthreads_of(threads)
     dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
     sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
@@ -114,7 +114,7 @@ def _own(task: Task) -> Checkpoint | None:
     return None if task.resume is None else load_checkpoint(Path(task.resume))
 
 
-def _threads(config: Config, workers_here: int) -> int:
+def threads_of(config: Config, workers_here: int) -> int:
     """This worker's share of the CPUs that Ray may use on its node."""
     node = ray.get_runtime_context().get_node_id()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]

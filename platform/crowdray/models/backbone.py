@@ -3,10 +3,12 @@
 Shape legend: B batch, H W image, C h w features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crowdray.errors import UserError
 from crowdray.models.decoders import CountDecoder, DilatedDecoder
@@ -36,6 +38,11 @@ class Backbone(nn.Module):
     """How the names of published weights begin, those that `load_published` takes."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions beside torch whose code it runs: their versions are part of what it trains."""
+
+    def segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """`forward` in parts, one after the other, for `recomputed`: cut where little has to be kept between two, and
+        where no part begins by changing its input in place. Without one of its own a backbone is a single part."""
+        return [self]
 
     def map_decoder(self, task: str) -> nn.Module:
         """A decoder of one map task: features (B, C, h, w) to a map (B, 1, h, w), or where `output_stride` is smaller
@@ -67,3 +74,29 @@ class Backbone(nn.Module):
                 "that was published for it"
             )
         self.load_state_dict({name: tensors[name] for name in own}, strict=False)
+
+
+def recomputed(backbone: Backbone, image: Tensor) -> Tensor:
+    """What `backbone(image)` gives, with nothing kept for the backward pass but the input of each segment: there its
+    activations are computed once more (Chen et al. 2016, arXiv 1604.06174).
+
+    Dropout draws the same numbers again, and running statistics are updated once.
+    """
+    for segment in backbone.segments():
+        image = checkpoint(
+            segment, image, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_stand_still(backbone))
+        )
+    return image
+
+
+@contextmanager
+def _statistics_stand_still(module: nn.Module) -> Iterator[None]:
+    """A batch's own statistics normalise it as before, and the running ones do not take them in."""
+    tracking = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
+    for part in tracking:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True

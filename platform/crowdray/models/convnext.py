@@ -4,6 +4,8 @@ transformers.
 Shape legend: B batch, H W image, h w = ceil(H / 16), ceil(W / 16).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,11 +41,19 @@ class ConvNeXt(Backbone):
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode an image (B, 3, H, W) to features (B, 384, h, w)."""
-        height, width = image.shape[-2:]
-        # Its convolutions leave incomplete squares out.
-        padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
-        features: Tensor = self.convnext(padded).feature_maps[-1]
+        features: Tensor = self.convnext(self._padded(image)).feature_maps[-1]
         return features
+
+    def segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Each block alone: it has ten times as much inside as comes in."""
+        network = self.convnext
+        blocks = [block for stage in network.encoder.stages for block in (*stage.downsampling_layer, *stage.layers)]
+        return [lambda image: network.embeddings(self._padded(image)), *blocks, *network.hidden_states_norms.values()]
+
+    def _padded(self, image: Tensor) -> Tensor:
+        """Its convolutions leave incomplete squares out."""
+        height, width = image.shape[-2:]
+        return F.pad(image, (0, -width % self.stride, 0, -height % self.stride))
 
     def map_decoder(self, task: str) -> nn.Module:
         """Four cells of the map from each feature."""

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from crowdray.models.backbone import Backbone
+from crowdray.models.backbone import Backbone, recomputed
 
 DENSITY = "density"
 SEGMENTATION = "segmentation"
@@ -39,12 +39,17 @@ class Counter(nn.Module):
         self.encoder: Backbone = encoder
         self.decoders = nn.ModuleDict(decoders)
         self.density_scale = density_scale
+        self.recompute = False
+        """Whether the encoder's activations are computed again in the backward pass instead of kept."""
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
 
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""
-        features: Tensor = self.encoder((image - self.mean) / self.std)
+        normalised = (image - self.mean) / self.std
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self.encoder, normalised)
+        features: Tensor = self.encoder(normalised)
         return features
 
     def forward(

@@ -4,6 +4,7 @@ Shape legend: B batch, H W image, h w = ceil(H / stride), ceil(W / stride).
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -38,6 +39,12 @@ class CSRNet(Backbone):
         """Encode an image (B, 3, H, W) to features (B, 512, h, w)."""
         features: Tensor = self.dilated(self.features(image))
         return features
+
+    def segments(self) -> Sequence[nn.Module]:
+        """Cut after each pooling, where there is least to keep."""
+        poolings = [n + 1 for n, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
+        cuts = pairwise(sorted({0, *poolings, len(self.features)}))
+        return [*(self.features[start:end] for start, end in cuts), self.dilated]
 
 
 class CSRNetTable1(CSRNet):

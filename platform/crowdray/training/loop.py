@@ -23,6 +23,7 @@ from crowdray.models.counter import Counter
 from crowdray.models.published import load_published
 from crowdray.training.checkpoint import Checkpoint, Progress, Row, save_checkpoint
 from crowdray.training.losses import Scales, measured_scales
+from crowdray.training.numerics import set_products
 from crowdray.training.optimizer import optimizer_tensors
 from crowdray.training.running import RunningStage
 from crowdray.training.stages import Stage, module_of, stages_of
@@ -77,6 +78,8 @@ class Training:
         if device.type == "cuda" and world.size > 1:
             self.counter = nn.SyncBatchNorm.convert_sync_batchnorm(self.counter)  # type: ignore[no-untyped-call]
         self.counter.to(device)
+        self.counter.recompute = config.numerics.recompute
+        set_products(config.numerics.tf32, device)
         self.best: dict[str, dict[str, Tensor]] = restored.best if restored else {}
         if restored:
             self._load(restored.weights)

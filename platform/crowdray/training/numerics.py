@@ -11,3 +11,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16")) else "fp32"
+
+
+def set_products(tf32: bool, device: torch.device) -> None:
+    """Let fp32 convolutions and matrix products of a GPU round their factors to TensorFloat-32, or not, in this
+    process. torch's own default is to let cuDNN do so."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32

@@ -65,8 +65,8 @@ class RunningStage:
         self.model: nn.Module = counter
         if training.world.size > 1:
             self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
-        if config.numerics.compile:
-            self.model.compile()
+        if (compiled := config.numerics.compile) != "no":
+            self.model.compile(mode="reduce-overhead" if compiled == "graphs" else None)
 
     def epoch(self) -> Row:
         """Train one epoch, validate, remember the best; returns what to tell of it."""
@@ -112,8 +112,7 @@ class RunningStage:
         """Mean unweighted losses over the epoch and all ranks, seconds spent waiting for data, and windows
         seen by all ranks."""
         training, progress = self.training, self.training.progress
-        for name, module in {ENCODER: training.counter.encoder, **training.counter.decoders}.items():
-            module.train(name in self.stage.modules)  # dropout and running statistics of what is frozen stand still
+        self.prepare()
         sums = torch.zeros(len(self.stage.tasks))
         waited, steps, windows = 0.0, 0, 0
         batches = training.loader.epoch(progress.epochs)
@@ -131,7 +130,23 @@ class RunningStage:
         means = (sums / steps).tolist()
         return dict(zip(self.stage.tasks, means, strict=True)), waited, windows
 
+    def prepare(self) -> None:
+        """Let what trains draw its random numbers and take in statistics; those of what is frozen stand still."""
+        counter = self.training.counter
+        for name, module in {ENCODER: counter.encoder, **counter.decoders}.items():
+            module.train(name in self.stage.modules)
+
     def _step(self, batch: Batch) -> Tensor:
+        """`update`, or a UserError that says what fits into memory."""
+        try:
+            return self.update(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            self._too_large(batch, len(batch.parts(self.training.config.optimizer.accumulate)))
+
+    def update(self, batch: Batch) -> Tensor:
         """One update; returns the unweighted losses (tasks,) of the whole batch."""
         training = self.training
         if not self.operations:
@@ -141,13 +156,7 @@ class RunningStage:
             )
         self.optimizer.zero_grad(set_to_none=True)
         parts = batch.parts(training.config.optimizer.accumulate)
-        try:
-            losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            self._too_large(batch, len(parts))
+        losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
         seen = training.world.mean(losses).cpu()
         if not torch.isfinite(seen).all():
             raise DivergedError(self._diverged(dict(zip(self.stage.tasks, seen.tolist(), strict=True)), batch))
@@ -195,7 +204,7 @@ class RunningStage:
                 torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
                 break
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
         parts = -(-here // fits) if fits else 0
         mend = f"{fits} at a time do: give --optimizer.accumulate {parts}" if fits else "not even one does"
@@ -277,7 +286,7 @@ def _shipped_numbers(counter: Counter) -> dict[str, Tensor]:
     return {name: value for name, value in shipped.items() if value.is_floating_point()}
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch, or oneDNN below it, could not get memory, of a GPU or of the machine."""
     words = ("can't allocate memory", "could not create a primitive", "could not create a memory")
     return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)

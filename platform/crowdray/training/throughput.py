@@ -27,10 +27,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(_REPEATS):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         left @ right
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - started)
     return 2 * side**3 / min(times)
 
@@ -45,12 +45,14 @@ def operations_per_window(
 ) -> int:
     """FLOPs (a multiplication and an addition are two) of training on one window of size (H, W), backward pass too.
 
-    Counts what torch really runs, on a grey window; no parameter gets a gradient, and no random number is drawn.
+    Counts what torch really runs, on a grey window, but for activations that are computed twice; no parameter gets a
+    gradient, and no random number is drawn.
     """
     device = counter.mean.device
     trained = [parameter for parameter in counter.parameters() if parameter.requires_grad]
     image = torch.zeros(1, 3, *size, device=device)
     modes = {module: module.training for module in counter.modules()}
+    recompute, counter.recompute = counter.recompute, False
     counter.eval()
     try:
         with FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counted:
@@ -60,6 +62,7 @@ def operations_per_window(
             total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
             torch.autograd.grad(total, trained, allow_unused=True)
     finally:
+        counter.recompute = recompute
         for module, training in modes.items():
             module.training = training
     return int(counted.get_total_flops())
@@ -97,6 +100,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
