@@ -65,6 +65,13 @@ def test_problems_of_a_file_are_those_of_the_configuration() -> None:
         from_json(json.dumps(content), "config.json")
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, "yes"), (False, "no")])
+def test_a_file_from_when_compiling_was_a_switch_is_read(before: bool, now: str) -> None:
+    content = json.loads(to_json(preset("debug")))
+    content["numerics"]["compile"] = before
+    assert from_json(json.dumps(content), "old.json").numerics.compile == now
+
+
 def test_fields_left_out_keep_their_defaults() -> None:
     assert from_json('{"seed": 3}', "x") == dataclasses.replace(Config(), seed=3)
 

@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import socket
@@ -14,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from crowdray.cli import load_preset, parse_with_config
+from crowdray.cluster import fitting
 from crowdray.cluster.convert import convert
+from crowdray.cluster.fitting import fitted
 from crowdray.cluster.listener import is_loss
+from crowdray.cluster.progress import TrainingDisplay
 from crowdray.cluster.runs import RAY_LIST, Run, default_name, plan
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained
@@ -139,6 +144,24 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
     with pytest.raises(UserError, match=r"digest is \w+ there, abc here"):
         replace(run, digest="abc").claim()
     assert load_preset(f"{run.uri}/config.json") == run.config
+
+
+def test_a_measured_batch_is_that_of_the_run_ever_after(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned() -> Run:
+        return plan(preset("debug"), data, 2, str(tmp_path), None, "debug", measured=True)
+
+    measured = iter([12])
+    monkeypatch.setattr(fitting, "_measured", lambda run, device: next(measured))
+    with TrainingDisplay((), Console(file=io.StringIO())) as display:
+        first = fitted(planned(), display)
+        first.claim()
+        again = fitted(planned(), display)
+    again.claim()
+    assert again == first and first.config.sampling.batch == 12
+    assert load_preset(f"{first.uri}/config.json") == first.config
+    assert plan(preset("debug"), data, 2, str(tmp_path), None, "debug").name != first.name
 
 
 def test_a_name_is_a_function_of_all_that_is_computed() -> None:

@@ -72,7 +72,7 @@ class Whole(Noisy):
 OWN = [f"{__name__}:{name}" for name in ("Noisy", "Whole")]
 
 
-def config_of(backbone: str, precision: str = "fp32", recompute: bool = False) -> Config:
+def config_of(backbone: str, recompute: bool = False) -> Config:
     base, once = preset("debug"), StageConfig(1, 1e-2)
     return replace(
         base,
@@ -80,7 +80,7 @@ def config_of(backbone: str, precision: str = "fp32", recompute: bool = False) -
         model=ModelConfig(backbone, "pooled"),
         optimizer=OptimizerConfig(name="sgd", accumulate=2),
         stages=StagesConfig(once, once, once),
-        numerics=NumericsConfig(precision=precision, recompute=recompute),  # type: ignore[arg-type]
+        numerics=NumericsConfig(precision="fp32", recompute=recompute),
     )
 
 
@@ -95,22 +95,37 @@ def test_segments_one_after_the_other_are_the_encoder(backbone: str) -> None:
         assert torch.equal(features, encoder(image))
 
 
-@pytest.mark.parametrize(
-    ("backbone", "precision"), [("csrnet", "bf16"), ("convnext", "fp32"), *((own, "fp32") for own in OWN)]
-)
-def test_all_stages_train_to_the_same_bits(discs: Dataset, backbone: str, precision: str) -> None:
+@pytest.mark.parametrize("backbone", OWN)
+def test_all_stages_train_to_the_same_bits(discs: Dataset, backbone: str) -> None:
     """Weights, running statistics and their counts, in a frozen encoder and a trained one, in parts of a batch."""
     kept, computed = (
-        Training(config_of(backbone, precision, recompute), discs, world=World(), device=torch.device("cpu"))
+        Training(config_of(backbone, recompute), discs, world=World(), device=torch.device("cpu"))
         for recompute in (False, True)
     )
     for training in (kept, computed):
         training.run()
     assert computed.counter.recompute and not computed.shipped("joint").recompute
     state = computed.counter.state_dict()
-    assert any("num_batches_tracked" in name for name in state) == (backbone in OWN)
+    assert any("num_batches_tracked" in name for name in state)
     for name, value in kept.counter.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize(("backbone", "bf16"), [("cfcn", False), ("csrnet", True), ("convnext", False)])
+def test_gradients_are_the_same_bits(backbone: str, bf16: bool) -> None:
+    gradients = []
+    for recompute in (False, True):
+        counter = build_counter(config_of(backbone), 1.0)
+        counter.recompute = recompute
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = counter(image, TASKS)
+        torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: parameter.grad for name, parameter in counter.named_parameters()})
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert gradient is not None and other is not None and torch.equal(gradient, other), name
 
 
 class LiveBytes(TorchDispatchMode):
@@ -152,7 +167,7 @@ def peak(backbone: str, recompute: bool) -> int:
     return counted.most
 
 
-@pytest.mark.parametrize(("backbone", "share"), [("csrnet", 0.7), ("convnext", 0.5)])
+@pytest.mark.parametrize(("backbone", "share"), [("csrnet", 0.65), ("convnext", 0.3)])
 def test_less_memory_is_taken(backbone: str, share: float) -> None:
     assert peak(backbone, recompute=True) < share * peak(backbone, recompute=False)
 

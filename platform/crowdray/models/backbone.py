@@ -80,23 +80,22 @@ def recomputed(backbone: Backbone, image: Tensor) -> Tensor:
     """What `backbone(image)` gives, with nothing kept for the backward pass but the input of each segment: there its
     activations are computed once more (Chen et al. 2016, arXiv 1604.06174).
 
-    Dropout draws the same numbers again, and running statistics are updated once.
+    Dropout draws the same numbers again, and what the second pass changes in buffers is dropped: running statistics
+    take a batch in once.
     """
     for segment in backbone.segments():
-        image = checkpoint(
-            segment, image, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_stand_still(backbone))
-        )
+        image = checkpoint(segment, image, use_reentrant=False, context_fn=lambda: (nullcontext(), _in_vain(backbone)))
     return image
 
 
 @contextmanager
-def _statistics_stand_still(module: nn.Module) -> Iterator[None]:
-    """A batch's own statistics normalise it as before, and the running ones do not take them in."""
-    tracking = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
-    for part in tracking:
-        part.track_running_stats = False
+def _in_vain(module: nn.Module) -> Iterator[None]:
+    """Copies in the place of all buffers."""
+    buffers = [(part, name, value) for part in module.modules() for name, value in part.named_buffers(recurse=False)]
+    for part, name, value in buffers:
+        setattr(part, name, value.clone())
     try:
         yield
     finally:
-        for part in tracking:
-            part.track_running_stats = True
+        for part, name, value in buffers:
+            setattr(part, name, value)
