@@ -128,12 +128,13 @@ def test_gradients_are_the_same_bits(backbone: str, bf16: bool) -> None:
         assert gradient is not None and other is not None and torch.equal(gradient, other), name
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of all tensors that operations have made and nobody has dropped, at their most."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.most = self._live = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most: int = 0
+        self._live: int = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,7 +162,8 @@ def peak(backbone: str, recompute: bool) -> int:
         parameter.grad = torch.zeros_like(parameter)
         there += [parameter, parameter.grad]
     image = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
-    with LiveBytes(there) as counted:
+    counted = LiveBytes(there)
+    with counted:
         outputs = counter(image, TASKS)
         torch.stack([output.square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
     return counted.most

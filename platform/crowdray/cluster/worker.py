@@ -63,7 +63,7 @@ def train_worker(told: dict[str, Any]) -> None:
 def _train(task: Task) -> None:
     context = ray.train.get_context()
     threads = threads_of(task.config, context.get_local_world_size())
-    torch.set_numthreads_of(threads)
+    torch.set_num_threads(threads)
     dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
     sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)

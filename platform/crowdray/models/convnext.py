@@ -47,7 +47,8 @@ class ConvNeXt(Backbone):
     def segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
         """Each block alone: it has ten times as much inside as comes in."""
         network = self.convnext
-        blocks = [block for stage in network.encoder.stages for block in (*stage.downsampling_layer, *stage.layers)]
+        lists = [blocks for stage in network.encoder.stages for blocks in stage.children()]
+        blocks = [block for one in lists for block in one.children()]
         return [lambda image: network.embeddings(self._padded(image)), *blocks, *network.hidden_states_norms.values()]
 
     def _padded(self, image: Tensor) -> Tensor:
