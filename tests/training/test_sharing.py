@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,35 @@ def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(disc
 
     assert shared_by(threads=1) == ["decoders", "joint"]
     assert shared_by(threads=7) == []
+
+
+def test_what_groups_of_several_sizes_trained_is_under_no_key(discs: Dataset, tmp_path: Path) -> None:
+    """Two workers, one, and two again: only what came before the first change is stored, under the key of two."""
+    config = config_of(4, 1, 1)
+    shelf = Shelf(str(tmp_path / "stages"), 2**30, quanta={"baseline": (1, 2, 3)})
+    store, own = shelf.open(), None
+
+    class Lost(Exception):
+        pass
+
+    for size, last in ((2, 1), (1, 2), (2, None)):
+        sharing = Sharing(shelf, config, discs, world=World(0, size), device=CPU, threads=1)
+        restored = None if own is None else sharing.go_on_from(load_checkpoint(own))
+        training = Training(config, discs, world=World(), device=CPU, restored=restored)
+
+        def keep(row: Row, save: Callable[[Path], None]) -> None:
+            nonlocal own
+            sharing.keep(training, save)
+            own = tmp_path / f"own-{row['epoch']}"
+            own.mkdir()
+            save(own)
+            if row["epoch"] == last:
+                raise Lost
+
+        with sharing.announced("me"), nullcontext() if last is None else pytest.raises(Lost):
+            assert all(store.claimed(chain) == (restored is None) for chain in sharing.chains)
+            training.run(keep)
+        assert [store.epochs(chain) for chain in sharing.chains] == [[1] if size == 2 else [], [], []]
 
 
 def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) -> None:
