@@ -15,7 +15,7 @@ sys.path.insert(1, str(ROOT / "platform"))
 from crowdray.cli import console, parse_with_config, run_job, tracking_uri, write_json
 from crowdray.cluster.fitting import fitted
 from crowdray.cluster.progress import TrainingDisplay
-from crowdray.cluster.runs import plan
+from crowdray.cluster.runs import plan, workers_of
 from crowdray.cluster.runtime import Device
 from crowdray.cluster.summary import show_outcome
 from crowdray.cluster.train import train
@@ -36,8 +36,9 @@ class TrainJob:
     config.json."""
     data: str
     """Path or URI of the dataset, as jobs/convert.py made it."""
-    workers: int = 1
-    """Processes that train together, each with its share of the CPUs or a GPU of its own."""
+    workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 1
+    """Processes that train together, each with its share of the CPUs or a GPU of its own; MIN:MAX follows the cluster:
+    as many as it has room for, fewer when nodes go, more when some come."""
     storage: str = "runs"
     """Folder or URI for checkpoints and results; on several nodes one that all of them reach."""
     name: str | None = None
@@ -57,10 +58,11 @@ class TrainJob:
 
 def main(arguments: list[str]) -> None:
     job = parse_with_config(TrainJob, arguments, "jobs/train.py")
-    run = plan(job.config, job.data, job.workers, job.storage, job.name, job.preset, measured=job.batch == "auto")
+    workers, measured = workers_of(job.workers), job.batch == "auto"
+    run = plan(job.config, job.data, workers, job.storage, job.name, job.preset, measured=measured)
     screen = console()
     with TrainingDisplay(stages_of(run.config), screen) as display:
-        if job.batch == "auto":
+        if measured:
             run = fitted(run, display, device=job.device)
         shelf = job.store.shelf(run.storage)
         outcome = train(run, display, tracking_uri=tracking_uri(ROOT), shelf=shelf, device=job.device)

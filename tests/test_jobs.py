@@ -23,15 +23,16 @@ from crowdray.cluster.convert import convert
 from crowdray.cluster.fitting import fitted
 from crowdray.cluster.listener import is_loss
 from crowdray.cluster.progress import TrainingDisplay
-from crowdray.cluster.runs import RAY_LIST, Run, default_name, plan
+from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, plan, workers_of
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
-from crowdray.cluster.train import TrainingStopped, explained
+from crowdray.cluster.train import TrainingStopped, explained, run_training
 from crowdray.config import Config, ConfigError, to_json
 from crowdray.data.sources import open_source
 from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
 from crowdray.training.running import DivergedError
+from crowdray.training.sharing import Shelf
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,6 +139,7 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
     run.claim()
     run.claim()
     replace(run, workers=1).claim()
+    replace(run, workers=(1, 4)).claim()
     other = replace(run.config, seed=5)
     with pytest.raises(UserError, match=r"another --name.*\n  seed is 0 there, 5 here"):
         replace(run, config=other).claim()
@@ -164,12 +166,17 @@ def test_a_measured_batch_is_that_of_the_run_ever_after(
     assert plan(preset("debug"), data, 2, str(tmp_path), None, "debug").name != first.name
 
 
+def test_a_batch_is_measured_for_one_number_of_workers(run: Run) -> None:
+    with TrainingDisplay((), Console()) as display, pytest.raises(UserError, match="--workers is 1:2: give one"):
+        fitted(replace(run, workers=(1, 2)), display)
+
+
 def test_a_name_is_a_function_of_all_that_is_computed() -> None:
     one, other = to_json(Config()), to_json(Config(seed=1))
     name = default_name("demo", one, "d", 2)
     assert name == default_name("demo", one, "d", 2) and name.startswith("demo-")
     others = [default_name("demo", other, "d", 2), default_name("demo", one, "e", 2), default_name("demo", one, "d", 1)]
-    assert len({name, *others}) == 4
+    assert len({name, *others, default_name("demo", one, "d", (1, 2))}) == 5
     assert default_name("runs/a/config.json", one, "d", 2).startswith("config-")
 
 
@@ -217,6 +224,30 @@ def test_workers_take_gpus_where_there_are_enough(there: Resources, workers: int
 def test_more_workers_than_there_is_room_for(there: Resources, workers: int, device: Device, mend: str) -> None:
     with pytest.raises(UserError, match=mend):
         choose_gpu(there, workers, device)
+
+
+@pytest.mark.parametrize(("said", "workers"), [(2, 2), ("1:4", (1, 4)), ("3:3", 3)])
+def test_workers_are_a_number_or_between_two(said: int | str, workers: Workers) -> None:
+    assert workers_of(said) == workers
+
+
+@pytest.mark.parametrize("said", ["0:2", "4:1", "a:b", "1:", ":2", "1:2:3", "-1:2", "1 : 2", "two"])
+def test_other_numbers_of_workers_are_refused(said: str) -> None:
+    with pytest.raises(UserError, match=f"--workers is '{said}'; give a number, or the fewest, at least 1, and the"):
+        workers_of(said)
+
+
+@pytest.mark.parametrize("workers", ["9", "1:9"])
+def test_a_batch_has_a_window_for_each_worker_that_may_come(data: str, tmp_path: Path, workers: str) -> None:
+    told = ["--preset", "debug", "--data", data, "--workers", workers, "--storage", str(tmp_path)]
+    with pytest.raises(UserError, match="a batch has 4 windows, too few for 9 workers"):
+        job("train")(told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_needs_room_for_the_fewest_workers(run: Run) -> None:
+    with pytest.raises(UserError, match="3 workers need a CPU each, the Ray cluster has 2 CPUs"):
+        run_training(replace(run, workers=(3, 8)), Resources(2, 0, False), shelf=Shelf("memory://stages", 0))
 
 
 def test_only_losses_are_worth_another_start() -> None:

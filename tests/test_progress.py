@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from crowdray.cluster.progress import TrainingDisplay
+from crowdray.cluster.progress import TrainingDisplay, numbers_of_workers
 from crowdray.config import StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import DENSITY
@@ -39,3 +39,16 @@ def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFix
     TrainingDisplay(stages, Console(file=io.StringIO())).history([epoch])
     assert sum(stage.schedule.epochs for stage in stages) == 5
     assert "0:02:00 left" in capsys.readouterr().out
+
+
+def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: Row = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
+    rows: list[Row] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
+    display = TrainingDisplay(stages_of(preset("debug")), Console(file=io.StringIO()))
+    for number in range(1, 5):
+        display.history(rows[:number])
+    display.history(rows)
+    lines = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    epochs = [f"baseline {number}/2" for number in range(1, 6)]
+    assert lines == [*epochs[:2], "going on with 1 worker", *epochs[2:4], "going on with 3 workers", epochs[4]]
+    assert numbers_of_workers(rows) == "2, 1 from epoch 3, 3 from epoch 5"

@@ -56,6 +56,11 @@ def test_a_study_is_judged_by_a_joint_stage(discs: Dataset) -> None:
         plan_study(config, discs.uri, "debug", SearchOptions(vary=("stages.joint.epochs=[0, 2]",)))
 
 
+def test_all_trials_of_a_study_have_as_many_workers(discs: Dataset) -> None:
+    with pytest.raises(UserError, match=r"--workers is '1:2'.*give one number"):
+        plan_study(preset("debug"), discs.uri, "debug", SearchOptions(workers="1:2"))
+
+
 def test_the_name_of_a_study_is_a_function_of_all_that_is_searched(discs: Dataset) -> None:
     def named(config: Config, **options: Any) -> str:
         return plan_study(config, discs.uri, "debug", SearchOptions(**options)).name

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir .` on a cluster that has nothing but our dependencies."""
+"""`ray job submit --working-dir .` on a cluster that has nothing but our dependencies, and whose nodes come and go."""
 
 import importlib.util
 import json
@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .conftest import Workplace
-from .processes import ROOT, alive, descendants, named, until
-from .test_training import query
+from .conftest import LENGTH, Workplace
+from .processes import ROOT, Job, alive, descendants, named, until
+from .test_training import assert_tracked_once, query
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
@@ -37,10 +38,21 @@ def free_port() -> int:
 class Cluster:
     """Nodes of a Ray cluster of our own; on one machine each needs a folder of its own."""
 
+    address: str
+    """Where nodes and drivers join."""
     jobs: str
     """Where jobs are submitted."""
     environment: Mapping[str, str]
-    nodes: list[subprocess.Popen[bytes]]
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def start(self, *role: str) -> None:
+        """Start a node of one CPU."""
+        self.folders.append(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets' paths must stay short
+        own = [f"--temp-dir={self.folders[-1]}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=1"]
+        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *(role or [f"--address={self.address}"])]
+        quiet = subprocess.DEVNULL
+        self.nodes.append(subprocess.Popen([*command, *own], env=self.environment, stdout=quiet, stderr=quiet))
 
     def submit(self, job: Sequence[str], tracking_uri: str) -> subprocess.Popen[str]:
         """Start a job from the working tree on the cluster."""
@@ -75,24 +87,17 @@ def cluster(workplace: Workplace) -> Iterator[Cluster]:
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {**workplace.environment, **access, "PATH": path}
     port, jobs = free_port(), free_port()
-    cluster = Cluster(f"http://127.0.0.1:{jobs}", environment, [])
-    folders = [tempfile.mkdtemp(prefix="ray-", dir="/tmp") for _ in range(3)]  # their sockets' paths must stay short
+    cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{jobs}", environment)
     try:
-        for folder in folders:
-            role = [f"--address=127.0.0.1:{port}"]
-            if not cluster.nodes:
-                role = ["--head", f"--port={port}", f"--dashboard-port={jobs}"]
-            own = [f"--temp-dir={folder}", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=1"]
-            command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *role, *own]
-            cluster.nodes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
-            until(lambda: listens(jobs), 60, "the head's job server did not start")
+        cluster.start("--head", f"--port={port}", f"--dashboard-port={jobs}")
+        until(lambda: listens(jobs), 60, "the head's job server did not start")
+        cluster.start()
+        cluster.start()
         yield cluster
     finally:
         for node in reversed(cluster.nodes):
             kill(node)
-        for folder in folders:
+        for folder in cluster.folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -137,3 +142,70 @@ def test_a_submitted_study_survives_the_death_of_a_node(workplace: Workplace, cl
     runs = query(workplace, "select status from runs where name like 'submitted-study/%'")
     assert runs == [("FINISHED",)] * 6
     cluster.check_drivers()
+
+
+HASTE = """
+import os, runpy, sys, threading, time
+
+sys.path.insert(1, sys.argv.pop(1))
+from crowdray.cluster import train
+
+train.LOOK_S = 1.0
+
+def look():
+    # Ray Train's coordinator looks at the cluster every 20 s; here each second, and it is told what it has seen.
+    import ray
+    seen = 0
+    while True:
+        time.sleep(1)
+        if ray.is_initialized():
+            try:
+                coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+            except ValueError:
+                continue
+            ray.get(coordinator.get_reserved_resources.remote("", recompute=True))
+            before, seen = seen, sum(node["Alive"] for node in ray.nodes())
+            if before != seen:
+                print(seen, "nodes", flush=True)
+
+threading.Thread(target=look, daemon=True).start()
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+"""A job in which what takes a minute in Ray takes a second."""
+
+
+def test_a_training_follows_the_cluster(workplace: Workplace, cluster: Cluster, tmp_path: Path) -> None:
+    most = sum(alive(node.pid) for node in cluster.nodes)
+    script = tmp_path / "haste.py"
+    script.write_text(HASTE)
+    arguments = [str(ROOT / "platform"), str(ROOT / "jobs" / "train.py"), "--preset", "debug", "--name", "elastic"]
+    arguments += ["--data", str(workplace.data), "--workers", f"1:{most}", "--json", "elastic.json", *LENGTH]
+    joining = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+    job = Job(str(script), arguments, {**cluster.environment, **joining}, workplace.folder)
+    workplace.started.append(job)
+
+    job.wait_for("baseline 1/")
+    kill(next(node for node in reversed(cluster.nodes) if alive(node.pid)))
+    job.wait_for("going on with ")
+    workers = [pid for node in cluster.nodes for pid in named(descendants(node.pid), "ray::RayTrainWorker")]
+    for pid in workers:  # so that the training does not end before the node is there
+        os.kill(pid, signal.SIGSTOP)
+    cluster.start()
+    job.wait_for(f"{most} nodes")
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    job.wait_for("going on with ")
+    assert job.end() == 0, job.output
+
+    history = workplace.outcome("elastic")["result"]["history"]
+    groups = [(size, [row["epoch"] for row in rows]) for size, rows in groupby(history, lambda row: row["workers"])]
+    (_, first), (_, second), (_, third) = groups
+    assert [size for size, _ in groups] == [most, most - 1, most]
+    assert first + second + third == list(range(1, 25))
+    assert_tracked_once(workplace, "elastic", epochs=24)
+    said = query(
+        workplace,
+        "select t.value from tags t join runs r using (run_uuid) where r.name = ? and t.key = 'crowdray.workers'",
+        "elastic",
+    )
+    assert said == [(f"{most}, {most - 1} from epoch {second[0]}, {most} from epoch {third[0]}",)]

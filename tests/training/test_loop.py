@@ -262,7 +262,12 @@ def _rank(rank: int, world: int, place: str, uri: str, config: Config) -> None:
     if world > 1:
         for stage in range(3):
             check_gradients(Training(config, run.store.dataset, world=run.world, device=CPU), stage)
-    run.run()
+
+    def keep(row: Row, save: Callable[[Path], None]) -> None:
+        if rank == 0 and row["epoch"] == 1:
+            save(Path(place))
+
+    run.run(keep)
     torch.save(run.counter.state_dict(), f"{place}/{world}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -283,8 +288,13 @@ def test_many_workers_and_parts_train_what_one_worker_trains_at_once(
     alone.run()
     mp.spawn(_rank, args=(workers, str(tmp_path), discs.uri, parts), nprocs=workers)  # type: ignore[attr-defined, no-untyped-call]
     states = [torch.load(tmp_path / f"{workers}-{rank}.pt") for rank in range(workers)]
+    fewer = training(discs, config, tmp_path)  # what so many began, one ends
+    assert (fewer.progress.epochs, fewer.progress.world_size) == (1, 1)
+    fewer.run()
+    assert [row["workers"] for row in fewer.progress.history] == [workers] + [1] * (alone.progress.epochs - 1)
     for name, value in alone.counter.state_dict().items():
         torch.testing.assert_close(states[0][name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(fewer.counter.state_dict()[name], value, atol=1e-5, rtol=1e-4)
         assert all(torch.equal(state[name], states[0][name]) for state in states)
 
 

@@ -92,6 +92,39 @@ def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(disc
     assert shared_by(threads=7) == []
 
 
+class Lost(Exception):
+    """The workers are gone."""
+
+
+def test_what_groups_of_several_sizes_trained_is_under_no_key(discs: Dataset, tmp_path: Path) -> None:
+    """Two workers, one, and two again: only what came before the first change is stored, under the key of two."""
+    config = config_of(4, 1, 1)
+    shelf = Shelf(str(tmp_path / "stages"), 2**30, quanta={"baseline": (1, 2, 3)})
+    store = shelf.open()
+
+    def stored_by(size: int, begun: int, ended: int) -> list[list[int]]:
+        """So many workers go on after an epoch and are lost after another; gives the epochs under their keys."""
+        sharing = Sharing(shelf, config, discs, world=World(0, size), device=CPU, threads=1)
+        own = sharing.go_on_from(load_checkpoint(tmp_path / f"own-{begun}")) if begun else None
+        training = Training(config, discs, world=World(), device=CPU, restored=own)
+
+        def keep(row: Row, save: Callable[[Path], None]) -> None:
+            sharing.keep(training, save)
+            (tmp_path / f"own-{row['epoch']}").mkdir()
+            save(tmp_path / f"own-{row['epoch']}")
+            if row["epoch"] == ended:
+                raise Lost
+
+        with sharing.announced("me"), pytest.raises(Lost):
+            assert all(store.claimed(chain) != bool(begun) for chain in sharing.chains)
+            training.run(keep)
+        return [store.epochs(chain) for chain in sharing.chains]
+
+    assert stored_by(2, 0, 1) == [[1], [], []]
+    assert stored_by(1, 1, 2) == [[], [], []]
+    assert stored_by(2, 2, 6) == [[1], [], []]
+
+
 def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) -> None:
     shelf = Shelf(str(tmp_path / "stages"), 2**30)
     config = config_of(1, 1, 1)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -92,12 +93,14 @@ class TrainingDisplay(LiveDisplay):
     def history(self, rows: Sequence[Row]) -> None:
         """Show a training's whole history; in a log, what is new of it."""
         self._history = rows
-        self._status = "training"
+        self._status = f"training with {_workers(rows[-1])}"
         if not self._live:
             if self._told == 0 and len(rows) > 1:
                 print(f"going on after epoch {len(rows) - 1}", flush=True)
                 self._told = len(rows) - 1
-            for row in rows[self._told :]:
+            for before, row in zip([rows[0], *rows][self._told :], rows[self._told :], strict=False):
+                if before.get("workers") != row.get("workers"):
+                    print(f"going on with {_workers(row)}", flush=True)
                 print(self._line(row), flush=True)
         if any(_is_dead(row) for row in rows[self._told :]):
             self._console.print(
@@ -154,6 +157,18 @@ class TrainingDisplay(LiveDisplay):
                 pace = sum(times) / len(times) if times else overall
                 left += max(0, stage.schedule.epochs - len(times)) * pace
         return f"{timedelta(seconds=round(left))} left"
+
+
+def numbers_of_workers(history: Sequence[Row]) -> str:
+    """How many trained, in words: "2, 1 from epoch 9"."""
+    known = [row for row in history if "workers" in row]
+    changed = [row for before, row in pairwise(known) if before["workers"] != row["workers"]]
+    return ", ".join([f"{known[0]['workers']}", *(f"{row['workers']} from epoch {row['epoch']}" for row in changed)])
+
+
+def _workers(row: Row) -> str:
+    number = row.get("workers", 1)
+    return "1 worker" if number == 1 else f"{number} workers"
 
 
 def _is_dead(row: Row) -> bool:

@@ -33,6 +33,10 @@ OUTCOME = "outcome.json"
 RAY_LIST = "checkpoint_manager_snapshot.json"
 """The list of checkpoints that Ray Train keeps."""
 
+Workers = int | tuple[int, int]
+"""How many train together, as Ray Train takes it: a number, or the fewest and the most, between which it follows the
+cluster."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -43,7 +47,7 @@ class Run:
     """Absolute URI of the dataset."""
     digest: str
     """Its identity."""
-    workers: int
+    workers: Workers
     """Number of workers."""
     storage: str
     """Absolute URI of the folder that holds all runs."""
@@ -51,6 +55,21 @@ class Run:
     """Name of the run."""
     backbone: str = ""
     """Hash of the code that its backbone brings."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which it does not train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that it has at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers follows the cluster."""
+        return self.fewest < self.most
 
     @property
     def uri(self) -> str:
@@ -115,8 +134,19 @@ class Run:
         return None
 
 
+def workers_of(said: int | str) -> Workers:
+    """What --workers says: N, or MIN:MAX. Raises UserError for what is neither."""
+    if isinstance(said, int):
+        return said
+    ends = re.fullmatch(r"(\d+):(\d+)", said, re.ASCII)
+    fewest, most = (int(ends[1]), int(ends[2])) if ends else (0, 0)
+    if not 1 <= fewest <= most:
+        raise UserError(f"--workers is {said!r}; give a number, or the fewest, at least 1, and the most, as in 1:4")
+    return fewest if fewest == most else (fewest, most)
+
+
 def plan(
-    config: Config, data: str, workers: int, folder: str, name: str | None, preset: str, *, measured: bool = False
+    config: Config, data: str, workers: Workers, folder: str, name: str | None, preset: str, *, measured: bool = False
 ) -> Run:
     """The run of a command; without a name it is called after its preset and a hash of all that it computes.
 
@@ -138,7 +168,7 @@ def check_name(name: str | None) -> None:
         raise UserError(f"--name is {name!r}; use letters, digits, - _ and .")
 
 
-def default_name(preset: str, *computed: str | int) -> str:
+def default_name(preset: str, *computed: str | Workers) -> str:
     """The name of what was given none, from all that is computed: the same command gets the same one, and so goes
     on where it stopped."""
     key = json.dumps(computed).encode()

@@ -43,8 +43,8 @@ class SearchOptions:
     """Who draws the trials: the tree-structured Parzen estimator, which learns from earlier ones, or chance."""
     prune: bool = True
     """Stop trials that are poor at equal epochs of the joint stage; with two objectives none is stopped."""
-    workers: int = 1
-    """Processes that train one trial together."""
+    workers: int | str = 1
+    """Processes that train one trial together, the same number in all trials."""
     storage: str = "runs"
     """Folder or URI for the study and its best trial; on several nodes one that all of them reach."""
     database: str | None = None
@@ -165,6 +165,11 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     A worker of a trial has one CPU unless the configuration says otherwise: more trials at once beat faster ones.
     """
     check_name(options.name)
+    if not isinstance(options.workers, int):
+        raise UserError(
+            f"--workers is {options.workers!r}; all trials of a study have the same number of workers, for what they "
+            "share and to be compared: give one number"
+        )
     dataset = Dataset.open(data)
     source, config = source_of(backbone_of(config)), pinned(config)
     space = load_space(options.space, options.vary, config)

@@ -1,13 +1,14 @@
 """The driver of a training: tracked, fed by workers under Ray Train of which killed ones come back, and
 shipped."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from crowdray import storage
-from crowdray.cluster.progress import TrainingDisplay
+from crowdray.cluster.progress import TrainingDisplay, numbers_of_workers
 from crowdray.cluster.runs import RESULT, Run
 from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect
 from crowdray.cluster.ship import Outcome, ship, tracked_rows
@@ -16,11 +17,22 @@ from crowdray.errors import UserError
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.checkpoint import Row
+from crowdray.training.loop import split_rows
 from crowdray.training.running import DivergedError
 from crowdray.training.sharing import Shelf
 
 RETRIES = 3
 """Times that a group of workers is started again after one of them was lost."""
+
+ELASTIC_RETRIES = 100
+"""The same for a group that follows the cluster, where losing some is nothing unusual."""
+
+LOOK_S = 60.0
+"""Seconds between two looks at whether the cluster has room for another number of workers."""
+
+_ROOM_S = "5"
+"""Seconds that Ray Train waits for the room that it believes to be there, where fewer workers do too; its own 60 pass
+after each loss of a node, of which it hears only within 20."""
 
 Follow = Callable[[Sequence[Row]], None]
 """Told the whole history of a training after each of its epochs."""
@@ -40,6 +52,7 @@ def train(
     A run that has ended already gives what it gave then. Raises as `run_training` does.
     """
     dataset = Dataset.open(run.data)
+    split_rows(run.config, dataset, run.most)  # what is wrong with that is told now, and leaves no folder
     run.claim()
     if storage.exists(run.outcome):
         outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
@@ -55,7 +68,8 @@ def train(
         if not storage.exists(storage.join(run.trained, RESULT)):
             display.status("starting Ray")
             with connect() as resources:
-                display.status(f"starting {run.workers} workers")
+                number = f"{run.fewest} to {run.most}" if run.elastic else run.most
+                display.status(f"starting {number} workers")
                 run_training(run, resources, device=device, shelf=shelf, follow=_follower(display, tracker))
         display.status("packaging and registering the counter")
         outcome = ship(run, tracker, tracking_uri, tags)
@@ -68,7 +82,8 @@ def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
         display.history(history)
         tracker.sync_history(tracked_rows(history))
         last = history[-1]
-        tracker.set_tags({f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"})
+        marks = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
+        tracker.set_tags(marks | {"crowdray.workers": numbers_of_workers(history)})
 
     return follow
 
@@ -98,7 +113,9 @@ def run_training(
     from crowdray.cluster.listener import Listener
     from crowdray.cluster.worker import Task, train_worker
 
-    use_gpu = choose_gpu(resources, run.workers, device)
+    use_gpu = choose_gpu(resources, run.fewest, device)
+    if run.elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ROOM_S)
     path, filesystem = _for_ray(run.storage)
     # The driver's node: an actor without demands may land on one that has just died, and then never runs.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -108,12 +125,14 @@ def run_training(
         train_loop_config={
             "task": Task(run.config, run.data, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
         },
-        scaling_config=ScalingConfig(num_workers=run.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=run.workers, use_gpu=use_gpu, elastic_resize_monitor_interval_s=LOOK_S
+        ),
         run_config=RunConfig(
             name=run.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=RETRIES),
+            failure_config=FailureConfig(max_failures=ELASTIC_RETRIES if run.elastic else RETRIES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[Listener(rows)],  # type: ignore[list-item]
         ),

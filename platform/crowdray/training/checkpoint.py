@@ -54,10 +54,10 @@ class Progress:
     data_digest: str
     """The dataset it trains on."""
     world_size: int
-    """Number of workers; other numbers continue too, but not to the same bits."""
+    """Number of workers, the latest; other numbers continue too, but not to the same bits."""
     chain: str = ""
-    """Key of the chain of states that it is on (training/prefix.py); another one's once something else went on with
-    it, such as other code or another number of workers."""
+    """Key of the chain of states that it is on (training/prefix.py); of none once something else went on with it,
+    such as other code or another number of workers."""
     stage: int = 0
     """Index of the stage under way; the number of stages when all are done."""
     stage_epochs: int = 0

@@ -63,15 +63,11 @@ class Training:
         self.device = device
         self.stages = stages_of(config)
         sampling = config.sampling
-        rows = dataset.rows("train")
-        self.train_rows, self.validation_rows = split_validation(
-            rows, sampling.validation_fraction, sampling.validation, config.seed
-        )
-        _check_sizes(dataset, len(self.train_rows), len(self.validation_rows))
-        _check_share(config, len(self.train_rows), world)
+        self.train_rows, self.validation_rows = split_rows(config, dataset, world.size)
         self.store = PictureStore(dataset, sampling.downsample, sampling.roi, sampling.cache_gib * 2**30)
         self.progress = restored.progress if restored else self._first_progress()
         _check_same(self.progress, dataset)
+        self.progress.world_size = world.size
         self.counter = build_counter(config, self.progress.density_scale)
         if not restored:
             load_published(self.counter, config)
@@ -176,6 +172,20 @@ class Training:
         self.counter.load_state_dict(weights, strict=False)
 
 
+def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to train on and to validate on, each ascending.
+
+    Raises UserError where one of them has none, and where a batch is too small for so many workers.
+    """
+    sampling = config.sampling
+    training, validation = split_validation(
+        dataset.rows("train"), sampling.validation_fraction, sampling.validation, config.seed
+    )
+    _check_sizes(dataset, len(training), len(validation))
+    _check_share(config, len(training), workers)
+    return training, validation
+
+
 def _window_rule(config: Config, counter: Counter) -> WindowRule:
     sampling, backbone = config.sampling, counter.encoder
     return WindowRule(
@@ -199,12 +209,12 @@ def _check_sizes(dataset: Dataset, training: int, validation: int) -> None:
         )
 
 
-def _check_share(config: Config, images: int, world: World) -> None:
+def _check_share(config: Config, images: int, workers: int) -> None:
     """Every worker has at least one window of each batch, and one for each part in which it takes its share."""
     batch, parts = min(config.sampling.batch, images * config.sampling.crops_per_image), config.optimizer.accumulate
-    if batch < world.size * parts:
+    if batch < workers * parts:
         raise UserError(
-            f"a batch has {batch} windows, too few for {world.size} workers in {parts} parts each: give another "
+            f"a batch has {batch} windows, too few for {workers} workers in {parts} parts each: give another "
             "--workers, --sampling.batch or --optimizer.accumulate"
         )
 

@@ -81,6 +81,7 @@ class RunningStage:
             "epoch": progress.epochs,
             "stage": self.stage.name,
             "updates": progress.updates,
+            "workers": training.world.size,
             **{f"loss/{task}": value for task, value in losses.items()},
             **{f"weighted/{task}": value * progress.factors[task] for task, value in losses.items()},
             "learning_rate": self.rate,

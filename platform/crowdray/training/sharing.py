@@ -86,17 +86,21 @@ class Sharing:
         Nobody is kept from training: what another trains already is trained here too, to the same states.
         """
         with Keeper() as keeper:
-            for chain in self.chains if self._world.rank == 0 else ():
+            for chain in self.chains if self._world.rank == 0 and self._pure else ():
                 if (lease := self._store.claim(chain, owner)) is not None:
                     keeper.add(lease)
             yield
 
     def keep(self, training: Training, save: Callable[[Path], None]) -> None:
-        """After an epoch, on rank 0: publish the state if the stage ends here or another training may want it."""
+        """After an epoch, on rank 0: publish the state if the stage ends here or another training may want it.
+
+        A state that is on no chain says so, in what `save` writes too: whoever goes on with it does not share it, were
+        it the code or the number of workers that began.
+        """
         progress = training.progress
         chain, epoch = self.chains[progress.stage], progress.stage_epochs
+        progress.chain = chain.key if self._pure else ""
         if not self._pure:
             return
-        progress.chain = chain.key
         if training.stage_is_over or epoch in self._shelf.quanta.get(chain.stage, ()):
             self._store.publish(chain, epoch, save)
