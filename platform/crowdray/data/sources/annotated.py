@@ -96,11 +96,7 @@ class AnnotatedImages:
             raise DataError(f"{item.annotation} annotates {item.name}, whose image is missing; copy it again")
         if item.annotation is None:
             raise DataError(f"{item.image} has no annotation; copy that again or remove the image")
-        heads = self.heads(item)
-        try:
-            usable_points(heads)
-        except DataError as error:
-            raise DataError(f"{item.annotation}: {error}") from error
+        heads = self._usable_heads(item)
         try:
             image, points = self.image(item, heads)
             sample = make_sample(
@@ -130,13 +126,21 @@ class AnnotatedImages:
         found: T = self._memory[uri]
         return found
 
+    def _usable_heads(self, item: Item) -> Heads:
+        heads = self.heads(item)
+        try:
+            usable_points(heads)
+        except DataError as error:
+            raise DataError(f"{item.annotation}: {error}") from error
+        return heads
+
     def outside_regions(self, items: Iterable[Item]) -> int:
         """How many heads of the items lie outside their regions of interest; they are kept."""
         outside = 0
         for item in items:
             camera = self.camera(item)
             if camera is not None and camera.roi is not None and item.annotation is not None:
-                x, y = np.floor(self.heads(item)).astype(int).T
+                x, y = np.floor(self._usable_heads(item)).astype(int).T
                 height, width = camera.roi.shape
                 outside += int((~camera.roi[y.clip(0, height - 1), x.clip(0, width - 1)]).sum())
         return outside
@@ -199,7 +203,7 @@ class AnnotatedImages:
                 if item.image is not None and item.annotation is not None:
                     camera = self.camera(item)
                     height, _ = (camera.size if camera else None) or image_size(item.image)
-                    images.append((self.heads(item), height))
+                    images.append((self._usable_heads(item), height))
         return fit_head_scale(images, one_camera=self.fixed_cameras)
 
 

@@ -12,7 +12,7 @@ from crowdray import storage
 from crowdray.data.sources import Item
 from crowdray.data.sources.annotated import AnnotatedImages, Camera, Heads
 from crowdray.data.sources.layout import stem
-from crowdray.data.sources.matlab import as_map, as_points, read_matlab
+from crowdray.data.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.errors import DataError, UserError
 
 COORDINATE_BASE = 1.0
@@ -57,12 +57,21 @@ class Mall(AnnotatedImages):
 
     def camera(self, item: Item) -> Camera:
         """The region of interest, and the size of a person from the perspective map."""
-        return self.remembered(storage.join(self._root, "perspective_roi.mat"), _read_camera)
+        return self.remembered(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """How many heads lie outside the region of interest: they are kept."""
         outside = self.outside_regions(item for item in self.items(splits) if item.image is not None)
         return [f"{outside} heads lie outside the region of interest"] if outside else []
+
+    def _read_camera(self, uri: str) -> Camera:
+        def extract(variables: dict[str, Any]) -> Camera:
+            # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
+            # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
+            size = 1.0 / np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
+            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
+
+        return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
 
 
 def _read_heads(uri: str) -> list[Heads]:
@@ -75,17 +84,6 @@ def _read_heads(uri: str) -> list[Heads]:
         return heads
 
     return read_matlab(uri, extract, "`frame` with `loc` for each frame, and `count`")
-
-
-def _read_camera(uri: str) -> Camera:
-    def extract(variables: dict[str, Any]) -> Camera:
-        # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
-        # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
-        weight = as_map(variables["pMapN"])
-        size = np.where(weight > 0, weight, np.inf) ** -0.5
-        return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
-
-    return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
 
 
 def _find_root(source: str) -> str:

@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from crowdray import storage
+from crowdray.data.sample import FARTHEST
+from crowdray.data.sources.matlab5 import LARGEST, check_matlab5
 from crowdray.errors import DataError
 
 T = TypeVar("T")
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 """First bytes of an HDF5 file; MATLAB puts a block of its own, 512 bytes or a multiple, before them."""
-
-LARGEST = 2**28
-"""Bytes of the largest array that is believed: a damaged header can claim any size."""
 
 
 def read_matlab(uri: str, extract: Callable[[dict[str, Any]], T], layout: str) -> T:
@@ -69,8 +68,17 @@ def as_map(values: Any) -> NDArray[np.float64]:
     return found.astype(np.float64)
 
 
+def as_sizes(values: Any) -> NDArray[np.float64]:
+    """A perspective map, as as_map takes it; ValueError unless it is positive and of a size that is believed."""
+    found = as_map(values)
+    if not (found.min() >= 1 / FARTHEST and found.max() <= FARTHEST):
+        raise ValueError(f"a perspective map from {found.min():g} to {found.max():g}: use --depth points")
+    return found
+
+
 def _variables(content: bytes) -> dict[str, Any]:
     if HDF5 not in (content[:8], content[512:520]):
+        check_matlab5(content)
         return dict(loadmat(io.BytesIO(content)))
     with h5py.File(io.BytesIO(content), "r") as file:
         return {name: _value(file[name], file) for name in file if not name.startswith("#")}

@@ -15,7 +15,7 @@ from crowdray import storage
 from crowdray.data.sources import Item
 from crowdray.data.sources.annotated import AnnotatedImages, Camera, Heads
 from crowdray.data.sources.layout import by_stem
-from crowdray.data.sources.matlab import as_map, as_points, read_matlab
+from crowdray.data.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.errors import UserError
 
 COORDINATE_BASE = 1.0
@@ -126,10 +126,9 @@ def _person_size(dmap: Any) -> NDArray[np.float64]:
     Some descriptions call it the scale of a person, larger = nearer, others the weight of a pixel, larger =
     farther. The camera looks down on the walkway, so that the nearer end is the lower one: this decides.
     """
-    area = as_map(dmap["pmapxy"][0, 0])
+    area = as_sizes(dmap["pmapxy"][0, 0])
     half = len(area) // 2
-    exponent = 0.5 if area[half:].mean() >= area[:half].mean() else -0.5
-    return np.asarray(np.where(area > 0, area, np.inf if exponent < 0 else 0.0) ** exponent)
+    return np.asarray(area ** (0.5 if area[half:].mean() >= area[:half].mean() else -0.5))
 
 
 def _split(number: int) -> str:

@@ -14,7 +14,7 @@ from crowdray import storage
 from crowdray.data.sources import Item
 from crowdray.data.sources.annotated import AnnotatedImages, Camera, Heads, paired
 from crowdray.data.sources.layout import IMAGES, by_stem
-from crowdray.data.sources.matlab import as_map, as_points, read_matlab
+from crowdray.data.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.data.sources.region import polygon_mask
 from crowdray.errors import DataError, UserError
 
@@ -117,5 +117,5 @@ class WorldExpo(AnnotatedImages):
         if not self.uses_perspective:
             return Camera(uri, mask)
         place = storage.join(self._root, f"{item.split}_perspective", f"{item.name[:6]}.mat")
-        size = read_matlab(place, lambda variables: as_map(variables["pMap"]), "`pMap`")
+        size = read_matlab(place, lambda variables: as_sizes(variables["pMap"]), "`pMap`")
         return Camera(f"{uri} or {place}", mask, size)
