@@ -2,9 +2,11 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
@@ -13,23 +15,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.cli import console, parse, run_job
 from crowdray.cluster.convert import convert
 from crowdray.cluster.summary import show_dataset
-from crowdray.data.sources import open_source
+from crowdray.data.sources import SOURCES, Option, open_source, source_options
 from crowdray.errors import UserError
-
-OPTIONS = {
-    "synthetic": ("train", "val", "test", "seed", "width", "height", "cameras"),
-    "shanghaitech": ("part",),
-    "mall": (),
-}
-"""Which sources know which of the options that not all of them know."""
 
 
 @dataclass(frozen=True)
 class ConvertJob:
     """Convert a dataset into shards with an index; nothing is published unless all of it is sound."""
 
-    name: tyro.conf.Positional[Literal["synthetic", "mall", "shanghaitech"]]
-    """The dataset's layout; synthetic scenes are rendered and need no --source."""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The dataset's layout, one of those above; its own options are shown by SOURCE --help."""
     dest: str
     """Path or URI of the new dataset."""
     source: str | None = None
@@ -40,32 +35,36 @@ class ConvertJob:
     """Where depth comes from: perspective, points, own or none; auto takes the best that the source has."""
     overwrite: bool = False
     """Replace a dataset that is at --dest."""
-    train: int | None = None
-    """synthetic: images for training (400)."""
-    val: int | None = None
-    """synthetic: images for a split of their own for validation (0: training takes its share)."""
-    test: int | None = None
-    """synthetic: images for testing (100)."""
-    seed: int | None = None
-    """synthetic: another seed gives other scenes."""
-    width: int | None = None
-    """synthetic: image width in pixels (320)."""
-    height: int | None = None
-    """synthetic: image height in pixels (240)."""
-    cameras: int | None = None
-    """synthetic: number of places (8)."""
-    part: str | None = None
-    """shanghaitech: A or B, where --source holds both."""
 
 
 def main(arguments: list[str]) -> None:
-    job = parse(ConvertJob, arguments, "jobs/convert.py")
-    known = {option for options in OPTIONS.values() for option in options}
-    given = {key: value for key, value in dataclasses.asdict(job).items() if key in known and value is not None}
-    if strange := sorted(given.keys() - set(OPTIONS[job.name])):
-        raise UserError(f"{job.name} knows no --{', no --'.join(strange)}; leave that out")
+    source_name = named_source(arguments)
+    options = source_options(source_name) if source_name else {}
+    refuse_strange_options(source_name, options, arguments)
+    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.meaning)], o.default) for key, o in options.items()]
+    made = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
+    about = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
+    job = parse(made, arguments, "jobs/convert.py", f"{ConvertJob.__doc__}\n\nSOURCE is one of\n{about}")
+    given = {key: getattr(job, key) for key in options}
     source = open_source(job.name, job.source, depth=job.depth, **given)
     show_dataset(convert(source, job.dest, splits=job.split, overwrite=job.overwrite), job.dest, console())
+
+
+def named_source(arguments: list[str]) -> str | None:
+    """The source that a command names, the first such word that is no option's value; None when it names none."""
+    valued = {f"--{field.name}" for field in dataclasses.fields(ConvertJob) if field.type is not bool}
+    words = (word for before, word in pairwise(["", *arguments]) if before not in valued)
+    return next((word for word in words if word in SOURCES), None)
+
+
+def refuse_strange_options(source: str | None, options: Mapping[str, Option], arguments: list[str]) -> None:
+    """Raises UserError for options that the source does not know."""
+    known = {field.name for field in dataclasses.fields(ConvertJob)} | options.keys() | {"help"}
+    names = (word.partition("=")[0].removeprefix("--no-").removeprefix("--") for word in arguments if word[:2] == "--")
+    strange = sorted({name for name in names if name.replace("-", "_") not in known})
+    if source and strange:
+        own = f"; its own options are --{', --'.join(options)}" if options else ""
+        raise UserError(f"{source} knows no --{', no --'.join(strange)}; leave that out{own}")
 
 
 if __name__ == "__main__":

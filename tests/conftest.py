@@ -19,6 +19,7 @@ torch.set_num_threads(1)  # two files of tests share the cores, and threads that
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", default=0.3, type=float, help="how long each data format is fuzzed")
     parser.addoption("--kills", default="2", help="processes that the test of interrupted studies kills")
 
 

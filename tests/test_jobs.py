@@ -27,7 +27,7 @@ from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, plan, wo
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained, run_training
 from crowdray.config import Config, ConfigError, to_json
-from crowdray.data.sources import open_source
+from crowdray.data.sources import SOURCES, open_source
 from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
@@ -110,8 +110,29 @@ def test_data_that_is_none_names_the_mend(tmp_path: Path) -> None:
 
 
 def test_options_of_another_source_are_refused(tmp_path: Path) -> None:
+    dest = str(tmp_path / "d")
     with pytest.raises(UserError, match="mall knows no --seed, no --train; leave that out"):
-        job("convert")(["mall", "--source", "x", "--dest", str(tmp_path / "d"), "--train", "3", "--seed", "1"])
+        job("convert")(["mall", "--source", "x", "--dest", dest, "--train", "3", "--seed", "1"])
+    with pytest.raises(UserError, match="ucf-qnrf knows no --fold; leave that out; its own options are --longest"):
+        job("convert")(["--fold=3", "--dest", "mall", "ucf-qnrf", "--source", "x"])
+    with pytest.raises(UserError, match="'mal'; choose one of synthetic, mall, "):
+        job("convert")(["mal", "--dest", dest])
+
+
+def test_the_help_lists_every_source_and_the_options_of_the_one_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["ucf-cc-50", "--help"]):
+        with pytest.raises(SystemExit):
+            job("convert")(arguments)
+        told = capsys.readouterr().out
+        assert all(name in told and known.summary in told for name, known in SOURCES.items())
+        assert ("--fold" in told) is ("ucf-cc-50" in arguments)
+
+
+def test_a_conversion_loads_no_adapter_but_its_own() -> None:
+    code = f"import sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(ROOT / 'jobs')!r}); import convert; "
+    code += "print([name for name in sys.modules if name.startswith('crowdray.data.sources.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

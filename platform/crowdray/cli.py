@@ -50,9 +50,12 @@ def _tell(message: object, status: int) -> int:
     return status
 
 
-def parse(job: type[Job], arguments: Sequence[str], prog: str) -> Job:
-    """Arguments as an instance of the dataclass `job`; prints help or what is wrong and exits as usual."""
-    return tyro.cli(job, args=list(arguments), prog=prog)
+def parse(job: type[Job], arguments: Sequence[str], prog: str, description: str | None = None) -> Job:
+    """Arguments as an instance of the dataclass `job`; prints help or what is wrong and exits as usual.
+
+    The help opens with `description`, else with the docstring of the job.
+    """
+    return tyro.cli(job, args=list(arguments), prog=prog, description=description)
 
 
 def parse_with_config(job: type[Job], arguments: Sequence[str], prog: str) -> Job:

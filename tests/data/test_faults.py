@@ -128,8 +128,8 @@ def test_all_problems_of_a_source_come_together_and_nothing_is_published(part: P
     assert "5 items cannot be used, nothing was published" in lines[0]
     expected = [
         r"IMG_1.jpg: the image cannot be decoded",
-        r"GT_IMG_2.mat has no image IMG_2.jpg",
-        r"IMG_3.jpg has no annotation GT_IMG_3.mat",
+        r"GT_IMG_2.mat annotates IMG_2, whose image is missing",
+        r"IMG_3.jpg has no annotation",
         r"GT_IMG_4.mat does not hold `image_info`",
         r"GT_IMG_5.mat does not hold `image_info`",
     ]
@@ -153,8 +153,8 @@ def test_mall_reports_frames_and_annotations_that_do_not_meet(tmp_path: Path) ->
     with pytest.raises(DataError) as caught:
         conversion.convert(open_source("mall", str(root)), str(tmp_path / "made"))
     message = str(caught.value)
-    assert "frames/seq_000003.jpg is missing" in message
-    assert "seq_000005.jpg has no annotation in mall_gt.mat" in message
+    assert "mall_gt.mat annotates seq_000003, whose image is missing" in message
+    assert "seq_000005.jpg has no annotation" in message
 
 
 def test_mall_s_own_counts_are_checked(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from crowdray.evaluation.metrics import ImageCount, grid_error, summarise
+from crowdray.evaluation.metrics import ImageCount, grid_error, scene_mean, summarise
 
 TRUTHS = [0, 3, 17, 5, 240, 0, 1]
 
@@ -51,6 +51,17 @@ def test_the_order_of_images_does_not_matter_to_the_last_bit(order: list[int]) -
 def test_nothing_to_evaluate_is_said() -> None:
     with pytest.raises(ValueError, match="no image"):
         summarise([])
+
+
+def test_each_scene_counts_once_however_many_images_it_has() -> None:
+    # Errors of 3, 3, 3 in one scene and 1 in another: 2 over the scenes, 2.5 over the images.
+    counted = {"S1": [(0, 3.0), (7, 10.0), (4, 1.0)], "S2": [(5, 6.0)]}
+    errors = {
+        scene: summarise([ImageCount(row, truth, said, said) for row, (truth, said) in enumerate(pairs)]).mae
+        for scene, pairs in counted.items()
+    }
+    assert scene_mean(errors) == 2.0
+    assert scene_mean({"S1": 3.0}) is None and scene_mean({}) is None
 
 
 @st.composite

@@ -25,6 +25,7 @@ from crowdray.evaluation.counting import count_pictures
 from crowdray.evaluation.metrics import GAME_LEVELS, grid_error
 from crowdray.evaluation.report import (
     EvaluatedImage,
+    RegionCount,
     downsampling,
     evaluate_images,
     evaluation_table,
@@ -112,6 +113,31 @@ def test_scores_are_means_over_images_and_scenes(mixed: Dataset) -> None:
     whole = [abs(image.whole.predicted - image.whole.truth) for image in images]
     assert evaluation.without_roi is not None
     assert evaluation.without_roi.mae == pytest.approx(np.mean(whole))
+
+
+def test_the_mean_of_scenes_weighs_each_scene_once() -> None:
+    def image(row: int, scene: str, truth: int, predicted: float, unmasked: float) -> EvaluatedImage:
+        inside, whole = (RegionCount(truth, said, (abs(said - truth),) * 4) for said in (predicted, unmasked))
+        return EvaluatedImage(row, str(row), scene, 1, inside, whole, True)
+
+    # S1 errs by 1, 2 and 3 and its whole images by 4 more, S2 by 6 and 7.
+    found = [image(0, "S2", 10, 4.0, 3.0), *(image(n, "S1", 10, 10.0 + n, 14.0 + n) for n in (1, 2, 3))]
+    evaluation = summarise_images(found)
+    assert (evaluation.scenes["S1"].mae, evaluation.scenes["S2"].mae) == (2.0, 6.0)
+    assert (evaluation.scene_mae, evaluation.scene_mae_without_roi) == (4.0, 6.5)
+    assert evaluation.overall.mae == 3.0
+    content = evaluation.content()
+    assert (content["scene_mae"], content["scene_mae_without_roi"]) == (4.0, 6.5)
+    screen = Console(width=100, record=True, file=io.StringIO())
+    screen.print(evaluation_table(evaluation, "it"))
+    lines = [line.split() for line in screen.export_text().splitlines()]
+    assert ["mean", "of", "scenes,", "ROI", "4.00"] in lines and ["mean", "of", "scenes,", "images", "6.50"] in lines
+
+
+def test_images_that_are_scenes_of_their_own_are_not_listed() -> None:
+    count = RegionCount(1, 2.0, (1.0,) * 4)
+    evaluation = summarise_images([EvaluatedImage(n, str(n), f"test/{n}", 1, count, count, False) for n in range(3)])
+    assert evaluation.scenes == {} and evaluation.scene_mae is None
 
 
 def test_the_order_of_evaluation_does_not_matter_to_the_last_bit(mixed: Dataset) -> None:

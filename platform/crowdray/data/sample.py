@@ -7,7 +7,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,11 @@ SCHEMA: pa.Schema = pa.schema(
 Encoded = bytes | memoryview
 """Encoded content: bytes of its own, or a read-only view into a mapped shard."""
 
+FARTHEST = 1e6
+"""Pixels from the corner of its image at which a point is no longer a head beside it but a broken number."""
+
 _DEPTH_STEPS = 65535
+_PIXELS_PER_BYTE = 1024
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -104,16 +108,26 @@ def make_sample(
     `points` may be any (N, 2) array, also an empty one; `shape` (H, W) skips the decoding of an image that
     was made here and cannot be broken. Raises DataError for an image or points that cannot be used.
     """
-    heads = np.asarray(points, dtype=np.float32)
-    heads = heads.reshape(0, 2) if heads.size == 0 else heads
-    if heads.ndim != 2 or heads.shape[1] != 2:
-        raise DataError(f"{name}: points have shape {heads.shape}, expected (heads, 2) with x and y")
-    if not np.isfinite(heads).all():
-        bad = int((~np.isfinite(heads)).any(axis=1).sum())
-        raise DataError(f"{name}: {bad} of {len(heads)} points are not finite numbers; mend its annotation")
+    try:
+        heads = usable_points(points)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
     height, width = shape or decode_image(image).shape[:2]
     sha256 = hashlib.sha256(image).hexdigest()
     return Sample(name, split, scene, image, height, width, np.ascontiguousarray(heads), roi, depth, sha256)
+
+
+def usable_points(points: NDArray[Any]) -> NDArray[np.float32]:
+    """Heads as float32 (N, 2), of an empty array of any shape (0, 2); a DataError for what cannot be heads."""
+    given = np.asarray(points, dtype=np.float64)
+    given = given.reshape(0, 2) if given.size == 0 else given
+    if given.ndim != 2 or given.shape[1] != 2:
+        raise DataError(f"points have shape {given.shape}, expected (heads, 2) with x and y")
+    if bad := int((~np.isfinite(given)).any(axis=1).sum()):
+        raise DataError(f"{bad} of {len(given)} points are not finite numbers; mend its annotation")
+    if (farthest := np.abs(given).max(initial=0.0)) > FARTHEST:
+        raise DataError(f"a point lies {farthest:g} pixels from the image's corner; mend its annotation")
+    return given.astype(np.float32)
 
 
 def points_outside(points: NDArray[np.float32], height: int, width: int) -> int:
@@ -125,17 +139,31 @@ def image_size(uri: str) -> tuple[int, int]:
     """Height and width in pixels from the head of an image file; a DataError when Pillow does not know it."""
     with storage.open_read(uri) as file:
         try:
-            with Image.open(file) as image:
-                return image.height, image.width
-        except OSError as error:
-            raise DataError(f"{uri} is no image: {error}") from error
+            return _header_size(file)
+        except DataError as error:
+            raise DataError(f"{uri}: {error}") from error
+
+
+def content_size(content: bytes) -> tuple[int, int]:
+    """Height and width in pixels from the head of an encoded image; a DataError when Pillow does not know it."""
+    return _header_size(io.BytesIO(content))
+
+
+def _header_size(file: IO[bytes]) -> tuple[int, int]:
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"it is no image: {error}; replace the file or leave it out") from error
 
 
 def decode_image(content: Encoded) -> NDArray[np.uint8]:
     """Decode JPEG, or what else Pillow reads, to uint8 (H, W, 3) RGB; grey becomes RGB. Raises DataError."""
     try:
         if simplejpeg.is_jpeg(content):
-            colours = simplejpeg.decode_jpeg_header(content)[2]
+            height, width, colours = simplejpeg.decode_jpeg_header(content)[:3]
+            if height * width > _PIXELS_PER_BYTE * len(content):  # a block of 8x8 takes a bit at the least
+                raise ValueError(f"{len(content)} bytes cannot hold {height}x{width} pixels")
             if colours not in ("CMYK", "YCCK"):
                 pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace="RGB")
                 return pixels

@@ -1,6 +1,6 @@
 """Counting errors from per-image counts: sums first, one division last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,14 @@ def summarise(counts: Sequence[ImageCount]) -> Metrics:
         nae=nae,
         mae_unmasked=float(np.mean(np.abs(unmasked - truth))),
     )
+
+
+def scene_mean(errors: Mapping[str, float]) -> float | None:
+    """The unweighted mean of the scenes' mean absolute errors, each scene counting once: WorldExpo'10's score.
+
+    None for fewer than two scenes, which have nothing to be averaged over.
+    """
+    return float(np.mean([errors[scene] for scene in sorted(errors)])) if len(errors) > 1 else None
 
 
 def grid_error(density: NDArray[Any], points: NDArray[Any], level: int) -> float:

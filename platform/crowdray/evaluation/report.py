@@ -21,7 +21,7 @@ from crowdray.data.sample import Sample, decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.counting import cells_that_count, image_input
-from crowdray.evaluation.metrics import GAME_LEVELS, ImageCount, grid_error, summarise
+from crowdray.evaluation.metrics import GAME_LEVELS, ImageCount, grid_error, scene_mean, summarise
 from crowdray.models.packaged import Geometry
 
 _CPU = torch.device("cpu")
@@ -88,7 +88,11 @@ class Evaluation:
     without_roi: Score | None
     """Whole images; None where no image has a region of interest."""
     scenes: dict[str, Score]
-    """Inside the regions of interest, scene by scene; empty when there is only one."""
+    """Inside the regions of interest, scene by scene; empty when there is only one, or one for each image."""
+    scene_mae: float | None
+    """Unweighted mean of the scenes' MAE, which is how WorldExpo'10 is scored; None without scenes."""
+    scene_mae_without_roi: float | None
+    """The same over whole images; None without scenes or regions of interest."""
     images: list[EvaluatedImage]
     """Every image, in the dataset's order."""
 
@@ -159,16 +163,20 @@ def downsampling(size: tuple[int, int], density: tuple[int, ...], name: str) -> 
 def summarise_images(images: Sequence[EvaluatedImage]) -> Evaluation:
     """Errors over all images and over each scene, whatever the images' order; ValueError for none."""
     ordered = sorted(images, key=lambda image: image.row)
-    scenes = sorted({image.scene for image in ordered})
     with_roi = any(image.has_roi for image in ordered)
+    groups: dict[str, list[EvaluatedImage]] = {}
+    for image in sorted(ordered, key=lambda image: image.scene):
+        groups.setdefault(image.scene, []).append(image)
+    if len(groups) in (1, len(ordered)):
+        groups = {}
+    inside = {scene: _score([(image.row, image.inside) for image in group]) for scene, group in groups.items()}
+    whole = {scene: _score([(image.row, image.whole) for image in group]) for scene, group in groups.items()}
     return Evaluation(
         overall=_score([(image.row, image.inside) for image in ordered]),
         without_roi=_score([(image.row, image.whole) for image in ordered]) if with_roi else None,
-        scenes={
-            scene: _score([(image.row, image.inside) for image in ordered if image.scene == scene])
-            for scene in scenes
-            if len(scenes) > 1
-        },
+        scenes=inside,
+        scene_mae=scene_mean({scene: score.mae for scene, score in inside.items()}),
+        scene_mae_without_roi=scene_mean({scene: score.mae for scene, score in whole.items()}) if with_roi else None,
         images=ordered,
     )
 
@@ -193,6 +201,9 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
         table.add_row("images", *_cells(evaluation.without_roi), end_section=True)
     for scene, score in evaluation.scenes.items():
         table.add_row(Text(scene), *_cells(score))
+    for place, mae in ((first, evaluation.scene_mae), ("images", evaluation.scene_mae_without_roi)):
+        if mae is not None:
+            table.add_row(f"mean of scenes, {place}", "", "", f"{mae:.2f}")
     return table
 
 

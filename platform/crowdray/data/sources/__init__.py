@@ -1,8 +1,10 @@
 """One adapter per dataset: each lists small items and loads one as a sample, whatever its files look like."""
 
-from collections.abc import Callable, Sequence
+import importlib
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args, get_type_hints
 
 from crowdray.data.sample import Sample
 from crowdray.errors import UserError
@@ -21,9 +23,11 @@ class Item:
     annotation: str | None = None
     """URI of its annotation; None when it is missing, which load() refuses, or held elsewhere."""
     number: int = 0
-    """Position in the source, for sources that hold all annotations in one file or make their images."""
+    """Position in the source, for sources that hold many annotations in one file or make their images."""
+    scene: str = ""
+    """The camera or place; "" makes the image a scene of its own, since nothing says which share one."""
     head_scale: float = 0.0
-    """For the depth teacher `points`: the ratio of head sizes, top to bottom, of its split; 0 is unknown."""
+    """For the depth teacher `points`: the ratio of head sizes, top to bottom, of its camera or split; 0 is unknown."""
 
 
 class Source(Protocol):
@@ -48,47 +52,74 @@ class Source(Protocol):
         ...
 
 
-def _mall(source: str | None, **options: Any) -> Source:
-    from crowdray.data.sources.mall import Mall
+@dataclass(frozen=True, slots=True)
+class KnownSource:
+    """A source with a name of its own."""
 
-    return Mall(_required("mall", source), **options)
+    path: str
+    """Where its class is: module:Class, the module below this package; imported when it is asked for."""
+    summary: str
+    """What it is, in one line."""
 
-
-def _shanghaitech(source: str | None, **options: Any) -> Source:
-    from crowdray.data.sources.shanghaitech import ShanghaiTech
-
-    return ShanghaiTech(_required("shanghaitech", source), **options)
-
-
-def _synthetic(source: str | None, **options: Any) -> Source:
-    from crowdray.data.sources.synthetic import Synthetic
-
-    if source is not None:
-        raise UserError(
-            f"--source {source}: synthetic scenes are made from a seed and read nothing; leave --source out"
-        )
-    return Synthetic(**options)
+    def adapter(self) -> type[Source]:
+        """Its class. What its signature takes by keyword are its options."""
+        module, _, name = self.path.partition(":")
+        found: type[Source] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        return found
 
 
-SOURCES: dict[str, Callable[..., Source]] = {
-    "synthetic": _synthetic,
-    "mall": _mall,
-    "shanghaitech": _shanghaitech,
+SOURCES = {
+    "synthetic": KnownSource("synthetic:Synthetic", "rendered crowds, made from a seed; needs no --source"),
+    "mall": KnownSource("mall:Mall", "Mall: one surveillance camera, 2,000 frames"),
+    "shanghaitech": KnownSource("shanghaitech:ShanghaiTech", "ShanghaiTech part A or B: photos of crowds"),
+    "worldexpo": KnownSource("worldexpo:WorldExpo", "WorldExpo'10: 108 surveillance cameras, 5 of them to test"),
+    "ucsd": KnownSource("ucsd:Ucsd", "UCSD: one surveillance camera, 2,000 small grey frames"),
+    "ucf-cc-50": KnownSource("ucf_cc_50:UcfCc50", "UCF_CC_50: 50 photos of very dense crowds, in five folds"),
+    "ucf-qnrf": KnownSource("ucf_qnrf:UcfQnrf", "UCF-QNRF: 1,535 large photos"),
+    "jhu": KnownSource("jhu:Jhu", "JHU-CROWD++: 4,372 photos in every weather"),
+    "nwpu": KnownSource("nwpu:Nwpu", "NWPU-Crowd: 3,609 photos with labels, some without anybody"),
 }
-"""Factories by name; each takes the source's URI and its options."""
+"""Sources by their names on the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option that a source takes besides --source and --depth."""
+
+    type: Any
+    """Its type, as annotated."""
+    default: Any
+    """What it is when it is not given."""
+    meaning: str
+    """One line for the help: the text in its Annotated."""
+
+
+def source_options(name: str) -> dict[str, Option]:
+    """The options that the source called `name` has of its own, by name; a UserError for unknown sources."""
+    adapter = _known(name).adapter()
+    hints = get_type_hints(adapter.__init__, include_extras=True)
+    return {
+        key: Option(get_args(hints[key])[0], parameter.default, get_args(hints[key])[1])
+        for key, parameter in inspect.signature(adapter).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key != "depth"
+    }
 
 
 def open_source(name: str, source: str | None = None, **options: Any) -> Source:
     """The source called `name` over the files at `source`; a UserError for unknown names and options."""
-    if name not in SOURCES:
-        raise UserError(f"no source is called {name!r}; choose one of {', '.join(SOURCES)}")
+    adapter = _known(name).adapter()
+    reads = "source" in inspect.signature(adapter).parameters
+    if reads and source is None:
+        raise UserError(f"{name} needs --source, the folder or URI that holds the dataset")
+    if not reads and source is not None:
+        raise UserError(f"--source {source}: {name} reads nothing; leave --source out")
     try:
-        return SOURCES[name](source, **options)
+        return adapter(*([source] if reads else []), **options)
     except TypeError as error:
         raise UserError(f"source {name}: {error}; its options were {options}") from error
 
 
-def _required(name: str, source: str | None) -> str:
-    if source is None:
-        raise UserError(f"{name} needs --source, the folder or URI that holds the dataset")
-    return source
+def _known(name: str) -> KnownSource:
+    if name not in SOURCES:
+        raise UserError(f"no source is called {name!r}; choose one of {', '.join(SOURCES)}")
+    return SOURCES[name]

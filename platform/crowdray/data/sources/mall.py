@@ -4,18 +4,15 @@ Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.ma
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.depth import Points, View, fit_head_scale, open_teacher
-from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.sources import Item
-from crowdray.data.sources.layout import chosen_splits, stem
-from crowdray.data.sources.matlab import read_matlab
+from crowdray.data.sources.annotated import AnnotatedImages, Camera, Heads
+from crowdray.data.sources.layout import stem
+from crowdray.data.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.errors import DataError, UserError
 
 COORDINATE_BASE = 1.0
@@ -31,126 +28,62 @@ TRAIN_FRAMES = 800
 SPLITS = ("train", "test")
 
 
-class Mall:
+class Mall(AnnotatedImages):
     """The Mall dataset in its official layout, under a folder or a URI."""
 
     name = "mall"
+    published = SPLITS
+    fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        self._teacher = open_teacher(depth, ("perspective", "points", "none"))
-        self.depth_teacher = self._teacher.name
-        self._root = _find_root(storage.resolve(source))
+        super().__init__(_find_root(storage.resolve(source)), SPLITS, depth, ("perspective", "points", "none"))
+        self._ground_truth = storage.join(self._root, "mall_gt.mat")
 
-    def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Frames by number; a frame without annotation, or the reverse, is an item that load() refuses."""
-        wanted = chosen_splits(self.name, SPLITS, splits)
+    def split_items(self, split: str) -> list[Item]:
+        """Frames by number."""
         frames = {stem(uri): uri for uri in storage.list_files(storage.join(self._root, "frames"), (".jpg",))}
-        annotated = {_frame_name(number) for number in range(len(self._heads))}
-        scale = 0.0
-        if isinstance(self._teacher, Points):
-            # Training frames alone: the heads of test frames must not reach training through its depth maps.
-            known = [(points, self._size[0]) for points in self._heads[:TRAIN_FRAMES]]
-            scale = fit_head_scale(known, one_camera=True)
+        annotated = len(self.remembered(self._ground_truth, _read_heads))
         found = []
-        for name in sorted(frames.keys() | annotated):
+        for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):
             number = _frame_number(name, frames.get(name, name))
-            split = SPLITS[number >= TRAIN_FRAMES]
-            if split in wanted:
-                ground_truth = storage.join(self._root, "mall_gt.mat") if name in annotated else None
-                found.append(Item(split, name, frames.get(name), ground_truth, number, scale))
+            if split == SPLITS[number >= TRAIN_FRAMES]:
+                ground_truth = self._ground_truth if number < annotated else None
+                found.append(Item(split, name, frames.get(name), ground_truth, number, self.name))
         return found
 
-    def load(self, item: Item) -> Sample:
-        """One frame with its heads, the region of interest and the depth of the scene."""
-        if item.image is None:
-            raise DataError(f"{item.annotation} annotates it, but frames/{item.name}.jpg is missing; copy it again")
-        if item.annotation is None:
-            raise DataError(f"{item.image} has no annotation in mall_gt.mat; remove the frame or copy that file again")
-        points = self._heads[item.number] - COORDINATE_BASE + 0.5
-        image = storage.read_bytes(item.image)
-        sample = make_sample(
-            name=item.name,
-            split=item.split,
-            scene=self.name,
-            image=image,
-            points=points,
-            roi=self._roi,
-            depth=self._depth(item.head_scale),
-        )
-        if (sample.height, sample.width) != self._size:
-            raise DataError(f"{item.image} is {(sample.height, sample.width)}, but perspective_roi.mat is {self._size}")
-        return sample
+    def heads(self, item: Item) -> Heads:
+        """Heads of one frame of mall_gt.mat."""
+        return self.remembered(self._ground_truth, _read_heads)[item.number]
+
+    def camera(self, item: Item) -> Camera:
+        """The region of interest, and the size of a person from the perspective map."""
+        return self.remembered(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """How many heads lie outside the region of interest: they are kept."""
-        wanted = {item.number for item in self.items(splits) if item.image is not None and item.annotation is not None}
-        mask = self._mask
-        outside = 0
-        for number in wanted:
-            x, y = np.floor(self._heads[number] - COORDINATE_BASE + 0.5).astype(int).T
-            outside += int((~mask[y.clip(0, mask.shape[0] - 1), x.clip(0, mask.shape[1] - 1)]).sum())
+        outside = self.outside_regions(item for item in self.items(splits) if item.image is not None)
         return [f"{outside} heads lie outside the region of interest"] if outside else []
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Workers parse the annotations once each; they are not worth sending.
-        return {"_teacher": self._teacher, "depth_teacher": self.depth_teacher, "_root": self._root}
-
-    @cached_property
-    def _heads(self) -> list[NDArray[np.float64]]:
-        def extract(variables: dict[str, Any]) -> list[NDArray[np.float64]]:
-            frames = variables["frame"][0]
-            heads = [np.asarray(frame["loc"][0, 0], dtype=np.float64).reshape(-1, 2) for frame in frames]
-            counts = variables["count"].ravel()
-            wrong = [n + 1 for n, points in enumerate(heads) if len(points) != counts[n]]
-            if wrong or len(heads) != len(counts):
-                raise DataError(f"mall_gt.mat: `count` disagrees with `frame` at frames {wrong[:5]}; copy it again")
-            return heads
-
-        layout = "`frame` with `loc` for each frame, and `count`"
-        return read_matlab(storage.join(self._root, "mall_gt.mat"), extract, layout)
-
-    @cached_property
-    def _maps(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        def extract(variables: dict[str, Any]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-            return variables["roi"]["mask"][0, 0] > 0, np.asarray(variables["pMapN"], dtype=np.float64)
-
-        layout = "`roi` with `mask`, and `pMapN`"
-        return read_matlab(storage.join(self._root, "perspective_roi.mat"), extract, layout)
-
-    @property
-    def _mask(self) -> NDArray[np.bool_]:
-        return self._maps[0]
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        height, width = self._mask.shape
-        return height, width
-
-    @cached_property
-    def _roi(self) -> bytes:
-        return encode_roi(self._mask)
-
-    @cached_property
-    def _depths(self) -> dict[float, bytes | None]:
-        return {}
-
-    def _depth(self, head_scale: float) -> bytes | None:
-        """The scene's depth, encoded once: one fixed camera took all frames."""
-        if head_scale not in self._depths:
+    def _read_camera(self, uri: str) -> Camera:
+        def extract(variables: dict[str, Any]) -> Camera:
             # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
             # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
-            view = View(
-                image=b"",
-                height=self._size[0],
-                width=self._size[1],
-                points=np.zeros((0, 2)),
-                person_size=1.0 / np.sqrt(self._maps[1]),
-                head_scale=head_scale,
-                fixed_camera=True,
-            )
-            depth = self._teacher.depth(view)
-            self._depths[head_scale] = None if depth is None else encode_depth(depth)
-        return self._depths[head_scale]
+            size = 1.0 / np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
+            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
+
+        return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
+
+
+def _read_heads(uri: str) -> list[Heads]:
+    def extract(variables: dict[str, Any]) -> list[Heads]:
+        heads = [as_points(frame["loc"][0, 0], COORDINATE_BASE) for frame in variables["frame"][0]]
+        counts = variables["count"].ravel()
+        wrong = [n + 1 for n, (points, count) in enumerate(zip(heads, counts, strict=False)) if len(points) != count]
+        if wrong or len(heads) != len(counts):
+            raise DataError(f"{uri}: `count` disagrees with `frame` at frames {wrong[:5]}; copy it again")
+        return heads
+
+    return read_matlab(uri, extract, "`frame` with `loc` for each frame, and `count`")
 
 
 def _find_root(source: str) -> str:

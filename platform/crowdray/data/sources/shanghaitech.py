@@ -4,22 +4,15 @@ Layout: part_{A,B}_final/{train,test}_data/{images/IMG_n.jpg, ground_truth/GT_IM
 circulation also say part_A, and ground-truth.
 """
 
-import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Annotated, Any
 
 from crowdray import storage
-from crowdray.data.depth import Points, View, fit_head_scale, open_teacher
-from crowdray.data.sample import Sample, encode_depth, image_size, make_sample
 from crowdray.data.sources import Item
-from crowdray.data.sources.layout import IMAGES, chosen_splits, natural_key, stem
-from crowdray.data.sources.matlab import read_matlab
+from crowdray.data.sources.annotated import AnnotatedImages, Heads, paired
+from crowdray.data.sources.layout import IMAGES, by_stem
+from crowdray.data.sources.matlab import as_points, read_matlab
 from crowdray.errors import DataError, UserError
 
 COORDINATE_BASE = 0.5
@@ -35,84 +28,33 @@ FOLDERS = ("part_{}_final", "part_{}", "part{}", "{}")
 ANNOTATIONS = ("ground_truth", "ground-truth")
 
 
-class ShanghaiTech:
+class ShanghaiTech(AnnotatedImages):
     """One part of ShanghaiTech, from the root of the dataset or the folder of the part."""
 
-    def __init__(self, source: str, *, part: str = "", depth: str = "auto") -> None:
-        self._teacher = open_teacher(depth, ("points", "none"))
-        self.depth_teacher = self._teacher.name
-        self._root, letter = _find_part(storage.resolve(source), part.upper())
+    published = SPLITS
+
+    def __init__(
+        self, source: str, *, part: Annotated[str, "A or B, where --source holds both"] = "", depth: str = "auto"
+    ) -> None:
+        root, letter = _find_part(storage.resolve(source), part.upper())
         self.name = f"shanghaitech-{letter.lower()}" if letter else "shanghaitech"
-        self._there = [split for split in SPLITS if _has_split(self._root, split)]
+        super().__init__(root, [split for split in SPLITS if _has_split(root, split)], depth, ("points", "none"))
 
-    def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Images by number; an image without annotation, or the reverse, is an item that load() refuses."""
-        return [item for split in chosen_splits(self.name, self._there, splits) for item in self._split_items(split)]
-
-    def load(self, item: Item) -> Sample:
-        """One image with its heads; each is a scene of its own, since nothing says which share a camera."""
-        if item.image is None:
-            raise DataError(f"{item.annotation} has no image {item.name}.jpg; copy it again or remove the annotation")
-        if item.annotation is None:
-            raise DataError(f"{item.image} has no annotation GT_{item.name}.mat; copy it again or remove the image")
-        points = _heads(item.annotation)
-        image = storage.read_bytes(item.image)
-        try:
-            sample = make_sample(
-                name=item.name,
-                split=item.split,
-                scene=f"{item.split}/{item.name}",
-                image=image,
-                points=points,
-            )
-        except DataError as error:
-            raise DataError(f"{item.image}: {error}") from error
-        view = View(
-            image=image,
-            height=sample.height,
-            width=sample.width,
-            points=points,
-            head_scale=item.head_scale,
-        )
-        depth = self._teacher.depth(view)
-        return sample if depth is None else replace(sample, depth=encode_depth(depth))
-
-    def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """Which split this copy lacks."""
-        missing = [split for split in SPLITS if split not in self._there]
-        return [f"this copy has no {split} split ({split}_data is missing)" for split in missing]
-
-    def _split_items(self, split: str) -> list[Item]:
+    def split_items(self, split: str) -> list[Item]:
+        """Images by number."""
         folder = storage.join(self._root, f"{split}_data")
-        images = {stem(uri): uri for uri in storage.list_files(storage.join(folder, "images"), IMAGES)}
-        annotations = {
-            re.sub("^GT_", "", stem(uri)): uri for uri in storage.list_files(_annotation_folder(folder), (".mat",))
-        }
-        scale = 0.0
-        if isinstance(self._teacher, Points):
-            scale = _split_head_scale([(images[n], annotations[n]) for n in sorted(images.keys() & annotations.keys())])
-        names = sorted(images.keys() | annotations.keys(), key=natural_key)
-        return [Item(split, name, images.get(name), annotations.get(name), head_scale=scale) for name in names]
+        images = by_stem(storage.list_files(storage.join(folder, "images"), IMAGES))
+        annotations = by_stem(storage.list_files(_annotation_folder(folder), (".mat",)))
+        return paired(split, images, {re.sub("^GT_", "", name): uri for name, uri in annotations.items()})
 
+    def heads(self, item: Item) -> Heads:
+        """Heads of one GT_IMG_n.mat."""
+        assert item.annotation is not None
 
-def _heads(uri: str) -> NDArray[np.float64]:
-    def extract(variables: dict[str, Any]) -> NDArray[np.float64]:
-        points = np.asarray(variables["image_info"][0, 0][0, 0][0], dtype=np.float64)
-        points = points.reshape(0, 2) if points.size == 0 else points
-        if points.ndim != 2 or points.shape[1] != 2:
-            raise DataError(f"{uri}: `location` has shape {points.shape}, expected (heads, 2); copy it again")
-        return points - COORDINATE_BASE + 0.5
+        def extract(variables: dict[str, Any]) -> Heads:
+            return as_points(variables["image_info"][0, 0][0, 0][0], COORDINATE_BASE)
 
-    return read_matlab(uri, extract, "`image_info` with `location`")
-
-
-def _split_head_scale(pairs: Sequence[tuple[str, str]]) -> float:
-    """The fit over the images of a split; those that cannot be read are left to load() to report."""
-    images = []
-    for image, annotation in pairs:
-        with contextlib.suppress(UserError):
-            images.append((_heads(annotation), image_size(image)[0]))
-    return fit_head_scale(images)
+        return read_matlab(item.annotation, extract, "`image_info` with `location`")
 
 
 def _has_split(root: str, split: str) -> bool:

@@ -1,7 +1,7 @@
 """Rendered crowds as a source: no download, exact heads and depth, the same bytes for the same options."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import simplejpeg
 
@@ -23,12 +23,24 @@ class Synthetic:
 
     name = "synthetic"
 
-    def __init__(self, *, train: int = 400, val: int = 0, test: int = 100, depth: str = "auto", **scene: Any) -> None:
+    def __init__(
+        self,
+        *,
+        train: Annotated[int, "images for training"] = 400,
+        val: Annotated[int, "images for a split of their own for validation; 0: training takes its share"] = 0,
+        test: Annotated[int, "images for testing"] = 100,
+        seed: Annotated[int, "another seed gives other scenes"] = 0,
+        width: Annotated[int, "image width in pixels"] = 320,
+        height: Annotated[int, "image height in pixels"] = 240,
+        cameras: Annotated[int, "number of places"] = 8,
+        depth: str = "auto",
+        **scene: Any,
+    ) -> None:
         self._counts = {"train": train, "val": val, "test": test}
         wrong = {split: n for split, n in self._counts.items() if not 0 <= n <= 1_000_000}
         if wrong or not any(self._counts.values()):
             raise UserError(f"synthetic: images per split are {self._counts}; give 0 to 1000000, and not 0 for all")
-        self._spec = SceneSpec(**scene)
+        self._spec = SceneSpec(seed=seed, width=width, height=height, cameras=cameras, **scene)
         self._teacher = open_teacher(depth, ("own", "points", "none"))
         self.depth_teacher = self._teacher.name
 
