@@ -1,4 +1,4 @@
-"""Convert a dataset from its own layout: python jobs/convert.py SOURCE --source PATH|URI --dest URI."""
+"""Convert a dataset from its own layout: python jobs/convert.py SOURCE --source PATH|URI --dest URI; or --check it."""
 
 import dataclasses
 import sys
@@ -11,26 +11,20 @@ import tyro
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from crowdray.cli import console, parse, run_job
+from crowdray.cluster.check import check
 from crowdray.cluster.convert import convert
-from crowdray.cluster.summary import show_dataset
-from crowdray.data.sources import open_source
+from crowdray.cluster.summary import show_check, show_dataset
+from crowdray.data.sources import OPTIONS, open_source
 from crowdray.errors import UserError
-
-OPTIONS = {
-    "synthetic": ("train", "val", "test", "seed", "width", "height", "cameras"),
-    "shanghaitech": ("part",),
-    "mall": (),
-}
-"""Which sources know which of the options that not all of them know."""
 
 
 @dataclass(frozen=True)
 class ConvertJob:
     """Convert a dataset into shards with an index; nothing is published unless all of it is sound."""
 
-    name: tyro.conf.Positional[Literal["synthetic", "mall", "shanghaitech"]]
-    """The dataset's layout; synthetic scenes are rendered and need no --source."""
-    dest: str
+    name: tyro.conf.Positional[Literal["synthetic", "mall", "shanghaitech", "crowdray"]]
+    """The dataset's layout; synthetic is rendered and needs no --source, crowdray is a converted dataset."""
+    dest: str = ""
     """Path or URI of the new dataset."""
     source: str | None = None
     """Folder or URI of the dataset as it was published."""
@@ -40,6 +34,12 @@ class ConvertJob:
     """Where depth comes from: perspective, points, own or none; auto takes the best that the source has."""
     overwrite: bool = False
     """Replace a dataset that is at --dest."""
+    check: bool = False
+    """Look at every image instead, and convert nothing: --dest is not needed, and not touched."""
+    report: str = ""
+    """Folder or URI for what --check finds: figures and pictures (outputs/check/NAME)."""
+    strict: bool = False
+    """With --check: status 1 when it finds a problem."""
     train: int | None = None
     """synthetic: images for training (400)."""
     val: int | None = None
@@ -65,6 +65,11 @@ def main(arguments: list[str]) -> None:
     if strange := sorted(given.keys() - set(OPTIONS[job.name])):
         raise UserError(f"{job.name} knows no --{', no --'.join(strange)}; leave that out")
     source = open_source(job.name, job.source, depth=job.depth, **given)
+    if job.check:
+        report = job.report or f"outputs/check/{source.name}"
+        return show_check(check(source, report, splits=job.split), report, console(), strict=job.strict)
+    if not job.dest:
+        raise UserError("--dest is missing; give the path or URI of the new dataset, or --check to look at the source")
     show_dataset(convert(source, job.dest, splits=job.split, overwrite=job.overwrite), job.dest, console())
 
 

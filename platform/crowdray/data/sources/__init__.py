@@ -70,12 +70,28 @@ def _synthetic(source: str | None, **options: Any) -> Source:
     return Synthetic(**options)
 
 
+def _crowdray(source: str | None, **options: Any) -> Source:
+    from crowdray.data.sources.crowdray import Converted
+
+    return Converted(_required("crowdray", source), **options)
+
+
 SOURCES: dict[str, Callable[..., Source]] = {
     "synthetic": _synthetic,
     "mall": _mall,
     "shanghaitech": _shanghaitech,
+    "crowdray": _crowdray,
 }
 """Factories by name; each takes the source's URI and its options."""
+
+
+OPTIONS = {
+    "synthetic": ("train", "val", "test", "seed", "width", "height", "cameras"),
+    "shanghaitech": ("part",),
+    "mall": (),
+    "crowdray": (),
+}
+"""Which sources know which of the options that not all of them know."""
 
 
 def open_source(name: str, source: str | None = None, **options: Any) -> Source:
