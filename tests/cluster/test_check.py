@@ -49,7 +49,7 @@ def test_the_job_looks_without_converting_and_is_strict_when_asked(
     with pytest.raises(UnsoundError, match="train and test share 2 images"):
         job("convert")([*command, "--strict"])
     told = capsys.readouterr().out
-    assert "PROBLEM: train and test share 2 images; " in told and "  train/IMG_2 = test/IMG_2\n" in told
+    assert "PROBLEM: train and test share 2 images, " in told and "  train/IMG_2 = test/IMG_2\n" in told
     assert not dest.exists()
     report = tmp_path / "outputs" / "check" / "shanghaitech-b"
     assert sorted(path.name for path in report.iterdir()) == sorted([REPORT, SHEET, HISTOGRAMS])

@@ -79,7 +79,7 @@ def test_every_defect_is_found_and_named(part: Path) -> None:
     ]
     unusable, shared = (problem.splitlines() for problem in sound.problems)
     assert unusable[0] == "2 images cannot be used:" and unusable[1].startswith("  train/IMG_4: ")
-    assert shared[0].startswith("train and test share 1 image; ")
+    assert shared[0].startswith("train and test share 1 image, ")
     assert shared[1] == "  train/IMG_5 (4 heads) = test/IMG_2 (1 head)"
     assert sound.notes == [
         "1 image repeated within a split: train/IMG_2 (1 head) = train/IMG_3 (2 heads)",
@@ -90,7 +90,7 @@ def test_every_defect_is_found_and_named(part: Path) -> None:
         "1 image stored in CMYK, read as RGB: train/IMG_8",
         "1 image with an EXIF turn, which training does not follow: train/IMG_9",
     ]
-    with pytest.raises(UnsoundError, match=r"shanghaitech-b is not sound: 2 images[^$]*\ntrain and test share 1"):
+    with pytest.raises(UnsoundError, match="is not sound: 2 images cannot be used; train and test share 1 image, keep"):
         sound.require()
 
 
@@ -112,7 +112,7 @@ def test_a_sound_source_passes_and_an_empty_split_has_no_figures(tmp_path: Path)
         (part / "train_data" / "images" / f"IMG_{number}.jpg").write_bytes(b"no image")
     facts = look(open_source("shanghaitech", str(part))).splits["train"]
     assert (facts.images, facts.unusable, facts.heads) == (0, 3, 0)
-    assert facts.counts is facts.heights is facts.spacing is facts.depth is None
+    assert [facts.counts, facts.heights, facts.widths, facts.spacing, facts.depth] == [None] * 5
 
 
 def outside_by_hand(sample: Sample) -> int:

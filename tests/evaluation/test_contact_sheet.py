@@ -119,9 +119,9 @@ def test_a_sheet_has_rows_of_three_for_each_split_and_texts_that_fit(drawn: list
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes[::3]]
     assert len(set(tops)) == 3 and tops[0] == tops[1] == tops[2] > tops[3] > tops[4]
     extents = [text.get_window_extent() for text in figure.texts]
-    assert all(0 <= box.x0 and box.x1 <= 1920 and 0 <= box.y0 and box.y1 <= page.shape[0] for box in extents)
+    assert all(box.x0 >= 0 and box.x1 <= 1920 and box.y0 >= 0 and box.y1 <= page.shape[0] for box in extents)
     assert not any(a.overlaps(b) for n, a in enumerate(extents) for b in extents[:n])
-    counts = [text.get_text() for text in figure.texts if text.get_ha() == "right"]
+    counts = [text.get_text() for text in figure.texts if text.get_horizontalalignment() == "right"]
     assert counts == ["0 heads", "1 head", "2 heads", "3 heads", "1 head"]
     assert [len(axes.texts) for axes in figure.axes[1::3]] == [1, 0, 0, 0, 0]  # the one without depth says so
 
@@ -138,7 +138,8 @@ def counted(counts: dict[str, list[int]]) -> Soundness:
 
 
 def shares(axes: Axes) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    return [(p.get_data().values, p.get_data().edges) for p in axes.patches if isinstance(p, StepPatch)][::2]
+    steps = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)]
+    return [(values, edges) for values, edges, _ in steps[::2]]
 
 
 def test_histograms_are_shares_of_each_split(drawn: list[Figure]) -> None:

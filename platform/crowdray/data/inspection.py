@@ -108,7 +108,7 @@ def inspect_items(source: Source, items: Sequence[Item]) -> Findings:
 def image_facts(sample: Sample) -> ImageFacts:
     """What stays of a sample; its image is not decoded again."""
     colours, turned = _said_by_its_head(sample.image)
-    pixels = np.floor(sample.points).astype(np.int64)
+    pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
     roi, outside_roi = None, 0
     if sample.roi is not None:
         roi = _roi_share(bytes(sample.roi))
@@ -123,7 +123,7 @@ def image_facts(sample: Sample) -> ImageFacts:
         turned=turned,
         heads=len(sample.points),
         outside=points_outside(sample.points, sample.height, sample.width),
-        crowded=len(pixels) - len(np.unique(pixels, axis=0)),
+        crowded=len(sample.points) - len(pixels),
         roi=roi,
         outside_roi=outside_roi,
         depth=None if sample.depth is None else _depth_range(bytes(sample.depth)),
@@ -168,7 +168,7 @@ def _said_by_its_head(image: Encoded) -> tuple[str, bool]:
             # Of a PNG all pixels would be decoded for it.
             exif = opened.getexif() if opened.format in ("JPEG", "MPO") else {}
             turned = exif.get(ExifTags.Base.Orientation) not in _UPRIGHT
-    except (OSError, SyntaxError, ValueError):  # a tag that cannot be read, though the pixels could
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no head for Pillow, though pixels were
         mode = simplejpeg.decode_jpeg_header(image)[2] if simplejpeg.is_jpeg(image) else ""
         mode, turned = {"Gray": "L", "YCCK": "CMYK"}.get(mode, mode), False
     return "grey" if mode in _GREY_MODES else "CMYK" if mode == "CMYK" else "colour", turned

@@ -99,9 +99,10 @@ class Soundness:
     """What is worth knowing."""
 
     def require(self) -> None:
-        """Raise UnsoundError when there is a problem."""
+        """Raise UnsoundError, which says in a line what kinds of problems there are."""
         if self.problems:
-            raise UnsoundError(f"{self.source} is not sound: " + "\n".join(self.problems))
+            kinds = [problem.partition(_LINE)[0].rstrip(":") for problem in self.problems]
+            raise UnsoundError(f"{self.source} is not sound: {'; '.join(kinds)}")
 
     def content(self, **about: Any) -> dict[str, Any]:
         """All of it as JSON content, what is said `about` it first."""
@@ -204,7 +205,7 @@ def _shared_problems(repeated: Sequence[Sequence[ImageFacts]]) -> Iterator[str]:
     for splits, equations in shared.items():
         what = f"{' and '.join(splits)} share {_number(len(equations), 'image')}"
         mend = "keep each in one of them, or a score tells what training remembers"
-        yield f"{what}; {mend}:\n  {_listed(equations, _LINE)}"
+        yield f"{what}, {mend}:\n  {_listed(equations, _LINE)}"
 
 
 def _notes(images: Sequence[ImageFacts], repeated: Sequence[Sequence[ImageFacts]]) -> Iterator[str]:
