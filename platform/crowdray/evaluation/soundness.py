@@ -109,9 +109,9 @@ def _count_edges(counts: NDArray[np.int64], wide: bool) -> NDArray[np.float64]:
     low, high = int(counts.min()), int(counts.max()) + 1
     bins = int(np.clip(2 * len(counts) ** (1 / 3), 5, _BINS))
     if wide:
-        return np.unique(np.geomspace(low, high, bins + 1).round().astype(np.float64)) - 0.5
+        return np.unique(np.geomspace(low, high, bins + 1, dtype=np.float64).round()) - 0.5
     step = -(-(high - low) // bins)
-    return np.arange(low, high + step, step) - 0.5
+    return np.arange(low, high + step, step, dtype=np.float64) - 0.5
 
 
 def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
