@@ -8,7 +8,8 @@ import json
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from crowdray import storage
 from crowdray.config import Config, ConfigError, from_json
+from crowdray.data.sources import SOURCES
 from crowdray.errors import UserError
 from crowdray.presets import preset
 
@@ -76,6 +78,23 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], prog: str) -> Jo
     }
     default: Job = cast(Any, job)(**required, config=base)
     return tyro.cli(job, args=list(arguments), prog=prog, default=default, config=(tyro.conf.FlagConversionOff,))
+
+
+def named_source(job: type, arguments: Sequence[str]) -> str | None:
+    """The source that a conversion names, the first such word that is no option's value; None when it names none."""
+    valued = {f"--{field.name}" for field in dataclasses.fields(job) if field.type is not bool}
+    words = (word for before, word in pairwise(["", *arguments]) if before not in valued)
+    return next((word for word in words if word in SOURCES), None)
+
+
+def refuse_strange_options(job: type, source: str | None, own: Collection[str], arguments: Sequence[str]) -> None:
+    """Raise UserError for options that are neither the job's nor among the source's `own`."""
+    known = {field.name for field in dataclasses.fields(job)} | {*own, "help"}
+    names = (word.partition("=")[0].removeprefix("--no-").removeprefix("--") for word in arguments if word[:2] == "--")
+    strange = sorted({name for name in names if name.replace("-", "_") not in known})
+    if source and strange:
+        more = f"; its own options are --{', --'.join(own)}" if own else ""
+        raise UserError(f"{source} knows no --{', no --'.join(strange)}; leave that out{more}")
 
 
 def load_preset(choice: str) -> Config:

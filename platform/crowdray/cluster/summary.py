@@ -1,15 +1,20 @@
 """The tables at the end of a job: what came out, and where everything lies."""
 
 import shlex
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from crowdray import storage
+from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET
 from crowdray.cluster.ship import Outcome
 from crowdray.cluster.study_display import trial_table
 from crowdray.cluster.tune import StudyOutcome
 from crowdray.data.shards import Index
+from crowdray.data.soundness import Soundness
 from crowdray.evaluation.metrics import Metrics
+from crowdray.evaluation.soundness import soundness_table
 
 
 def show_dataset(index: Index, dest: str, console: Console) -> None:
@@ -25,7 +30,28 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
     for note in index.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     _lines(console, {"dataset": dest, "digest": index.digest[:12]})
+    look = f"python jobs/convert.py crowdray --source {shlex.quote(dest)} --check"
+    console.print(f"look at it:  {look}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"train on it: python jobs/train.py --preset NAME --data {shlex.quote(dest)}", markup=False)
+
+
+def show_check(sound: Soundness, report: str, console: Console, *, strict: bool = False) -> None:
+    """What a look at a source found, its problems loudest, and where the pictures lie.
+
+    strict: whether a problem is then raised as an UnsoundError.
+    """
+    console.print(soundness_table(sound))
+    plain: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+    for note in sound.notes:
+        console.print(f"note: {note}", **plain)
+    for problem in sound.problems:
+        console.print(f"PROBLEM: {problem}", style="bold red", **plain)
+    if not sound.problems:
+        console.print("sound: no image is unusable, no two splits share one", style="green", **plain)
+    names = {"pictures": SHEET, "histograms": HISTOGRAMS, "figures": REPORT}
+    _lines(console, {what: storage.join(storage.resolve(report), name) for what, name in names.items()})
+    if strict:
+        sound.require()
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:

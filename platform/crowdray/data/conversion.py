@@ -94,7 +94,7 @@ def publish(
         discard(dest)
         raise DataError(_problem_list(source, problems))
     check_destination(dest, overwrite=overwrite)
-    notes = [*source.notes(splits), *_notes(done)]
+    notes = list(dict.fromkeys([*source.notes(splits), *_notes(done)]))
     index = write_index(dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
     _remove_leftovers(dest, keep={shard.path for shard in shards})
     return index

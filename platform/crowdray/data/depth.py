@@ -163,8 +163,9 @@ def fit_head_scale(
     absolute deviations, which a few pairs and loners do not move. Each image has its own overall spacing,
     unless all are from `one_camera`. It is the maximum a posteriori fit: Laplace residuals, and a ratio that
     is log-normal around `prior` with PRIOR_SPREAD, which decides alone where no two heads can be compared.
+    Images with a head that is no finite number are left out: who loads them reports it.
     """
-    usable = [_spacing(points, height) for points, height in images if len(points) > 1]
+    usable = [_spacing(points, height) for points, height in images if len(points) > 1 and np.isfinite(points).all()]
     if not usable:
         return prior
     if one_camera:

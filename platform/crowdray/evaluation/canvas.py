@@ -21,6 +21,9 @@ BLUE, SKY, ORANGE = "#0072b2", "#56b4e9", "#e69f00"
 VERMILION, GREEN, PINK = "#d55e00", "#009e73", "#cc79a7"
 """Okabe and Ito's colours, which every kind of colour vision tells apart."""
 
+HEADS = "#ffd23f"
+"""Annotated heads, and the border of the true crowd."""
+
 DENSITY_COLOURS, CROWD_COLOURS, DEPTH_COLOURS = "inferno", "bone", "cividis"
 """Colour maps that rise in lightness: they read the same for every kind of colour vision, and in grey."""
 GAMMA = 0.7
@@ -68,6 +71,23 @@ def outline(axes: Axes, mask: NDArray[Any], colour: str, width: float, style: An
     if mask.min() < mask.max():
         rows, columns = ((np.arange(side) + 0.5) * cell for side in mask.shape)
         axes.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=width, linestyles=[style])
+
+
+def region(axes: Axes, mask: NDArray[np.bool_]) -> None:
+    """A region of interest (H, W) over a photo or a map: dashed, with a veil over what is outside."""
+    height, width = mask.shape
+    veil = np.zeros((height, width, 4), dtype=np.float32)
+    veil[..., 3] = 0.45 * ~mask
+    axes.imshow(veil, extent=(0, width, height, 0), interpolation="nearest")
+    outline(axes, mask.astype(np.float32), "white", 0.8, (0, (4, 2)))
+
+
+def say(name: str, words: str, path: str | os.PathLike[str]) -> None:
+    """A figure that says in words why there is nothing to see."""
+    figure = Figure(figsize=(6.4, 1.6), dpi=DPI, facecolor="white")
+    figure.text(0.5, 0.78, name, ha="center", va="center", size=10, color=INK)
+    figure.text(0.5, 0.42, words, ha="center", va="center", size=9, color=FAINT, linespacing=1.5)
+    save_figure(figure, path)
 
 
 def from_black(name: str) -> ListedColormap:

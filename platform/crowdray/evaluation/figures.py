@@ -24,7 +24,6 @@ from crowdray.evaluation.counting import cells_that_count, to_input
 from crowdray.evaluation.metrics import ImageCount, summarise
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 
-_HEADS = "#ffd23f"
 _INCHES = 10.0
 """Width of the overview: 1600 pixels."""
 _TASKS = {DENSITY: canvas.BLUE, SEGMENTATION: canvas.GREEN, DEPTH: canvas.ORANGE, COUNT: canvas.PINK}
@@ -176,6 +175,15 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     canvas.save_figure(figure, path)
 
 
+def picture_targets(picture: Picture, sigma: float, threshold: float, stride: int) -> Targets:
+    """The training's targets of a whole picture, in cells of `stride` pixels; depth, which is not drawn, is 0."""
+    points = torch.from_numpy(np.array(picture.points, dtype=np.float32))[None]
+    roi = None if picture.roi is None else torch.from_numpy(picture.roi.astype(np.float32))[None, None]
+    flat = torch.zeros(1, 1, *picture.size)
+    present = torch.ones(points.shape[:2])
+    return make_targets(points, present, picture.size, flat, sigma=sigma, threshold=threshold, stride=stride, roi=roi)
+
+
 def _mark_stage(above: Axes, below: Axes, rows: Sequence[Mapping[str, Any]], ground: str) -> None:
     """A stage's ground and name, and a ring around its best epoch."""
     first, last = rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5
@@ -219,7 +227,7 @@ def _panels(
 ) -> list[_Panel]:
     stride = counter.encoder.output_stride
     roi = cells_that_count(np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi, stride)
-    targets = _targets(picture, sigma, threshold, stride)
+    targets = picture_targets(picture, sigma, threshold, stride)
     maps = _predict(counter, picture)
     predicted = {"Density" if baseline is None else "Joint model": maps[DENSITY]}
     if baseline is not None:
@@ -239,15 +247,6 @@ def _panels(
     if DEPTH in maps:
         panels.append(_Panel("Distilled depth", maps[DEPTH], stride, canvas.DEPTH_COLOURS))
     return panels
-
-
-def _targets(picture: Picture, sigma: float, threshold: float, stride: int) -> Targets:
-    """The training's targets of a whole picture; depth, which is not drawn, is 0."""
-    points = torch.from_numpy(np.array(picture.points, dtype=np.float32))[None]
-    roi = None if picture.roi is None else torch.from_numpy(picture.roi.astype(np.float32))[None, None]
-    flat = torch.zeros(1, 1, *picture.size)
-    present = torch.ones(points.shape[:2])
-    return make_targets(points, present, picture.size, flat, sigma=sigma, threshold=threshold, stride=stride, roi=roi)
 
 
 def _predict(counter: Counter, picture: Picture) -> dict[str, NDArray[np.float32]]:
@@ -279,16 +278,13 @@ def _draw_panel(axes: Axes, panel: _Panel, picture: Picture) -> None:
         covered = (0, columns, rows, 0)
         axes.imshow(panel.values, cmap=colours, norm=norm, extent=covered, interpolation="antialiased")
     if picture.roi is not None:
-        veil = np.zeros((height, width, 4), dtype=np.float32)
-        veil[..., 3] = 0.45 * ~picture.roi
-        axes.imshow(veil, extent=extent, interpolation="nearest")
-        canvas.outline(axes, picture.roi.astype(np.float32), "white", 0.8, (0, (4, 2)))
+        canvas.region(axes, picture.roi)
     if panel.heads is not None and len(panel.heads):
         x, y = panel.heads.T
         size = float(np.clip(600 / len(panel.heads), 3, 14))
-        axes.scatter(x, y, s=size, color=_HEADS, edgecolors="black", linewidths=0.4)
+        axes.scatter(x, y, s=size, color=canvas.HEADS, edgecolors="black", linewidths=0.4)
     if panel.outline is not None:
-        canvas.outline(axes, panel.outline, _HEADS, 0.6, cell=panel.cell)
+        canvas.outline(axes, panel.outline, canvas.HEADS, 0.6, cell=panel.cell)
     if panel.count is not None:
         canvas.badge(axes, panel.count, 9)
     axes.set(xlim=(0, width), ylim=(height, 0))

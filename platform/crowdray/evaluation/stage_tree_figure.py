@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from crowdray.evaluation import canvas
 from crowdray.evaluation.stage_tree import MANY, Family, Layout, Segment, arrange, grow
 from crowdray.evaluation.study import StudyRecord, TrialRecord
-from crowdray.evaluation.study_figures import MAE, MaeScale, say, scatter, time_unit
+from crowdray.evaluation.study_figures import MAE, MaeScale, scatter, time_unit
 
 STAGES = {"baseline": canvas.BLUE, "decoders": canvas.ORANGE, "joint": canvas.GREEN}
 _WIDTH, _HEAD, _FOOT = 720.0, 64.0, 76.0
@@ -33,7 +33,7 @@ def draw_stage_tree(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """
     layout = arrange(grow(study))
     if not layout.families:
-        return say(study.name, "no trial has trained yet", path)
+        return canvas.say(study.name, "no trial has trained yet", path)
     height = layout.height + _HEAD + _FOOT
     figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=canvas.DPI, facecolor="white")
     tree, dots = (

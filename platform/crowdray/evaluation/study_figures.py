@@ -49,7 +49,7 @@ def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     A dashed line says when the search would have been as far without the stage store.
     """
     if not study.trials:
-        return say(study.name, "no trial has started yet", path)
+        return canvas.say(study.name, "no trial has started yet", path)
     figure = Figure(figsize=(9.6, 3.9), dpi=canvas.DPI, layout="constrained", facecolor="white")
     over_trials, over_time = figure.subplots(1, 2, sharey=True)
     scale = MaeScale(study.trials)
@@ -83,7 +83,7 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
     complete = sum(trial.state == "complete" for trial in study.trials)
     if not importances:
         reason = f"what matters is not known from {complete} complete trials:\n"
-        return say(study.name, reason + f"it takes {FEWEST}, of different fields and different MAEs", path)
+        return canvas.say(study.name, reason + f"it takes {FEWEST}, of different fields and different MAEs", path)
     names = sorted(importances, key=lambda name: importances[name])
     figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(names)), dpi=canvas.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -108,7 +108,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """
     names = study.fields()
     if not names or not any(trial.scored for trial in study.trials):
-        return say(study.name, "no trial has been validated yet", path)
+        return canvas.say(study.name, "no trial has been validated yet", path)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     size = (max(6.6, 3.3 * columns), 0.9 + 2.55 * rows)
@@ -208,14 +208,6 @@ def legend(
     look: dict[str, Any] = {"ncols": 7, "frameon": False, "fontsize": 8, "labelcolor": canvas.INK}
     box = figure.legend(handles=handles, loc="outside lower center", title=title, **look)
     box.get_title().set(size=7.5, color=canvas.FAINT)
-
-
-def say(name: str, words: str, path: str | os.PathLike[str]) -> None:
-    """A figure that says in words why there is nothing to see."""
-    figure = Figure(figsize=(6.4, 1.6), dpi=canvas.DPI, facecolor="white")
-    figure.text(0.5, 0.78, name, ha="center", va="center", size=10, color=canvas.INK)
-    figure.text(0.5, 0.42, words, ha="center", va="center", size=9, color=canvas.FAINT, linespacing=1.5)
-    canvas.save_figure(figure, path)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:

@@ -78,6 +78,12 @@ SOURCES = {
     "ucf-qnrf": KnownSource("ucf_qnrf:UcfQnrf", "UCF-QNRF: 1,535 large photos"),
     "jhu": KnownSource("jhu:Jhu", "JHU-CROWD++: 4,372 photos in every weather"),
     "nwpu": KnownSource("nwpu:Nwpu", "NWPU-Crowd: 3,609 photos with labels, some without anybody"),
+    "csv": KnownSource("own.csv_table:CsvTable", "your own photos, with a table of heads"),
+    "coco": KnownSource("own.coco:Coco", "your own photos, with keypoints as COCO's JSON"),
+    "label-studio": KnownSource("own.label_studio:LabelStudio", "your own photos, annotated with Label Studio"),
+    "cvat": KnownSource("own.cvat:Cvat", "your own photos, annotated with CVAT"),
+    "labelme": KnownSource("own.labelme:LabelMe", "your own photos, annotated with LabelMe"),
+    "crowdray": KnownSource("crowdray:Converted", "a dataset that was converted: to --check it, or to take a part"),
 }
 """Sources by their names on the command line."""
 
@@ -96,13 +102,17 @@ class Option:
 
 def source_options(name: str) -> dict[str, Option]:
     """The options that the source called `name` has of its own, by name; a UserError for unknown sources."""
-    adapter = _known(name).adapter()
-    hints = get_type_hints(adapter.__init__, include_extras=True)
-    return {
-        key: Option(get_args(hints[key])[0], parameter.default, get_args(hints[key])[1])
-        for key, parameter in inspect.signature(adapter).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key != "depth"
-    }
+    found: dict[str, Option] = {}
+    for part in _known(name).adapter().__mro__:
+        parameters = inspect.signature(part.__init__).parameters.values()
+        hints = get_type_hints(part.__init__, include_extras=True)
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "depth":
+                meant, meaning = get_args(hints[parameter.name])[:2]
+                found.setdefault(parameter.name, Option(meant, parameter.default, meaning))
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break  # else the class hands further options on to its base
+    return found
 
 
 def open_source(name: str, source: str | None = None, **options: Any) -> Source:
