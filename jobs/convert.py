@@ -14,21 +14,30 @@ from crowdray.cli import console, parse, run_job
 from crowdray.cluster.convert import convert
 from crowdray.cluster.summary import show_dataset
 from crowdray.data.sources import open_source
+from crowdray.data.sources.options import OwnDataOptions
 from crowdray.errors import UserError
 
-OPTIONS = {
+OWN = ("annotations", "label", "boxes", "test_fraction")
+OPTIONS: dict[str, tuple[str, ...]] = {
     "synthetic": ("train", "val", "test", "seed", "width", "height", "cameras"),
     "shanghaitech": ("part",),
     "mall": (),
+    "csv": (*OWN, "base"),
+    "coco": (*OWN, "base", "keypoint"),
+    "label-studio": OWN,
+    "cvat": (*OWN, "keypoint"),
+    "labelme": OWN,
 }
 """Which sources know which of the options that not all of them know."""
 
 
 @dataclass(frozen=True)
-class ConvertJob:
+class ConvertJob(OwnDataOptions):
     """Convert a dataset into shards with an index; nothing is published unless all of it is sound."""
 
-    name: tyro.conf.Positional[Literal["synthetic", "mall", "shanghaitech"]]
+    name: tyro.conf.Positional[
+        Literal["synthetic", "mall", "shanghaitech", "csv", "coco", "label-studio", "cvat", "labelme"]
+    ]
     """The dataset's layout; synthetic scenes are rendered and need no --source."""
     dest: str
     """Path or URI of the new dataset."""

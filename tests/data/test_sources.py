@@ -181,7 +181,7 @@ def test_synthetic_pictures_are_exact_and_do_not_depend_on_how_many_there_are() 
 
 
 def test_every_source_is_listed() -> None:
-    assert set(SOURCES) == {"synthetic", "mall", "shanghaitech"}
+    assert set(SOURCES) == {"synthetic", "mall", "shanghaitech", "csv", "coco", "label-studio", "cvat", "labelme"}
 
 
 def test_the_builders_build_what_scipy_reads_as_the_originals(mall: Path) -> None:

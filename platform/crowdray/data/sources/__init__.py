@@ -70,10 +70,24 @@ def _synthetic(source: str | None, **options: Any) -> Source:
     return Synthetic(**options)
 
 
+def _own(kind: str) -> Callable[..., Source]:
+    def open_folder(source: str | None, **options: Any) -> Source:
+        from crowdray.data.sources.own import FORMATS
+
+        return FORMATS[kind](_required(kind, source), **options)
+
+    return open_folder
+
+
 SOURCES: dict[str, Callable[..., Source]] = {
     "synthetic": _synthetic,
     "mall": _mall,
     "shanghaitech": _shanghaitech,
+    "csv": _own("csv"),
+    "coco": _own("coco"),
+    "label-studio": _own("label-studio"),
+    "cvat": _own("cvat"),
+    "labelme": _own("labelme"),
 }
 """Factories by name; each takes the source's URI and its options."""
 
