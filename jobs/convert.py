@@ -14,19 +14,14 @@ from crowdray.cli import console, parse, run_job
 from crowdray.cluster.convert import convert
 from crowdray.cluster.summary import show_dataset
 from crowdray.data.sources import open_source
-from crowdray.data.sources.options import OwnDataOptions
+from crowdray.data.sources.options import OWN_DATA, OwnDataOptions
 from crowdray.errors import UserError
 
-OWN = ("annotations", "label", "boxes", "test_fraction")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "synthetic": ("train", "val", "test", "seed", "width", "height", "cameras"),
     "shanghaitech": ("part",),
     "mall": (),
-    "csv": (*OWN, "base"),
-    "coco": (*OWN, "base", "keypoint"),
-    "label-studio": OWN,
-    "cvat": (*OWN, "keypoint"),
-    "labelme": OWN,
+    **OWN_DATA,
 }
 """Which sources know which of the options that not all of them know."""
 

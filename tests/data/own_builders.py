@@ -1,9 +1,17 @@
 """The same three photos, annotated as each of the tools exports them: people's own data, for tests and fuzzing."""
 
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from crowdray.data import conversion
+from crowdray.data.sample import Sample
+from crowdray.data.sources import open_source
+from crowdray.errors import UserError
 
 from .builders import HEIGHT, WIDTH, jpeg
 
@@ -38,7 +46,7 @@ def coco(keypoints: Any = ("nose", "left_eye"), shift: float = 0.5) -> dict[str,
         {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1, "coco_url": ""}
         for number, name in enumerate(HEADS, 397133)
     ]
-    people = [(image["id"], x - shift, y - shift) for image in images for x, y in HEADS[image["file_name"]]]
+    people = [(n, x - shift, y - shift) for n, name in enumerate(HEADS, 397133) for x, y in HEADS[name]]
     annotations = [
         {
             "id": number,
@@ -172,3 +180,27 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "labelme": write_labelme,
 }
 """For each format what writes a small, valid folder."""
+
+
+def load(kind: str, folder: Path, **options: Any) -> dict[str, Sample]:
+    source = open_source(kind, str(folder), **options)
+    return {item.name: source.load(item) for item in source.items()}
+
+
+def heads(kind: str, folder: Path, **options: Any) -> dict[str, list[tuple[float, ...]]]:
+    return {name: [tuple(p) for p in sample.points.tolist()] for name, sample in load(kind, folder, **options).items()}
+
+
+def problem(kind: str, folder: Path, **options: Any) -> str:
+    """The one message of a folder that cannot be converted; nothing is left behind."""
+    made = folder.parent / f"made-{uuid.uuid4().hex}"
+    with pytest.raises(UserError) as caught:
+        conversion.convert(open_source(kind, str(folder), **options), str(made))
+    assert not made.exists() or not list(made.iterdir())
+    return str(caught.value)
+
+
+def csv_folder(folder: Path, text: str, images: Any = tuple(HEADS)) -> Path:
+    write_images(folder, images)
+    (folder / "heads.csv").write_text(text)
+    return folder

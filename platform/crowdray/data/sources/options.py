@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+_ALL = ("annotations", "label", "boxes", "test_fraction")
+OWN_DATA: dict[str, tuple[str, ...]] = {
+    "csv": (*_ALL, "base"),
+    "coco": (*_ALL, "base", "keypoint"),
+    "label-studio": _ALL,
+    "cvat": (*_ALL, "keypoint"),
+    "labelme": _ALL,
+}
+"""Which formats of people's own data know which of their options."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDataOptions:
