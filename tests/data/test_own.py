@@ -49,7 +49,7 @@ def test_every_format_gives_the_heads_that_were_marked(tmp_path: Path, kind: str
         sample = copy.load(item)
         np.testing.assert_allclose(sample.points, np.reshape(expected, (-1, 2)), rtol=1e-6)
         assert sample.image == jpeg(number) and sample.split == "train" and sample.roi is None and sample.depth
-    assert source.notes() == ["no image is kept for testing; --test-fraction 0.2 keeps a fifth of them"]
+    assert source.notes() == ["no image is kept for testing; give a share, such as 0.2, as --test-fraction"]
 
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     remote = f"memory://{uuid.uuid4().hex}/market"
@@ -161,9 +161,11 @@ def test_a_test_split_is_drawn_by_name_alone(tmp_path: Path) -> None:
     names = names[:100]
     (folder / "heads.csv").write_text("image,x,y\n" + "".join(f"{name},,\n" for name in names))
     assert drawn(0.2) == fifth & set(names)
+    assert "give a larger --test-fraction" in open_source("csv", str(folder), test_fraction=1e-9).notes()[-1]
     (folder / "heads.csv").write_text("image,x,y,split\n1.jpg,,,test\n2.jpg,,,\n")
     assert "has a test split already" in problem("csv", folder, test_fraction=0.2)
     assert "--test-fraction is 1" in problem("csv", folder, test_fraction=1.0)
+    assert "--boxes top" in problem("csv", folder, boxes="top")
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -211,10 +213,10 @@ def test_a_photo_that_its_camera_did_not_turn_is_turned_as_tools_show_it(tmp_pat
 
 
 def test_a_dataset_holds_what_its_folder_said(tmp_path: Path) -> None:
-    folder = csv_folder(tmp_path / "market", "image,x,y,scene\na.jpg,-1,2,hall\na.jpg,3,4,\nb.jpg,,,\n")
+    folder = csv_folder(tmp_path / "my: market", "image,x,y,scene\na.jpg,-1,2,hall\na.jpg,3,4,\nb.jpg,,,\n")
     index = conversion.convert(open_source("csv", str(folder), depth="none"), str(tmp_path / "made"))
     dataset = Dataset.open(str(tmp_path / "made"))
-    assert (index.name, index.depth_teacher) == ("market", "none")
+    assert (index.name, index.depth_teacher) == ("my-market", "none")
     assert dataset.texts("scene", "train") == ["hall", "train/b.jpg"] and dataset.counts("train").tolist() == [2, 0]
     assert next(note for note in index.notes if "outside" in note).startswith("1 heads lie outside their image")
     assert json.loads((tmp_path / "made" / "index.json").read_text())["splits"]["train"] == {"rows": 2, "heads": 2}

@@ -6,6 +6,7 @@ head is an empty scene.
 
 import contextlib
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -59,10 +60,13 @@ class AnnotatedFolder:
             raise UserError(
                 f"--test-fraction is {test_fraction}; give a share of the images from 0 to below 1, such as 0.2"
             )
+        if boxes not in (None, "centre"):
+            raise UserError(f"--boxes {boxes}: boxes can give their centre only; give --boxes centre, or leave it out")
         self._teacher = open_teacher(depth, ("points", "none"))
         self.depth_teacher = self._teacher.name
         self._root = storage.resolve(source)
-        self.name = PurePosixPath(self._root).name or self.kind
+        # Its counter will be called after it, which not every name of a folder is fit for.
+        self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or self.kind
         self._rules = Rules(tuple(label), boxes)
         self._test_fraction = test_fraction
         if not self._images:
@@ -123,7 +127,8 @@ class AnnotatedFolder:
         if unnamed := [path for path in self._images if path not in named]:
             notes.append(f"{len(unnamed)} images that no annotation names are left out: {_listed(unnamed)}")
         if not splits and "test" not in self._there:
-            notes.append("no image is kept for testing; --test-fraction 0.2 keeps a fifth of them")
+            larger = "give a larger" if self._test_fraction else "give a share, such as 0.2, as"
+            notes.append(f"no image is kept for testing; {larger} --test-fraction")
         return notes
 
     def _read(self, uri: str) -> Iterable[Marks]:
