@@ -30,7 +30,8 @@ def convert(source: Source, dest: str, *, splits: Sequence[str] = (), overwrite:
     check_destination(dest, overwrite=overwrite)
     items = source.items(splits)
     parts = slices(items)
-    spread = len(parts) > 1 and _seconds_of(source, items) > WORTH_RAY_S
+    # A GPU is Ray's to give: this process may stand where there is none.
+    spread = source.gpu or (len(parts) > 1 and _seconds_of(source, items) > WORTH_RAY_S)
     results = []
     try:
         with counting("images", len(items)) as advance:
@@ -63,9 +64,11 @@ def _here(source: Source, parts: Sequence[Sequence[Item]], dest: str) -> Iterato
 def _on_cluster(source: Source, parts: Sequence[Sequence[Item]], dest: str) -> Iterator[SliceResult]:
     """Slices as Ray tasks, in the order in which they end; two per CPU are under way, so that none idles."""
     with connect() as resources:
+        if source.gpu and not resources.gpus:
+            raise UserError(f"--depth {source.depth_teacher} needs a GPU, and Ray has none here; leave cuda out")
         import ray
 
-        task = ray.remote(convert_slice)
+        task = ray.remote(num_gpus=int(source.gpu))(convert_slice)
         shared = ray.put(source)
         waiting = list(enumerate(parts))[::-1]
         running: list[ray.ObjectRef[SliceResult]] = []

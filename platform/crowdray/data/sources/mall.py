@@ -38,7 +38,7 @@ class Mall:
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         self._teacher = open_teacher(depth, ("perspective", "points", "none"))
-        self.depth_teacher = self._teacher.name
+        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
         self._root = _find_root(storage.resolve(source))
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
@@ -75,7 +75,7 @@ class Mall:
             image=image,
             points=points,
             roi=self._roi,
-            depth=self._depth(item.head_scale),
+            depth=self._depth(item, image),
         )
         if (sample.height, sample.width) != self._size:
             raise DataError(f"{item.image} is {(sample.height, sample.width)}, but perspective_roi.mat is {self._size}")
@@ -93,7 +93,8 @@ class Mall:
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers parse the annotations once each; they are not worth sending.
-        return {"_teacher": self._teacher, "depth_teacher": self.depth_teacher, "_root": self._root}
+        kept = ("_teacher", "depth_teacher", "gpu", "_root")
+        return {name: value for name, value in vars(self).items() if name in kept}
 
     @cached_property
     def _heads(self) -> list[NDArray[np.float64]]:
@@ -134,23 +135,30 @@ class Mall:
     def _depths(self) -> dict[float, bytes | None]:
         return {}
 
-    def _depth(self, head_scale: float) -> bytes | None:
-        """The scene's depth, encoded once: one fixed camera took all frames."""
-        if head_scale not in self._depths:
-            # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
-            # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
-            view = View(
-                image=b"",
-                height=self._size[0],
-                width=self._size[1],
-                points=np.zeros((0, 2)),
-                person_size=1.0 / np.sqrt(self._maps[1]),
-                head_scale=head_scale,
-                fixed_camera=True,
-            )
-            depth = self._teacher.depth(view)
-            self._depths[head_scale] = None if depth is None else encode_depth(depth)
-        return self._depths[head_scale]
+    def _depth(self, item: Item, image: bytes) -> bytes | None:
+        """A frame's depth; where it is the scene's it is encoded once: one fixed camera took all frames."""
+        if self._teacher.per_image:
+            return self._taught(item, image)
+        if item.head_scale not in self._depths:
+            self._depths[item.head_scale] = self._taught(item, image)
+        return self._depths[item.head_scale]
+
+    def _taught(self, item: Item, image: bytes) -> bytes | None:
+        # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
+        # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
+        view = View(
+            image=image,
+            height=self._size[0],
+            width=self._size[1],
+            points=np.zeros((0, 2)),
+            split=item.split,
+            name=item.name,
+            person_size=1.0 / np.sqrt(self._maps[1]),
+            head_scale=item.head_scale,
+            fixed_camera=True,
+        )
+        depth = self._teacher.depth(view)
+        return None if depth is None else encode_depth(depth)
 
 
 def _find_root(source: str) -> str:

@@ -40,7 +40,7 @@ class ShanghaiTech:
 
     def __init__(self, source: str, *, part: str = "", depth: str = "auto") -> None:
         self._teacher = open_teacher(depth, ("points", "none"))
-        self.depth_teacher = self._teacher.name
+        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
         self._root, letter = _find_part(storage.resolve(source), part.upper())
         self.name = f"shanghaitech-{letter.lower()}" if letter else "shanghaitech"
         self._there = [split for split in SPLITS if _has_split(self._root, split)]
@@ -72,6 +72,8 @@ class ShanghaiTech:
             height=sample.height,
             width=sample.width,
             points=points,
+            split=item.split,
+            name=item.name,
             head_scale=item.head_scale,
         )
         depth = self._teacher.depth(view)
