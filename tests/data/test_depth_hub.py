@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -30,16 +31,9 @@ SIDE = 28
 
 
 def backbone() -> Dinov2Config:
-    return Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        mlp_ratio=2,
-        image_size=SIDE,
-        patch_size=14,
-        out_indices=[1, 2, 3, 4],
-        reshape_hidden_states=False,
-    )
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    layers: dict[str, Any] = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}
+    return Dinov2Config(**sizes, **layers, image_size=SIDE)
 
 
 def save_model(place: Path, kind: str = "relative") -> Path:
@@ -55,7 +49,7 @@ def save_model(place: Path, kind: str = "relative") -> Path:
         depth_estimation_type=kind,
         max_depth=20 if kind == "metric" else 1,
     )
-    model = DepthAnythingForDepthEstimation(config)
+    model: Any = DepthAnythingForDepthEstimation(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if kind == "relative":
@@ -86,10 +80,10 @@ def view() -> View:
 
 def direct(place: Path) -> NDArray[np.float32]:
     """What the network says, without its image processor and without ours: the image has its size already."""
-    model = DepthAnythingForDepthEstimation.from_pretrained(place).eval()
+    model: Any = DepthAnythingForDepthEstimation.from_pretrained(place)
     normalised = torch.from_numpy((pixels() / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None]
     with torch.no_grad():
-        depth: NDArray[np.float32] = model(normalised).predicted_depth[0].numpy()
+        depth: NDArray[np.float32] = model.eval()(normalised).predicted_depth[0].numpy()
     return depth
 
 

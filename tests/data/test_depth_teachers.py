@@ -48,6 +48,12 @@ def view(image: NDArray[np.uint8], name: str = "a", split: str = "train") -> Vie
     return View(image=buffer.getvalue(), height=height, width=width, points=points, split=split, name=name)
 
 
+def ask(choice: str, shown: View) -> Map:
+    depth = open_teacher(choice, ()).depth(shown)
+    assert depth is not None and depth.dtype == np.float32
+    return depth
+
+
 def network(
     path: Path,
     sides: Sequence[int | str] = ("h", "w"),
@@ -111,21 +117,20 @@ def test_inverse_depth_gives_one_depth_for_any_scale_and_shift() -> None:
 
 def test_a_network_of_any_size_sees_the_normalised_image_at_the_size_asked_for(tmp_path: Path) -> None:
     place, image = network(tmp_path / "net.onnx"), pixels()
-    taught = open_teacher(f"onnx:{place},metric,side=42", ()).depth(view(image))
-    assert taught is not None and taught.dtype == np.float32
+    taught = ask(f"onnx:{place},metric,side=42", view(image))
     np.testing.assert_allclose(taught, answer(image), rtol=1e-4)
     # 48x64 with a shorter side of 28: 28 and 37.3, which is nearest to three times 14.
     image = pixels(48, 64)
     small = np.asarray(Image.fromarray(image).resize((42, 28), Image.Resampling.BICUBIC))
-    taught = open_teacher(f"onnx:{place},metric,side=28,mean=0,std=0.5/1/2", ()).depth(view(image))
+    taught = ask(f"onnx:{place},metric,side=28,mean=0,std=0.5/1/2", view(image))
     np.testing.assert_allclose(taught, answer(small, 0, [0.5, 1, 2]), rtol=1e-4)
-    taught = open_teacher(f"onnx:{place},metric,side=28,multiple=8", ()).depth(view(image))
-    assert taught is not None and taught.shape == (round(28 / 8) * 4, round(28 * 64 / 48 / 8) * 4)
-    taught = open_teacher(f"onnx:{place},metric,size=30x20", ()).depth(view(image))
-    assert taught is not None and taught.shape == (15, 10)
+    taught = ask(f"onnx:{place},metric,side=28,multiple=8", view(image))
+    assert taught.shape == (round(28 / 8) * 4, round(28 * 64 / 48 / 8) * 4)
+    taught = ask(f"onnx:{place},metric,size=30x20", view(image))
+    assert taught.shape == (15, 10)
     # What is larger than the image is averaged down to it.
     large = np.asarray(Image.fromarray(image).resize((256, 192), Image.Resampling.BICUBIC))
-    taught = open_teacher(f"onnx:{place},metric,size=192x256", ()).depth(view(image))
+    taught = ask(f"onnx:{place},metric,size=192x256", view(image))
     np.testing.assert_allclose(taught, answer(large).reshape(48, 2, 64, 2).mean(axis=(1, 3)), rtol=1e-4)
 
 
@@ -274,10 +279,10 @@ def test_stored_maps_are_read_as_they_were_written(ending: str, tmp_path: Path) 
     teacher = pickle.loads(pickle.dumps(open_teacher(f"precomputed:{tmp_path}", ())))
     for split, width in (("train", 19), ("test", 18)):
         np.testing.assert_array_equal(teacher.depth(view(pixels(), split=split)), whole(14, width))
-    inverse = open_teacher(f"precomputed:{tmp_path},inverse,range=20", ())
-    np.testing.assert_array_equal(inverse.depth(view(pixels())), depth_of_inverse(whole(14, 19), 20))
+    inverse = ask(f"precomputed:{tmp_path},inverse,range=20", view(pixels()))
+    np.testing.assert_array_equal(inverse, depth_of_inverse(whole(14, 19), 20))
     WRITERS[ending](tmp_path / f"b{ending}", whole(84, 112))
-    flat = open_teacher(f"precomputed:{tmp_path},flat", ()).depth(view(pixels(), "b"))
+    flat = ask(f"precomputed:{tmp_path},flat", view(pixels(), "b"))
     np.testing.assert_allclose(flat, whole(84, 112).reshape(42, 2, 56, 2).mean(axis=(1, 3)), rtol=1e-6)
 
 

@@ -114,8 +114,9 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError("--depth hf needs the package transformers: pip install 'crowdray[hf]'") from error
-    transformers.utils.logging.disable_progress_bar()  # ours is on the screen
-    return transformers
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()  # ours is on the screen
+    return library
 
 
 def _digest(folder: Path) -> str:

@@ -53,7 +53,7 @@ def depth_of_inverse(values: NDArray[Any], ratio: float = RANGE) -> NDArray[np.f
     if not nearest > farthest:
         raise DataError(f"its inverse depth is {nearest:g} nearly everywhere, which teaches nothing")
     nearness = ((exact - farthest) / (nearest - farthest)).clip(0.0, 1.0)
-    return (1.0 / (nearness * (1.0 - 1.0 / ratio) + 1.0 / ratio)).astype(np.float32)
+    return np.asarray(1.0 / (nearness * (1.0 - 1.0 / ratio) + 1.0 / ratio), dtype=np.float32)
 
 
 def shrunk(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
@@ -62,4 +62,3 @@ def shrunk(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.f
     if size == values.shape[::-1]:
         return values
     return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
-
