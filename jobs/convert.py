@@ -31,7 +31,8 @@ class ConvertJob:
     split: tuple[str, ...] = ()
     """Splits to convert; all by default."""
     depth: str = "auto"
-    """Where depth comes from: perspective, points, own or none; auto takes the best that the source has."""
+    """Where depth comes from: perspective, points, own or none (auto takes the best that the source has), or, for any
+    source, precomputed:URI, onnx:URI or hf:MODEL, each with options after commas (docs/depth.md)."""
     overwrite: bool = False
     """Replace a dataset that is at --dest."""
     check: bool = False

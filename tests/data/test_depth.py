@@ -121,3 +121,5 @@ def test_auto_takes_the_best_and_a_bad_choice_names_the_good_ones() -> None:
         with pytest.raises(UserError, match=f"--depth {choice}.*auto, points, none"):
             open_teacher(choice, ("points", "none"))
     assert {open_teacher(choice, tuple(TEACHERS)).name.split("-")[0] for choice in TEACHERS} == set(TEACHERS)
+    with pytest.raises(UserError, match="--depth points:3 cannot"):
+        open_teacher("points:3", ("points", "none"))

@@ -32,6 +32,7 @@ class Listed:
 
     name = "listed"
     depth_teacher = "none"
+    gpu = False
 
     def __init__(self, listed: Sequence[Sample]) -> None:
         self.listed = listed

@@ -26,7 +26,8 @@ def over_slices(
     """
     items = [item for _, slice_items in parts for item in slice_items]
     lengths = {number: len(slice_items) for number, slice_items in parts}
-    spread = len(parts) > 1 and _seconds_of(source, items) > WORTH_RAY_S
+    # A GPU is Ray's to give: this process may stand where there is none.
+    spread = source.gpu or (len(parts) > 1 and _seconds_of(source, items) > WORTH_RAY_S)
     with counting("images", len(items)) as advance:
         for number, result in (_on_cluster if spread else _here)(work, source, parts):
             yield number, result
@@ -57,9 +58,11 @@ def _on_cluster(
 ) -> Iterator[tuple[int, Result]]:
     """Slices as Ray tasks; two per CPU are under way, so that none idles."""
     with connect() as resources:
+        if source.gpu and not resources.gpus:
+            raise UserError(f"--depth {source.depth_teacher} needs a GPU, and Ray has none here; leave cuda out")
         import ray
 
-        task: Any = ray.remote(work)
+        task: Any = ray.remote(num_gpus=int(source.gpu))(work)
         shared = ray.put(source)
         waiting = list(parts)[::-1]
         running: dict[ray.ObjectRef[Result], int] = {}

@@ -37,6 +37,8 @@ class Source(Protocol):
     """Its name on the command line and in the index."""
     depth_teacher: str
     """Where its depth comes from: name and version of the teacher."""
+    gpu: bool
+    """Whether load() needs a GPU, as its depth teacher may."""
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Items of the given splits, or of all that are there, naturally sorted; a missing split is a

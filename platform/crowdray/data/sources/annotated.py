@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.depth import Nothing, Perspective, Points, View, fit_head_scale, open_teacher
+from crowdray.data.depth import Perspective, Points, View, fit_head_scale, open_teacher
 from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, usable_points
 from crowdray.data.sources import Item
 from crowdray.data.sources.layout import chosen_splits, natural_key
@@ -58,7 +58,7 @@ class AnnotatedImages:
         self._root = root
         self._there = tuple(there)
         self._teacher = open_teacher(depth, teachers)
-        self.depth_teacher = self._teacher.name
+        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
         self._encoded: dict[tuple[str, float], tuple[bytes | None, bytes | None]] = {}
         self._memory: dict[str, Any] = {}
 
@@ -154,7 +154,7 @@ class AnnotatedImages:
                     f"{item.image} is {(sample.height, sample.width)}, but a map in {camera.place} is {given.shape}; "
                     "copy both again"
                 )
-        shared = camera is not None and isinstance(self._teacher, Perspective | Points | Nothing)
+        shared = camera is not None and not self._teacher.per_image
         key = item.scene, item.head_scale
         if shared and key in self._encoded:
             return self._encoded[key]
@@ -163,6 +163,8 @@ class AnnotatedImages:
             height=sample.height,
             width=sample.width,
             points=sample.points,
+            split=item.split,
+            name=item.name,
             person_size=camera.person_size if camera else None,
             head_scale=item.head_scale,
             fixed_camera=camera is not None,

@@ -14,6 +14,8 @@ from crowdray.errors import DataError, UserError
 class Converted:
     """The samples of a dataset at a path or URI, under the name and with the depth that it was converted with."""
 
+    gpu = False
+
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         if depth not in ("auto", "none"):
             raise UserError(f"--depth {depth}: converted data keeps its depth (auto) or leaves it out (none)")

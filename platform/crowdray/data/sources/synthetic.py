@@ -42,7 +42,7 @@ class Synthetic:
             raise UserError(f"synthetic: images per split are {self._counts}; give 0 to 1000000, and not 0 for all")
         self._spec = SceneSpec(seed=seed, width=width, height=height, cameras=cameras, **scene)
         self._teacher = open_teacher(depth, ("own", "points", "none"))
-        self.depth_teacher = self._teacher.name
+        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Pictures by number; only the splits with a picture are there."""
@@ -60,7 +60,15 @@ class Synthetic:
         image = simplejpeg.encode_jpeg(scene.image, quality=JPEG_QUALITY, colorsubsampling="420")
         # Depth beyond the farthest annotated place teaches nothing, and sky would squeeze all the rest.
         depth = scene.depth.clip(max=scene.depth[scene.roi].max()) if scene.roi.any() else scene.depth
-        view = View(image=image, height=height, width=width, points=scene.points, own_depth=depth)
+        view = View(
+            image=image,
+            height=height,
+            width=width,
+            points=scene.points,
+            split=item.split,
+            name=item.name,
+            own_depth=depth,
+        )
         taught = self._teacher.depth(view)
         return make_sample(
             name=item.name,

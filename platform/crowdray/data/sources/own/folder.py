@@ -69,7 +69,7 @@ class AnnotatedFolder:
         if boxes not in (None, "centre"):
             raise UserError(f"--boxes {boxes}: boxes can give their centre only; give --boxes centre, or leave it out")
         self._teacher = open_teacher(depth, ("points", "none"))
-        self.depth_teacher = self._teacher.name
+        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
         self._root = storage.resolve(source)
         # Its counter will be called after it, which not every name of a folder is fit for.
         self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or self.kind
@@ -119,7 +119,15 @@ class AnnotatedFolder:
                 f"{item.image} is {width}x{height}, but it was annotated at {annotated}; put the annotated image there"
             )
         roi = encode_roi(any_region(marks.regions, height, width)) if marks.regions else None
-        view = View(image=image, height=height, width=width, points=sample.points, head_scale=item.head_scale)
+        view = View(
+            image=image,
+            height=height,
+            width=width,
+            points=sample.points,
+            split=item.split,
+            name=item.name,
+            head_scale=item.head_scale,
+        )
         depth = self._teacher.depth(view)
         return replace(sample, roi=roi, depth=None if depth is None else encode_depth(depth))
 

@@ -1,19 +1,14 @@
-"""Depth teachers: where a sample's depth map comes from, behind one seam.
+"""Depth teachers that need no picture: a perspective map, a plane fitted to the heads, the source's own depth."""
 
-Maps are float32 and span the whole image at its size (H, W) or smaller; larger = farther, on any positive
-scale, since encode_depth brings each to [0, 1]. A person's size in pixels is inversely proportional to depth,
-so a map of sizes is a depth map turned round.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from crowdray.errors import DataError, UserError
+from crowdray.data.depth.seam import DepthTeacher, View
+from crowdray.errors import DataError
 
 SCALES: NDArray[np.float64] = np.geomspace(0.02, 1.0, 80)
 """Candidate ratios of head sizes, top row to bottom row; at most 1, since the top is never nearer."""
@@ -37,40 +32,7 @@ PRIOR_SPREAD = 0.5
 """Deviation of the logarithm by which an image's ratio is expected to differ from its prior."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """What a teacher may look at: one image with all that its source knows of the scene."""
-
-    image: bytes
-    """The encoded image."""
-    height: int
-    """Image height H in pixels."""
-    width: int
-    """Image width W in pixels."""
-    points: NDArray[Any]
-    """(N, 2) heads as (x, y) in continuous pixels."""
-    person_size: NDArray[Any] | None = None
-    """(H, W) size of a person in pixels, any unit, from the dataset's perspective map."""
-    own_depth: NDArray[Any] | None = None
-    """(H, W) true depth, where the source knows it."""
-    head_scale: float = 0.0
-    """Fit of fit_head_scale over the whole camera or split; 0 when there is none."""
-    fixed_camera: bool = False
-    """Whether head_scale holds for this very view, so that the image's own heads need not be asked."""
-
-
-class DepthTeacher(Protocol):
-    """Gives the depth of a view, or None when it has none to give."""
-
-    name: str
-    """Name and version: part of a dataset's identity, so a new method needs a new version."""
-
-    def depth(self, view: View) -> NDArray[np.float32] | None:
-        """Depth as a float32 map of the whole image, at its size or smaller, larger = farther, any scale."""
-        ...
-
-
-class Perspective:
+class Perspective(DepthTeacher):
     """Depth from the dataset's own perspective map: the inverse of a person's size in pixels."""
 
     name = "perspective-1"
@@ -84,7 +46,7 @@ class Perspective:
         return (1.0 / view.person_size).astype(np.float32)
 
 
-class Points:
+class Points(DepthTeacher):
     """Depth from nothing but annotated heads: a ground plane fitted to how far apart neighbours are."""
 
     name = "points-1"
@@ -102,7 +64,7 @@ class Points:
         return np.broadcast_to(plane_depth(scale, height)[:, None], (height, width)).astype(np.float32)
 
 
-class Own:
+class Own(DepthTeacher):
     """The depth that the source itself knows, such as that of rendered scenes."""
 
     name = "own-1"
@@ -114,7 +76,7 @@ class Own:
         return view.own_depth.astype(np.float32)
 
 
-class Nothing:
+class Nothing(DepthTeacher):
     """No depth: samples are stored without a map."""
 
     name = "none"
@@ -122,26 +84,6 @@ class Nothing:
     def depth(self, view: View) -> NDArray[np.float32] | None:
         """Always None."""
         return None
-
-
-TEACHERS: dict[str, Callable[[str], DepthTeacher]] = {
-    "perspective": lambda argument: Perspective(),
-    "points": lambda argument: Points(),
-    "own": lambda argument: Own(),
-    "none": lambda argument: Nothing(),
-}
-"""Factories by the word before a colon; each takes what follows the colon, such as the path of a network."""
-
-
-def open_teacher(choice: str, available: Sequence[str]) -> DepthTeacher:
-    """The teacher that `--depth` names: `auto` takes the first, and so best, that the source has available.
-
-    Raises UserError for a name that is unknown or that this source cannot serve.
-    """
-    kind, _, argument = (available[0] if choice == "auto" else choice).partition(":")
-    if kind not in TEACHERS or (kind in ("perspective", "own") and kind not in available):
-        raise UserError(f"--depth {choice} cannot be used here; choose one of auto, {', '.join(available)}")
-    return TEACHERS[kind](argument)
 
 
 def plane_depth(scale: float, height: int) -> NDArray[np.float64]:
