@@ -26,7 +26,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """Convert a dataset into shards with an index; nothing is published unless all of it is sound."""
+    """Convert a dataset into shards with an index; the same command goes on where it was stopped."""
 
     name: tyro.conf.Positional[Literal["synthetic", "mall", "shanghaitech"]]
     """The dataset's layout; synthetic scenes are rendered and need no --source."""
@@ -40,6 +40,8 @@ class ConvertJob:
     """Where depth comes from: perspective, points, own or none; auto takes the best that the source has."""
     overwrite: bool = False
     """Replace a dataset that is at --dest."""
+    strict: bool = False
+    """Publish nothing if any item cannot be used; else such items are left out and listed in quarantine.json."""
     train: int | None = None
     """synthetic: images for training (400)."""
     val: int | None = None
@@ -65,7 +67,8 @@ def main(arguments: list[str]) -> None:
     if strange := sorted(given.keys() - set(OPTIONS[job.name])):
         raise UserError(f"{job.name} knows no --{', no --'.join(strange)}; leave that out")
     source = open_source(job.name, job.source, depth=job.depth, **given)
-    show_dataset(convert(source, job.dest, splits=job.split, overwrite=job.overwrite), job.dest, console())
+    index = convert(source, job.dest, splits=job.split, overwrite=job.overwrite, strict=job.strict)
+    show_dataset(index, job.dest, console())
 
 
 if __name__ == "__main__":

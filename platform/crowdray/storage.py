@@ -122,12 +122,12 @@ class Found:
     """Seconds since 1970."""
 
 
-def find_files(uri: str) -> list[Found]:
-    """All files below a folder, in one listing; none when the folder is not there."""
+def find_files(uri: str, depth: int | None = None) -> list[Found]:
+    """All files below a folder, at most `depth` levels deep, in one listing; none when the folder is not there."""
     with _explained("list", uri):
         fs, path = _filesystem(uri)
         fs.invalidate_cache()
-        entries = fs.find(path, detail=True)
+        entries = fs.find(path, maxdepth=depth, detail=True)
     found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
     return [file for file in found if file.name]
 
@@ -339,7 +339,7 @@ def _create_locally(target: Path, data: bytes) -> None:
 def _modified(entry: Mapping[str, Any]) -> float:
     """When a listed file was written: each file system has its own name and type for it."""
     times = (entry.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
-    time = next(value for value in times if value is not None)
+    time = next((value for value in times if value is not None), 0.0)
     if isinstance(time, str):
         time = datetime.fromisoformat(time)
     return time.timestamp() if isinstance(time, datetime) else float(time)

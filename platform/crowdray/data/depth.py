@@ -164,7 +164,7 @@ def fit_head_scale(
     unless all are from `one_camera`. It is the maximum a posteriori fit: Laplace residuals, and a ratio that
     is log-normal around `prior` with PRIOR_SPREAD, which decides alone where no two heads can be compared.
     """
-    usable = [_spacing(points, height) for points, height in images if len(points) > 1]
+    usable = [_spacing(points, height) for points, height in images if len(points) > 1 and np.isfinite(points).all()]
     if not usable:
         return prior
     if one_camera:

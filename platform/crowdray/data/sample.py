@@ -7,7 +7,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -111,7 +111,7 @@ def make_sample(
     if not np.isfinite(heads).all():
         bad = int((~np.isfinite(heads)).any(axis=1).sum())
         raise DataError(f"{name}: {bad} of {len(heads)} points are not finite numbers; mend its annotation")
-    height, width = shape or decode_image(image).shape[:2]
+    height, width = shape or check_image(image)
     sha256 = hashlib.sha256(image).hexdigest()
     return Sample(name, split, scene, image, height, width, np.ascontiguousarray(heads), roi, depth, sha256)
 
@@ -131,13 +131,24 @@ def image_size(uri: str) -> tuple[int, int]:
             raise DataError(f"{uri} is no image: {error}") from error
 
 
+def check_image(content: Encoded) -> tuple[int, int]:
+    """Height and width in pixels of an image that decode_image can decode, read to its end; else a DataError."""
+    height, width = _decoded(content, "GRAY").shape[:2]
+    return height, width
+
+
 def decode_image(content: Encoded) -> NDArray[np.uint8]:
     """Decode JPEG, or what else Pillow reads, to uint8 (H, W, 3) RGB; grey becomes RGB. Raises DataError."""
+    return _decoded(content, "RGB")
+
+
+def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[np.uint8]:
+    """RGB, or of a JPEG only its luma: all of its bytes are read, and a fifth of the work is saved."""
     try:
         if simplejpeg.is_jpeg(content):
             colours = simplejpeg.decode_jpeg_header(content)[2]
             if colours not in ("CMYK", "YCCK"):
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace="RGB")
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace=jpeg_colours)
                 return pixels
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
