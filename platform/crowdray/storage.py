@@ -70,6 +70,8 @@ def exists(uri: str) -> bool:
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file; a missing one is a UserError that names it."""
     with _explained("read", uri):
+        if is_local(uri):  # a file system object costs more than a small file
+            return Path(resolve(uri)).read_bytes()
         fs, path = _filesystem(uri)
         content = fs.cat_file(path)
         assert isinstance(content, bytes)
@@ -192,8 +194,7 @@ def write_file(local: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def local_scratch(uri: str) -> Iterator[Path]:
-    """A local file name to write before write_file publishes it at the URI: beside a local target, else in
-    temp.
+    """A local file name to write before write_file publishes it at the URI: beside a local target, else in temp.
 
     Whatever is left there at the end is removed, and a full disk becomes a UserError that names the URI.
     """

@@ -26,7 +26,7 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
     console.print(table)
     for note in index.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
-    left_out = read_quarantine(dest)
+    left_out = read_quarantine(dest, index.digest)
     for item in left_out[:MOST_LISTED]:
         console.print(f"left out: {item}", markup=False, highlight=False, soft_wrap=True)
     if more := len(left_out[MOST_LISTED:]):

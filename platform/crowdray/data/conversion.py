@@ -6,7 +6,7 @@ any number of workers, and for any number of starts.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePosixPath
@@ -14,7 +14,14 @@ from pathlib import PurePosixPath
 from crowdray import storage
 from crowdray.data import journal
 from crowdray.data.journal import SliceResult
-from crowdray.data.quarantine import MOST_LISTED, QUARANTINE, Quarantined, check_quarantine, write_quarantine
+from crowdray.data.quarantine import (
+    MOST_LISTED,
+    QUARANTINE,
+    Quarantined,
+    check_quarantine,
+    read_quarantine,
+    write_quarantine,
+)
 from crowdray.data.sample import Sample, points_outside
 from crowdray.data.shards import INDEX, SHARD_NAME, Index, ShardInfo, write_index, write_shard
 from crowdray.data.sources import Item, Source
@@ -50,11 +57,13 @@ class Conversion:
     """All slices."""
     finished: dict[int, SliceResult]
     """Results of slices by their number; an earlier start left those that are there at the beginning."""
+    published: Index | None = None
+    """The index of an earlier start that was stopped after it had written that."""
 
     @property
     def waiting(self) -> list[Slice]:
         """Slices that nobody has converted."""
-        return [part for part in self.parts if part.number not in self.finished]
+        return [] if self.published else [part for part in self.parts if part.number not in self.finished]
 
     def convert(self, part: Slice) -> SliceResult:
         """Convert a slice in this process."""
@@ -71,7 +80,11 @@ class Conversion:
         assert not self.waiting
         if not self.lease.renew():
             self._give_way()
-        return publish(self.dest, self.source, self.finished.values(), splits=self.splits, strict=strict)
+        if self.published:
+            _clean(self.dest, self.published)
+            return self.published
+        keys = [part.key for part in self.parts]
+        return publish(self.dest, self.source, self.finished.values(), splits=self.splits, strict=strict, keys=keys)
 
     def _give_way(self) -> None:
         raise UserError(
@@ -116,12 +129,18 @@ def convert_slice(source: Source, items: Sequence[Item], dest: str, number: int,
 
 
 def publish(
-    dest: str, source: Source, results: Iterable[SliceResult], *, splits: Sequence[str] = (), strict: bool = False
+    dest: str,
+    source: Source,
+    results: Iterable[SliceResult],
+    *,
+    splits: Sequence[str] = (),
+    strict: bool = False,
+    keys: Sequence[str] = (),
 ) -> Index:
     """Write the index over the shards of all slices, then remove leftovers: from here on the dataset exists.
 
     Items that cannot be used are listed in quarantine.json. With `strict`, or when a split loses most of its
-    items, nothing is published, and one DataError lists them.
+    items, nothing is published, and one DataError lists them. `keys` are those of all slices, where there are records.
     """
     done = sorted(results, key=lambda result: result.number)
     quarantined = [item for result in done for item in result.quarantined]
@@ -134,13 +153,13 @@ def publish(
         raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
     _check_shards(dest, shards)
     notes = [*source.notes(splits), *_notes(done)]
+    digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
     if quarantined:
-        digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
         write_quarantine(dest, quarantined, digest)
+    if keys:
+        journal.seal(dest, keys, digest)
     index = write_index(dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
-    keep = {shard.path for shard in shards} | ({QUARANTINE} if quarantined else set())
-    _remove(dest, lambda name: _ours(name) and name != INDEX and name not in keep)
-    journal.forget(dest)
+    _clean(dest, index)
     return index
 
 
@@ -164,9 +183,10 @@ def begun(
     with journal.claimed(dest, tell) as lease:
         keys = journal.slice_keys(source, listed)
         parts = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
-        work = Conversion(source, dest, tuple(splits), lease, parts, journal.finished(dest, keys))
-        if not _is_published(work):  # one that was killed while it cleaned up is published once more
+        published = _published(dest, journal.sealed(dest, keys))
+        if published is None:
             check_destination(dest, overwrite=overwrite)
+        work = Conversion(source, dest, tuple(splits), lease, parts, journal.finished(dest, keys), published)
         try:
             yield work
         except BaseException:
@@ -213,16 +233,23 @@ def _loaded(source: Source, items: Sequence[Item], result: SliceResult) -> Itera
         yield sample
 
 
-def _is_published(work: Conversion) -> bool:
-    """Whether the dataset at the destination consists of the conversion's finished slices, and of all of them."""
-    place = storage.join(work.dest, INDEX)
-    if work.waiting or not storage.exists(place):
-        return False
-    try:
-        there = Index.from_json(storage.read_bytes(place), place).shards
-    except DataError:
-        return False  # --overwrite must be able to replace a damaged index
-    return there == tuple(work.finished[part.number].shard for part in work.parts)
+def _published(dest: str, digest: str) -> Index | None:
+    """The index at the destination if it has this digest."""
+    place = storage.join(dest, INDEX)
+    with suppress(DataError):  # --overwrite must be able to replace a damaged index
+        if digest and storage.exists(place):
+            index = Index.from_json(storage.read_bytes(place), place)
+            return index if index.digest == digest else None
+    return None
+
+
+def _clean(dest: str, index: Index) -> None:
+    """Remove what a published dataset does not need."""
+    keep = {INDEX, *(shard.path for shard in index.shards)}
+    if read_quarantine(dest, index.digest):
+        keep.add(QUARANTINE)
+    _remove(dest, lambda name: _ours(name) and name not in keep)
+    journal.forget(dest)
 
 
 def _check_shards(dest: str, shards: Sequence[ShardInfo]) -> None:

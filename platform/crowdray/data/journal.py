@@ -32,6 +32,7 @@ FOLDER = ".conversion"
 
 _WRITER = "writer"
 _RECORD = "slice-"
+_SEAL = "index-"
 _LIBRARIES = ("numpy", "pillow", "pyarrow", "scipy", "simplejpeg")
 """They decide on the bytes of a shard."""
 
@@ -132,14 +133,25 @@ def finished(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
     return found
 
 
+def seal(dest: str, keys: Sequence[str], digest: str) -> None:
+    """Say, before the index is written, that the one with this digest ends the conversion of these slices."""
+    storage.write_bytes(storage.join(dest, FOLDER, _seal_name(keys)), digest.encode())
+
+
+def sealed(dest: str, keys: Sequence[str]) -> str:
+    """Digest of the index that ended, or was about to end, the conversion of these slices; "" when there is none."""
+    return (storage.read_if_there(storage.join(dest, FOLDER, _seal_name(keys))) or b"").decode()
+
+
 def is_there(dest: str) -> bool:
     """Whether a conversion into `dest` is under way or was cut off."""
     return storage.exists(storage.join(dest, FOLDER))
 
 
 def forget(dest: str) -> None:
-    """Remove all records, of other conversions too, and what is half-written of them."""
+    """Remove all records, of other conversions too, and what is half-written of them; the seal last."""
     _remove(dest, _RECORD)
+    _remove(dest, _SEAL)
 
 
 def _remove(dest: str, part: str) -> None:
@@ -150,6 +162,10 @@ def _remove(dest: str, part: str) -> None:
 
 def _record_name(number: int, key: str) -> str:
     return f"{FOLDER}/{_RECORD}{number:05d}-{key[:32]}.json"
+
+
+def _seal_name(keys: Sequence[str]) -> str:
+    return f"{_SEAL}{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]}.txt"
 
 
 def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:

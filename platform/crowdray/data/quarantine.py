@@ -64,12 +64,13 @@ def write_quarantine(dest: str, items: Sequence[Quarantined], digest: str) -> No
     storage.write_bytes(storage.join(dest, QUARANTINE), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_quarantine(dest: str) -> list[Quarantined]:
-    """The items that the conversion of a dataset left out; none when it has no such list."""
+def read_quarantine(dest: str, digest: str) -> list[Quarantined]:
+    """The items that the conversion into the dataset with this digest left out; none when it has no such list."""
     place = storage.join(dest, QUARANTINE)
-    if (content := storage.read_if_there(place)) is None:
+    if (text := storage.read_if_there(place)) is None:
         return []
     try:
-        return [Quarantined(**item) for item in json.loads(content)["items"]]
+        content = json.loads(text)
+        return [Quarantined(**item) for item in content["items"] if content["digest"] == digest]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place} is damaged ({type(error).__name__}: {error}); convert the dataset again") from error
