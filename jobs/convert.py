@@ -20,7 +20,7 @@ from crowdray.errors import UserError
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """Convert a dataset into shards with an index; nothing is published unless all of it is sound."""
+    """Convert a dataset into shards with an index; the same command goes on where it was stopped."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The dataset's layout, one of those above; its own options are shown by SOURCE --help."""
@@ -40,7 +40,8 @@ class ConvertJob:
     report: str = ""
     """Folder or URI for what --check finds: figures and pictures (outputs/check/NAME)."""
     strict: bool = False
-    """With --check: status 1 when it finds a problem."""
+    """Publish nothing if any item cannot be used; else such items are left out and listed in quarantine.json. With
+    --check: status 1 when it finds a problem."""
 
 
 def main(arguments: list[str]) -> None:
@@ -57,7 +58,8 @@ def main(arguments: list[str]) -> None:
         return show_check(check(source, report, splits=job.split), report, console(), strict=job.strict)
     if not job.dest:
         raise UserError("--dest is missing; give the path or URI of the new dataset, or --check to look at the source")
-    show_dataset(convert(source, job.dest, splits=job.split, overwrite=job.overwrite), job.dest, console())
+    index = convert(source, job.dest, splits=job.split, overwrite=job.overwrite, strict=job.strict)
+    show_dataset(index, job.dest, console())
 
 
 if __name__ == "__main__":

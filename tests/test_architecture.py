@@ -24,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"registry", "training"}),
     frozenset({"evaluation"}),
     frozenset({"models", "data"}),
-    frozenset({"presets", "space"}),
+    frozenset({"presets", "space", "leases"}),
     frozenset({"config", "storage"}),
     frozenset({"errors", "__init__"}),
 )

@@ -40,7 +40,7 @@ def run_job(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         sys.exit(_tell(error, MISTAKEN))
     except KeyboardInterrupt:
-        sys.exit(_tell("interrupted; the same command goes on from the last checkpoint", 130))
+        sys.exit(_tell("interrupted; the same command goes on where it stopped", 130))
     except RuntimeError as error:
         if type(error) is RuntimeError:
             raise

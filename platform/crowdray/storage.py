@@ -70,6 +70,8 @@ def exists(uri: str) -> bool:
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file; a missing one is a UserError that names it."""
     with _explained("read", uri):
+        if is_local(uri):  # a file system object costs more than a small file
+            return Path(resolve(uri)).read_bytes()
         fs, path = _filesystem(uri)
         content = fs.cat_file(path)
         assert isinstance(content, bytes)
@@ -122,12 +124,12 @@ class Found:
     """Seconds since 1970."""
 
 
-def find_files(uri: str) -> list[Found]:
-    """All files below a folder, in one listing; none when the folder is not there."""
+def find_files(uri: str, depth: int | None = None) -> list[Found]:
+    """All files below a folder, at most `depth` levels deep, in one listing; none when the folder is not there."""
     with _explained("list", uri):
         fs, path = _filesystem(uri)
         fs.invalidate_cache()
-        entries = fs.find(path, detail=True)
+        entries = fs.find(path, maxdepth=depth, detail=True)
     found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
     return [file for file in found if file.name]
 
@@ -192,8 +194,7 @@ def write_file(local: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def local_scratch(uri: str) -> Iterator[Path]:
-    """A local file name to write before write_file publishes it at the URI: beside a local target, else in
-    temp.
+    """A local file name to write before write_file publishes it at the URI: beside a local target, else in temp.
 
     Whatever is left there at the end is removed, and a full disk becomes a UserError that names the URI.
     """
@@ -339,7 +340,7 @@ def _create_locally(target: Path, data: bytes) -> None:
 def _modified(entry: Mapping[str, Any]) -> float:
     """When a listed file was written: each file system has its own name and type for it."""
     times = (entry.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
-    time = next(value for value in times if value is not None)
+    time = next((value for value in times if value is not None), 0.0)
     if isinstance(time, str):
         time = datetime.fromisoformat(time)
     return time.timestamp() if isinstance(time, datetime) else float(time)

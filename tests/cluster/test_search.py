@@ -14,9 +14,9 @@ from crowdray.cluster.book import Book
 from crowdray.cluster.search import REFERENCE, StageTreeSearch
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.config import StagesConfig, from_json
+from crowdray.leases import Keeper, Lease, take
 from crowdray.presets import preset
 from crowdray.space import default_space
-from crowdray.training.leases import Keeper, Lease, take
 from crowdray.training.prefix import Chain
 from crowdray.training.store import StageStore
 

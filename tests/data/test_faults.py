@@ -151,7 +151,7 @@ def test_only_the_first_twenty_problems_are_listed(tmp_path: Path) -> None:
 def test_mall_reports_frames_and_annotations_that_do_not_meet(tmp_path: Path) -> None:
     root = make_mall(tmp_path / "mall", frames=[1, 2, 4, 5], annotated=4)
     with pytest.raises(DataError) as caught:
-        conversion.convert(open_source("mall", str(root)), str(tmp_path / "made"))
+        conversion.convert(open_source("mall", str(root)), str(tmp_path / "made"), strict=True)
     message = str(caught.value)
     assert "mall_gt.mat annotates seq_000003, whose image is missing" in message
     assert "seq_000005.jpg has no annotation" in message
@@ -170,8 +170,8 @@ def test_a_failed_replacement_leaves_the_old_dataset(part: Path, made: Path) -> 
     before = {path.name: path.read_bytes() for path in made.iterdir()}
     (part / "train_data" / "images" / "IMG_1.jpg").write_bytes(b"junk")
     with pytest.raises(DataError, match="IMG_1"):
-        convert(part, made, overwrite=True)
-    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+        convert(part, made, overwrite=True, strict=True)
+    assert {name: (made / name).read_bytes() for name in before} == before
 
 
 def test_an_empty_scene_is_a_scene(made: Path) -> None:
@@ -206,15 +206,21 @@ def test_a_full_disk_while_a_shard_is_written(part: Path, tmp_path: Path, monkey
 def test_a_full_disk_while_the_index_is_written(
     part: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", no_space)
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        (no_space if INDEX in os.readlink(f"/proc/self/fd/{file}") else fsync)(file)
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"index\.json.*no space left"):
         convert(part, tmp_path / "new")
     assert not (tmp_path / "new" / INDEX).exists()
-    assert not list((tmp_path / "new").iterdir())
     with pytest.raises(DataError, match="never ended"):
         Dataset.open(str(tmp_path / "new"))
     with pytest.raises(UserError, match="no space left"):
         convert(part, made, overwrite=True)
     Dataset.open(str(made)).verify()
     monkeypatch.undo()
-    assert convert(part, tmp_path / "new") == Dataset.open(str(made)).index
+    seen: list[object] = []
+    assert convert(part, tmp_path / "new", on_slice=seen.append) == Dataset.open(str(made)).index
+    assert seen == [] and len(list((tmp_path / "new").iterdir())) == 2  # the finished slice was not converted again

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crowdray.data.sample import (
+    check_image,
     decode_depth,
     decode_image,
     decode_roi,
@@ -84,8 +86,29 @@ def test_an_alpha_channel_is_dropped() -> None:
 @pytest.mark.parametrize("cut", [0, 3, 300, -2])
 def test_a_corrupt_image_is_a_data_error(cut: int) -> None:
     content = simplejpeg.encode_jpeg(np.repeat(PIXELS, 4, axis=0), quality=90)
-    with pytest.raises(DataError, match="cannot be decoded"):
-        decode_image(content[:cut])
+    for look in (decode_image, check_image):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            look(content[:cut])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}], ids=str)
+def test_an_image_is_checked_as_it_is_decoded(mode: str, options: dict[str, bool]) -> None:
+    """Wherever a JPEG is cut, the check of its luma says what decoding all of it says."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.repeat(PIXELS, 3, axis=0)).convert(mode).save(buffer, format="JPEG", **options)
+    content = buffer.getvalue()
+    assert check_image(content) == decode_image(content).shape[:2] == (72, 31)
+
+    def says(look: Callable[[bytes], object], cut: int) -> str:
+        try:
+            look(content[:cut])
+        except DataError as error:
+            return str(error)
+        return "sound"
+
+    cuts = range(len(content) // 2, len(content), len(content) // 16)
+    assert [says(check_image, cut) for cut in cuts] == [says(decode_image, cut) for cut in cuts]
 
 
 def test_a_sample_takes_size_and_hash_from_its_image_and_survives_pickling() -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from crowdray import storage
-from crowdray.data import conversion
+from crowdray.data import conversion, shards
 from crowdray.data.sample import SCHEMA, Sample
 from crowdray.data.shards import INDEX, ROWS_PER_BATCH, Dataset, Index, write_index, write_shard
 from crowdray.data.sources import Item
@@ -53,8 +53,8 @@ def mixed() -> list[Sample]:
 
 
 def write(place: str, listed: Sequence[Sample], rows: int = 40) -> Dataset:
-    shards = [write_shard(listed[k : k + rows], place, k // rows) for k in range(0, len(listed), rows)]
-    write_index(place, shards, source="listed", depth_teacher="none")
+    written = [write_shard(listed[k : k + rows], place, k // rows) for k in range(0, len(listed), rows)]
+    write_index(place, written, source="listed", depth_teacher="none")
     return Dataset.open(place)
 
 
@@ -120,6 +120,17 @@ def test_shards_are_uncompressed_arrow_files_that_name_their_schema(tmp_path: Pa
         assert shard.bytes > len(images)
     names = pa.concat_tables(tables).column("name").to_pylist()
     assert names == [sample.name for sample in mixed()]
+
+
+def test_large_images_make_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = samples(20)
+    sizes = [len(s.image) + len(s.roi or b"") + len(s.depth or b"") for s in listed]
+    monkeypatch.setattr(shards, "BYTES_PER_BATCH", sum(sizes[:5]))
+    dataset = write(str(tmp_path), listed)
+    with pa.ipc.open_file(str(tmp_path / dataset.index.shards[0].path)) as reader:
+        lengths = [len(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+    assert lengths[0] == 5 and sum(lengths) == 20 and len(lengths) > 2
+    assert [content(dataset.sample(row)) for row in range(20)] == [content(sample) for sample in listed]
 
 
 def test_equal_samples_give_equal_bytes_and_another_sample_another_digest(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from crowdray import storage
+from crowdray import leases, storage
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.training import leases, store
+from crowdray.training import store
 from crowdray.training.checkpoint import Best, Checkpoint, Progress, load_checkpoint, save_checkpoint
 from crowdray.training.prefix import Chain
 from crowdray.training.store import MANIFEST, StageStore, StateId

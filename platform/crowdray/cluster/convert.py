@@ -1,28 +1,66 @@
-"""From a source to a dataset, slice by slice: by this process alone, or on all the CPUs of a cluster."""
+"""From a source to a dataset, slice by slice, by this process or by a cluster; what was stopped goes on."""
 
 from collections.abc import Sequence
 
+from crowdray import storage
 from crowdray.cluster.spread import over_slices
-from crowdray.data.conversion import SliceResult, check_destination, convert_slice, discard, publish, slices
+from crowdray.data.conversion import Conversion, begun, convert_slice
+from crowdray.data.journal import SliceResult
 from crowdray.data.shards import Index
 from crowdray.data.sources import Item, Source
+from crowdray.errors import UserError
 
 
-def convert(source: Source, dest: str, *, splits: Sequence[str] = (), overwrite: bool = False) -> Index:
+def convert(
+    source: Source, dest: str, *, splits: Sequence[str] = (), overwrite: bool = False, strict: bool = False
+) -> Index:
     """Convert a source into a dataset at `dest` and publish it; returns its index.
 
-    The bytes do not depend on who converts. Raises UserError with all problems together; then, as after an
-    interrupt, nothing is published and nothing half-written stays.
+    The bytes depend neither on who converts nor on how often it was started. Items that cannot be used are left out
+    and listed; with `strict`, or when they are most of a split, a UserError lists them and nothing is published.
+    Whatever ends it early, finished slices stay for the next start.
     """
-    check_destination(dest, overwrite=overwrite)
+    with begun(source, dest, splits=splits, overwrite=overwrite, tell=_say) as work:
+        try:
+            if work.waiting:
+                _convert(work)
+            return work.publish(strict=strict)
+        except BaseException:
+            if work.finished:
+                kept = f"{len(work.finished)} of {len(work.parts)} slices are finished and stay in {work.dest}"
+                _say(f"{kept}: the same command goes on from there")
+            raise
 
-    def work(source: Source, items: Sequence[Item], number: int) -> SliceResult:
-        return convert_slice(source, items, dest, number)
 
-    parts = list(enumerate(slices(source.items(splits))))
-    try:
-        results = [result for _, result in over_slices(work, source, parts)]
-        return publish(dest, source, results, splits=splits, overwrite=overwrite)
-    except BaseException:
-        discard(dest)
-        raise
+def _convert(work: Conversion) -> None:
+    """Bring all slices of a conversion to their end, and show how far it is."""
+    resumed = len(work.parts) - len(work.waiting)
+    if resumed:
+        _say(f"going on after {resumed} of {len(work.parts)} slices")
+    dest, keys = work.dest, {part.number: part.key for part in work.waiting}
+
+    def convert_part(source: Source, items: Sequence[Item], number: int) -> SliceResult:
+        return convert_slice(source, items, dest, number, keys[number])
+
+    def note(_newest: SliceResult) -> str:
+        bad = sum(len(result.quarantined) for result in work.finished.values())
+        return ", ".join(filter(None, [bad and f"{bad} quarantined", resumed and f"{resumed} slices resumed"]))
+
+    parts = [(part.number, part.items) for part in work.waiting]
+    done = sum(len(part.items) for part in work.parts if part.number not in keys)
+    for _, result in over_slices(convert_part, work.source, parts, done=done, note=note):
+        _check_reach(result)
+        work.add(result)
+
+
+def _check_reach(result: SliceResult) -> None:
+    """A file that a worker misses and this process does not is no fault of the item."""
+    if strange := next(filter(storage.exists, result.missing), None):
+        raise UserError(
+            f"a worker finds no {strange}, which this process does: with several nodes --source must be a place that "
+            "all of them reach, a shared folder or a URI such as s3://bucket/folder"
+        )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

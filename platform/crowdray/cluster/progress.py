@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -21,32 +21,57 @@ PLAIN_EVERY_S = 10.0
 """Seconds between two lines of a count in a log."""
 
 
+class Advance(Protocol):
+    """Told of each number of new things that are done, and of what is to be said beside it."""
+
+    def __call__(self, number: int, note: str = "") -> None:
+        """Count `number` more."""
+        ...
+
+
 @contextmanager
-def counting(what: str, total: int, console: Console | None = None) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` things are done; the block calls what it gets with each number of new ones."""
+def counting(what: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Advance]:
+    """Show how many of `total` things are done; the block calls what it gets with each number of new ones.
+
+    done: things that an earlier start has done; they are no part of the pace.
+    """
     console = console or Console()
     if not console.is_terminal:
-        yield _plain_count(what, total)
+        yield _plain_count(what, total, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda number: progress.advance(task, number)
+    with Progress(*columns, TextColumn("{task.fields[said]}"), console=console, transient=True) as progress:
+        task, pace = progress.add_task(what, total=total, completed=done, said=""), _pace_since_now()
+
+        def advance(number: int, note: str = "") -> None:
+            progress.update(task, advance=number, said=", ".join(filter(None, (pace(number), note))))
+
+        yield advance
 
 
-def _plain_count(what: str, total: int) -> Callable[[int], None]:
-    done, started = 0, time.monotonic()
-    told = started
+def _plain_count(what: str, total: int, done: int) -> Advance:
+    told, pace = time.monotonic(), _pace_since_now()
 
-    def advance(number: int) -> None:
+    def advance(number: int, note: str = "") -> None:
         nonlocal done, told
         done += number
-        now = time.monotonic()
-        if done == total or now - told >= PLAIN_EVERY_S:
-            told = now
-            print(f"{done}/{total} {what}, {done / max(now - started, 1e-9):.0f} per second", flush=True)
+        said = pace(number)
+        if done == total or time.monotonic() - told >= PLAIN_EVERY_S:
+            told = time.monotonic()
+            print(", ".join(filter(None, (f"{done}/{total} {what}", said, note))), flush=True)
 
     return advance
+
+
+def _pace_since_now() -> Callable[[int], str]:
+    done, started = 0, time.monotonic()
+
+    def pace(number: int) -> str:
+        nonlocal done
+        done += number
+        return f"{done / max(time.monotonic() - started, 1e-9):.0f} per second"
+
+    return pace
 
 
 class LiveDisplay:

@@ -17,8 +17,8 @@ from crowdray.cluster.book import RECORD, Book
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.config import Config, to_json
 from crowdray.evaluation.study import State
+from crowdray.leases import Keeper, Lease
 from crowdray.space import first_points
-from crowdray.training.leases import Keeper, Lease
 from crowdray.training.prefix import Chain, chains_of
 from crowdray.training.store import StageStore, StateId
 

@@ -11,6 +11,7 @@ from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET
 from crowdray.cluster.ship import Outcome
 from crowdray.cluster.study_display import trial_table
 from crowdray.cluster.tune import StudyOutcome
+from crowdray.data.quarantine import MOST_LISTED, QUARANTINE, read_quarantine
 from crowdray.data.shards import Index
 from crowdray.data.soundness import Soundness
 from crowdray.evaluation.metrics import Metrics
@@ -18,7 +19,7 @@ from crowdray.evaluation.soundness import soundness_table
 
 
 def show_dataset(index: Index, dest: str, console: Console) -> None:
-    """Splits of a converted dataset, and what its conversion found worth telling."""
+    """Splits of a converted dataset, what its conversion found worth telling, and the items that it left out."""
     table = Table(title=f"{index.name}, depth: {index.depth_teacher}", title_justify="left")
     table.add_column("split")
     for name in ("images", "heads", "heads per image"):
@@ -29,6 +30,11 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
     console.print(table)
     for note in index.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
+    left_out = read_quarantine(dest, index.digest)
+    for item in left_out[:MOST_LISTED]:
+        console.print(f"left out: {item}", markup=False, highlight=False, soft_wrap=True)
+    if more := len(left_out[MOST_LISTED:]):
+        console.print(f"left out: {more} more, see {storage.join(dest, QUARANTINE)}", markup=False, highlight=False)
     _lines(console, {"dataset": dest, "digest": index.digest[:12]})
     look = f"python jobs/convert.py crowdray --source {shlex.quote(dest)} --check"
     console.print(f"look at it:  {look}", markup=False, highlight=False, soft_wrap=True)

@@ -25,10 +25,10 @@ from crowdray.errors import UserError
 from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import StudyRecord, TrialRecord, importances
 from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices
+from crowdray.leases import LEASE_S, Keeper, Lease, take
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.checkpoint import Row
-from crowdray.training.leases import LEASE_S, Keeper, Lease, take
 from crowdray.training.prefix import numerics_of
 from crowdray.training.sharing import Shelf
 

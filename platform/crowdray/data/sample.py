@@ -7,7 +7,7 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -112,7 +112,7 @@ def make_sample(
         heads = usable_points(points)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    height, width = shape or decode_image(image).shape[:2]
+    height, width = shape or check_image(image)
     sha256 = hashlib.sha256(image).hexdigest()
     return Sample(name, split, scene, image, height, width, np.ascontiguousarray(heads), roi, depth, sha256)
 
@@ -157,15 +157,26 @@ def _header_size(file: IO[bytes]) -> tuple[int, int]:
         raise DataError(f"it is no image: {error}; replace the file or leave it out") from error
 
 
+def check_image(content: Encoded) -> tuple[int, int]:
+    """Height and width in pixels of an image that decode_image can decode, read to its end; else a DataError."""
+    height, width = _decoded(content, "GRAY").shape[:2]
+    return height, width
+
+
 def decode_image(content: Encoded) -> NDArray[np.uint8]:
     """Decode JPEG, or what else Pillow reads, to uint8 (H, W, 3) RGB; grey becomes RGB. Raises DataError."""
+    return _decoded(content, "RGB")
+
+
+def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[np.uint8]:
+    """RGB, or of a JPEG only its luma: all of its bytes are read, and a fifth of the work is saved."""
     try:
         if simplejpeg.is_jpeg(content):
             height, width, colours = simplejpeg.decode_jpeg_header(content)[:3]
             if height * width > _PIXELS_PER_BYTE * len(content):  # a block of 8x8 takes a bit at the least
                 raise ValueError(f"{len(content)} bytes cannot hold {height}x{width} pixels")
             if colours not in ("CMYK", "YCCK"):
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace="RGB")
+                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace=jpeg_colours)
                 return pixels
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))

@@ -6,13 +6,15 @@ last.
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate, chain, groupby, islice
+from itertools import accumulate, chain, groupby
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -27,6 +29,8 @@ FORMAT = "crowdray"
 INDEX = "index.json"
 ROWS_PER_BATCH = 64
 """Rows of one record batch: bounds what a writer holds in memory and what a reader parses at once."""
+BYTES_PER_BATCH = 64 * 2**20
+"""Bytes of encoded images, masks and depth that close a batch before it has its rows."""
 SHARD_NAME = re.compile(r"shard-\d{5}-[0-9a-f]{16}\.arrow")
 """Number and hash: a conversion that replaces a dataset never writes over a shard that somebody reads."""
 
@@ -112,7 +116,7 @@ class Index:
                 )
             if content["schema_version"] != SCHEMA_VERSION:
                 raise DataError(f"{place} has schema version {content['schema_version']}, not {SCHEMA_VERSION}; {mend}")
-            shards = tuple(_shard_from_json(shard) for shard in content["shards"])
+            shards = tuple(shard_from_json(shard) for shard in content["shards"])
             index = cls(content["name"], content["depth_teacher"], shards, tuple(content["notes"]))
             if content["digest"] != index.digest:
                 raise DataError(f"{place} has digest {content['digest']}, but its shards give {index.digest}; {mend}")
@@ -145,6 +149,8 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
         sha256 = storage.hash_file(scratch)
         name = f"shard-{number:05d}-{sha256[:16]}.arrow"
         size = scratch.stat().st_size
+        if storage.is_local(dest):
+            _sync(scratch)
         storage.write_file(scratch, storage.join(dest, name))
     return ShardInfo(name, sum(n for _, n in runs), size, sha256, _merge(runs), dict(heads))
 
@@ -325,9 +331,22 @@ def _binary_views(column: pa.Array) -> tuple[NDArray[np.int64], memoryview]:
     return starts, memoryview(content if content is not None else b"").toreadonly()
 
 
+def _sync(path: Path) -> None:
+    """Bring a file to the disk: an index or a record that survives a power cut must not name a shard that did not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
-    remaining = iter(samples)
-    while rows := list(islice(remaining, ROWS_PER_BATCH)):
+    rows: list[Sample] = []
+    held = 0
+    for sample in samples:
+        rows.append(sample)
+        held += sum(len(content) for content in (sample.image, sample.roi, sample.depth) if content is not None)
+        if len(rows) == ROWS_PER_BATCH or held >= BYTES_PER_BATCH:
+            yield rows
+            rows, held = [], 0
+    if rows:
         yield rows
 
 
@@ -353,7 +372,8 @@ def _merge(runs: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     return tuple((split, sum(n for _, n in run)) for split, run in groupby(runs, key=lambda pair: pair[0]))
 
 
-def _shard_from_json(content: Mapping[str, Any]) -> ShardInfo:
+def shard_from_json(content: Mapping[str, Any]) -> ShardInfo:
+    """What asdict made of a ShardInfo; a ValueError, KeyError or TypeError for anything else."""
     runs = tuple((str(split), int(rows)) for split, rows in content["runs"])
     shard = ShardInfo(**{**content, "runs": runs})
     # The name is checked because it is joined to the dataset's place: no index may point elsewhere.

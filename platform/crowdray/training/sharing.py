@@ -11,8 +11,8 @@ from crowdray import storage
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
+from crowdray.leases import Keeper
 from crowdray.training.checkpoint import Checkpoint
-from crowdray.training.leases import Keeper
 from crowdray.training.loop import Training
 from crowdray.training.prefix import Chain, chains_of, numerics_of
 from crowdray.training.store import StageStore

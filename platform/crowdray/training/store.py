@@ -26,12 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crowdray import storage
+from crowdray import leases, storage
 from crowdray.config import ConfigError
 from crowdray.errors import DataError, UserError
-from crowdray.training import leases
+from crowdray.leases import Keeper, Lease
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint, room
-from crowdray.training.leases import Keeper, Lease
 from crowdray.training.prefix import Chain
 
 MANIFEST = "manifest.json"

@@ -121,6 +121,11 @@ def living(folder: str, name: str = "") -> set[str]:
     return {note.name for note in _notes(folder, name) if note.alive}
 
 
+def holder(folder: str, name: str) -> tuple[str, float] | None:
+    """Owner and expiry, in seconds since 1970, of the living lease with this name; None when nobody has it."""
+    return next(((note.owner, note.expires) for note in _notes(folder, name) if note.alive), None)
+
+
 def sweep(folder: str) -> None:
     """Remove the files of leases that nobody renewed for long."""
     for file in storage.find_files(folder):
@@ -181,6 +186,7 @@ class _Note:
     uri: str
     name: str
     number: int
+    owner: str
     expires: float
 
     @property
@@ -195,14 +201,15 @@ def _notes(folder: str, name: str = "") -> Iterator[_Note]:
             continue
         uri = storage.join(folder, file.name)
         if (content := storage.read_if_there(uri)) is not None:
-            yield _Note(uri, match["name"], int(match["number"]), _parsed(content, file.modified)[1])
+            _, owner, expires = _parsed(content, file.modified)
+            yield _Note(uri, match["name"], int(match["number"]), owner, expires)
 
 
-def _parsed(content: bytes, modified: float) -> tuple[str, float]:
-    """Token and expiry. A file without content is being written, or its writer was killed: it counts from its
+def _parsed(content: bytes, modified: float) -> tuple[str, str, float]:
+    """Token, owner and expiry. A file without content is being written, or its writer was killed: it counts from its
     time."""
     try:
         said = json.loads(content)
-        return str(said["token"]), float(said["expires"])
+        return str(said["token"]), str(said["owner"]), float(said["expires"])
     except (ValueError, KeyError, TypeError):
-        return "", modified + LEASE_S
+        return "", "", modified + LEASE_S

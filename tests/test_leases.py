@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from crowdray import storage
+from crowdray import leases, storage
 from crowdray.errors import UserError
-from crowdray.training import leases
-from crowdray.training.leases import Keeper, Lease, living, share, sweep, take
+from crowdray.leases import Keeper, Lease, living, share, sweep, take
 
 FORK = multiprocessing.get_context("fork")
 
@@ -41,6 +40,8 @@ def test_one_has_it_until_it_is_given_back(folder: str) -> None:
         assert living(folder, "claim-a") == {"claim-a"}
         assert living(folder) == {"claim-a", "claim-ab"}
         said = json.loads(storage.read_bytes(lease.uri))
+        assert leases.holder(folder, "claim-a") == ("me", said["expires"])
+        assert leases.holder(folder, "claim") is None
         assert said["owner"] == "me" and said["expires"] == pytest.approx(time.time() + leases.LEASE_S, abs=5)
     assert living(folder, "claim-a") == set()
     assert not lease.renew()

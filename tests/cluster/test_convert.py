@@ -1,0 +1,69 @@
+"""What a conversion tells on its way, and what it makes of a worker that sees other files; none of it starts Ray."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from rich.console import Console
+from scipy.io import savemat
+
+from crowdray.cluster.convert import _check_reach, convert
+from crowdray.cluster.summary import show_dataset
+from crowdray.data import conversion
+from crowdray.data.journal import SliceResult
+from crowdray.data.sources import open_source
+from crowdray.errors import UserError
+
+
+def make_part(part: Path) -> Path:
+    """Eight images, of which the second is broken."""
+    content = simplejpeg.encode_jpeg(np.zeros((24, 32, 3), np.uint8))
+    for name in ("images", "ground_truth"):
+        (part / "train_data" / name).mkdir(parents=True)
+    for number in range(1, 9):
+        (part / "train_data" / "images" / f"IMG_{number}.jpg").write_bytes(content[: 200 if number == 2 else None])
+        info = np.empty((1, 1), dtype=object)
+        info[0, 0] = {"location": np.ones((1, 2)), "number": 1}
+        savemat(part / "train_data" / "ground_truth" / f"GT_IMG_{number}.mat", {"image_info": info})
+    return part
+
+
+def test_an_interrupted_conversion_says_how_it_goes_on_and_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 2)
+    source, dest = open_source("shanghaitech", str(make_part(tmp_path / "part_B"))), str(tmp_path / "made")
+    add = conversion.Conversion.add
+
+    def interrupt(self: Any, result: SliceResult) -> None:
+        add(self, result)
+        if result.number == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.Conversion, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, dest)
+    said = capsys.readouterr().out
+    assert f"2 of 4 slices are finished and stay in {dest}: the same command goes on" in said
+
+    index = convert(source, dest)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "going on after 2 of 4 slices"
+    assert said[-1].startswith("8/8 images, ") and said[-1].endswith(" per second, 1 quarantined, 2 slices resumed")
+
+    shown = io.StringIO()
+    show_dataset(index, dest, Console(file=shown, width=140))
+    assert "note: 1 items cannot be used and were left out, see quarantine.json" in shown.getvalue()
+    assert "left out: train/IMG_2: " in shown.getvalue()
+
+
+def test_a_file_that_a_worker_alone_misses_is_no_bad_item(tmp_path: Path) -> None:
+    there = tmp_path / "IMG_1.jpg"
+    _check_reach(SliceResult(0, missing=[str(there)]))
+    there.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"a worker finds no {there}, which this process does: with several nodes"):
+        _check_reach(SliceResult(0, missing=[str(there)]))
