@@ -192,11 +192,11 @@ def heads(kind: str, folder: Path, **options: Any) -> dict[str, list[tuple[float
 
 
 def problem(kind: str, folder: Path, **options: Any) -> str:
-    """The one message of a folder that cannot be converted; nothing is left behind."""
+    """The one message of a folder that cannot be converted; nothing is published."""
     made = folder.parent / f"made-{uuid.uuid4().hex}"
     with pytest.raises(UserError) as caught:
-        conversion.convert(open_source(kind, str(folder), **options), str(made))
-    assert not made.exists() or not list(made.iterdir())
+        conversion.convert(open_source(kind, str(folder), **options), str(made), strict=True)
+    assert not (made / "index.json").exists()
     return str(caught.value)
 
 

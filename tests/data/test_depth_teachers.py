@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from crowdray.cluster import convert as cluster_convert
+from crowdray.cluster import spread
 from crowdray.cluster.runtime import Resources
 from crowdray.data.conversion import convert
 from crowdray.data.depth import Onnx, Precomputed, View, open_teacher
@@ -247,7 +247,7 @@ def test_a_gpu_is_asked_of_ray_and_missed_in_words(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"onnxruntime-gpu.*leave cuda out"):
         teacher.depth(view(pixels()))
     cluster = contextlib.nullcontext(Resources(cpus=2, gpus=0, local=True))
-    monkeypatch.setattr(cluster_convert, "connect", lambda: cluster)
+    monkeypatch.setattr(spread, "connect", lambda: cluster)
     source = open_source("synthetic", train=1, test=0, depth=f"onnx:{place},metric,cuda")
     assert source.gpu and not open_source("synthetic", depth="own").gpu
     with pytest.raises(UserError, match="Ray has none here"):
