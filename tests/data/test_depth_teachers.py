@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from crowdray.cluster import convert as cluster_convert
 from crowdray.cluster import spread
 from crowdray.cluster.runtime import Resources
 from crowdray.data.conversion import convert
