@@ -51,9 +51,9 @@ def test_an_interrupted_conversion_says_how_it_goes_on_and_what_it_left_out(
     assert f"2 of 4 slices are finished and stay in {dest}: the same command goes on" in said
 
     index = convert(source, dest)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "going on after 2 of 4 slices"
-    assert said[-1].startswith("8/8 images, ") and said[-1].endswith(" per second, 1 quarantined, 2 slices resumed")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "going on after 2 of 4 slices"
+    assert lines[-1].startswith("8/8 images, ") and lines[-1].endswith(" per second, 1 quarantined, 2 slices resumed")
 
     shown = io.StringIO()
     show_dataset(index, dest, Console(file=shown, width=140))
