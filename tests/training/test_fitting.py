@@ -84,13 +84,13 @@ def test_what_memory_refuses_is_not_taken(discs: Dataset, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("tirelessly")
 def test_what_would_be_killed_is_never_tried(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of 500 bytes, 100 for each window; the pictures that it will keep are taken off."""
-    whole, seen = RunningStage.update, [0]
+    whole, seen = RunningStage._step, [0]
 
-    def update(self: RunningStage, batch: Batch) -> torch.Tensor:
+    def step(self: RunningStage, batch: Batch) -> torch.Tensor:
         seen.append(len(batch.rows))
         return whole(self, batch)
 
-    monkeypatch.setattr(RunningStage, "update", update)
+    monkeypatch.setattr(RunningStage, "_step", step)
     monkeypatch.setattr(fitting, "peak_memory", lambda device: 500 + 100 * max(seen))
     config = config_of(accumulate=1)
     room = (500 + 100 * 13 + 50 + 5 * 24 * 64 * 96) / SHARE

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -69,6 +70,13 @@ def fastest(windows_per_s: Callable[[int], float | None], most: int) -> int:
     return fits if last >= RISE * pace else power
 
 
+class _Measured(RunningStage):
+    """A stage that leaves it to others what to do about a batch that does not fit."""
+
+    def _too_large(self, batch: Batch, taken: int) -> NoReturn:
+        raise torch.OutOfMemoryError(f"{len(batch.rows)} windows in {taken} parts")
+
+
 class _Updates:
     """Real updates that change nothing, of windows as large and as full of heads as the data has them."""
 
@@ -76,7 +84,7 @@ class _Updates:
         smallest = replace(config.sampling, batch=config.optimizer.accumulate)
         self.training = Training(replace(config, sampling=smallest), dataset, world=World(), device=device)
         dearest = max(self.training.stages, key=lambda stage: (stage.trains_encoder, len(stage.tasks)))
-        self.running = RunningStage(self.training, replace(dearest, calibrated=False), None)
+        self.running = _Measured(self.training, replace(dearest, calibrated=False), None)
         self.running.rate = 0.0
         self.running.prepare()
         self.room = None if room is None else SHARE * room - _pictures(config, dataset)
@@ -91,11 +99,11 @@ class _Updates:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(SHARE, device)
         try:
-            self.running.update(batch)
+            self.running._step(batch)
             wait(device)
             started = perf_counter()
             for _ in range(TIMED):
-                self.running.update(batch)
+                self.running._step(batch)
             wait(device)
             elapsed = perf_counter() - started
         except RuntimeError as error:

@@ -138,16 +138,6 @@ class RunningStage:
             module.train(name in self.stage.modules)
 
     def _step(self, batch: Batch) -> Tensor:
-        """`update`, or a UserError that says what fits into memory."""
-        try:
-            return self.update(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            error.__traceback__ = None  # its frames hold the tensors that did not fit
-            self._too_large(batch, len(batch.parts(self.training.config.optimizer.accumulate)))
-
-    def update(self, batch: Batch) -> Tensor:
         """One update; returns the unweighted losses (tasks,) of the whole batch."""
         training = self.training
         if not self.operations:
@@ -157,7 +147,13 @@ class RunningStage:
             )
         self.optimizer.zero_grad(set_to_none=True)
         parts = batch.parts(training.config.optimizer.accumulate)
-        losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+        try:
+            losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            self._too_large(batch, len(parts))
         seen = training.world.mean(losses).cpu()
         if not torch.isfinite(seen).all():
             raise DivergedError(self._diverged(dict(zip(self.stage.tasks, seen.tolist(), strict=True)), batch))
