@@ -125,8 +125,10 @@ def run_training(
         train_loop_config={
             "task": Task(run.config, run.data, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
         },
-        scaling_config=ScalingConfig(
-            num_workers=run.workers, use_gpu=use_gpu, elastic_resize_monitor_interval_s=LOOK_S
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=run.workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=LOOK_S,
         ),
         run_config=RunConfig(
             name=run.name,
