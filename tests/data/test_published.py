@@ -1,7 +1,10 @@
 """The published datasets: each layout is read as it is, quirk by quirk, from folders and from buckets."""
 
 import io
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import crowdray
 from crowdray.data import conversion
 from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
 from crowdray.data.shards import Dataset
@@ -309,6 +313,15 @@ def test_lost_images_and_annotations_are_refused_one_by_one(name: str) -> None:
     (again,) = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
     with pytest.raises(DataError, match=f"{item.annotation.rsplit('/', 1)[-1]} annotates {item.name}, whose image"):
         broken.load(again)
+
+
+def test_only_the_adapter_that_is_asked_for_is_imported() -> None:
+    code = "import sys; from crowdray.data.sources import SOURCES, source_options; source_options('jhu'); "
+    code += "paths = {name: known.path.split(':')[0] for name, known in SOURCES.items()}; "
+    code += "print([name for name, path in paths.items() if f'crowdray.data.sources.{path}' in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(crowdray.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "['jhu']"
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "synthetic"])

@@ -79,7 +79,7 @@ SOURCES = {
     "jhu": KnownSource("jhu:Jhu", "JHU-CROWD++: 4,372 photos in every weather"),
     "nwpu": KnownSource("nwpu:Nwpu", "NWPU-Crowd: 3,609 photos with labels, some without anybody"),
 }
-"""Sources by their names on the command line."""
+"""Sources by their names on the command line: a new one is one line here, its options are its signature's."""
 
 
 @dataclass(frozen=True, slots=True)
