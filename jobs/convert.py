@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     options = source_options(named) if named else {}
     refuse_strange_options(ConvertJob, named, options, arguments)
     fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.meaning)], o.default) for key, o in options.items()]
-    made = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
+    made: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
     about = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
     job = parse(made, arguments, "jobs/convert.py", f"{ConvertJob.__doc__}\n\nSOURCE is one of\n{about}")
     source = open_source(job.name, job.source, depth=job.depth, **{key: getattr(job, key) for key in options})

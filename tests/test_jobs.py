@@ -128,13 +128,6 @@ def test_the_help_lists_every_source_and_the_options_of_the_one_named(capsys: py
         assert ("--fold" in told) is ("ucf-cc-50" in arguments)
 
 
-def test_a_conversion_loads_no_adapter_but_its_own() -> None:
-    code = f"import sys; sys.argv = ['x', '--help']; sys.path.insert(0, {str(ROOT / 'jobs')!r}); import convert; "
-    code += "print([name for name in sys.modules if name.startswith('crowdray.data.sources.')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,7 +3,7 @@
 import io
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fsspec
@@ -97,8 +97,8 @@ def worldexpo() -> Files:
         "maskVerticesXCoordinates": np.array([[5.0], [21.0], [21.0], [5.0]]),
         "maskVerticesYCoordinates": np.array([[3.0], [3.0], [15.0], [15.0]]),
     }
-    files = {}
-    labels = [
+    files: Files = {}
+    labels: list[tuple[str, str, Callable[..., bytes], Any]] = [
         ("train", SCENE_A, mat, HEADS),
         ("train", BAD_TRAIN, mat, HEADS),
         ("train", SCENE_DASH, hdf5, HEADS[:2]),

@@ -1,5 +1,7 @@
 """MATLAB files: HDF5 is read as scipy reads the older kind; polygons become the pixels whose centres they hold."""
 
+import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
+from scipy.io import savemat
 
 from crowdray.data.sources.matlab import read_matlab, read_points
 from crowdray.data.sources.region import polygon_mask
@@ -50,6 +53,38 @@ def test_points_are_shifted_by_their_base_and_further_columns_left_out() -> None
         np.testing.assert_array_equal(read_points(place, "p", 0.0), [[1.5, 2.5]])
         with pytest.raises(DataError, match=r"a\.mat does not hold `c` with x and y .*\(2, 1\).*copy it again"):
             read_points(place, "c", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "written", "message"),
+    [
+        # Unchecked, the first two end the process in scipy and the third keeps it for hours.
+        (176, struct.pack("<I", 0), "an element of type 0 and 48 bytes"),
+        (176, struct.pack("<I", 0x10809), "an element of type 2057 and 1 bytes"),
+        (160, struct.pack("<ii", 2**30, 2), r"a matrix of shape \(1073741824, 2\)"),
+        (160, struct.pack("<ii", -3, 2), r"a matrix of shape \(-3, 2\)"),
+        (180, struct.pack("<I", 4000), "an element of type 9 and 4000 bytes"),
+        (132, struct.pack("<I", 99), "an element of type 14 and 99 bytes"),
+        (124, b"\0\2", "no header of MATLAB"),
+    ],
+)
+def test_a_damaged_element_is_found_before_scipy_meets_it(place: int, written: bytes, message: str) -> None:
+    content = bytearray(mat(p=np.arange(6.0).reshape(3, 2)))
+    assert struct.unpack_from("<ii", content, 160) == (3, 2) and struct.unpack_from("<II", content, 176) == (9, 48)
+    content[place : place + len(written)] = written
+    with pytest.raises(DataError, match=message):
+        variables(bytes(content))
+
+
+def test_compressed_and_big_endian_files_are_read() -> None:
+    buffer = io.BytesIO()
+    savemat(buffer, {"p": np.arange(6.0).reshape(3, 2), "s": {"a": np.zeros((0, 2))}}, do_compression=True)
+    np.testing.assert_array_equal(variables(buffer.getvalue())["p"], np.arange(6.0).reshape(3, 2))
+    with pytest.raises(DataError, match="does not hold anything"):
+        variables(buffer.getvalue()[:-10] + bytes(10))
+    big = b"MATLAB".ljust(124) + b"\x01\x00MI" + struct.pack(">IIIIIIIIiiHH", 14, 64, 6, 8, 6, 0, 5, 8, 2, 1, 1, 1)
+    big += b"p\0\0\0" + struct.pack(">IIdd", 9, 16, 1.5, 2.5)
+    np.testing.assert_array_equal(variables(big)["p"], [[1.5], [2.5]])
 
 
 @given(st.integers(3, 9), st.integers(0, 2**32 - 1))

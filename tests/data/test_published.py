@@ -1,7 +1,10 @@
 """The published datasets: each layout is read as it is, quirk by quirk, from folders and from buckets."""
 
 import io
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import crowdray
 from crowdray.data import conversion
 from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
 from crowdray.data.shards import Dataset
-from crowdray.data.sources import SOURCES, Source, open_source, source_options
+from crowdray.data.sources import SOURCES, Item, Source, open_source, source_options
 from crowdray.data.sources import ucsd as ucsd_module
 from crowdray.data.sources import worldexpo as worldexpo_module
 from crowdray.errors import DataError, UserError
@@ -44,6 +48,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(name: str, files: Files, **options: Any) -> Source:
     return open_source(name, in_bucket(files), **options)
+
+
+def image_name(item: Item) -> str:
+    """The file name of an item's image."""
+    assert item.image is not None
+    return item.image.rsplit("/", 1)[-1]
 
 
 def loaded(source: Source, split: str) -> list[Sample]:
@@ -299,7 +309,7 @@ def test_folder_and_bucket_give_one_dataset_and_sources_travel(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_lost_images_and_annotations_are_refused_one_by_one(name: str) -> None:
+def test_image_names_and_annotations_are_refused_one_by_one(name: str) -> None:
     files = LAYOUTS[name]()
     source = opened(name, files)
     item = source.items()[0]
@@ -309,6 +319,21 @@ def test_lost_images_and_annotations_are_refused_one_by_one(name: str) -> None:
     (again,) = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
     with pytest.raises(DataError, match=f"{item.annotation.rsplit('/', 1)[-1]} annotates {item.name}, whose image"):
         broken.load(again)
+    if name != "ucsd":  # one file annotates a clip, and a clip without it is left out
+        lost = item.annotation.split("/", 3)[-1]
+        broken = opened(name, {path: data for path, data in files.items() if path != lost})
+        (again,) = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
+        with pytest.raises(DataError, match=f"{image_name(again)} has no annotation"):
+            broken.load(again)
+
+
+def test_only_the_adapter_that_is_asked_for_is_imported() -> None:
+    code = "import sys; from crowdray.data.sources import SOURCES, source_options; source_options('jhu'); "
+    code += "paths = {name: known.path.split(':')[0] for name, known in SOURCES.items()}; "
+    code += "print([name for name, path in paths.items() if f'crowdray.data.sources.{path}' in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(crowdray.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "['jhu']"
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "synthetic"])

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +23,8 @@ from crowdray.data.sample import (
     points_outside,
 )
 from crowdray.errors import DataError
+
+from .builders import jpeg
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
 
@@ -109,6 +112,20 @@ def test_an_image_is_checked_as_it_is_decoded(mode: str, options: dict[str, bool
 
     cuts = range(len(content) // 2, len(content), len(content) // 16)
     assert [says(check_image, cut) for cut in cuts] == [says(decode_image, cut) for cut in cuts]
+
+
+def test_a_header_that_claims_more_than_its_file_can_hold_is_refused() -> None:
+    # 60,000 x 60,000 pixels in a few hundred bytes: decoded, they would take ten gigabytes.
+    content = bytearray(jpeg(1))
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(DataError, match=r"bytes cannot hold 60000x60000 pixels"):
+        decode_image(bytes(content))
+
+
+def test_a_point_at_the_end_of_the_world_is_refused() -> None:
+    with pytest.raises(DataError, match=r"a: a point lies 1e\+09 pixels from the image's corner"):
+        make_sample(name="a", split="s", scene="c", image=jpeg(1), points=np.array([[1.0, -1e9]]))
 
 
 def test_a_sample_takes_size_and_hash_from_its_image_and_survives_pickling() -> None:

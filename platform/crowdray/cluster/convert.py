@@ -44,7 +44,8 @@ def _convert(work: Conversion) -> None:
 
     def note(_newest: SliceResult) -> str:
         bad = sum(len(result.quarantined) for result in work.finished.values())
-        return ", ".join(filter(None, [bad and f"{bad} quarantined", resumed and f"{resumed} slices resumed"]))
+        counts = {"quarantined": bad, "slices resumed": resumed}
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
     parts = [(part.number, part.items) for part in work.waiting]
     done = sum(len(part.items) for part in work.parts if part.number not in keys)

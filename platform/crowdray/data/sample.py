@@ -56,7 +56,7 @@ class Sample:
     split: str
     """The part of the dataset it belongs to, such as train or test."""
     scene: str
-    """The camera or place; images of one scene share their perspective."""
+    """The camera or place, by which reports group images; those of one camera share their perspective."""
     image: Encoded
     """The source's own JPEG or PNG."""
     height: int

@@ -87,7 +87,7 @@ SOURCES = {
     "labelme": KnownSource("own.labelme:LabelMe", "your own photos, annotated with LabelMe"),
     "crowdray": KnownSource("crowdray:Converted", "a dataset that was converted: to --check it, or to take a part"),
 }
-"""Sources by their names on the command line."""
+"""Sources by their names on the command line: a new one is one line here, its options are its signature's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,10 @@ def source_options(name: str) -> dict[str, Option]:
     """The options that the source called `name` has of its own, by name; a UserError for unknown sources."""
     found: dict[str, Option] = {}
     for part in _known(name).adapter().__mro__:
-        parameters = inspect.signature(part.__init__).parameters.values()
-        hints = get_type_hints(part.__init__, include_extras=True)
+        build = vars(part).get("__init__")
+        if build is None:
+            continue
+        parameters, hints = inspect.signature(build).parameters.values(), get_type_hints(build, include_extras=True)
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "depth":
                 meant, meaning = get_args(hints[parameter.name])[:2]

@@ -18,6 +18,9 @@ from crowdray.errors import DataError, UserError
 
 T = TypeVar("T")
 
+MOST_REMEMBERED = 16
+"""Files remembered at a time: all clips of UCSD, and few of WorldExpo'10's hundred cameras with megabytes each."""
+
 Heads = NDArray[np.float64]
 """(N, 2) heads as (x, y) in continuous pixels: the centre of the first pixel is 0.5."""
 
@@ -43,8 +46,8 @@ class Camera:
 class AnnotatedImages:
     """A dataset of image files and their heads; an adapter names the files and reads the annotation.
 
-    It gives the attributes below, `split_items` and `heads`, and for fixed cameras `camera`. What it remembers of
-    files that it has read it keeps in `_memory`, which stays behind when it is sent to a worker.
+    It gives the attributes below, `split_items` and `heads`, and for fixed cameras `camera`; what many items need
+    it reads through `remembered`, which stays behind when the source is sent to a worker.
     """
 
     name: str
@@ -120,8 +123,10 @@ class AnnotatedImages:
         return {**self.__dict__, "_encoded": {}, "_memory": {}}
 
     def remembered(self, uri: str, read: Callable[[str], T]) -> T:
-        """What `read` makes of a file that many items need, read once."""
+        """What `read` makes of a file that many items need; the last MOST_REMEMBERED of them stay in memory."""
         if uri not in self._memory:
+            while len(self._memory) >= MOST_REMEMBERED:
+                self._memory.pop(next(iter(self._memory)))
             self._memory[uri] = read(uri)
         found: T = self._memory[uri]
         return found

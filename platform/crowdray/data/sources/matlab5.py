@@ -1,9 +1,11 @@
 """A look over a MATLAB file of version 5 before scipy reads it.
 
-scipy looks the type of each element up in a table without looking at its bounds, so that one flipped byte ends
-the whole process instead of one item. The format: MAT-File Format, The MathWorks, chapter 1.
+scipy looks the type of each element up in a table without looking at its bounds, and reads as many as a matrix
+claims to have: one flipped byte ends the whole process, or keeps it for hours, instead of one item. The format:
+MAT-File Format, The MathWorks, chapter 1.
 """
 
+import math
 import struct
 import zlib
 
@@ -13,16 +15,17 @@ LARGEST = 2**28
 ORDERS = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}
 """Byte order by the last four bytes of the header: version 1.0 and a mark."""
 
-HEADER, TAG = 128, 8
+HEADER, TAG, FLAGS = 128, 8, 16
 NUMBERS = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 16, 17, 18})
 """Types of elements that hold plain values."""
-MATRIX, COMPRESSED = 14, 15
+INT32, MATRIX, COMPRESSED = 5, 14, 15
 DEEPEST = 32
 """Cells and structs inside each other; scipy calls itself for each."""
 
 
 def check_matlab5(content: bytes) -> None:
-    """Raises ValueError unless every element of the file has a type that exists and ends inside what holds it."""
+    """Raises ValueError unless the elements of the file are of types that exist, end inside what holds them, and
+    have as many bytes at least as their shape has places."""
     order = ORDERS.get(content[124:HEADER])
     if order is None or 0 in content[:4]:
         raise ValueError("it has no header of MATLAB")
@@ -48,9 +51,24 @@ def _check(data: bytes, place: int, order: str, depth: int) -> None:
             raise ValueError(f"an element of type {kind} and {size} bytes")
         if kind == COMPRESSED:
             _check(_inflated(data[start : start + size]), 0, order, depth)
-        elif kind == MATRIX:
+        elif kind == MATRIX and size:
             _check(data[start : start + size], 0, order, depth + 1)
+            _check_shape(data[start : start + size], order)
         place = following
+
+
+def _check_shape(matrix: bytes, order: str) -> None:
+    """Checks the shape of a matrix, the second of its elements, after the 16 bytes of its flags."""
+    kind, size = struct.unpack_from(f"{order}II", matrix, FLAGS)
+    if kind >> 16:
+        kind, size, start = kind & 0xFFFF, kind >> 16, FLAGS + 4
+    else:
+        start = FLAGS + TAG
+    if kind != INT32 or size % 4 or not size:
+        raise ValueError(f"a matrix with a shape of type {kind} and {size} bytes")
+    sides = struct.unpack_from(f"{order}{size // 4}i", matrix, start)
+    if min(sides) < 0 or math.prod(sides) > len(matrix):
+        raise ValueError(f"a matrix of shape {sides} in {len(matrix)} bytes")
 
 
 def _inflated(data: bytes) -> bytes:

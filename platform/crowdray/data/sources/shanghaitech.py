@@ -52,7 +52,7 @@ class ShanghaiTech(AnnotatedImages):
         assert item.annotation is not None
 
         def extract(variables: dict[str, Any]) -> Heads:
-            return as_points(variables["image_info"][0, 0][0, 0][0], COORDINATE_BASE)
+            return as_points(variables["image_info"][0, 0]["location"][0, 0], COORDINATE_BASE)
 
         return read_matlab(item.annotation, extract, "`image_info` with `location`")
 

@@ -66,7 +66,7 @@ class Ucsd(AnnotatedImages):
             images = by_stem(storage.list_files(self._clip_folder(clip), (".png",)))
             place = storage.join(self._annotations, _frame_file(clip))
             annotated = len(self.remembered(place, _read_frames))
-            frames = {int(number) for name in images if (number := name.removeprefix(f"{_clip(clip)}_f")).isdecimal()}
+            frames = {int(end) for name in images if (end := name.removeprefix(f"{_clip(clip)}_f")).isdecimal()}
             for frame in sorted(frames | set(range(1, annotated + 1))):
                 number = clip * CLIP_FRAMES + frame
                 name = f"{_clip(clip)}_f{frame:03d}"
