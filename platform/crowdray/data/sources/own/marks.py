@@ -117,6 +117,6 @@ def parse_number(text: str, place: str) -> float:
 
 def any_region(regions: Sequence[Sequence[Corner]], height: int, width: int) -> NDArray[np.bool_]:
     """(H, W) mask of the pixels whose centres lie in any of the polygons."""
-    masks = [polygon_mask(*np.array(corners).T, height=height, width=width) for corners in regions]
+    masks = [polygon_mask(x, y, height, width) for x, y in (np.transpose(corners) for corners in regions)]
     mask: NDArray[np.bool_] = np.logical_or.reduce(masks)
     return mask
