@@ -70,7 +70,7 @@ class Shard:
 
     def _read(self, spans: Sequence[Span]) -> list[Encoded]:
         """The bytes of parts of buffers."""
-        return [memoryview(buffer or b"").toreadonly()[start:end] for buffer, start, end in spans]
+        return [memoryview(buffer or b"").cast("B").toreadonly()[start:end] for buffer, start, end in spans]
 
 
 class MappedShard(Shard):
@@ -96,7 +96,7 @@ class DistantShard(Shard):
 
     def __init__(self, uri: str, size: int, rows: int) -> None:
         self.uri = uri
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._file = pa.py_buffer(self._memory)
         self._load([(0, min(_HEAD, size)), (max(0, size - len(_MAGIC)), size)])
         try:

@@ -80,7 +80,7 @@ def verify(uri: str, *, sha256: str, size: int) -> None:
     except NoRoomError:
         with open_read(uri) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            _compare(uri, file.tell(), size, found, sha256)
+            _compare(uri, file.seek(0, os.SEEK_END), size, found, sha256)
 
 
 def check_content(path: Path, uri: str, *, sha256: str | None, size: int) -> None:

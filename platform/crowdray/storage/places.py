@@ -22,8 +22,11 @@ PAUSES_S = (0.2, 1.0, 4.0)
 PATIENCE_S = 120.0
 """Seconds after whose end there is no further attempt: below this, clients have their own retries and timeouts."""
 
-_PASSING = {"HTTPClientError", "IncompleteReadError", "ClientPayloadError", "ClientConnectionError"}
-"""Errors of botocore and aiohttp that say nothing of the object: a timeout, a cut connection, half an answer."""
+_PASSING = {
+    *("HTTPClientError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
+    *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
+}
+"""Errors that say nothing of the object: a timeout, a cut connection, half an answer."""
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
