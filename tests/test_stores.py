@@ -140,9 +140,7 @@ def test_a_store_that_keeps_failing_is_given_up(store: Store, place: str, tmp_pa
         ("expired", "cannot cache {uri} .*The provided token has expired.*renew your credentials"),
     ],
 )
-def test_what_does_not_pass_is_told_at_once(
-    store: Store, place: str, tmp_path: Path, kind: Any, message: str
-) -> None:
+def test_what_does_not_pass_is_told_at_once(store: Store, place: str, tmp_path: Path, kind: Any, message: str) -> None:
     dataset = make(place, 1)
     (uri,) = shards_of(dataset)
     store.proxy.plan(kind, uri[4:], times=1000)
