@@ -6,14 +6,16 @@ last.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from crowdray import storage
+from crowdray.data.reading import DistantShard, MappedShard, Shard
 from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
 from crowdray.errors import DataError, UserError
 
@@ -33,6 +36,11 @@ BYTES_PER_BATCH = 64 * 2**20
 """Bytes of encoded images, masks and depth that close a batch before it has its rows."""
 SHARD_NAME = re.compile(r"shard-\d{5}-[0-9a-f]{16}\.arrow")
 """Number and hash: a conversion that replaces a dataset never writes over a shard that somebody reads."""
+
+_FETCHERS = 8
+"""Shards that are fetched at a time where all of them are needed."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +184,7 @@ class Dataset:
         self.index = index
         self._verify = verify
         self._ends = list(accumulate(shard.rows for shard in index.shards))
-        self._open: dict[int, _MappedShard] = {}
+        self._open: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, uri: str, *, verify: bool = False) -> Self:
@@ -230,105 +238,52 @@ class Dataset:
 
     def sizes(self, split: str) -> NDArray[np.int64]:
         """(n, 2) height and width in pixels of a split's images, in the order of rows(split)."""
-        return np.stack([self._column("height", split), self._column("width", split)], axis=1)
+        return self._gathered(split, Shard.sizes)
 
     def counts(self, split: str) -> NDArray[np.int64]:
         """(n,) number of heads of a split's images, in the order of rows(split)."""
-        return self._column("heads", split)
+        return self._gathered(split, Shard.counts)
 
     def texts(self, column: Literal["name", "scene"], split: str) -> list[str]:
         """Names or scenes of a split's images, in the order of rows(split)."""
-        rows = self.rows(split)
-        return [getattr(self._shard(shard), column)[local] for shard, local in self._addresses(rows)]
+        found: list[str] = self._gathered(split, lambda shard: shard.texts(column)).tolist()
+        return found
 
     def verify(self) -> None:
         """Hash every shard; a DataError names the first missing, truncated or damaged one, and the mend."""
         for shard in self.index.shards:
-            storage.fetch(storage.join(self.uri, shard.path), sha256=shard.sha256, size=shard.bytes)
+            storage.verify(storage.join(self.uri, shard.path), sha256=shard.sha256, size=shard.bytes)
 
     def _first(self, shard: int) -> int:
         return self._ends[shard] - self.index.shards[shard].rows
 
-    def _addresses(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        for row in rows.tolist():
-            shard = bisect_right(self._ends, row)
-            yield shard, row - self._first(shard)
-
-    def _column(self, name: str, split: str) -> NDArray[np.int64]:
+    def _gathered(self, split: str, column: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
+        """A column's values at a split's rows; shards that are not here yet are fetched several at a time."""
         rows = self.rows(split)
-        parts = []
-        for number in range(len(self.index.shards)):
-            local = rows[(rows >= self._first(number)) & (rows < self._ends[number])] - self._first(number)
-            if len(local):
-                column: NDArray[np.int64] = getattr(self._shard(number), name)
-                parts.append(column[local])
-        return np.concatenate(parts)
+        bounds = np.searchsorted(rows, [0, *self._ends]).tolist()
+        wanted = [number for number, (start, end) in enumerate(pairwise(bounds)) if start < end]
+        with ThreadPoolExecutor(1 if storage.is_local(self.uri) else _FETCHERS) as pool:
+            parts = pool.map(lambda number: column(self._shard(number)), wanted)
+            return np.concatenate(
+                [
+                    part[rows[bounds[number] : bounds[number + 1]] - self._first(number)]
+                    for number, part in zip(wanted, parts, strict=True)
+                ]
+            )
 
-    def _shard(self, number: int) -> "_MappedShard":
+    def _shard(self, number: int) -> Shard:
         if number not in self._open:
             info = self.index.shards[number]
             uri = storage.join(self.uri, info.path)
-            path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
-            self._open[number] = _MappedShard(str(path), uri, info)
+            try:
+                path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
+            except storage.NoRoomError as error:
+                if not any(isinstance(shard, DistantShard) for shard in list(self._open.values())):
+                    _log.warning("%s. Until then such shards are read from afar, row by row", error)
+                self._open[number] = DistantShard(uri, info.bytes, info.rows)
+            else:
+                self._open[number] = MappedShard(uri, str(path), info.rows)
         return self._open[number]
-
-
-class _MappedShard:
-    """Columns of one mapped shard: small ones in memory, binary ones as offsets and a view for each batch."""
-
-    def __init__(self, path: str, uri: str, info: ShardInfo) -> None:
-        try:
-            reader = pa.ipc.open_file(pa.memory_map(path, "r"))
-            if not reader.schema.equals(SCHEMA):
-                raise DataError(f"{uri} does not have the columns of schema version {SCHEMA_VERSION}; convert again")
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        except pa.ArrowException as error:
-            raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
-        if sum(len(batch) for batch in batches) != info.rows:
-            raise DataError(f"{uri} does not hold the {info.rows} rows that its index names; convert the dataset again")
-        self.ends = list(accumulate(len(batch) for batch in batches))
-        self.name, self.split, self.scene, self.sha256 = (
-            [text for batch in batches for text in batch.column(column).to_pylist()]
-            for column in ("name", "split", "scene", "sha256")
-        )
-        self.height, self.width = (
-            np.concatenate([batch.column(column).to_numpy() for batch in batches]).astype(np.int64)
-            for column in ("height", "width")
-        )
-        self.points = [(b.column("points").offsets.to_numpy(), b.column("points").values.to_numpy()) for b in batches]
-        self.heads = np.concatenate([np.diff(offsets) // 2 for offsets, _ in self.points])
-        self.binary = {c: [_binary_views(b.column(c)) for b in batches] for c in ("image", "roi", "depth")}
-
-    def sample(self, row: int) -> Sample:
-        batch = bisect_right(self.ends, row)
-        local = row - (self.ends[batch - 1] if batch else 0)
-        offsets, values = self.points[batch]
-        image = self._bytes("image", batch, local)
-        assert image is not None, "the schema has no null image"
-        return Sample(
-            name=self.name[row],
-            split=self.split[row],
-            scene=self.scene[row],
-            image=image,
-            height=int(self.height[row]),
-            width=int(self.width[row]),
-            points=values[offsets[local] : offsets[local + 1]].reshape(-1, 2),
-            roi=self._bytes("roi", batch, local),
-            depth=self._bytes("depth", batch, local),
-            sha256=self.sha256[row],
-        )
-
-    def _bytes(self, column: str, batch: int, local: int) -> Encoded | None:
-        offsets, view = self.binary[column][batch]
-        start, end = int(offsets[local]), int(offsets[local + 1])
-        return view[start:end] if end > start else None
-
-
-def _binary_views(column: pa.Array) -> tuple[NDArray[np.int64], memoryview]:
-    """Offsets (rows + 1,) and the bytes of a large_binary column; a null is an empty range."""
-    _, offsets, content = column.buffers()
-    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
-    return starts, memoryview(content if content is not None else b"").toreadonly()
 
 
 def _sync(path: Path) -> None:

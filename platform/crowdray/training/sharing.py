@@ -1,5 +1,6 @@
 """How a training shares its beginning: it starts from the longest stored one, and leaves its states for others."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from crowdray.training.loop import Training
 from crowdray.training.prefix import Chain, chains_of, numerics_of
 from crowdray.training.store import StageStore
 from crowdray.training.world import World
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,16 @@ class Sharing:
     def announced(self, owner: str) -> Iterator[None]:
         """Tell searches that use the store what is trained here, so that their trials wait for it; on rank 0.
 
-        Nobody is kept from training: what another trains already is trained here too, to the same states.
+        Nobody is kept from training: what another trains already is trained here too, to the same states. Where the
+        store cannot keep claims apart, nothing is announced.
         """
         with Keeper() as keeper:
-            for chain in self.chains if self._world.rank == 0 and self._pure else ():
-                if (lease := self._store.claim(chain, owner)) is not None:
-                    keeper.add(lease)
+            try:
+                for chain in self.chains if self._world.rank == 0 and self._pure else ():
+                    if (lease := self._store.claim(chain, owner)) is not None:
+                        keeper.add(lease)
+            except UserError as error:
+                _log.warning("no search will wait for this training: %s", error)
             yield
 
     def keep(self, training: Training, save: Callable[[Path], None]) -> None:

@@ -1,0 +1,111 @@
+"""A training whose data, checkpoints and artifacts lie on an object store that fails now and then."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import torch
+
+from crowdray import storage
+from crowdray.config import NumericsConfig
+from crowdray.data.shards import Dataset, write_index
+from crowdray.presets import preset
+from crowdray.registry.connection import connect
+from crowdray.registry.loading import load_counter
+from crowdray.training.checkpoint import CLOCKED
+from crowdray.training.loop import Training
+from crowdray.training.result import TrainingResult, conclude
+from crowdray.training.store import StageStore, StateId
+from crowdray.training.world import World
+
+from ..stores import Store, moto
+from .processes import Job
+
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(2000)]
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    """A store that this process uses too."""
+    with moto() as made, pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield made
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def uploaded(dataset: Dataset, place: str) -> str:
+    """A copy of a dataset at another place."""
+    for shard in dataset.index.shards:
+        content = storage.read_bytes(storage.join(dataset.uri, shard.path))
+        storage.write_bytes(storage.join(place, shard.path), content)
+    index = dataset.index
+    write_index(place, index.shards, source=index.name, depth_teacher=index.depth_teacher, notes=index.notes)
+    return place
+
+
+def environment(store: Store, folder: Path) -> Mapping[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
+    tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "CROWDRAY_CACHE": str(folder / "cache")}
+    return {**inherited, **store.environment, **tracking}
+
+
+def without_clocks(result: TrainingResult) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(result.to_json())
+    content["history"] = [{k: v for k, v in row.items() if k not in CLOCKED} for row in content["history"]]
+    return content
+
+
+def test_a_training_on_a_failing_store_ends_as_one_on_a_disk(discs: Dataset, store: Store, tmp_path: Path) -> None:
+    data, told = uploaded(discs, f"{store.uri}/data"), environment(store, tmp_path)
+    tracking = told["MLFLOW_TRACKING_URI"]
+    connect(tracking, 60).create_experiment("crowdray-discs", artifact_location=f"{store.uri}/artifacts")
+    for kind, path, method in (
+        ("cut", "/data/shard", "GET"),
+        ("error", "/data/index", "GET"),
+        ("error", "/runs/faulty/run.json", "PUT"),
+        ("error", "/runs/faulty/checkpoint", "PUT"),
+        ("lost", "/runs/faulty/trained/result.json", "PUT"),
+        ("error", "/runs/stages/.*manifest.json", "PUT"),
+        ("cut", "/runs/faulty/trained/weights", "GET"),
+        ("error", "/artifacts/", "PUT"),
+    ):
+        store.proxy.plan(kind, path, method=method)  # type: ignore[arg-type]
+    arguments = ["--preset", "debug", "--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty"]
+    job = Job("train.py", [*arguments, "--json", "out.json", "--numerics.threads", "1"], told, tmp_path)
+    assert job.end() == 0, job.output
+    assert [(fault.kind, fault.path) for fault in store.proxy.faults if fault.times] == []
+
+    outcome = json.loads((tmp_path / "out.json").read_text())
+    found = TrainingResult.from_json(json.dumps(outcome["result"]), "out.json")
+    config = preset("debug")
+    config = type(config)(**{**vars(config), "numerics": NumericsConfig(threads=1)})
+    undisturbed = Training(config, discs, world=World(), device=torch.device("cpu"))
+    undisturbed.run(lambda row, save: None)
+    assert without_clocks(found) == without_clocks(conclude(undisturbed))
+
+    image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    registered = load_counter(outcome["registered"], tracking_uri=tracking)
+    assert torch.equal(registered(image), load_counter(outcome["model"])(image))
+    assert any("/artifacts/" in path and path.endswith("overview.png") for _, path in store.proxy.seen)
+    shelf = StageStore(f"{store.uri}/runs/stages", 10**9)
+    stored = {file.name.split("/")[0] for file in storage.find_files(f"{store.uri}/runs/stages/states")}
+    assert len(stored) == 3 and storage.find_files(f"{store.uri}/runs/stages/leases") == []
+    for chain in stored:
+        names = storage.find_files(f"{store.uri}/runs/stages/states/{chain}")
+        for epoch in {int(file.name.split("/")[0]) for file in names}:
+            assert shelf.load(StateId(chain, "", epoch)) is not None
+
+
+def test_credentials_that_expired_are_one_clear_error(discs: Dataset, store: Store, tmp_path: Path) -> None:
+    data = uploaded(discs, f"{store.uri}/others")
+    store.proxy.plan("expired", "/others/index", times=1000)
+    job = Job("train.py", ["--preset", "debug", "--data", data], environment(store, tmp_path), tmp_path)
+    assert job.end() == 2
+    assert job.lines[-1].startswith(f"error: cannot read {data}/index.json: The provided token has expired.")
+    assert "Traceback" not in job.output

