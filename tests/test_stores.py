@@ -16,13 +16,14 @@ import pytest
 import s3fs
 import torch
 
-from crowdray import storage
+from crowdray import leases, storage
 from crowdray.config import Config
+from crowdray.data import conversion
 from crowdray.data.reading import DistantShard
 from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.data.sources import open_source
 from crowdray.errors import UserError
 from crowdray.storage import files, places
-from crowdray.training import leases
 from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from crowdray.training.prefix import Chain
 from crowdray.training.store import StageStore, StateId
@@ -91,6 +92,25 @@ def test_a_dataset_lives_on_a_store(store: Store, place: str, tmp_path: Path) ->
     names = {file.name: file.bytes for file in storage.find_files(place)}
     assert names == {file.name: file.bytes for file in storage.find_files(str(tmp_path / "here"))}
     assert all(abs(time.time() - file.modified) < 600 for file in storage.find_files(place))
+
+
+def test_a_conversion_to_a_store(store: Store, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off after two slices of three, it goes on from them; the bytes are those of an unbroken one to a folder."""
+    monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 2)
+    source = open_source("synthetic", train=4, test=2, width=64, height=64)
+    whole = conversion.convert(source, str(tmp_path / "whole"))
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt), conversion.begun(source, place, tell=told.append) as work:
+        for part in work.waiting[:2]:
+            work.add(work.convert(part))
+        raise KeyboardInterrupt
+    assert ["If-None-Match" in line for line in told] == [True] * (store.name == "rclone")
+    done: list[int] = []
+    index = conversion.convert(source, place, on_slice=lambda result: done.append(result.number))
+    assert done == [2] and index == whole == Dataset.open(place).index
+    assert {file.name for file in storage.find_files(place)} == {"index.json", *(s.path for s in whole.shards)}
+    with pytest.raises(UserError, match="already holds a dataset"):
+        conversion.convert(source, place)
 
 
 def test_rows_of_a_dataset_larger_than_the_cache(

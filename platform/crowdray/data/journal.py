@@ -81,7 +81,7 @@ def claimed(dest: str, tell: Callable[[str], None]) -> Iterator[Lease]:
     folder = storage.join(dest, FOLDER)
     now = datetime.now(UTC).isoformat(" ", "seconds")
     owner, seen = f"process {os.getpid()} on {socket.gethostname()} since {now}", None
-    while (lease := leases.take(folder, _WRITER, owner)) is None:
+    while (lease := _lease(folder, owner, tell)) is None:
         there = leases.holder(folder, _WRITER)
         if seen and there and there != seen:
             raise UserError(f"{there[0]} is converting into {dest}; wait for its end, or choose another --dest")
@@ -98,6 +98,14 @@ def claimed(dest: str, tell: Callable[[str], None]) -> Iterator[Lease]:
         if storage.is_local(folder):
             with suppress(OSError):  # it stays while it holds records
                 Path(storage.resolve(folder)).rmdir()
+
+
+def _lease(folder: str, owner: str, tell: Callable[[str], None]) -> Lease | None:
+    try:
+        return leases.take(folder, _WRITER, owner)
+    except storage.CannotCreateOnce as error:
+        tell(f"{error}. Until then see to it that nobody else converts to the same place")
+        return leases.share(folder, _WRITER, owner)
 
 
 def slice_keys(source: Source, parts: Sequence[Sequence[Item]]) -> list[str]:

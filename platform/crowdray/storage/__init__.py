@@ -2,6 +2,7 @@
 
 from crowdray.storage.cache import NoRoomError, cache_folder, check_content, fetch, hash_file, verify
 from crowdray.storage.files import (
+    CannotCreateOnce,
     Found,
     create_bytes,
     exists,
@@ -22,6 +23,7 @@ from crowdray.storage.places import PARTIAL, is_local, join, resolve
 
 __all__ = [
     "PARTIAL",
+    "CannotCreateOnce",
     "Found",
     "NoRoomError",
     "cache_folder",

@@ -116,10 +116,14 @@ def find_files(uri: str, depth: int | None = None) -> list[Found]:
     return [file for file in found if file.name]
 
 
+class CannotCreateOnce(UserError):
+    """The store writes over what is there even when it is told not to."""
+
+
 def create_bytes(uri: str, data: bytes) -> bool:
     """Write a file that is not there yet: of many who try, each with other data, one gets True.
 
-    A reader may meet a local file before its content. Raises UserError where the store writes over what is there
+    A reader may meet a local file before its content. Raises CannotCreateOnce where the store writes over what is there
     even when it is told not to, as no reading and writing alone can say who was first.
     """
     with explained("create", uri):
@@ -130,7 +134,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
             elif _creates_once(fs, path):
                 fs.pipe_file(path, data, mode="create")
             else:
-                raise UserError(
+                raise CannotCreateOnce(
                     f"cannot create {uri}: its store ignores `If-None-Match: *`, so two could both believe to be "
                     "first; use a store that keeps it, as AWS S3 does, or a folder that all nodes reach"
                 )
