@@ -153,7 +153,7 @@ from crowdray.cluster import train
 train.LOOK_S = 1.0
 
 def look():
-    # Ray Train's coordinator looks at the cluster every 20 s; here each second, and it is told what it has seen.
+    # Ray Train's coordinator looks at the cluster every 20 s; here each second.
     import ray
     seen = 0
     while True:
