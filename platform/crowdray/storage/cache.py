@@ -79,7 +79,7 @@ def verify(uri: str, *, sha256: str, size: int) -> None:
         fetch(uri, sha256=sha256, size=size)
     except NoRoomError:
         with open_read(uri) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # IO has readinto
             _compare(uri, file.seek(0, os.SEEK_END), size, found, sha256)
 
 
