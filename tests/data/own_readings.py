@@ -45,7 +45,8 @@ def label_studio_heads(files: Files, item: Item) -> Array:
     (annotation,) = task["annotations"]
     shapes = [(one["value"], one["original_width"], one["original_height"]) for one in annotation["result"]]
     points = [(value["x"] * width / 100, value["y"] * height / 100) for value, width, height in shapes]
-    return heads(item, task["data"]["image"], points)
+    (said,) = task["data"].values()
+    return heads(item, said, points)
 
 
 def cvat_heads(files: Files, item: Item) -> Array:
