@@ -34,6 +34,12 @@ def in_bucket(files: Mapping[str, bytes]) -> str:
     return root
 
 
+def below(uri: str | None) -> str:
+    """The path of a file below the root of its bucket."""
+    assert uri is not None
+    return uri.removeprefix("memory://").split("/", 1)[1]
+
+
 def mat(**variables: Any) -> bytes:
     """A MATLAB file of version 5."""
     buffer = io.BytesIO()

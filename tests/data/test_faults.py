@@ -104,6 +104,9 @@ def test_a_folder_without_index_is_no_dataset(tmp_path: Path, place: str) -> Non
         ('"path": "', '"path": "../', "damaged"),
         ('"rows": ', '"rows": 1', "damaged"),
         ('"shards"', '"pieces"', "damaged.*shards"),
+        ('"train": 10', '"train": 11', "damaged.*'heads': 11"),
+        ('"train": 10', '"trian": 10', "damaged"),
+        ('"name": ', '"name": 1, "was": ', "damaged.*must be texts"),
         ("{", "", "damaged"),
     ],
 )

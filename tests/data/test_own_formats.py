@@ -199,6 +199,9 @@ def test_label_studio_s_other_exports_are_refused(tmp_path: Path) -> None:
     turned["annotations"][0]["result"][0]["image_rotation"] = 90
     write_json(folder / "export.json", [turned])
     assert "turned by 90 degrees" in problem("label-studio", folder)
+    del turned["annotations"][0]["result"][0]["type"]  # what it is nobody knows, perhaps a head
+    write_json(folder / "export.json", [turned])
+    assert "result[0] has no 'type'" in problem("label-studio", folder)
 
 
 def cvat(folder: Path, shapes: str, **options: Any) -> list[tuple[float, ...]]:

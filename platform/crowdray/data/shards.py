@@ -128,6 +128,10 @@ class Index:
             index = cls(content["name"], content["depth_teacher"], shards, tuple(content["notes"]))
             if content["digest"] != index.digest:
                 raise DataError(f"{place} has digest {content['digest']}, but its shards give {index.digest}; {mend}")
+            if content["splits"] != index.splits:
+                raise ValueError(f"splits are {content['splits']}, but its shards give {index.splits}")
+            if not all(isinstance(text, str) for text in (index.name, index.depth_teacher, *index.notes)):
+                raise ValueError("its name, depth_teacher and notes must be texts")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise DataError(f"{place} is damaged ({type(error).__name__}: {error}); {mend}") from error
         except DataError:

@@ -54,7 +54,7 @@ class LabelStudio(AnnotatedFolder):
         return marks
 
     def _take(self, marks: Marks, annotation: Node) -> None:
-        shapes = [(node, said.text()) for node in annotation.need("result").elements() if (said := node.find("type"))]
+        shapes = [(node, node.need("type").text()) for node in annotation.need("result").elements()]
         # A shape and its label may be two results with one id.
         labels = {_id(node): self._label(node.need("value"), kind) for node, kind in shapes if kind == "labels"}
         for node, kind in shapes:
