@@ -97,7 +97,7 @@ def _check_matrix(data: memoryview, order: str, depth: int) -> None:
 def _fields(heads: list[Element], order: str) -> int:
     """How many fields a struct has, from the length of a name and all names."""
     (_, length), (_, names) = heads
-    (each,) = struct.unpack(f"{order}i", length)
+    each: int = struct.unpack(f"{order}i", length)[0]
     if each < 1 or len(names) % each:
         raise ValueError(f"names of {each} bytes each in {len(names)} bytes")
     return len(names) // each
