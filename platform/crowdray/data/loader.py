@@ -32,8 +32,8 @@ from crowdray.data.sampling import (
 )
 from crowdray.data.shards import Dataset
 
-_DECODERS = 2
-"""Decoding threads of a rank: they only have to hide behind the training step."""
+_FEWEST_DECODERS, _MOST_DECODERS = 2, 8
+"""Decoding threads of a rank: as many as it may use for anything else, within these bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,8 @@ class Loader:
             for position, share in enumerate(shares):
                 yield self._collect(share, number, position, total)
             return
-        with ThreadPoolExecutor(_DECODERS, thread_name_prefix="crowdray-loader") as pool:
+        decoders = max(_FEWEST_DECODERS, min(_MOST_DECODERS, torch.get_num_threads()))
+        with ThreadPoolExecutor(decoders, thread_name_prefix="crowdray-loader") as pool:
             pending: list[Future[Batch]] = []
             try:
                 for position in range(len(shares) + self.ahead):
