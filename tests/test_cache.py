@@ -9,6 +9,7 @@ import shutil
 import signal
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +94,13 @@ def test_the_least_recently_used_copy_goes_first(cache: Path, uris: list[str]) -
 def test_what_a_living_process_reads_stays_and_what_a_killed_one_read_does_not(cache: Path, uris: list[str]) -> None:
     a, b, c, d = uris
     ready, end = FORK.Event(), FORK.Event()
-    reader = elsewhere(lambda: (fetch(a), ready.set(), end.wait()))
+
+    def read() -> None:
+        fetch(a)
+        ready.set()
+        end.wait()
+
+    reader = elsewhere(read)
     assert ready.wait(60)
     fetched_by_one_that_ended(b)
     fetched_by_one_that_ended(c)
@@ -137,7 +144,7 @@ def test_what_a_killed_process_left_half_fetched_is_cleared_away(
     with monkeypatch.context() as patch:
         patch.setattr(MEMORY, "get_file", dying)
         for uri in (a, b):
-            process = elsewhere(lambda uri=uri: fetch(uri))
+            process = elsewhere(partial(fetch, uri))
             process.join()
             assert process.exitcode == -signal.SIGKILL
     assert len(list(cache.glob("??/.partial-*"))) == 1  # the second of the dead cleared away after the first
