@@ -111,6 +111,22 @@ def test_outage_costs_a_warning_and_is_made_up_for(
     assert up.get_run(str(tracker.run_id)).data.tags["crowdray.stage1"] == "epochs 0 to 3"
 
 
+def test_artifacts_that_cannot_be_stored_cost_a_warning_or_one_clear_error(
+    store: str, closed_port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "somebody")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", closed_port)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    MlflowClient(store, store).create_experiment("afar", artifact_location="s3://bucket/afar")
+    tracker = open_tracker(store, "afar", "a run", "afar")
+    (tmp_path / "note.txt").write_text("a note")
+    tracker.log_file(tmp_path / "note.txt")
+    assert "note.txt not tracked now" in caplog.text and "Connection refused" in caplog.text
+    with pytest.raises(UserError, match=r"artifact store of .*check its credentials"):
+        tracker.log_config({"seed": 1}, {})
+
+
 def test_config_may_be_logged_again_and_is_kept_whole(store: str) -> None:
     config = {"model": {"name": "cfcn", "sizes": [1, 2]}, "stages": [{"epochs": 3}], "note": "x" * 7000}
     for value in (3, 4):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _DATABASES = ("postgresql", "mysql", "mssql")
+_ARTIFACT_CLIENTS = ("boto3", "botocore", "s3transfer", "google", "azure")
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _MEND = (
     "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to one "
@@ -112,6 +113,14 @@ def explained(uri: str) -> Iterator[None]:
         raise
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise UserError(f"cannot use the MLflow tracking URI {shown(uri)}: {_reason(error)}; {_MEND}") from error
+    except Exception as error:
+        # What a store of artifacts says comes as an error of its client, which shares no base class with others.
+        if not isinstance(error, ImportError) and not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
+            raise
+        raise UserError(
+            f"cannot use the artifact store of the MLflow tracking URI {shown(uri)}: {_reason(error)}; check its "
+            "credentials, and that its client is installed (for s3://: pip install 'crowdray[aws]')"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
