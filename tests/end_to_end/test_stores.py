@@ -63,9 +63,8 @@ def train(store: Store, tmp_path: Path, tracking: str) -> Iterator[Callable[...,
     started: list[Job] = []
 
     def begin(*arguments: str) -> Job:
-        started.append(
-            Job("train.py", ["--preset", "debug", *arguments], inherited | store.environment | told, tmp_path)
-        )
+        environment = {**inherited, **store.environment, **told}
+        started.append(Job("train.py", ["--preset", "debug", *arguments], environment, tmp_path))
         return started[-1]
 
     yield begin
