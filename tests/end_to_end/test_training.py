@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from crowdray.cli import load_preset
 from crowdray.registry.loading import load_counter
 from crowdray.training.checkpoint import CLOCKED
 
@@ -92,15 +91,3 @@ def test_a_training_that_diverges_says_so_once_and_is_not_repeated(workplace: Wo
     assert told.startswith("error: joint stage, epoch 4: gradient norm ") and "Lower stages.joint" in told
     assert "Traceback" not in job.output and job.output.count("error:") == 1
     assert query(workplace, "select status from runs where name = 'diverged'") == [("FAILED",)]
-
-
-def test_a_measured_batch_is_written_down_and_taken_again(workplace: Workplace) -> None:
-    """Through Ray from the measuring on; the same command finds its number and needs no Ray."""
-    once = [part for stage in ("baseline", "decoders", "joint") for part in (f"--stages.{stage}.epochs", "1")]
-    job = workplace.train("fitted", "--batch", "auto", *once)
-    assert job.end() == 0, job.output
-    config = load_preset(str(workplace.folder / "runs" / "fitted" / "config.json"))
-    assert f"a batch has {config.sampling.batch} windows" in job.output
-    again = workplace.train("fitted", "--batch", "auto", *once)
-    assert again.end() == 0, again.output
-    assert "has ended already" in again.output and "measure" not in again.output

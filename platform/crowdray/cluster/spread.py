@@ -85,7 +85,7 @@ def _on_cluster(work: Work[Result], source: Source, parts: Sequence[Part]) -> Ge
         while waiting or running:
             while waiting and len(running) < 2 * max(1, resources.cpus):
                 number, items = waiting.pop()
-                running[task.remote(shared, items, number)] = number, items
+                running[task.options(name=f"slice {number}").remote(shared, items, number)] = number, items
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             number, items = running.pop(ended)
             yield number, _result(ended, items)
