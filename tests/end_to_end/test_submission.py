@@ -46,6 +46,11 @@ class Cluster:
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
+    @property
+    def living(self) -> list[subprocess.Popen[bytes]]:
+        """Nodes that nobody has killed."""
+        return [node for node in self.nodes if node.poll() is None]
+
     def start(self, *role: str) -> None:
         """Start a node of one CPU."""
         self.folders.append(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets' paths must stay short
@@ -102,7 +107,9 @@ def cluster(workplace: Workplace) -> Iterator[Cluster]:
 
 
 def kill(node: subprocess.Popen[bytes]) -> None:
-    """SIGKILL all of a node."""
+    """SIGKILL all of a node, unless it is gone: then its number may be another's."""
+    if node.poll() is not None:
+        return
     for pid in filter(alive, [*descendants(node.pid), node.pid]):
         os.kill(pid, signal.SIGKILL)
     node.wait(timeout=30)
@@ -175,7 +182,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 
 
 def test_a_training_follows_the_cluster(workplace: Workplace, cluster: Cluster, tmp_path: Path) -> None:
-    most = sum(alive(node.pid) for node in cluster.nodes)
+    most = len(cluster.living)
     until(lambda: len(cluster.listed("nodes", "state=ALIVE")) == most, 60, "not all nodes have joined")
     script = tmp_path / "haste.py"
     script.write_text(HASTE)
@@ -187,9 +194,9 @@ def test_a_training_follows_the_cluster(workplace: Workplace, cluster: Cluster, 
     workplace.started.append(job)
 
     job.wait_for("baseline 1/")
-    kill(next(node for node in reversed(cluster.nodes) if alive(node.pid)))
+    kill(cluster.living[-1])
     job.wait_for("going on with ")
-    workers = [pid for node in cluster.nodes for pid in named(descendants(node.pid), "ray::RayTrainWorker")]
+    workers = [pid for node in cluster.living for pid in named(descendants(node.pid), "ray::RayTrainWorker")]
     for pid in workers:  # so that the training does not end before the node is there
         os.kill(pid, signal.SIGSTOP)
     cluster.start()
