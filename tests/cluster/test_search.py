@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -11,8 +12,9 @@ import pytest
 from optuna.trial import TrialState
 
 from crowdray.cluster.book import Book
-from crowdray.cluster.search import REFERENCE, StageTreeSearch
+from crowdray.cluster.search import REFERENCE, StageTreeSearch, StudyScheduler
 from crowdray.cluster.studies import Study, drawn_trials
+from crowdray.cluster.train import RETRIES
 from crowdray.config import StagesConfig, from_json
 from crowdray.leases import Keeper, Lease, take
 from crowdray.presets import preset
@@ -244,6 +246,24 @@ def test_a_failed_trial_is_told_as_failed_and_the_search_goes_on(tmp_path: Path,
     told = drawn_trials(study.optuna_study())
     failed = [trial for trial in told if trial.state == TrialState.FAIL]
     assert len(told) == 3 and len(failed) == 1 and failed[0].user_attrs["record"]["reason"] == "density nan"
+
+
+def test_a_trial_that_dies_before_it_begins_is_started_again(tmp_path: Path, keeper: Keeper) -> None:
+    """Tune gives up on a trial whose process is lost while it is pending."""
+    study = study_in(tmp_path)
+    search = search_of(study, keeper, trials=3)
+    scheduler, cluster = StudyScheduler(search), cluster_of(study, search)
+    for attempt in range(RETRIES + 1):
+        cluster.start()
+        dead = SimpleNamespace(trial_id=f"ray-{attempt}", status="PENDING", get_error=lambda: None)
+        scheduler.on_trial_error(None, dead)
+        search.on_trial_complete(dead.trial_id, error=True)
+        states = [trial.state for trial in study.optuna_study().trials if trial.state != TrialState.WAITING]
+        assert states.count(TrialState.FAIL) == (attempt == RETRIES)
+    assert len({told["name"] for told in cluster.order}) == 1
+    cluster.running.clear()
+    cluster.run()
+    assert len(drawn_trials(study.optuna_study())) == 3
 
 
 def test_a_search_whose_driver_died_goes_on_under_the_same_numbers(tmp_path: Path) -> None:

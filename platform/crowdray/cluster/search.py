@@ -1,6 +1,7 @@
 """Optuna's suggestions, started in the order in which their beginnings are shared, and stopped when they are poor."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,12 +10,14 @@ import optuna
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from crowdray.cluster.book import RECORD, Book
 from crowdray.cluster.studies import Study, drawn_trials
+from crowdray.cluster.train import RETRIES
 from crowdray.config import Config, to_json
 from crowdray.evaluation.study import State
 from crowdray.leases import Keeper, Lease
@@ -88,6 +91,7 @@ class StageTreeSearch(OptunaSearch):
         self._leases: dict[str, dict[str, Lease]] = {}
         self._pinned: Lease | None = None
         self._errors: dict[str, str] = {}
+        self._unbegun: Counter[int] = Counter()
         self.mistake: str | None = None
         single = len(study.objectives) == 1
         self._record = study.optuna_study()
@@ -168,6 +172,17 @@ class StageTreeSearch(OptunaSearch):
                 judged = self._pruner.prune(self._record, self._frozen(candidate.number))
                 poor = poor or (judged and epoch < candidate.chains[-1].epochs)
         return poor and not report.get("finished") and REFERENCE not in self._frozen(candidate.number).user_attrs
+
+    def unbegun(self, trial_id: str) -> bool:
+        """Whether a trial whose process died before it began is to be suggested again: Tune starts anew only what
+        ran."""
+        number = self._live[trial_id].number
+        self._unbegun[number] += 1
+        if self._unbegun[number] > RETRIES:
+            return False
+        self._release(trial_id)
+        del self._live[trial_id]  # Optuna's record has it as running, so that it is adopted
+        return True
 
     def lost(self, trial_id: str, error: str) -> None:
         """Remember why a trial's process was lost for the last time."""
@@ -305,6 +320,8 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Hand on why a trial's process was lost; the last time counts."""
+        if trial.status == Trial.PENDING and self._search.unbegun(trial.trial_id):
+            return
         error = trial.get_error()
         self._search.lost(trial.trial_id, str(error).strip().splitlines()[-1] if error else "no reason is known")
 
