@@ -4,7 +4,7 @@ All on the same images, the same cores, with the same windows per decoded image.
 pull another torch, so they run in an environment of their own, whose Python is given; without it they are left out:
 
     python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install webdataset mosaicml-streaming litdata 'ray[data]' torch simplejpeg h5py \\
+    /tmp/peers/bin/pip install webdataset mosaicml-streaming litdata 'ray[data]' pydantic torch simplejpeg h5py \\
         opencv-python-headless pillow
     python benchmarks/reading.py --peers /tmp/peers/bin/python
 """

@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,19 +151,17 @@ def litdata_row(row: tuple[str, bytes, Any]) -> dict[str, bytes]:
     return {"jpeg": row[1], "points": row[2].tobytes()}
 
 
+def litdata_windows(cut: Cut, row: dict[str, bytes]) -> list[tuple[Any, Any]]:
+    return cut(row["jpeg"], np.frombuffer(row["points"], np.float32).reshape(-1, 2))
+
+
 def litdata(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     from litdata import StreamingDataLoader, StreamingDataset, optimize
 
     place = str(folder / "litdata")
     optimize(litdata_row, list(encoded(folder)), output_dir=place, chunk_bytes="32MB", num_workers=1, mode="overwrite")
-
-    class Windows(StreamingDataset):  # type: ignore[misc]
-        def __getitem__(self, at: Any) -> Any:
-            row = super().__getitem__(at)
-            return cut(row["jpeg"], np.frombuffer(row["points"], np.float32).reshape(-1, 2))
-
     loader = StreamingDataLoader(
-        Windows(place, shuffle=True),
+        StreamingDataset(place, shuffle=True, transform=partial(litdata_windows, cut)),
         batch_size=batch // cut.crops,
         num_workers=workers,
         persistent_workers=True,
