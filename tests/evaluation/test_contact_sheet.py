@@ -1,7 +1,6 @@
 """The pictures of a dataset show its heads where they are, its maps as they are, and shares that sum to the whole."""
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,6 @@ from crowdray.data.soundness import Soundness, judge_findings
 from crowdray.evaluation import canvas
 from crowdray.evaluation.contact_sheet import draw_contact_sheet
 from crowdray.evaluation.soundness import draw_histograms, soundness_table
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved while the test ran."""
-    seen: list[Figure] = []
-    real: Callable[..., None] = canvas.save_figure
-
-    def save(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        seen.append(figure)
-        real(figure, *args, **kwargs)
-
-    monkeypatch.setattr(canvas, "save_figure", save)
-    return seen
 
 
 def place() -> str:

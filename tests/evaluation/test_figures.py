@@ -1,7 +1,6 @@
 """Figures say what they are made from, are as large as promised, and appear whole."""
 
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,21 +36,6 @@ def pictures(discs: Dataset) -> list[Picture]:
     assert [len(p.points) > 0 for p in chosen] == [True, False, True]
     assert [p.roi is None for p in chosen] == [False, True, True]
     return chosen
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved while the test ran."""
-    seen: list[Figure] = []
-    real: Callable[..., None] = canvas.save_figure
-
-    def save(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        seen.append(figure)
-        real(figure, *args, **kwargs)
-
-    monkeypatch.setattr(canvas, "save_figure", save)
-    monkeypatch.setattr("crowdray.evaluation.overlay.save_figure", save)
-    return seen
 
 
 def place() -> str:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from crowdray import storage
 from crowdray.errors import DataError
-from crowdray.evaluation import canvas
 from crowdray.evaluation.stage_tree import arrange, grow
 from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import FEWEST, Leg, StudyRecord, TrialRecord, importances
@@ -87,20 +86,6 @@ def store() -> Store:
 @pytest.fixture(scope="module")
 def study(store: Store) -> StudyRecord:
     return searched(32, 1, store)
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved while the test ran."""
-    seen: list[Figure] = []
-    real: Callable[..., None] = canvas.save_figure
-
-    def save(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        seen.append(figure)
-        real(figure, *args, **kwargs)
-
-    monkeypatch.setattr(canvas, "save_figure", save)
-    return seen
 
 
 def draw_bars(study: StudyRecord, path: str) -> None:
