@@ -1,7 +1,9 @@
 """Training samples/s from JPEGs to batches: the loader against the usual recipe and against other readers.
 
-All on the same images, the same cores, with the same windows per decoded image. The other readers need packages that
-pull another torch, so they run in an environment of their own, whose Python is given; without it they are left out:
+All on the same images, the same cores, with the same windows per decoded image. The others hand over pixels and points;
+so ours is compared without depth, as in the stage that learns nothing from it, and shown with it too. The other readers
+need packages that pull another torch, so they run in an environment of their own, whose Python is given; without it
+they are left out:
 
     python3 -m venv /tmp/peers
     /tmp/peers/bin/pip install webdataset mosaicml-streaming litdata 'ray[data]' pydantic torch simplejpeg h5py \\
@@ -29,7 +31,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.data.loader import Loader, PictureStore
+from crowdray.data.loader import Loader
+from crowdray.data.pictures import PictureStore
 from crowdray.data.sampling import WindowRule
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import density_map
@@ -61,28 +64,27 @@ def lay_out(dataset: Dataset, folder: Path) -> None:
             file["density"] = density[0, 0].numpy()
 
 
-def ours(dataset: Dataset, crops: int, epochs: int, cache_bytes: float) -> list[float]:
-    """Windows/s of the loader in each epoch after the first."""
+def ours(dataset: Dataset, crops: int, epochs: int, cache_bytes: float = 0, depth: bool = False) -> float:
+    """Windows/s of the loader, the median of the epochs after the first."""
     rule = WindowRule(crop=CROP, context=0, margin=0, stride=8, flip=0.5)
     store = PictureStore(dataset, 1, False, cache_bytes)
     loader = Loader(store, dataset.rows("train"), rule, batch=BATCH, repeats=crops, ahead=4)
     rates = []
     for epoch in range(1 + epochs):
         started = time.perf_counter()
-        windows = sum(len(batch.rows) for batch in loader.epoch(epoch))
+        windows = sum(len(batch.rows) for batch in loader.epoch(epoch, depth))
         rates.append(windows / (time.perf_counter() - started))
-    return rates[1:]
+    return statistics.median(rates[1:])
 
 
-def theirs(python: str, reader: str, folder: Path, crops: int, epochs: int, workers: int) -> list[float]:
-    """Windows/s of another reader in each epoch after the first."""
+def theirs(python: str, reader: str, folder: Path, crops: int, epochs: int, workers: int) -> float:
+    """Windows/s of another reader, the median of the epochs after the first."""
     command = [python, str(ROOT / "benchmarks" / "peers" / "reading.py"), reader, str(folder), "--crop", str(CROP)]
     command += ["--crops", str(crops), "--batch", str(BATCH), "--epochs", str(epochs), "--workers", str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{reader}: {done.stderr[-2000:]}")
-    rates: list[float] = json.loads(done.stdout.strip().splitlines()[-1])["rates"]
-    return rates
+    return float(statistics.median(json.loads(done.stdout.strip().splitlines()[-1])["rates"]))
 
 
 def decoding(dataset: Dataset) -> dict[str, float]:
@@ -123,13 +125,13 @@ def main() -> None:
         print(f"{len(dataset.rows('train'))} images, {cores} cores, batches of {BATCH} windows of {CROP}x{CROP}")
         print("  a decoding: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in decode.items()))
         for crops in (1, 4):
-            rates = {"ours": statistics.median(ours(dataset, crops, arguments.epochs, 0))}
+            rates = {"ours": ours(dataset, crops, arguments.epochs)}
             for reader in arguments.readers if arguments.peers else ():
                 if reader == "usual" and crops > 1:
                     continue  # it cuts one window a decoding
-                found = theirs(arguments.peers, reader, folder, crops, arguments.epochs, cores)
-                rates[reader] = statistics.median(found)
-            rates["ours, decoded pictures cached"] = statistics.median(ours(dataset, crops, arguments.epochs, 2**34))
+                rates[reader] = theirs(arguments.peers, reader, folder, crops, arguments.epochs, cores)
+            rates["ours, with depth"] = ours(dataset, crops, arguments.epochs, depth=True)
+            rates["ours, decoded pictures cached"] = ours(dataset, crops, arguments.epochs, 2**34)
             print(f"  windows/s, {crops} of each decoded image")
             for name, rate in rates.items():
                 print(f"    {name:30} {rate:8.0f}   ours is {rates['ours'] / rate:.2f} times this")

@@ -1,15 +1,21 @@
 """Batches: what is in them, that ranks share them, and that a mirrored window has mirrored targets."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 
-from crowdray.data.loader import Loader, PictureStore, collate, rescaled, shrink
+from crowdray.data import pictures
+from crowdray.data.loader import Batch, Loader, View, collate
+from crowdray.data.pictures import PictureStore, open_picture, scaled_size
 from crowdray.data.sampling import Window, WindowRule, draw_window, loss_weight
 from crowdray.data.shards import Dataset
-from crowdray.data.targets import make_targets
+from crowdray.data.targets import REACH, Targets, make_targets
 
 RULE = WindowRule(crop=32, context=8, margin=8, stride=4)
 
@@ -25,16 +31,32 @@ def loader(store: PictureStore, *, rank: int = 0, world: int = 1, repeats: int =
     return Loader(store, rows, rule, batch=6, repeats=repeats, seed=3, rank=rank, world=world)
 
 
+def targets(batch: Batch, sigma: float = 2.0) -> Targets:
+    size = (batch.roi.shape[-2], batch.roi.shape[-1])
+    return make_targets(
+        batch.points,
+        batch.present,
+        size,
+        batch.depth,
+        sigma=sigma,
+        threshold=0.3,
+        extent=batch.extent,
+        roi=batch.roi.float(),
+    )
+
+
 def test_a_batch_is_cut_from_its_pictures(store: PictureStore) -> None:
     picture = store[4]
     window = draw_window(RULE, picture.size, seed=0, epoch=1, sample=4)
-    batch = collate([(picture, window)], RULE)
+    batch = collate([View(picture, picture.size, window)], RULE)
     cut = (slice(window.top, window.top + window.height), slice(window.left, window.left + window.width))
     np.testing.assert_array_equal(batch.image[0].permute(1, 2, 0).numpy(), picture.image[cut])
     assert picture.roi is not None
     np.testing.assert_array_equal(batch.roi[0, 0].numpy(), picture.roi[cut])
-    expected = loss_weight(RULE, picture.size, window) * picture.roi[cut]
+    expected = np.outer(*loss_weight(RULE, picture.size, window)) * picture.roi[cut]
     np.testing.assert_array_equal(batch.weight[0, 0].numpy(), expected)
+    assert picture.depth is not None
+    np.testing.assert_array_equal(batch.depth[0, 0].numpy(), picture.depth[cut])
     corner = np.array([window.left, window.top])
     np.testing.assert_allclose(batch.points[0].numpy() + corner, picture.points, atol=1e-5)
     inside = picture.points - corner - np.array([window.crop_left, window.crop_top])
@@ -44,13 +66,13 @@ def test_a_batch_is_cut_from_its_pictures(store: PictureStore) -> None:
 def test_a_mirrored_window_has_mirrored_pixels_targets_and_the_same_count(store: PictureStore) -> None:
     pictures = [store[row] for row in (4, 7, 8)]
     windows = [draw_window(RULE, p.size, seed=0, epoch=1, sample=p.row) for p in pictures]
-    straight = collate([*zip(pictures, windows, strict=True)], RULE)
-    mirrored = collate([(p, dataclasses.replace(w, flip=True)) for p, w in zip(pictures, windows, strict=True)], RULE)
-    size = tuple(straight.roi.shape[-2:])
-    there, here = (
-        make_targets(b.points, b.present, size, b.depth, sigma=2.0, threshold=0.3, extent=b.extent, roi=b.roi)  # type: ignore[arg-type]
-        for b in (straight, mirrored)
+    straight, mirrored = (
+        collate(
+            [View(p, p.size, dataclasses.replace(w, flip=flip)) for p, w in zip(pictures, windows, strict=True)], RULE
+        )
+        for flip in (False, True)
     )
+    there, here = (targets(b) for b in (straight, mirrored))
     assert torch.equal(mirrored.image.flip(-1), straight.image)
     assert torch.equal(mirrored.weight.flip(-1), straight.weight)
     torch.testing.assert_close(here.density.flip(-1), there.density)
@@ -65,11 +87,9 @@ def test_two_ranks_together_see_what_one_sees(store: PictureStore) -> None:
     shares = [list(loader(store, rank=rank, world=2).epoch(2)) for rank in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1]) == loader(store).steps()
     for whole, *parts in zip(alone, *shares, strict=True):
-        for rank, part in enumerate(parts):
-            assert torch.equal(part.rows, whole.rows[rank::2])
-            assert torch.equal(part.image, whole.image[rank::2])
-            assert torch.equal(part.count, whole.count[rank::2])
-            assert part.total == whole.total == len(whole.rows)
+        for name in ("rows", "image", "count"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert all(part.total == whole.total == len(whole.rows) for part in parts)
 
 
 @pytest.mark.parametrize(("number", "sizes"), [(1, [6]), (2, [3, 3]), (4, [2, 1, 1, 2]), (9, [1] * 6)])
@@ -99,57 +119,91 @@ def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureS
     assert len(set(brightness[rows == twice].tolist())) == 2
 
 
+def test_repeats_of_a_sample_share_its_decoding(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(pictures, "open_picture", lambda *given: opened.append(given[1]) or open_picture(*given))
+    epoch = loader(PictureStore(discs, 1, True, cache_bytes=0)).epoch(2)
+    rows = torch.cat([batch.rows for batch in epoch]).tolist()
+    assert len(rows) == 2 * len(set(rows))
+    assert sorted(opened) == sorted(set(rows))
+
+
+def test_depth_that_is_not_asked_for_is_not_decoded_and_changes_nothing_else(store: PictureStore) -> None:
+    known = False
+    for whole, without in zip(loader(store).epoch(2), loader(store).epoch(2, depth=False), strict=True):
+        known |= bool(whole.depth.any())
+        assert not without.depth.any()
+        assert not without.has_depth.any()
+        different = {
+            n
+            for n, v in vars(whole).items()
+            if not torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(without, n)))
+        }
+        assert different <= {"depth", "has_depth"}
+    assert known
+
+
+def test_heads_beyond_the_reach_of_their_kernel_change_no_target(discs: Dataset) -> None:
+    """Also those that lie beyond the image, whose kernels are put at its rim."""
+    sigma, left_out = 1.5, 0
+    for row in range(24):
+        picture = PictureStore(discs, 1, False, 0)[row]
+        far = np.array([[-300, 20], [50, 900], [96 + 7, -5]], np.float32)
+        picture = dataclasses.replace(picture, points=np.concatenate([picture.points, far]))
+        window = draw_window(RULE, picture.size, seed=0, epoch=1, sample=row)
+        near, every = (
+            collate([View(picture, picture.size, window)], dataclasses.replace(RULE, reach=reach))
+            for reach in (REACH * sigma, math.inf)
+        )
+        assert torch.equal(targets(near, sigma).density, targets(every, sigma).density)
+        assert torch.equal(near.count, every.count)
+        left_out += int(every.present.sum() - near.present.sum())
+    assert left_out > 24
+
+
+def test_a_view_of_a_scaled_picture_is_cut_from_the_whole_scaled(store: PictureStore) -> None:
+    """Pillow's and torch's resizing of whole images as the references."""
+    picture = store[8]
+    assert picture.roi is not None
+    assert picture.depth is not None
+    for scale in (0.8, 1.0, 1.27):
+        size = scaled_size(picture, scale, RULE.stride)
+        assert all(
+            side % 4 == 0 and abs(side / now - scale) < 0.04 for side, now in zip(size, picture.size, strict=True)
+        )
+        image = np.asarray(Image.fromarray(picture.image).resize(size[::-1], Image.Resampling.BILINEAR))
+        depth, roi = (stretched(m.astype(np.float32), size) for m in (picture.depth, picture.roi))
+        for epoch in range(10):
+            window = draw_window(RULE, size, seed=0, epoch=epoch, sample=8)
+            cut = (slice(window.top, window.top + window.height), slice(window.left, window.left + window.width))
+            batch = collate([View(picture, size, window)], RULE)
+            shown = batch.image[0].permute(1, 2, 0).numpy()
+            off = np.abs(shown.astype(int) - image[cut].astype(int))  # Pillow rounds after each of two passes
+            assert off.max() <= 2
+            assert off.mean() < 0.2
+            np.testing.assert_allclose(batch.depth[0, 0].numpy(), depth[cut], atol=1e-6)
+            np.testing.assert_array_equal(batch.roi[0, 0].numpy(), roi[cut] >= 0.5)
+            factor = np.array(size[::-1]) / picture.size[::-1]
+            expected = picture.points * factor - np.array([window.left, window.top])
+            np.testing.assert_allclose(batch.points[0].numpy(), expected, atol=1e-4)
+
+
+def stretched(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    whole: NDArray[np.float32] = F.interpolate(torch.from_numpy(values)[None, None], size, mode="bilinear")[
+        0, 0
+    ].numpy()
+    return whole
+
+
 def test_a_smaller_picture_is_padded_without_weight(store: PictureStore) -> None:
     picture = store[4]
-    small = dataclasses.replace(picture, image=picture.image[:20, :30], roi=None, depth=None)
+    small = dataclasses.replace(picture, image=picture.image[:20, :30], roi=None, encoded_depth=None)
     window = draw_window(RULE, small.size, seed=0, epoch=0, sample=0)
-    batch = collate([(small, window)], RULE)
+    batch = collate([View(small, small.size, window)], RULE)
     assert batch.image.shape[-2:] == (32, 32)
     assert batch.weight[..., 20:, :].sum() == 0
     assert batch.weight[..., :, 30:].sum() == 0
     assert batch.has_depth.item() == 0
-
-
-def test_the_cache_is_bounded_and_changes_nothing(discs: Dataset) -> None:
-    unbounded = PictureStore(discs, 1, True, cache_bytes=1e9)
-    bounded = PictureStore(discs, 1, True, cache_bytes=2.5 * unbounded[0].nbytes)
-    for row in (0, 1, 2, 3, 0, 2):
-        np.testing.assert_array_equal(bounded[row].image, unbounded[row].image)
-    assert len(bounded._kept) == 2
-
-
-def test_shrinking_averages_squares_and_scales_points(discs: Dataset) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
-    expected = np.rint(image.reshape(3, 2, 4, 2, 3).mean(axis=(1, 3)))
-    np.testing.assert_array_equal(shrink(image, 2), expected)
-    picture = PictureStore(discs, 2, True, 0)[4]
-    whole = PictureStore(discs, 1, True, 0)[4]
-    np.testing.assert_allclose(picture.points * 2, whole.points)
-    assert picture.size == (32, 48)
-
-
-def test_heads_outside_the_region_of_interest_do_not_count(discs: Dataset) -> None:
-    picture = PictureStore(discs, 1, True, 0)[8]
-    everything = PictureStore(discs, 1, False, 0)[8]
-    assert picture.roi is not None
-    assert (picture.points[:, 1] >= 8).all()
-    assert len(everything.points) == (everything.points[:, 1] >= 0).sum() >= len(picture.points)
-    assert everything.roi is None
-
-
-def test_a_rescaled_picture_keeps_its_heads_on_their_pixels(store: PictureStore) -> None:
-    picture = store[8]
-    larger = rescaled(picture, 1.27, 4)
-    assert larger.size == (80, 120)
-    np.testing.assert_allclose(larger.points, picture.points * 1.25, rtol=1e-6)
-    assert larger.roi is not None
-    assert picture.roi is not None
-    assert larger.roi.mean() == pytest.approx(picture.roi.mean(), abs=0.02)
-    centres = [
-        p[tuple((s.points[:, ::-1]).astype(int).T)] for s, p in ((picture, picture.image), (larger, larger.image))
-    ]
-    np.testing.assert_allclose(centres[0], centres[1], atol=40)
-    assert rescaled(picture, 1.0, 4) is picture
 
 
 def test_augmentation_is_its_formula(store: PictureStore) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,24 @@ from crowdray.training.result import TrainingResult, conclude
 from crowdray.training.store import StageStore, StateId
 from crowdray.training.world import World
 
-from ..stores import Store, moto
+from ..stores import Kind, Store, moto
 from .processes import Job
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
+
+
+PASSING: tuple[tuple[Kind, str, str], ...] = (
+    ("cut", "/data/shard", "GET"),
+    ("short", "/data/shard", "GET"),
+    ("error", "/data/index", "GET"),
+    ("error", "/runs/faulty/run.json", "GET"),
+    ("error", "/runs/faulty/checkpoint", "PUT"),
+    ("cut", "/runs/faulty/checkpoint", "GET"),
+    ("lost", "/runs/faulty/trained/result.json", "PUT"),
+    ("error", "/runs/stages/.*manifest.json", "PUT"),
+    ("cut", "/runs/faulty/trained/weights", "GET"),
+    ("error", "/artifacts/", "PUT"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +89,14 @@ def train(store: Store, tmp_path: Path, tracking: str) -> Iterator[Callable[...,
             job.kill()
 
 
+def assert_refused(job: Job, message: str) -> None:
+    """It ends with one error, which says so."""
+    assert job.end() == 1, job.output
+    assert len(re.findall("^error", job.output, re.MULTILINE)) == 1, job.output
+    assert re.search(message, " ".join(job.output.split())), job.output
+    assert "Traceback" not in job.output
+
+
 def without_clocks(result: TrainingResult) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(result.to_json())
     content["history"] = [{k: v for k, v in row.items() if k not in CLOCKED} for row in content["history"]]
@@ -84,19 +108,27 @@ def test_a_training_on_a_failing_store_ends_as_one_on_a_disk(
 ) -> None:
     data = uploaded(discs, f"{store.uri}/data")
     connect(tracking, 60).create_experiment("crowdray-discs", artifact_location=f"{store.uri}/artifacts")
-    for kind, path, method in (
-        ("cut", "/data/shard", "GET"),
-        ("error", "/data/index", "GET"),
-        ("error", "/runs/faulty/run.json", "PUT"),
-        ("error", "/runs/faulty/checkpoint", "PUT"),
-        ("lost", "/runs/faulty/trained/result.json", "PUT"),
-        ("error", "/runs/stages/.*manifest.json", "PUT"),
-        ("cut", "/runs/faulty/trained/weights", "GET"),
-        ("error", "/artifacts/", "PUT"),
-    ):
-        store.proxy.plan(kind, path, method=method)  # type: ignore[arg-type]
     where = ["--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty", "--json", "out.json"]
-    job = train(*where, "--numerics.threads", "1")
+    where += ["--numerics.threads", "1"]
+
+    gone = store.proxy.plan("gone", "/data/shard", times=1000)
+    job = train(*where)
+    assert_refused(job, "/data/shard-00000.arrow is missing though the index names it")
+    gone.times = 0
+    assert storage.find_files(f"{store.uri}/runs/faulty/trained") == []
+
+    expired = store.proxy.plan("expired", "/runs/faulty/checkpoint", method="PUT", times=1000)
+    slow = store.proxy.plan("slow", "/data/shard")
+    for kind, path, method in PASSING:
+        store.proxy.plan(kind, path, method=method)
+    job = train(*where)
+    assert slow.held.wait(120), job.output
+    time.sleep(2)
+    slow.go_on.set()
+    assert_refused(job, "token has expired.*renew your credentials")
+    expired.times = 0
+
+    job = train(*where)
     assert job.end() == 0, job.output
     assert [(fault.kind, fault.path) for fault in store.proxy.faults if fault.times] == []
 

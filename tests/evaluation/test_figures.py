@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from crowdray import storage
-from crowdray.data.loader import Picture, PictureStore
+from crowdray.data.pictures import Picture, PictureStore
 from crowdray.data.shards import Dataset
 from crowdray.evaluation import canvas
 from crowdray.evaluation.counting import to_input

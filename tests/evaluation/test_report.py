@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from crowdray.config import ModelConfig
-from crowdray.data.loader import PictureStore
+from crowdray.data.pictures import PictureStore
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import DataError, UserError

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from crowdray.config import Config
-from crowdray.data.loader import shrink
+from crowdray.data.pictures import shrink
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
 from crowdray.models.packaged import PackagedCounter

@@ -23,7 +23,7 @@ from crowdray.config import (
     StageConfig,
     StagesConfig,
 )
-from crowdray.data.loader import collate
+from crowdray.data.loader import View, collate
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
@@ -186,9 +186,9 @@ def test_a_window_sees_what_the_whole_image_sees(discs: Dataset) -> None:
     rule, checked = run.loader.rule, 0
     for row in range(8):
         picture = run.store[row]
-        wide = dataclasses.replace(picture, image=picture.image.repeat(2, axis=1), roi=None, depth=None)
+        wide = dataclasses.replace(picture, image=picture.image.repeat(2, axis=1), roi=None, encoded_depth=None)
         window = draw_window(rule, wide.size, seed=1, epoch=0, sample=row)
-        batch = collate([(wide, window)], rule)
+        batch = collate([View(wide, wide.size, window)], rule)
         with torch.no_grad():
             whole = run.counter.density(torch.from_numpy(wide.image).permute(2, 0, 1)[None])
             seen = run.counter.density(batch.image)

@@ -13,7 +13,7 @@ import torch
 
 from crowdray import storage
 from crowdray.cluster.runs import RESULT, Run
-from crowdray.data.loader import PictureStore
+from crowdray.data.pictures import PictureStore
 from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError

@@ -5,6 +5,7 @@ All positions are in working pixels, after the configured downsampling. Lengths 
 crop, m context.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,8 @@ class WindowRule:
     """Largest relative change of each colour."""
     scale: float = 0.0
     """Largest relative change of size."""
+    reach: float = math.inf
+    """Pixels around the window beyond which a head changes no target in it."""
 
     def window(self, length: int) -> int:
         """Length of the window along an image axis of the given length, a multiple of the stride."""
@@ -99,8 +102,9 @@ def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: i
 
 
 def rank_share(batch: Sequence[int] | NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """The part of a global batch that belongs to one rank; shares differ by at most one sample."""
-    return np.asarray(batch)[rank::world]
+    """The part of a global batch that belongs to one rank, in one run, so that the repeats of a sample stay together;
+    shares differ by at most one draw."""
+    return np.array_split(np.asarray(batch), world)[rank]
 
 
 def draw_window(
@@ -128,18 +132,20 @@ def draw_scale(rule: WindowRule, *, seed: int, epoch: int, batch: int) -> float:
     return float((1 + rule.scale) ** rng.uniform(-1, 1))
 
 
-def loss_weight(rule: WindowRule, size: tuple[int, int], window: Window) -> NDArray[np.float32]:
-    """Weight of each pixel of a window in the map losses: float32 (height, width), before the mirror.
+def loss_weight(
+    rule: WindowRule, size: tuple[int, int], window: Window
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weights (height,) of a window's rows and (width,) of its columns before the mirror; the weight of a pixel in the
+    map losses is their product.
 
     0 where padding or a cut edge lies within the receptive field, else the inverse of how often a pixel of
     that row and column is valid, so that in expectation every pixel of the image counts the same. The mean
     over all draws is 1.
     """
-    rows, columns = (
-        _span_weight(rule, length, start, extent)
-        for length, start, extent in zip(size, (window.top, window.left), (window.height, window.width), strict=True)
+    return (
+        _span_weight(rule, size[0], window.top, window.height),
+        _span_weight(rule, size[1], window.left, window.width),
     )
-    return np.outer(rows, columns).astype(np.float32)
 
 
 @lru_cache(maxsize=256)
@@ -186,11 +192,13 @@ def _valid(rule: WindowRule, length: int, start: int, extent: int) -> tuple[int,
     return low, high
 
 
-def _span_weight(rule: WindowRule, length: int, start: int, extent: int) -> NDArray[np.float64]:
-    weight = np.zeros(extent)
+@lru_cache(maxsize=4096)
+def _span_weight(rule: WindowRule, length: int, start: int, extent: int) -> NDArray[np.float32]:
+    weight = np.zeros(extent, np.float32)
     low, high = _valid(rule, length, start, extent)
     covered = coverage(rule, length)
     # Pixels of the image per pixel of a window: makes the mean over a window's pixels the mean over the
     # image's.
     weight[low - start : high - start] = extent / length / covered[low:high]
+    weight.setflags(write=False)
     return weight

@@ -14,6 +14,10 @@ _NEGLIGIBLE = 1e-3
 it."""
 
 
+REACH = 6.0
+"""Standard deviations from a head beyond which its kernel, in float32, has no mass at all."""
+
+
 @dataclass(frozen=True)
 class Targets:
     """What the four decoders should say about a window. Maps are (B, 1, h, w) float32."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from crowdray.config import TargetConfig
 from crowdray.data.inspection import in_roi, nearest_neighbours
-from crowdray.data.loader import Picture, open_picture
+from crowdray.data.pictures import Picture, map_part, open_picture
 from crowdray.data.sample import Sample
 from crowdray.evaluation import canvas
 from crowdray.evaluation.figures import picture_targets
@@ -128,7 +128,9 @@ def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tupl
     _draw_photo(place(left, top, width, height), tile, scale)
     beside = left + width + _INSIDE
     axes, under = place(beside, top, narrow, low), place(beside, top + low + _INSIDE, narrow, low)
-    _draw_map(axes, tile.picture.depth, canvas.DEPTH_COLOURS, tile.picture.size)
+    depth = tile.picture.depth
+    whole = None if depth is None else map_part(depth, tile.picture.size, slice(rows), slice(columns))
+    _draw_map(axes, whole, canvas.DEPTH_COLOURS, tile.picture.size)
     cell = -(-rows // int(low * canvas.DPI))
     _draw_map(under, _coarser(tile.crowd, cell), canvas.CROWD_COLOURS, tile.picture.size, cell)
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.loader import Picture, PictureStore
+from crowdray.data.pictures import Picture, PictureStore
 from crowdray.data.targets import cell_mask, whole_window
 from crowdray.evaluation.metrics import ImageCount
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from crowdray.data.loader import Picture
+from crowdray.data.pictures import Picture
 from crowdray.data.targets import Targets, make_targets
 from crowdray.evaluation import canvas
 from crowdray.evaluation.counting import cells_that_count, to_input

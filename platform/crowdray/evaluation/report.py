@@ -5,7 +5,7 @@ Shape legend: H W photo, h w density = ceil(H / k), ceil(W / k) for cells of k x
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from crowdray.data.loader import open_picture
+from crowdray.data.pictures import open_picture
 from crowdray.data.sample import Sample, decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
@@ -137,7 +137,7 @@ def judge(density: Tensor, sample: Sample, row: int, geometry: Geometry | None) 
     cells = density[0, 0].float().cpu().numpy().astype(np.float64)
     # The depth would be decoded for nothing.
     downsample, factor = (geometry.downsample, geometry.cell) if geometry else (factor, factor)
-    picture = open_picture(replace(sample, depth=None), row, downsample, use_roi=True)
+    picture = open_picture(sample, row, downsample, use_roi=True)
     everywhere = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)
     whole = inside = _count(cells, everywhere)
     if picture.roi is not None:

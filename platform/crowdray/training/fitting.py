@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from crowdray.config import Config
-from crowdray.data.loader import Batch, collate, rescaled
+from crowdray.data.loader import Batch, View, collate
+from crowdray.data.pictures import scaled_size
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
@@ -124,13 +125,16 @@ class _Updates:
         windows = np.array([[rule.window(round(side)) for side in image] for image in sizes.tolist()])
         extremes = (*windows.argmax(axis=0), dataset.counts("train").argmax())
         rows = dataset.rows("train")[list(extremes)].tolist()
-        pictures = [rescaled(training.store[row], 1 + sampling.scale, rule.stride) for row in rows]
-        shown = [pictures[number % len(pictures)] for number in range(size)]
-        pairs = [
-            (picture, draw_window(rule, picture.size, seed=0, epoch=0, sample=picture.row, repeat=number))
-            for number, picture in enumerate(shown)
-        ]
-        return collate(pairs, rule)
+        pictures = [training.store[row] for row in rows]
+        sizes = [scaled_size(picture, 1 + sampling.scale, rule.stride) for picture in pictures]
+        shown = [(pictures[number % len(rows)], sizes[number % len(rows)], number) for number in range(size)]
+        return collate(
+            (
+                View(picture, large, draw_window(rule, large, seed=0, epoch=0, sample=picture.row, repeat=number))
+                for picture, large, number in shown
+            ),
+            rule,
+        )
 
     def _expected(self, size: int) -> float:
         """Bytes of the process with parts of this size, on the line through the last two that were measured; the first

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from crowdray.config import Config
-from crowdray.data.loader import Loader, PictureStore
+from crowdray.data.loader import Loader
+from crowdray.data.pictures import PictureStore
 from crowdray.data.sampling import WindowRule, split_validation
 from crowdray.data.shards import Dataset
+from crowdray.data.targets import REACH
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.counting import count_pictures
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
@@ -198,6 +200,7 @@ def _window_rule(config: Config, counter: Counter) -> WindowRule:
         contrast=sampling.contrast,
         colour=sampling.colour,
         scale=sampling.scale,
+        reach=REACH * config.target.sigma,
     )
 
 

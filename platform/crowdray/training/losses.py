@@ -58,7 +58,7 @@ class MapTargets:
 
 def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
     """Make a batch's targets on the batch's device, in cells of `stride` pixels."""
-    size = (batch.roi.shape[-2], batch.roi.shape[-1])
+    size, roi = (batch.roi.shape[-2], batch.roi.shape[-1]), batch.roi.float()
     maps = make_targets(
         batch.points,
         batch.present,
@@ -68,11 +68,11 @@ def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
         threshold=config.target.threshold,
         stride=stride,
         extent=batch.extent,
-        roi=batch.roi,
+        roi=roi,
     )
     weight = batch.weight
     if stride > 1:  # cells at the border of the region count or do not, as when heads are counted
-        weight = F.avg_pool2d(weight, stride) * cell_mask(batch.roi, batch.extent, stride)
+        weight = F.avg_pool2d(weight, stride) * cell_mask(roi, batch.extent, stride)
     return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, weight, batch.has_depth)
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crowdray.data.loader import Batch
 from crowdray.errors import UserError
-from crowdray.models.counter import DENSITY, Counter
+from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.losses import targets_of, task_losses
@@ -116,7 +116,7 @@ class RunningStage:
         self.prepare()
         sums = torch.zeros(len(self.stage.tasks))
         waited, steps, windows = 0.0, 0, 0
-        batches = training.loader.epoch(progress.epochs)
+        batches = training.loader.epoch(progress.epochs, depth=DEPTH in self.stage.tasks)
         while True:
             asked = perf_counter()
             batch = next(batches, None)
