@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 
 from crowdray.data import pictures
 from crowdray.data.loader import Batch, Loader, View, collate
-from crowdray.data.pictures import PictureStore, open_picture, scaled_size
+from crowdray.data.pictures import Picture, PictureStore, open_picture, scaled_size
+from crowdray.data.sample import Sample
 from crowdray.data.sampling import Window, WindowRule, draw_window, loss_weight
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import REACH, Targets, make_targets
@@ -121,7 +123,12 @@ def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureS
 
 def test_repeats_of_a_sample_share_its_decoding(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(pictures, "open_picture", lambda *given: opened.append(given[1]) or open_picture(*given))
+
+    def noted(sample: Sample, row: int, *given: Any) -> Picture:
+        opened.append(row)
+        return open_picture(sample, row, *given)
+
+    monkeypatch.setattr(pictures, "open_picture", noted)
     epoch = loader(PictureStore(discs, 1, True, cache_bytes=0)).epoch(2)
     rows = torch.cat([batch.rows for batch in epoch]).tolist()
     assert len(rows) == 2 * len(set(rows))

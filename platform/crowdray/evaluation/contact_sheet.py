@@ -129,8 +129,8 @@ def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tupl
     beside = left + width + _INSIDE
     axes, under = place(beside, top, narrow, low), place(beside, top + low + _INSIDE, narrow, low)
     depth = tile.picture.depth
-    whole = None if depth is None else map_part(depth, tile.picture.size, slice(rows), slice(columns))
-    _draw_map(axes, whole, canvas.DEPTH_COLOURS, tile.picture.size)
+    stretched = None if depth is None else map_part(depth, tile.picture.size, slice(rows), slice(columns))
+    _draw_map(axes, stretched, canvas.DEPTH_COLOURS, tile.picture.size)
     cell = -(-rows // int(low * canvas.DPI))
     _draw_map(under, _coarser(tile.crowd, cell), canvas.CROWD_COLOURS, tile.picture.size, cell)
 

@@ -126,15 +126,13 @@ class _Updates:
         extremes = (*windows.argmax(axis=0), dataset.counts("train").argmax())
         rows = dataset.rows("train")[list(extremes)].tolist()
         pictures = [training.store[row] for row in rows]
-        sizes = [scaled_size(picture, 1 + sampling.scale, rule.stride) for picture in pictures]
-        shown = [(pictures[number % len(rows)], sizes[number % len(rows)], number) for number in range(size)]
-        return collate(
-            (
-                View(picture, large, draw_window(rule, large, seed=0, epoch=0, sample=picture.row, repeat=number))
-                for picture, large, number in shown
-            ),
-            rule,
-        )
+        views = []
+        for number in range(size):
+            picture = pictures[number % len(pictures)]
+            shown = scaled_size(picture, 1 + sampling.scale, rule.stride)
+            window = draw_window(rule, shown, seed=0, epoch=0, sample=picture.row, repeat=number)
+            views.append(View(picture, shown, window))
+        return collate(views, rule)
 
     def _expected(self, size: int) -> float:
         """Bytes of the process with parts of this size, on the line through the last two that were measured; the first
