@@ -30,7 +30,8 @@ class Listener(UserCallback):
 def is_loss(error: BaseException) -> bool:
     """Whether an error may come from a lost process, machine or connection, after which it is worth starting again.
 
-    Everything else a training would do again: it repeats itself exactly. A lost peer shows in the others as an error of
-    their collective operations, a RuntimeError.
+    Everything else a training would do again: it repeats itself exactly, and a store that refuses it once refuses it
+    again. A lost peer shows in the others as an error of their collective operations, a RuntimeError.
     """
-    return isinstance(error, (RuntimeError, OSError, RayError, RayTrainError)) and not isinstance(error, DivergedError)
+    lost = isinstance(error, (RuntimeError, OSError, RayError, RayTrainError))
+    return lost and not isinstance(error, (DivergedError, PermissionError))

@@ -182,6 +182,7 @@ def _for_ray(uri: str) -> tuple[str, Any]:
 def explained(error: BaseException, run: Run) -> BaseException:
     """What Ray wrapped, if it is for the user or our own mistake; else what happened, in a sentence."""
     from crowdray.cluster.listener import is_loss
+    from crowdray.cluster.worker import GOES_ON
 
     causes: list[BaseException] = [error]
     for cause in causes:  # the list grows while it is read
@@ -191,6 +192,10 @@ def explained(error: BaseException, run: Run) -> BaseException:
         if isinstance(cause, (UserError, DivergedError)):
             return cause
     deepest = causes[-1]
+    if isinstance(deepest, PermissionError):  # of Ray's own writing; ours says what it writes
+        return UserError(
+            f"cannot write a checkpoint under {run.uri}: {deepest}; check its owner, or renew your credentials, {GOES_ON}"
+        )
     if not is_loss(deepest):
         return deepest
     lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]
