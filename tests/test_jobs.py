@@ -266,7 +266,7 @@ def test_a_cluster_needs_room_for_the_fewest_workers(run: Run) -> None:
 
 def test_only_losses_are_worth_another_start() -> None:
     assert all(map(is_loss, (RuntimeError("connection closed by peer"), ConnectionError(), OSError())))
-    assert not any(map(is_loss, (DivergedError("nan"), UserError("bad"), TypeError(), AssertionError())))
+    assert not any(map(is_loss, (DivergedError("nan"), UserError("bad"), PermissionError(), TypeError())))
 
 
 def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
@@ -278,6 +278,11 @@ def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
     lost = explained(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
     assert isinstance(lost, TrainingStopped)
     assert "closed by peer. The same command goes on" in str(lost)
+    refused = explained(ControllerError(PermissionError("The token has expired.")), run)
+    assert isinstance(refused, UserError)
+    assert f"under {run.uri}: The token has expired.; check its owner, or renew your credentials, then give" in str(
+        refused
+    )
 
 
 def test_overrides_change_the_preset() -> None:

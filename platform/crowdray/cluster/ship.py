@@ -3,8 +3,7 @@ picture."""
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,7 +81,7 @@ def ship(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapping[str
     tags: where it comes from; they go with the model.
     """
     dataset = Dataset.open(run.data)
-    with _local(run.trained) as folder:
+    with storage.local_folder(run.trained) as folder:
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
     tracker.sync_history(tracked_rows(checkpoint.progress.history))
@@ -185,15 +184,3 @@ def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Data
         threshold=config.target.threshold,
         baseline=None if result.shipped == "baseline" else baseline,
     )
-
-
-@contextmanager
-def _local(uri: str) -> Iterator[Path]:
-    """The files of a folder, locally: the folder itself or a copy for the length of the block."""
-    if storage.is_local(uri):
-        yield Path(storage.resolve(uri))
-        return
-    with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
-        for file in storage.list_files(uri):
-            (Path(folder) / Path(file).name).write_bytes(storage.read_bytes(file))
-        yield Path(folder)

@@ -194,7 +194,8 @@ def explained(error: BaseException, run: Run) -> BaseException:
     deepest = causes[-1]
     if isinstance(deepest, PermissionError):  # of Ray's own writing; ours says what it writes
         return UserError(
-            f"cannot write a checkpoint under {run.uri}: {deepest}; check its owner, or renew your credentials, {GOES_ON}"
+            f"cannot write a checkpoint under {run.uri}: {deepest}; check its owner, or renew your credentials, "
+            f"{GOES_ON}"
         )
     if not is_loss(deepest):
         return deepest

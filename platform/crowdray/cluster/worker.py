@@ -5,7 +5,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from crowdray import storage
 from crowdray.cluster.runs import RESULT
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
-from crowdray.training.checkpoint import Checkpoint, Row, load_checkpoint, room, save_checkpoint
+from crowdray.training.checkpoint import STATE, Checkpoint, Row, load_checkpoint, room, save_checkpoint
 from crowdray.training.loop import Training
 from crowdray.training.result import conclude
 from crowdray.training.sharing import Sharing, Shelf
@@ -87,7 +88,12 @@ def _train(task: Task) -> None:
                 if task.scored:  # a trial has its states on the shelf alone
                     save(Path(folder))
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({ROWS: rows}, checkpoint=checkpoint, checkpoint_dir_name=name)
+            ray.train.report(
+                {ROWS: rows},
+                checkpoint=checkpoint,
+                checkpoint_dir_name=name,
+                checkpoint_upload_fn=partial(_upload, task.run),
+            )
 
     if not task.scored:  # a trial of a search, which has announced it
         training.run(report)
@@ -105,12 +111,22 @@ def _train(task: Task) -> None:
             storage.publish_directory(Path(folder), task.trained, last=RESULT)
 
 
+def _upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Publish a checkpoint in the run's folder; Ray's own copy, through Arrow, is silent where a file's last write
+    fails. What a killed epoch left there gives way."""
+    place = storage.join(run, name)
+    storage.retract_directory(place, last=STATE)
+    storage.publish_directory(Path(checkpoint.path), place, last=STATE)
+    there = ray.train.get_context().get_storage()
+    return ray.train.Checkpoint(f"{there.experiment_fs_path}/{name}", there.storage_filesystem)
+
+
 def _own(task: Task) -> Checkpoint | None:
     """The checkpoint of its own that this run goes on from."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            return load_checkpoint(Path(folder))
+        with storage.local_folder(storage.join(task.run, PurePosixPath(checkpoint.path).name)) as folder:
+            return load_checkpoint(folder)
     return None if task.resume is None else load_checkpoint(Path(task.resume))
 
 

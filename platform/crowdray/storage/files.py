@@ -60,7 +60,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     def read() -> list[bytes]:
         parts: list[bytes] = fs.cat_ranges([path] * len(some), starts, ends, on_error="raise")
         if [len(part) for part in parts] != [end - start for start, end in some]:
-            raise DataError(f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; convert again")
+            raise DataError(f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; copy it again")
         return parts
 
     with explained("read", uri):
@@ -114,6 +114,20 @@ def find_files(uri: str, depth: int | None = None) -> list[Found]:
         entries = fs.find(path, maxdepth=depth, detail=True)
     found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
     return [file for file in found if file.name]
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """The files directly in a folder, locally: the folder itself, or a copy for the length of the block, each file as
+    long as the listing says."""
+    if is_local(uri):
+        yield Path(resolve(uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
+        for file in find_files(uri, depth=1):
+            (content,) = read_ranges(join(uri, file.name), [(0, file.bytes)])
+            (Path(folder) / file.name).write_bytes(content)
+        yield Path(folder)
 
 
 class CannotCreateOnce(UserError):
