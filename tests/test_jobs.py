@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 import torch
 from rich.console import Console
 
+from crowdray import storage
 from crowdray.cli import load_preset, parse_with_config
 from crowdray.cluster import fitting
 from crowdray.cluster.convert import convert
@@ -26,6 +28,7 @@ from crowdray.cluster.progress import TrainingDisplay
 from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, plan, workers_of
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained, run_training
+from crowdray.cluster.worker import check_shared, upload
 from crowdray.config import Config, ConfigError, to_json
 from crowdray.data.sources import SOURCES, open_source
 from crowdray.errors import UserError
@@ -205,9 +208,11 @@ def test_a_list_of_checkpoints_that_a_kill_cut_off_is_mended(run: Run, cut: str)
     torn.write_bytes(torn.read_bytes()[:-4])
     listed = Path(run.uri, RAY_LIST)
     listed.write_text(cut)
+    half = Path(run.uri, f"{storage.PARTIAL}0-checkpoint-00004", "deep")
+    half.mkdir(parents=True)
 
     assert run.mend() == f"{run.uri}/checkpoint-00002"
-    assert not listed.exists()
+    assert not listed.exists() and not half.parent.exists()
     listed.write_text(json.dumps({}))
     assert run.mend() is None and listed.exists()
 
@@ -280,9 +285,43 @@ def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
     assert "closed by peer. The same command goes on" in str(lost)
     refused = explained(ControllerError(PermissionError("The token has expired.")), run)
     assert isinstance(refused, UserError)
-    assert f"under {run.uri}: The token has expired.; check its owner, or renew your credentials, then give" in str(
-        refused
-    )
+    assert f"{run.uri}: The token has expired.; renew your credentials, then give the same command" in str(refused)
+    ours = PermissionError(errno.EACCES, "Permission denied", "/.triton")
+    assert explained(ControllerError(ours), run) is ours
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "message"),
+    [
+        (OSError(errno.EIO, "input/output error"), OSError, "input/output error"),
+        (
+            PermissionError("The token has expired."),
+            UserError,
+            "expired.*credentials; then give the same command again",
+        ),
+        (OSError(errno.ENOSPC, "no space"), UserError, "no space left.*; then give the same command again"),
+    ],
+)
+def test_a_checkpoint_that_is_not_written_is_a_loss_or_the_users_to_mend(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError, raised: type[Exception], message: str
+) -> None:
+    def copytree(*_: object) -> None:
+        raise fault
+
+    made = tmp_path / "made"
+    made.mkdir()
+    save_checkpoint(Checkpoint(run.config, Progress(1.0, 1.0, run.digest, 2), {"a": torch.zeros(8)}), made)
+    monkeypatch.setattr("shutil.copytree", copytree)
+    with pytest.raises(raised, match=message):
+        upload(run.uri, ray.train.Checkpoint(str(made)), "checkpoint-00001")
+    assert not list(Path(run.uri).glob("*checkpoint*"))
+
+
+def test_a_node_that_does_not_see_the_runs_folder_says_so(run: Run) -> None:
+    with pytest.raises(UserError, match=rf"{run.uri} on this node is not the folder.*all nodes share"):
+        check_shared(run.uri)
+    run.claim()
+    check_shared(run.uri)
 
 
 def test_overrides_change_the_preset() -> None:

@@ -250,8 +250,17 @@ def test_a_folder_is_published_whole_or_taken_back(store: Store, place: str, tmp
     assert there == {"a.json": 600, "deep/b.bin": 1000, "z.bin": 500}
     puts = [path.rpartition("/")[2] for method, path in store.proxy.seen if method == "PUT" and place[5:] in path]
     assert puts[-1] == "a.json"
+    store.proxy.plan("short", r"z\.bin")
+    with storage.local_folder(place) as copy:
+        assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+            "a.json": b"a.json" * 100,
+            "z.bin": b"z.bin" * 100,
+        }
+    assert not copy.exists()
     storage.retract_directory(place, "a.json")
     assert storage.find_files(place) == []
+    with pytest.raises(UserError, match=f"cannot copy {place}: it does not exist"), storage.local_folder(place):
+        pass
 
 
 READER = """

@@ -18,6 +18,16 @@ def test_the_first_pictures_stay_as_long_as_they_have_room(discs: Dataset) -> No
     assert [bounded[row] is bounded[row] for row in range(4)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("downsample", [1, 2])
+def test_what_a_picture_takes_is_known_before_its_depth_is_decoded(discs: Dataset, downsample: int) -> None:
+    picture = PictureStore(discs, downsample, True, 0)[4]
+    expected = picture.nbytes
+    assert picture.depth is not None
+    assert picture.encoded_depth is not None
+    held = (picture.image.nbytes, picture.points.nbytes, picture.depth.nbytes, len(picture.encoded_depth))
+    assert expected == picture.nbytes == sum(held)
+
+
 def test_shrinking_averages_squares_and_scales_points(discs: Dataset) -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
     expected = np.rint(image.reshape(3, 2, 4, 2, 3).mean(axis=(1, 3)))

@@ -1,16 +1,19 @@
 """The folder of a run in --storage: what it was started with, what it trained, what came out of it.
 
-run.json           the configuration, the data and the workers; a run under the same name has to have the
-same config.json        the configuration alone, itself valid for --preset checkpoint-*/      the last two
-checkpoints (Ray Train's) trained/           weights and result of the finished training, result.json last
-model/             the packaged counter overview.png       what it sees outcome.json       everything
-together; written last
+- run.json: the configuration, the data and the workers; a run under the same name has to have the same.
+- config.json: the configuration alone, itself valid for --preset.
+- checkpoint-*/: the last two checkpoints.
+- trained/: weights and result of the finished training, result.json last.
+- model/: the packaged counter.
+- overview.png: what it sees.
+- outcome.json: everything together; written last.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -116,12 +119,16 @@ class Run:
         )
 
     def mend(self) -> str | None:
-        """Remove Ray's list of checkpoints if a kill cut it off, and give the newest whole one that is there.
+        """Remove what a kill cut off, and give the newest whole checkpoint if Ray's list of them was among it.
 
         Ray writes its list in place, and refuses to start over half of one. Object stores only know whole files.
         """
+        if not storage.is_local(self.uri):
+            return None
+        for half in Path(self.uri).glob(f"{storage.PARTIAL}*-checkpoint-*"):
+            shutil.rmtree(half, ignore_errors=True)
         listed = storage.join(self.uri, RAY_LIST)
-        if not storage.is_local(self.uri) or not storage.exists(listed):
+        if not storage.exists(listed):
             return None
         with suppress(ValueError):
             json.loads(storage.read_bytes(listed))

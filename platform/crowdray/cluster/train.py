@@ -192,11 +192,8 @@ def explained(error: BaseException, run: Run) -> BaseException:
         if isinstance(cause, (UserError, DivergedError)):
             return cause
     deepest = causes[-1]
-    if isinstance(deepest, PermissionError):  # of Ray's own writing; ours says what it writes
-        return UserError(
-            f"cannot write a checkpoint under {run.uri}: {deepest}; check its owner, or renew your credentials, "
-            f"{GOES_ON}"
-        )
+    if isinstance(deepest, PermissionError) and deepest.errno is None:  # a store's own words, about Ray's list
+        return UserError(f"cannot write to {run.uri}: {deepest}; renew your credentials, {GOES_ON}")
     if not is_loss(deepest):
         return deepest
     lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]

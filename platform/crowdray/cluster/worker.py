@@ -1,6 +1,7 @@
 """What runs inside each worker of a training: one rank of the loop, reporting to Ray Train after every
 epoch."""
 
+import errno
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import ray.train.torch
 import torch
 
 from crowdray import storage
-from crowdray.cluster.runs import RESULT
+from crowdray.cluster.runs import IDENTITY, RESULT
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
 from crowdray.training.checkpoint import STATE, Checkpoint, Row, load_checkpoint, room, save_checkpoint
 from crowdray.training.loop import Training
 from crowdray.training.result import conclude
@@ -67,6 +69,8 @@ def _train(task: Task) -> None:
     torch.set_num_threads(threads)
     dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
+    if task.scored:
+        check_shared(task.run)
     sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
     own = _own(task)
     restored = sharing.restore() if own is None else sharing.go_on_from(own)
@@ -77,7 +81,7 @@ def _train(task: Task) -> None:
         nonlocal first
         rows = list(training.progress.history) if first else [row]  # a copy: Ray serialises it later
         first = False
-        name = f"checkpoint-{row['epoch']:05d}"  # a repeated epoch writes over what a killed one left
+        name = f"checkpoint-{row['epoch']:05d}"
         with (
             room(f"a checkpoint under {task.run}", GOES_ON),
             tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder,
@@ -92,7 +96,7 @@ def _train(task: Task) -> None:
                 {ROWS: rows},
                 checkpoint=checkpoint,
                 checkpoint_dir_name=name,
-                checkpoint_upload_fn=partial(_upload, task.run),
+                checkpoint_upload_fn=partial(upload, task.run),
             )
 
     if not task.scored:  # a trial of a search, which has announced it
@@ -111,12 +115,29 @@ def _train(task: Task) -> None:
             storage.publish_directory(Path(folder), task.trained, last=RESULT)
 
 
-def _upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+def check_shared(run: str) -> None:
+    """Raise UserError where the run's folder is not the one that the driver has begun: Ray looks into that only before
+    its own copy."""
+    if not storage.exists(storage.join(run, IDENTITY)):
+        raise UserError(
+            f"{run} on this node is not the folder that the training was started with; give --storage one that all "
+            "nodes share, or a URI such as s3://bucket/runs"
+        )
+
+
+def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Publish a checkpoint in the run's folder; Ray's own copy, through Arrow, is silent where a file's last write
     fails. What a killed epoch left there gives way."""
     place = storage.join(run, name)
-    storage.retract_directory(place, last=STATE)
-    storage.publish_directory(Path(checkpoint.path), place, last=STATE)
+    try:
+        storage.retract_directory(place, last=STATE)
+        storage.publish_directory(Path(checkpoint.path), place, last=STATE)
+    except UserError as error:
+        cause = error.__cause__
+        lasting = isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(cause, OSError) and not lasting:
+            raise cause from None  # the network's fault or a shared disk's: worth another start
+        raise UserError(f"{error}; {GOES_ON}") from error
     there = ray.train.get_context().get_storage()
     return ray.train.Checkpoint(f"{there.experiment_fs_path}/{name}", there.storage_filesystem)
 

@@ -166,7 +166,7 @@ class Loader:
         return batch.pin() if self.pin else batch
 
     def _views(self, share: NDArray[np.int64], epoch: int, number: int) -> Iterator["View"]:
-        """One picture after the other: the next one is decoded into the memory of the one before."""
+        """One picture after the other, so that no more than two are decoded at a time."""
         scale = draw_scale(self.rule, seed=self.seed, epoch=epoch, batch=number)
         for position, draws in groupby(share.tolist(), lambda draw: draw // self.repeats):
             picture = self.store[int(self.rows[position])]

@@ -4,7 +4,7 @@ Shape legend: H W a picture in working pixels, N its heads, h w a part of it.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from mmap import mmap
 from threading import Lock
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
+from crowdray.data.sample import Sample, content_size, decode_depth, decode_image, decode_roi
 from crowdray.data.shards import Dataset
 
 
@@ -32,11 +32,16 @@ class Picture:
     encoded_depth: bytes | None
     """As a sample holds it; None unknown."""
 
-    @cached_property
+    @property
     def depth(self) -> NDArray[np.float16] | None:
         """In [0, 1], larger = farther, stretched over the picture and no larger than it; None unknown. Decoded when it
         is first asked for."""
-        return None if self.encoded_depth is None else _shared_depth(self.encoded_depth, *self.size)
+        if self.encoded_depth is None:
+            return None
+        if "_depth" not in vars(self):  # up to Python 3.11, functools.cached_property has one lock for all pictures
+            vars(self)["_depth"] = _shared_depth(self.encoded_depth, *self.size)
+        depth: NDArray[np.float16] = vars(self)["_depth"]
+        return depth
 
     @property
     def size(self) -> tuple[int, int]:
@@ -45,10 +50,13 @@ class Picture:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the image and its points, and of its depth if that is as large as the image; a scene's shared
-        region of interest is not counted."""
-        depth = 0 if self.encoded_depth is None else 2 * self.size[0] * self.size[1]
-        return self.image.nbytes + self.points.nbytes + depth
+        """Memory of the image, its points and its depth, decoded or not; a scene's shared region of interest is not
+        counted."""
+        held = self.image.nbytes + self.points.nbytes
+        if self.encoded_depth is not None:
+            stored, own = content_size(self.encoded_depth), self.size
+            held += len(self.encoded_depth) + 2 * min(stored[0], own[0]) * min(stored[1], own[1])
+        return held
 
 
 class PictureStore:
@@ -67,15 +75,16 @@ class PictureStore:
         self._lock = Lock()
 
     def __getitem__(self, row: int) -> Picture:
-        with self._lock:
-            if row in self._kept:
-                return self._kept[row]
+        if (kept := self._kept.get(row)) is not None:
+            return kept
         picture = open_picture(self.dataset.sample(row), row, self.downsample, self.use_roi)
+        taken = picture.nbytes
         with self._lock:
-            if row in self._kept or picture.nbytes > self._room:
+            if row in self._kept or taken > self._room:
                 return picture
-            self._room -= picture.nbytes
-            self._kept[row] = picture = _outside_the_heap(picture)
+            self._room -= taken
+            self._kept[row] = picture
+        self._kept[row] = _outside_the_heap(picture)
         return picture
 
 

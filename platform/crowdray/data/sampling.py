@@ -102,8 +102,8 @@ def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: i
 
 
 def rank_share(batch: Sequence[int] | NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """The part of a global batch that belongs to one rank, in one run, so that the repeats of a sample stay together;
-    shares differ by at most one draw."""
+    """The part of a global batch that belongs to one rank: a run of it, so that repeats of a sample mostly stay
+    together; shares differ by at most one draw."""
     return np.array_split(np.asarray(batch), world)[rank]
 
 

@@ -135,7 +135,6 @@ def judge(density: Tensor, sample: Sample, row: int, geometry: Geometry | None) 
     """Compare the density (1, 1, h, w) of a sample's photo with its annotation."""
     factor = downsampling((sample.height, sample.width), tuple(density.shape), sample.name)
     cells = density[0, 0].float().cpu().numpy().astype(np.float64)
-    # The depth would be decoded for nothing.
     downsample, factor = (geometry.downsample, geometry.cell) if geometry else (factor, factor)
     picture = open_picture(sample, row, downsample, use_roi=True)
     everywhere = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)

@@ -1,6 +1,7 @@
 """Files and folders at URIs: read, listed, and published so that each is either whole or not there."""
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ import fsspec
 from crowdray.errors import DataError, UserError
 from crowdray.storage.places import PARTIAL, explained, filesystem, is_local, join, persistently, resolve
 
+_PART = 2**26
+"""Bytes of a file that are held in memory while it is copied."""
 _exclusive: dict[str, bool] = {}
 """Whether the stores at these roots were seen to refuse a second creation."""
 
@@ -60,7 +63,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     def read() -> list[bytes]:
         parts: list[bytes] = fs.cat_ranges([path] * len(some), starts, ends, on_error="raise")
         if [len(part) for part in parts] != [end - start for start, end in some]:
-            raise DataError(f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; copy it again")
+            raise DataError(f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; make it anew")
         return parts
 
     with explained("read", uri):
@@ -119,14 +122,19 @@ def find_files(uri: str, depth: int | None = None) -> list[Found]:
 @contextlib.contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
     """The files directly in a folder, locally: the folder itself, or a copy for the length of the block, each file as
-    long as the listing says."""
+    long as the listing says. One that is not there is a UserError."""
     if is_local(uri):
         yield Path(resolve(uri))
         return
+    found = find_files(uri, depth=1)
+    if not found:
+        raise UserError(f"cannot copy {uri}: it does not exist; check the path")
     with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
-        for file in find_files(uri, depth=1):
-            (content,) = read_ranges(join(uri, file.name), [(0, file.bytes)])
-            (Path(folder) / file.name).write_bytes(content)
+        for file in found:
+            with explained("copy", join(uri, file.name)), (Path(folder) / file.name).open("wb") as copy:
+                for start in range(0, file.bytes, _PART):
+                    part = (start, min(start + _PART, file.bytes))
+                    copy.writelines(read_ranges(join(uri, file.name), [part]))
         yield Path(folder)
 
 
@@ -312,7 +320,7 @@ def _publish_remotely(local: Path, uri: str, names: Sequence[str]) -> None:
     try:
         for name in names:
             done.append(join(root, name))
-            fs.put_file(str(local / name), done[-1])
+            persistently(functools.partial(fs.put_file, str(local / name), done[-1]))
     except BaseException:
         for path in done:
             with contextlib.suppress(Exception):

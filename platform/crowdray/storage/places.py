@@ -18,7 +18,7 @@ PARTIAL = ".partial-"
 """Start of the names that half-written files and folders carry until their one rename."""
 
 PAUSES_S = (0.2, 1.0, 4.0)
-"""Seconds before each further attempt at a read."""
+"""Seconds before each further attempt."""
 PATIENCE_S = 120.0
 """Seconds after whose end there is no further attempt: below this, clients have their own retries and timeouts."""
 
@@ -73,8 +73,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
-def persistently(read: Callable[[], T]) -> T:
-    """What a read gives, tried again a few times where the fault may pass.
+def persistently(attempt: Callable[[], T]) -> T:
+    """What a read, or a write of something whole, gives; tried again a few times where the fault may pass.
 
     A timeout, a cut connection, an answer with 500 or 503 and content that is not what it should be may pass. A
     missing object and refused credentials do not.
@@ -82,12 +82,12 @@ def persistently(read: Callable[[], T]) -> T:
     end = time.monotonic() + PATIENCE_S
     for pause in PAUSES_S:
         try:
-            return read()
+            return attempt()
         except Exception as error:
             if time.monotonic() > end or not _may_pass(error):
                 raise
         time.sleep(pause)
-    return read()
+    return attempt()
 
 
 def _may_pass(error: Exception) -> bool:

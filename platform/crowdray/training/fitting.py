@@ -1,5 +1,6 @@
 """How large a batch should be, measured before a run begins: by updates of the stage that takes most memory."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
@@ -132,7 +133,7 @@ class _Updates:
             shown = scaled_size(picture, 1 + sampling.scale, rule.stride)
             window = draw_window(rule, shown, seed=0, epoch=0, sample=picture.row, repeat=number)
             views.append(View(picture, shown, window))
-        return collate(views, rule)
+        return collate(views, replace(rule, reach=math.inf))  # no window has more heads than its whole image
 
     def _expected(self, size: int) -> float:
         """Bytes of the process with parts of this size, on the line through the last two that were measured; the first
