@@ -18,7 +18,9 @@ from crowdray.data import conversion
 from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.data.sources import open_source
+from crowdray.data.sources.own.images import upright
 from crowdray.data.sources.own.marks import any_region
+from crowdray.errors import DataError
 
 from .builders import HEIGHT, WIDTH, jpeg
 from .own_builders import (
@@ -210,6 +212,15 @@ def test_a_photo_that_its_camera_did_not_turn_is_turned_as_tools_show_it(tmp_pat
         content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}]}
         write_json(tmp_path / "market" / "a.json", content | {"annotations": [], "categories": []})
         assert load("coco", tmp_path / "market")["a.jpg"].image == buffer.getvalue()
+
+
+def test_a_photo_that_is_too_long_to_be_turned_is_refused() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 65_501)).save(buffer, "PNG", exif=exif)
+    with pytest.raises(DataError, match="its EXIF tag asks for 2x65501 pixels, more than the 65500 of a JPEG"):
+        upright(buffer.getvalue(), None)
 
 
 def test_a_dataset_holds_what_its_folder_said(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ ENDINGS = (*IMAGES, ".webp", ".tif", ".tiff")
 JPEG_QUALITY = 95
 """Of an image that had to be turned; all others keep their own bytes."""
 
+_LONGEST = 65_500
+"""Pixels along a side of a JPEG, as the library writes it."""
 _SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:\d{4})?", re.IGNORECASE)
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF's orientations that exchange height and width."""
@@ -85,7 +87,8 @@ def split_and_scene(path: str) -> tuple[str, str]:
 def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
     """An encoded image, turned as its EXIF tag asks, since annotation tools show it so; most are left as they are.
 
-    `size` (H, W) is that of the annotated image: one that was annotated as its pixels lie stays so.
+    `size` (H, W) is that of the annotated image: one that was annotated as its pixels lie stays so. Raises DataError
+    for one that is too large to be written anew.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -95,6 +98,11 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
             turned = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return content  # whoever decodes it will say what is wrong
+    if max(turned.shape) > _LONGEST:
+        height, width = turned.shape[:2]
+        raise DataError(
+            f"its EXIF tag asks for {height}x{width} pixels, more than the {_LONGEST} of a JPEG; cut it into parts"
+        )
     encoded: bytes = simplejpeg.encode_jpeg(turned, quality=JPEG_QUALITY, colorsubsampling="444")
     return encoded
 
