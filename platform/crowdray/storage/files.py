@@ -63,7 +63,9 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     def read() -> list[bytes]:
         parts: list[bytes] = fs.cat_ranges([path] * len(some), starts, ends, on_error="raise")
         if [len(part) for part in parts] != [end - start for start, end in some]:
-            raise DataError(f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; make it anew")
+            raise DataError(
+                f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; copy it again or convert again"
+            )
         return parts
 
     with explained("read", uri):
