@@ -49,11 +49,11 @@ def render(place: Path, images: int) -> None:
     subprocess.run(convert, check=True, capture_output=True)
 
 
-def lay_out(dataset: Dataset, folder: Path) -> None:
-    """The training images as files, with their points, and with the density maps of the usual recipe."""
+def lay_out(dataset: Dataset, folder: Path, most: int | None = None) -> None:
+    """The training images, so many at most, as files, with their points and the density maps of the usual recipe."""
     for name in ("images", "points", "maps"):
         (folder / name).mkdir()
-    for row in dataset.rows("train").tolist():
+    for row in dataset.rows("train")[:most].tolist():
         sample = dataset.sample(row)
         points = np.array(sample.points)
         (folder / "images" / f"{row:05d}.jpg").write_bytes(sample.image)

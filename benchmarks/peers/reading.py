@@ -61,7 +61,7 @@ class Cut:
 
 
 class Usual(Dataset[Any]):
-    """A file for each image and an h5 density map beside it."""
+    """A file for each image and an h5 density map beside it; whole ones with crop 0."""
 
     def __init__(self, folder: Path, cut: Cut) -> None:
         self.images = sorted((folder / "images").glob("*.jpg"))
@@ -79,13 +79,13 @@ class Usual(Dataset[Any]):
         image = np.asarray(Image.open(place).convert("RGB"))
         with h5py.File(place.parents[1] / "maps" / f"{place.stem}.h5", "r") as file:
             density = np.asarray(file["density"])
-        top, left = (random.randint(0, side - self.crop) for side in image.shape[:2])
-        window = (slice(top, top + self.crop), slice(left, left + self.crop))
-        side = self.crop // STRIDE
+        height, width = (self.crop or side for side in image.shape[:2])
+        top, left = random.randint(0, image.shape[0] - height), random.randint(0, image.shape[1] - width)
+        window = (slice(top, top + height), slice(left, left + width))
         shown, target = image[window], density[window]
         if random.random() < 0.5:
             shown, target = shown[:, ::-1], target[:, ::-1]
-        target = cv2.resize(target, (side, side), interpolation=cv2.INTER_CUBIC) * STRIDE**2
+        target = cv2.resize(target, (width // STRIDE, height // STRIDE), interpolation=cv2.INTER_CUBIC) * STRIDE**2
         pixels = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1).float() / 255
         return pixels, torch.from_numpy(target)
 

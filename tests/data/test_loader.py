@@ -105,11 +105,31 @@ def test_parts_are_the_batch_in_order(store: PictureStore, number: int, sizes: l
     assert {part.total for part in parts} == {batch.total}
 
 
-def test_threads_change_nothing(store: PictureStore) -> None:
+def assert_same(one: Batch, other: Batch) -> None:
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(other, n))) for n, v in vars(one).items())
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 50])
+def test_threads_change_nothing(store: PictureStore, ahead: int) -> None:
+    """Nor do batches that were begun for an epoch, a depth or a consumer that did not come."""
     threaded = loader(store)
-    threaded.ahead = 3
-    for one, other in zip(loader(store).epoch(2), threaded.epoch(2), strict=True):
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(other, n))) for n, v in vars(one).items())
+    threaded.ahead = ahead
+    asked = [(2, True), (3, True), (4, False), (4, False), (9, True), (10, True)]
+    for number, depth in asked:
+        for one, other in zip(loader(store).epoch(number, depth), threaded.epoch(number, depth), strict=True):
+            assert_same(one, other)
+        next(abandoned := threaded.epoch(number + 1, depth))
+        if number == 4:
+            abandoned.close()
+
+
+def test_the_next_epoch_is_begun_while_the_last_batches_are_used(store: PictureStore) -> None:
+    threaded = loader(store)
+    threaded.ahead = 2
+    list(threaded.epoch(2))
+    number, depth, [first, _] = threaded._begun
+    assert (number, depth) == (3, True)
+    assert next(threaded.epoch(3)) is first.result()
 
 
 def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureStore) -> None:

@@ -6,7 +6,8 @@ Shape legend: B windows, H W window in working pixels, N heads (padded to the ba
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -74,8 +75,16 @@ class Batch:
         return self.row_weight[:, None, :, None] * self.column_weight[:, None, None, :] * self.roi
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; from pinned memory the copy does not block."""
-        return self._each(lambda value: value.to(device, non_blocking=True))
+        """The batch on a device, but for its corners and rows, which are looked at on the CPU; from pinned memory the
+        copy does not block."""
+        moved = self._each(lambda value: value.to(device, non_blocking=True))
+        return replace(moved, corners=self.corners, rows=self.rows)
+
+    def used_by(self, stream: torch.cuda.Stream) -> None:
+        """Keep its memory until a stream other than the one it was copied on has used it."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(stream)
 
     def pin(self) -> "Batch":
         """The batch in page-locked memory."""
@@ -132,34 +141,53 @@ class Loader:
         self.world = world
         self.pin = pin
         self.ahead = ahead
+        threads = max(_FEWEST_DECODERS, min(_MOST_DECODERS, torch.get_num_threads()))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crowdray-loader")
+        self._begun: tuple[int, bool, list[Future[Batch]]] = (0, False, [])
+        """Epoch and depth of the batches that are under way for it, and these."""
 
     def steps(self) -> int:
         """Updates of one epoch."""
         return max(1, len(self.rows) * self.repeats // self.batch)
 
     def epoch(self, number: int, depth: bool = True) -> Generator[Batch, None, None]:
-        """The batches of an epoch in order, prepared ahead of their use; without depth where nothing is learned from
-        it. Closing the iterator stops the threads."""
-        batches = epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
-        shares = [rank_share(batch, self.rank, self.world) for batch in batches]
-        total = len(batches[0])
+        """The batches of an epoch in order, prepared ahead of their use, and behind them the first of the next epoch;
+        without depth where nothing is learned from it. Closing the iterator ends the preparations."""
+        jobs = self._jobs(number, depth)
         if not self.ahead:
-            for position, share in enumerate(shares):
-                yield self._collect(share, number, position, total, depth)
+            yield from (job() for job in jobs)
             return
-        decoders = max(_FEWEST_DECODERS, min(_MOST_DECODERS, torch.get_num_threads()))
-        with ThreadPoolExecutor(decoders, thread_name_prefix="crowdray-loader") as pool:
-            pending: list[Future[Batch]] = []
-            try:
-                for position in range(len(shares) + self.ahead):
-                    if position < len(shares):
-                        ready = pool.submit(self._collect, shares[position], number, position, total, depth)
-                        pending.append(ready)
-                    if position >= self.ahead:
-                        yield pending.pop(0).result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        begun_next = min(self.ahead, self.steps())
+        pending = self._take_begun(number, depth)
+        jobs = islice(chain(jobs, islice(self._jobs(number + 1, depth), begun_next)), len(pending), None)
+        try:
+            for job in jobs:
+                pending.append(self._pool.submit(job))
+                if len(pending) > self.ahead:
+                    yield pending.pop(0).result()
+            while len(pending) > begun_next:
+                yield pending.pop(0).result()
+            self._begun, pending = (number + 1, depth, pending), []
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _take_begun(self, number: int, depth: bool) -> list[Future[Batch]]:
+        """The batches of this epoch that are under way already; those of another one are given up."""
+        *begun, futures = self._begun
+        self._begun = 0, False, []
+        if begun == [number, depth]:
+            return futures
+        for future in futures:
+            future.cancel()
+        return []
+
+    def _jobs(self, number: int, depth: bool) -> Iterator[Callable[[], Batch]]:
+        """What prepares each batch of an epoch."""
+        batches = epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
+        for position, batch in enumerate(batches):
+            share = rank_share(batch, self.rank, self.world)
+            yield partial(self._collect, share, number, position, len(batch), depth)
 
     def _collect(self, share: NDArray[np.int64], epoch: int, number: int, total: int, depth: bool) -> Batch:
         batch = collate(self._views(share, epoch, number), self.rule, total, depth)

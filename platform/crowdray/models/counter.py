@@ -63,7 +63,7 @@ class Counter(nn.Module):
         as logits).
 
         corners (B, 2): row and column, in features, of the N x N square that the count decoder reads (0, 0
-        when None).
+        when None); on the CPU, where they are looked at.
         frozen_encoder: keep no graph of the encoder (stage 2).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
@@ -99,6 +99,6 @@ class Counter(nn.Module):
 
 
 def _squares(features: Tensor, corners: Tensor | None, side: int) -> Tensor:
-    if corners is None:
+    if corners is None or features.shape[-2:] == (side, side):
         return features[..., :side, :side]
     return torch.stack([f[:, r : r + side, c : c + side] for f, (r, c) in zip(features, corners.tolist(), strict=True)])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from time import perf_counter
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.losses import targets_of, task_losses
-from crowdray.training.numerics import resolve_precision
+from crowdray.training.numerics import resolve_precision, timed_kernels
 from crowdray.training.optimizer import (
     Plateau,
     WeightAverage,
@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 
 
 class DivergedError(RuntimeError):
-    """A loss or a gradient stopped being a finite number; raised on all ranks before any of them steps."""
+    """A loss or a gradient stopped being a finite number; raised on all ranks, before anything of it is saved."""
+
+
+class _Seen(NamedTuple):
+    """What a GPU will have said of an update when it is ready."""
+
+    values: Tensor
+    ready: torch.cuda.Event
+    batch: Batch
 
 
 class RunningStage:
@@ -62,6 +70,9 @@ class RunningStage:
             progress.factors = self._factors()
         self.operations = 0
         """FLOPs of one window, counted at the first."""
+        self._unchecked: _Seen | None = None
+        on_gpu = training.device.type == "cuda"
+        self._copies = torch.cuda.Stream(training.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.model: nn.Module = counter
         if training.world.size > 1:
             self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -114,7 +125,7 @@ class RunningStage:
         seen by all ranks."""
         training, progress = self.training, self.training.progress
         self.prepare()
-        sums = torch.zeros(len(self.stage.tasks))
+        sums = torch.zeros(len(self.stage.tasks), device=training.device)
         waited, steps, windows = 0.0, 0, 0
         batches = training.loader.epoch(progress.epochs, depth=DEPTH in self.stage.tasks)
         while True:
@@ -123,9 +134,10 @@ class RunningStage:
             waited += perf_counter() - asked
             if batch is None:
                 break
-            sums += self._step(batch)
+            sums += self._step(self._moved(batch))
             steps += 1
             windows += batch.total
+        self._check_last()
         progress.updates += steps
         self._agree_on_statistics()
         means = (sums / steps).tolist()
@@ -137,8 +149,19 @@ class RunningStage:
         for name, module in {ENCODER: counter.encoder, **counter.decoders}.items():
             module.train(name in self.stage.modules)
 
+    def _moved(self, batch: Batch) -> Batch:
+        """The batch on the device; a GPU copies it while it is at the update before."""
+        if self._copies is None:
+            return batch.to(self.training.device)
+        with torch.cuda.stream(self._copies):
+            moved = batch.to(self.training.device)
+        computing = torch.cuda.current_stream()
+        computing.wait_stream(self._copies)
+        moved.used_by(computing)
+        return moved
+
     def _step(self, batch: Batch) -> Tensor:
-        """One update; returns the unweighted losses (tasks,) of the whole batch."""
+        """One update; returns the unweighted losses (tasks,) of the whole batch, on the device."""
         training = self.training
         if not self.operations:
             size, frozen = batch.image.shape[-2:], not self.stage.trains_encoder
@@ -148,23 +171,49 @@ class RunningStage:
         self.optimizer.zero_grad(set_to_none=True)
         parts = batch.parts(training.config.optimizer.accumulate)
         try:
-            losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+            with timed_kernels(training.config.sampling.scale == 0):
+                losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # its frames hold the tensors that did not fit
             self._too_large(batch, len(parts))
-        seen = training.world.mean(losses).cpu()
-        if not torch.isfinite(seen).all():
-            raise DivergedError(self._diverged(dict(zip(self.stage.tasks, seen.tolist(), strict=True)), batch))
+        losses = training.world.mean(losses)
         norm = nn.utils.clip_grad_norm_(self.parameters, training.config.optimizer.clip or float("inf"))
-        if not torch.isfinite(norm):
-            raise DivergedError(self._diverged({"gradient norm": float(norm)}, batch))
+        self._check(torch.cat([losses, norm[None]]), batch)
         ramp = min(1.0, (self.average.updates + 1) / max(1, training.config.optimizer.warmup))
         set_learning_rate(self.optimizer, self.rate * ramp)
         self.optimizer.step()
         self.average.update()
-        return seen
+        return losses
+
+    def _check(self, values: Tensor, batch: Batch) -> None:
+        """Raise DivergedError where an update's losses (tasks,) and its gradient's norm behind them are not all finite.
+
+        A CPU says it before the weights change. A GPU would stand still while it is asked, so it says it one update
+        later, and of an epoch's last before the epoch is saved.
+        """
+        if values.device.type == "cpu":
+            self._raise_if_diverged(values, batch)
+            return
+        self._check_last()
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._unchecked = _Seen(values.to("cpu", non_blocking=True), ready, batch)
+        ready.record()
+
+    def _check_last(self) -> None:
+        """The same of an update that a GPU has been given."""
+        if (seen := self._unchecked) is not None:
+            self._unchecked = None
+            seen.ready.synchronize()
+            self._raise_if_diverged(seen.values, seen.batch)
+
+    def _raise_if_diverged(self, values: Tensor, batch: Batch) -> None:
+        *losses, norm = values.tolist()
+        if not np.isfinite(losses).all():
+            raise DivergedError(self._diverged(dict(zip(self.stage.tasks, losses, strict=True)), batch))
+        if not np.isfinite(norm):
+            raise DivergedError(self._diverged({"gradient norm": norm}, batch))
 
     def _gradients(self, part: Batch, batch: Batch, last: bool) -> Tensor:
         """Add a part's share to the gradients, which the ranks average after the last part; returns its losses."""
@@ -272,7 +321,7 @@ class RunningStage:
         listed = ", ".join(f"{name} {value}" for name, value in values.items())
         return (
             f"{self.stage.name} stage, epoch {self.training.progress.epochs}: {listed} on dataset rows "
-            f"{batch.rows.tolist()}; no weight was changed by it. Lower stages.{self.stage.name}.learning_rate "
+            f"{batch.rows.tolist()}; no checkpoint has it. Lower stages.{self.stage.name}.learning_rate "
             f"(now {self.rate:g}), or look at these rows"
         )
 

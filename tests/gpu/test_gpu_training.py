@@ -1,0 +1,101 @@
+"""Training on a GPU: the CPU's numbers in fp32, nearly so in bf16 and compiled; and memory that really ends."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crowdray.config import Config, ModelConfig, NumericsConfig, OptimizerConfig
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.presets import preset
+from crowdray.training.fitting import largest_batch
+from crowdray.training.loop import Training
+from crowdray.training.running import DivergedError, RunningStage
+from crowdray.training.world import World
+
+GPU = torch.device("cuda", 0)
+JOINT = -1
+
+
+def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **optimizer: float) -> Config:
+    """Small windows, plain gradient descent, so that a difference of the gradient is one of the weights."""
+    base = preset("debug")
+    return replace(
+        base,
+        sampling=replace(base.sampling, crop=32, context=32),
+        model=ModelConfig(backbone, "pooled"),
+        optimizer=OptimizerConfig(name="sgd", warmup=0, **optimizer),  # type: ignore[arg-type]
+        numerics=NumericsConfig(precision=precision, compile=compiled),  # type: ignore[arg-type]
+    )
+
+
+def trained(config: Config, dataset: Dataset, device: torch.device, updates: int = 3) -> tuple[Training, torch.Tensor]:
+    """The training after a few joint updates, and the losses (updates, tasks) that it saw."""
+    training = Training(config, dataset, world=World(), device=device)
+    stage = replace(training.stages[JOINT], calibrated=False)
+    running = RunningStage(training, stage, None)
+    running.prepare()
+    batches = training.loader.epoch(1)
+    return training, torch.stack([running._step(next(batches)) for _ in range(updates)]).cpu()
+
+
+def change(training: Training, start: Training) -> torch.Tensor:
+    """What the updates did to all weights."""
+    pairs = zip(training.counter.parameters(), start.counter.parameters(), strict=True)
+    return torch.cat([(new.detach().cpu() - old.detach().cpu()).flatten() for new, old in pairs])
+
+
+@pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
+def test_fp32_updates_are_those_of_a_cpu(discs: Dataset, backbone: str) -> None:
+    config = settings(backbone)
+    start = Training(config, discs, world=World(), device=torch.device("cpu"))
+    here, there = (trained(config, discs, device) for device in (torch.device("cpu"), GPU))
+    torch.testing.assert_close(there[1], here[1], rtol=1e-4, atol=1e-6)
+    expected, got = change(here[0], start), change(there[0], start)
+    assert expected.norm() > 0
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+@pytest.mark.parametrize("compiled", ["no", "yes", "graphs"])
+def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(discs: Dataset, compiled: str) -> None:
+    exact = trained(settings("csrnet"), discs, GPU)
+    fast = trained(settings("csrnet", "bf16", compiled), discs, GPU)
+    torch.testing.assert_close(fast[1], exact[1], rtol=2e-2, atol=1e-3)
+
+
+def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
+    def large(accumulate: int) -> Config:
+        config = settings("csrnet", accumulate=accumulate)
+        return replace(config, sampling=replace(config.sampling, batch=96, crops_per_image=8))
+
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated(GPU) + 2**30) / total, GPU)
+    try:
+        with pytest.raises(UserError) as caught:
+            trained(large(1), discs, GPU, updates=1)
+        found = re.search(r"(\d+) at a time do: give --optimizer.accumulate (\d+)", str(caught.value))
+        assert found, caught.value
+        torch.cuda.empty_cache()
+        trained(large(int(found[2])), discs, GPU, updates=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+
+
+def test_the_batch_is_found(discs: Dataset) -> None:
+    found = largest_batch(settings("cfcn", "bf16"), discs, device=GPU, workers=1)
+    assert found >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(discs: Dataset) -> None:
+    training = Training(settings("cfcn"), discs, world=World(), device=GPU)
+    running = RunningStage(training, training.stages[0], None)
+    batches = list(training.loader.epoch(1))
+    batches[-1].brightness[0] = float("nan")
+    training.loader.epoch = lambda *_, **__: iter(batches)  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(DivergedError, match=r"baseline stage.*density nan.*learning_rate"):
+        running.epoch()
+    assert not training.progress.history
