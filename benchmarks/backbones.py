@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.config import Config
-from crowdray.data.loader import Batch
+from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.loop import Training

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdray.data import pictures
-from crowdray.data.loader import Batch, Loader, View, collate
+from crowdray.data.batch import Batch, View, collate
+from crowdray.data.loader import Loader
 from crowdray.data.pictures import Picture, PictureStore, open_picture, scaled_size
 from crowdray.data.sample import Sample
 from crowdray.data.sampling import Window, WindowRule, draw_window, loss_weight

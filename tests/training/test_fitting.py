@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crowdray.config import Config
-from crowdray.data.loader import Batch
+from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset

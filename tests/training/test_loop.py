@@ -23,7 +23,7 @@ from crowdray.config import (
     StageConfig,
     StagesConfig,
 )
-from crowdray.data.loader import View, collate
+from crowdray.data.batch import View, collate
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError

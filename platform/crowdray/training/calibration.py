@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crowdray.config import Config, LossConfig
-from crowdray.data.loader import Batch
+from crowdray.data.batch import Batch
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 from crowdray.training.losses import Scales, targets_of, task_losses
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from crowdray.config import Config
-from crowdray.data.loader import Batch, View, collate
+from crowdray.data.batch import Batch, View, collate
 from crowdray.data.pictures import scaled_size
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crowdray.config import Config
-from crowdray.data.loader import Batch
+from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import cell_mask, make_targets, peak_density
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION
