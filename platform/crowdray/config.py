@@ -58,6 +58,9 @@ class SamplingConfig:
     """Keep losses and counts inside the dataset's region of interest, where it has one."""
     cache_gib: float = 2.0
     """Memory in GiB of each worker for decoded images."""
+    gpu_cache_gib: float = 4.0
+    """Memory in GiB of each worker's GPU for all decoded training images, of which windows are then cut there; where
+    they might take more, and where scale varies their size, the CPU cuts them."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
@@ -65,7 +68,8 @@ class SamplingConfig:
         yield from _at_least("sampling.downsample", self.downsample, 1)
         yield from _at_least("sampling.batch", self.batch, 1)
         yield from _at_least("sampling.crops_per_image", self.crops_per_image, 1)
-        yield from _at_least("sampling.cache_gib", self.cache_gib, 0.0)
+        for name in ("cache_gib", "gpu_cache_gib"):
+            yield from _at_least(f"sampling.{name}", getattr(self, name), 0.0)
         yield from _at_least("sampling.context", self.context, 0)
         for name in ("flip", "brightness", "contrast", "colour", "scale"):
             yield from _within(f"sampling.{name}", getattr(self, name), 0.0, 1.0)

@@ -1,12 +1,15 @@
 """Training on a GPU: the CPU's numbers in fp32, nearly so in bf16 and compiled; and memory that really ends."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from crowdray.config import Config, ModelConfig, NumericsConfig, OptimizerConfig
+from crowdray.data.batch import Batch
+from crowdray.data.pictures import PictureStore
+from crowdray.data.resident import ResidentPictures
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
@@ -38,7 +41,7 @@ def trained(config: Config, dataset: Dataset, device: torch.device, updates: int
     running = RunningStage(training, stage, None)
     running.prepare()
     batches = training.loader.epoch(1)
-    return training, torch.stack([running._step(next(batches)) for _ in range(updates)]).cpu()
+    return training, torch.stack([running._step(running._moved(next(batches))) for _ in range(updates)]).cpu()
 
 
 def change(training: Training, start: Training) -> torch.Tensor:
@@ -95,7 +98,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(discs: Datase
     running = RunningStage(training, training.stages[0], None)
     batches = list(training.loader.epoch(1))
     batches[-1].brightness[0] = float("nan")
-    training.loader.epoch = lambda *_, **__: iter(batches)  # type: ignore[method-assign,assignment,return-value]
+    training.loader.epoch = lambda *_, **__: iter(batches)  # type: ignore[method-assign,assignment]
     with pytest.raises(DivergedError, match=r"baseline stage.*density nan.*learning_rate"):
         running.epoch()
     assert not training.progress.history
+
+
+def test_windows_are_cut_on_the_gpu_as_by_the_loader(discs: Dataset) -> None:
+    config = settings("cfcn")
+    config = replace(config, sampling=replace(config.sampling, brightness=0.1))
+    without = replace(config, sampling=replace(config.sampling, gpu_cache_gib=0))
+    there, here = (Training(choice, discs, world=World(), device=GPU).loader for choice in (config, without))
+    assert isinstance(there.store, ResidentPictures)
+    assert isinstance(here.store, PictureStore)
+    for one, other in zip(here.epoch(1), there.epoch(1), strict=True):
+        for field in fields(Batch):
+            expected, got = (torch.as_tensor(getattr(batch.to(GPU), field.name)) for batch in (one, other))
+            assert torch.equal(expected, got), field.name

@@ -42,6 +42,7 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "sampling.scale": (0.1, "baseline"),
     "sampling.roi": (False, "baseline"),
     "sampling.cache_gib": (1.0, None),
+    "sampling.gpu_cache_gib": (1.0, None),
     "target.sigma": (2.0, "baseline"),
     "target.threshold": (0.5, "decoders"),
     "model.backbone": (f"{__name__}:Other", "baseline"),

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.pictures import Picture, image_part, map_part, mask_part
+from crowdray.data.pictures import Outline, Picture, image_part, map_part, mask_part
 from crowdray.data.sampling import Window, WindowRule, loss_weight
 
 
@@ -75,7 +75,7 @@ class Batch:
 
     def pin(self) -> "Batch":
         """The batch in page-locked memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda value: value.pin_memory() if value.numel() else value)
 
     def parts(self, number: int) -> list["Batch"]:
         """The batch in so many parts, whose sizes differ by at most one window; in fewer where it has fewer."""
@@ -98,22 +98,6 @@ class Batch:
         scale = (1 + self.contrast)[:, None, None, None]
         shift = (255 * self.brightness)[:, None, None, None]
         return ((image - 127.5) * scale + (127.5 + shift)).clamp(0, 255)
-
-
-class Outline(Protocol):
-    """What a picture has without its pixels."""
-
-    @property
-    def row(self) -> int:
-        """Row in the dataset."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-
-    @property
-    def points(self) -> NDArray[np.float32]:
-        """(N, 2) heads that count, x y."""
 
 
 P = TypeVar("P", bound=Outline)

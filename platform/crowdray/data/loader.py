@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdray.data.batch import Batch, View, collate
-from crowdray.data.pictures import Picture, PictureStore, scaled_size
+from crowdray.data.batch import Batch, P, View, collate
+from crowdray.data.pictures import PictureStore, scaled_size
+from crowdray.data.resident import ResidentPictures
 from crowdray.data.sampling import WindowRule, draw_scale, draw_window, epoch_batches, rank_share
 
 _FEWEST_DECODERS, _MOST_DECODERS = 2, 8
@@ -23,7 +24,7 @@ class Loader:
 
     def __init__(
         self,
-        store: PictureStore,
+        store: PictureStore | ResidentPictures,
         rows: NDArray[np.int64],
         rule: WindowRule,
         *,
@@ -94,14 +95,20 @@ class Loader:
             yield partial(self._collect, share, number, position, len(batch), depth)
 
     def _collect(self, share: NDArray[np.int64], epoch: int, number: int, total: int, depth: bool) -> Batch:
-        batch = collate(self._views(share, epoch, number), self.rule, total, depth)
+        if isinstance(self.store, ResidentPictures):
+            resident = self._views(self.store.__getitem__, share, epoch, number)
+            batch = self.store.collate(resident, self.rule, total, depth)
+        else:
+            batch = collate(self._views(self.store.__getitem__, share, epoch, number), self.rule, total, depth)
         return batch.pin() if self.pin else batch
 
-    def _views(self, share: NDArray[np.int64], epoch: int, number: int) -> Iterator[View[Picture]]:
+    def _views(
+        self, picture_of: Callable[[int], P], share: NDArray[np.int64], epoch: int, number: int
+    ) -> Iterator[View[P]]:
         """One picture after the other, so that no more than two are decoded at a time."""
         scale = draw_scale(self.rule, seed=self.seed, epoch=epoch, batch=number)
         for position, draws in groupby(share.tolist(), lambda draw: draw // self.repeats):
-            picture = self.store[int(self.rows[position])]
+            picture = picture_of(int(self.rows[position]))
             size = scaled_size(picture, scale, self.rule.stride)
             for draw in draws:
                 repeat = draw % self.repeats

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from mmap import mmap
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,22 @@ from PIL import Image
 
 from crowdray.data.sample import Sample, content_size, decode_depth, decode_image, decode_roi
 from crowdray.data.shards import Dataset
+
+
+class Outline(Protocol):
+    """What a picture has without its pixels."""
+
+    @property
+    def row(self) -> int:
+        """Row in the dataset."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+
+    @property
+    def points(self) -> NDArray[np.float32]:
+        """(N, 2) heads that count, x y."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +153,7 @@ def shrink(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     return small.round().to(torch.uint8)[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def scaled_size(picture: Picture, scale: float, stride: int) -> tuple[int, int]:
+def scaled_size(picture: Outline, scale: float, stride: int) -> tuple[int, int]:
     """Height and width of the picture at about `scale` times its size, each a multiple of the stride; at 1 its own."""
     if scale == 1:
         return picture.size

@@ -36,7 +36,7 @@ def measured_norms(
     totals, seen = dict.fromkeys(tasks, 0.0), 0
     for _, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
         norms: dict[str, list[float]] = {task: [] for task in tasks}
-        for part in (part.to(device) for part in batch.parts(config.optimizer.accumulate)):
+        for part in batch.to(device).parts(config.optimizer.accumulate):
             with torch.no_grad(), autocast():
                 features = counter.features(part.augmented())
             features = features.float().requires_grad_()

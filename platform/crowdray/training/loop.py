@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crowdray.config import Config
 from crowdray.data.loader import Loader
 from crowdray.data.pictures import PictureStore
+from crowdray.data.resident import keep_on
 from crowdray.data.sampling import WindowRule, split_validation
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import REACH
@@ -82,8 +83,11 @@ class Training:
         if restored:
             self._load(restored.weights)
         self._restored = restored
+        on_gpu = device.type == "cuda"
+        can_stay = on_gpu and not sampling.scale
+        resident = keep_on(device, self.store, self.train_rows, sampling.gpu_cache_gib * 2**30) if can_stay else None
         self.loader = Loader(
-            self.store,
+            resident or self.store,
             self.train_rows,
             _window_rule(config, self.counter),
             batch=sampling.batch,
@@ -91,8 +95,8 @@ class Training:
             seed=config.seed,
             rank=world.rank,
             world=world.size,
-            pin=device.type == "cuda",
-            ahead=0 if device.type == "cpu" else BATCHES_AHEAD,
+            pin=on_gpu,
+            ahead=BATCHES_AHEAD if on_gpu else 0,
         )
 
     @property

@@ -112,8 +112,8 @@ def digest_of(package: Path) -> str:
 def _facts(config: Config, stage: Stage) -> Facts:
     """What a stage's states depend on beside its beginning and its pace."""
     if stage.name == "baseline":
-        # All targets and windows that later stages see are made by these too; the cache changes only the pace.
-        sampling = {name: value for name, value in asdict(config.sampling).items() if name != "cache_gib"}
+        # All targets and windows that later stages see are made by these too; the caches change only the pace.
+        sampling = {name: value for name, value in asdict(config.sampling).items() if "cache_gib" not in name}
         return {
             "sampling": sampling,
             "sigma": config.target.sigma,

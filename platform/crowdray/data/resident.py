@@ -1,0 +1,171 @@
+"""Pictures in the memory of a device, where windows are cut: the same batches as of the loader's threads, to the bit,
+without most of their work.
+
+An accelerator trains on windows faster than the threads of one Python process cut and copy them.
+
+Shape legend: B windows, H W a window in working pixels, h w a stored array.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crowdray.data.batch import Batch, Pixels, View, assemble, common_size, place
+from crowdray.data.pictures import Picture, PictureStore, open_picture
+from crowdray.data.sampling import WindowRule
+
+_BYTES_A_PIXEL = 6
+"""At most: three of colour, one of the region of interest, two of depth."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentPicture:
+    """A picture whose pixels lie on the device."""
+
+    row: int
+    """Row in the dataset."""
+    size: tuple[int, int]
+    """Height and width."""
+    points: NDArray[np.float32]
+    """(N, 2) heads that count, x y."""
+    number: int
+    """Its place among those on the device."""
+
+
+class ResidentPictures:
+    """Pictures on a device, by their rows in the dataset; they are shown at their own size only."""
+
+    def __init__(self, pictures: Iterable[Picture], device: torch.device) -> None:
+        self._pictures: dict[int, ResidentPicture] = {}
+        images: list[Tensor] = []
+        rois: list[Tensor] = []
+        depths: list[Tensor] = []
+        known: list[float] = []
+        for picture in pictures:
+            self._pictures[picture.row] = ResidentPicture(picture.row, picture.size, picture.points, len(images))
+            roi = np.ones(picture.size, bool) if picture.roi is None else picture.roi
+            depth = np.zeros((1, 1), np.float16) if picture.depth is None else picture.depth
+            known.append(float(picture.depth is not None))
+            for stored, array in ((images, picture.image), (rois, roi), (depths, depth)):
+                stored.append(torch.tensor(array, device=device))
+        self._images, self._rois, self._depths = _Planes(images), _Planes(rois), _Planes(depths)
+        self._has_depth = torch.tensor(known, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams cut from them
+
+    def __getitem__(self, row: int) -> ResidentPicture:
+        return self._pictures[row]
+
+    def collate(self, views: Iterable[View[ResidentPicture]], rule: WindowRule, total: int, depth: bool) -> Batch:
+        """What `batch.collate` makes of these views, once it is on the device."""
+        views = list(views)
+        placed, number = [place(view, rule) for view in views], len(views)
+        pixels = Pixels(
+            torch.empty(number, 3, 0, 0, dtype=torch.uint8),
+            torch.empty(number, 1, 0, 0, dtype=torch.bool),
+            torch.empty(number, 1, 0, 0),
+            torch.empty(number),
+        )
+        windows = [
+            (view.picture.number, w.top, w.left, w.height, w.width, w.flip) for view in views for w in [view.window]
+        ]
+        known = vars(assemble(placed, pixels, rule, total))
+        return _UncutBatch(**known, windows=torch.tensor(windows), size=common_size(placed), deep=depth, pictures=self)
+
+    def cut(self, windows: Tensor, size: tuple[int, int], deep: bool) -> Pixels:
+        """Pixels in common windows of a size (H, W), on the device; without depth where it is not `deep`.
+
+        windows (B, 6) int64: a picture's number; top, left, height and width of its window; 1 to mirror it.
+        """
+        which, top, left, height, width, mirrored = windows.unbind(1)
+        down, across = (torch.arange(side, device=windows.device)[None] for side in size)
+        rows = top[:, None] + down
+        columns = left[:, None] + torch.where(mirrored[:, None] > 0, width[:, None] - 1 - across, across)
+        have = self._images.sizes[which]
+        inside = ((down < height[:, None]) & (rows < have[:, :1]))[:, :, None]
+        inside = inside & ((across < width[:, None]) & (columns < have[:, 1:]))[:, None, :]
+        rows, columns = rows.minimum(have[:, :1] - 1), columns.clamp_min(0).minimum(have[:, 1:] - 1)
+        image = self._images.at(which, rows, columns) * inside[..., None]
+        roi = self._rois.at(which, rows, columns) & inside
+        if deep:
+            depth, has_depth = self._stretched_depth(which, rows, columns) * inside, self._has_depth[which]
+        else:
+            depth, has_depth = torch.zeros_like(inside, dtype=torch.float32), torch.zeros_like(self._has_depth[which])
+        return Pixels(image.permute(0, 3, 1, 2), roi[:, None], depth[:, None], has_depth)
+
+    def _stretched_depth(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(B, H, W) float32 at these pixels; the arithmetic of `pictures.map_part`."""
+        have, want = self._depths.sizes[which], self._images.sizes[which]
+        above, below, down = _neighbours(have[:, :1], want[:, :1], rows)
+        before, after, across = _neighbours(have[:, 1:], want[:, 1:], columns)
+        upper, lower = (
+            _mixed(self._depths.at(which, line, before), self._depths.at(which, line, after), across[:, None, :])
+            for line in (above, below)
+        )
+        return _mixed(upper, lower, down[:, :, None])
+
+
+def keep_on(device: torch.device, store: PictureStore, rows: NDArray[np.int64], most: float) -> ResidentPictures | None:
+    """The pictures of these training rows on a device; None where they might take more than `most` bytes of it."""
+    dataset, factor = store.dataset, store.downsample
+    chosen = np.isin(dataset.rows("train"), rows)
+    if _BYTES_A_PIXEL * (-(-dataset.sizes("train")[chosen] // factor)).prod(axis=1).sum() > most:
+        return None
+
+    def opened(row: int) -> Picture:
+        return open_picture(dataset.sample(row), row, factor, store.use_roi)
+
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="crowdray-resident") as pool:
+        return ResidentPictures(pool.map(opened, rows.tolist()), device)
+
+
+@dataclass(frozen=True, eq=False)
+class _UncutBatch(Batch):
+    """A batch that has its pixels once it is on the device."""
+
+    windows: Tensor
+    """(B, 6) int64, see `ResidentPictures.cut`."""
+    size: tuple[int, int]
+    """Height and width that all its windows get."""
+    deep: bool
+    """Whether depth is asked for."""
+    pictures: ResidentPictures
+
+    def to(self, device: torch.device) -> Batch:
+        moved = super().to(device)
+        known = {field.name: getattr(moved, field.name) for field in fields(Batch)}
+        pixels = self.pictures.cut(self.windows.to(device, non_blocking=True), self.size, self.deep)
+        return Batch(**known | pixels._asdict())
+
+
+class _Planes:
+    """Arrays (h, w, ...) of many sizes, one behind the other."""
+
+    def __init__(self, arrays: Sequence[Tensor]) -> None:
+        sizes = torch.tensor([array.shape[:2] for array in arrays])
+        lengths = sizes.prod(dim=1)
+        self.values = torch.cat([array.flatten(0, 1) for array in arrays])
+        self.sizes = sizes.to(self.values.device)
+        self._starts = (lengths.cumsum(0) - lengths).to(self.values.device)
+
+    def at(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Values (B, H, W, ...) of the arrays `which` (B,) at rows (B, H) and columns (B, W)."""
+        starts, widths = self._starts[which, None], self.sizes[which, 1:]
+        return self.values[(starts + rows * widths)[:, :, None] + columns[:, None, :]]
+
+
+def _neighbours(have: Tensor, want: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As in `pictures`: of places (B, n) on axes stretched from `have` to `want` (B, 1)."""
+    place = ((index.double() + 0.5) * (have.double() / want.double()) - 0.5).clamp_min(0).minimum(have.double() - 1)
+    before = place.long()
+    return before, (before + 1).minimum(have - 1), (place - before).float()
+
+
+def _mixed(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+    low = low.float()
+    return (high.float() - low) * share + low

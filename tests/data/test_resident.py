@@ -1,0 +1,84 @@
+"""Windows cut on a device against those that the loader's threads cut."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+
+from crowdray.data.batch import Batch
+from crowdray.data.loader import Loader
+from crowdray.data.pictures import PictureStore
+from crowdray.data.resident import ResidentPictures, keep_on
+from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
+from crowdray.data.sampling import WindowRule
+from crowdray.data.shards import Dataset, write_index, write_shard
+
+CPU = torch.device("cpu")
+SIZES = [(64, 96), (33, 41), (97, 30), (20, 20), (64, 96), (50, 51)]
+
+
+def sample(number: int) -> Sample:
+    """Noise of many sizes, some smaller than a window; with and without region of interest, depth and heads."""
+    rng = np.random.default_rng(number)
+    size = height, width = SIZES[number % len(SIZES)]
+    depth = [None, (height, width), (7, 9), (1, 1)][number % 4]
+    return make_sample(
+        name=f"{number:03d}",
+        split="train",
+        scene="noise",
+        image=simplejpeg.encode_jpeg(rng.integers(0, 256, (*size, 3)).astype(np.uint8), quality=95),
+        points=rng.uniform(0, [width, height], (number % 5, 2)),
+        roi=encode_roi(rng.random(size) < 0.7) if number % 3 == 0 else None,
+        depth=None if depth is None else encode_depth(rng.random(depth)),
+    )
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    place: Path = tmp_path_factory.mktemp("noise") / "data"
+    info = write_shard([sample(number) for number in range(25)], str(place), 0)
+    write_index(str(place), [info], source="noise", depth_teacher="test")
+    return Dataset.open(str(place))
+
+
+def batches(store: PictureStore | ResidentPictures, rows: np.ndarray, rule: WindowRule, depth: bool) -> list[Batch]:
+    loader = Loader(store, rows, rule, batch=6, repeats=3, seed=1)
+    return [batch.to(CPU) for epoch in (1, 2) for batch in loader.epoch(epoch, depth)]
+
+
+@pytest.mark.parametrize("depth", [True, False])
+@pytest.mark.parametrize("downsample", [1, 2])
+@pytest.mark.parametrize("context", [0, 8, 200])
+def test_windows_cut_on_a_device_are_the_loaders(noise: Dataset, depth: bool, downsample: int, context: int) -> None:
+    rule = WindowRule(crop=32, context=context, margin=8, stride=4, flip=0.5, brightness=0.1, colour=0.1)
+    store = PictureStore(noise, downsample, True, 1e9)
+    rows = noise.rows("train")[1:]
+    resident = keep_on(CPU, store, rows, 1e9)
+    assert resident is not None
+    both = zip(batches(store, rows, rule, depth), batches(resident, rows, rule, depth), strict=True)
+    for one, other in both:
+        for field in dataclasses.fields(Batch):
+            expected, got = (torch.as_tensor(getattr(batch, field.name)) for batch in (one, other))
+            assert expected.dtype == got.dtype, field.name
+            assert torch.equal(expected, got), field.name
+        assert other.image.is_contiguous(memory_format=torch.channels_last) or 1 in other.image.shape
+
+
+def test_pictures_without_room_stay_with_the_cpu(noise: Dataset) -> None:
+    store, rows = PictureStore(noise, 1, True, 0), noise.rows("train")
+    pixels = sum(height * width for height, width in noise.sizes("train"))
+    assert keep_on(CPU, store, rows, 6 * pixels) is not None
+    assert keep_on(CPU, store, rows, 6 * pixels - 1) is None
+    assert keep_on(CPU, store, rows[1:], 6 * pixels - 1) is not None
+
+
+def test_parts_of_what_is_not_cut_yet_are_the_parts_of_what_is(noise: Dataset) -> None:
+    store, rows = PictureStore(noise, 1, True, 0), noise.rows("train")
+    resident = keep_on(CPU, store, rows, 1e9)
+    assert resident is not None
+    batch = next(Loader(resident, rows, WindowRule(crop=32, context=8, margin=8, stride=4), batch=6).epoch(1))
+    for before, after in zip(batch.parts(4), batch.to(CPU).parts(4), strict=True):
+        assert torch.equal(before.to(CPU).image, after.image)
