@@ -270,6 +270,8 @@ class NumericsConfig:
     about a third more time, and the same results."""
     threads: int = 0
     """CPU threads of each worker; 0 shares the machine's cores between the workers."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic in which workers sum their gradients: bf16 moves half the bytes, and rounds them."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""

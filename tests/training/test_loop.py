@@ -298,6 +298,34 @@ def test_many_workers_and_parts_train_what_one_worker_trains_at_once(
         assert all(torch.equal(state[name], states[0][name]) for state in states)
 
 
+def _exchange(rank: int, place: str, uri: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/rendezvous", rank=rank, world_size=2)
+    config = small(numerics=NumericsConfig(precision="fp32", exchange="bf16"))
+    run = Training(config, Dataset.open(uri), world=local_world(), device=CPU)
+    running = RunningStage(run, run.stages[0], None)
+    model = running.model
+    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    batch = next(run.loader.epoch(1))
+    with model.no_sync():
+        running._losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
+    halves = [(p.grad / 2).bfloat16() for p in running.parameters if p.grad is not None]
+    for half in halves:
+        torch.distributed.all_reduce(half)
+    running.optimizer.zero_grad(set_to_none=True)
+    running._losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
+    found = [p.grad for p in running.parameters]
+    assert len(found) == len(halves)
+    assert all(got is not None and torch.equal(got, half.float()) for got, half in zip(found, halves, strict=True))
+    assert any(half.count_nonzero() for half in halves)
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def test_gradients_exchanged_in_bf16_are_the_mean_of_rounded_ones(discs: Dataset, tmp_path: Path) -> None:
+    mp.spawn(_exchange, args=(str(tmp_path), discs.uri), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+
+
 def test_running_statistics_are_the_same_on_all_workers_and_ship(discs: Dataset, tmp_path: Path) -> None:
     config = with_backbone(OWN)
     mp.spawn(_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]

@@ -76,6 +76,7 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "numerics.tf32": (True, None),  # likewise
     "numerics.recompute": (True, None),
     "numerics.threads": (3, None),  # likewise
+    "numerics.exchange": ("bf16", None),  # likewise
 }
 
 TOGETHER = sorted(FIRST.keys() - {"numerics.recompute"})

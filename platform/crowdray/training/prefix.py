@@ -79,6 +79,7 @@ def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str,
     return {
         "precision": resolve_precision(config.numerics.precision, device),
         "compile": config.numerics.compile,
+        "exchange": config.numerics.exchange,
         "tf32": on_gpu and config.numerics.tf32,
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if on_gpu else " ".join(sorted(able)),

@@ -17,7 +17,7 @@ from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.losses import targets_of, task_losses
-from crowdray.training.numerics import resolve_precision, timed_kernels
+from crowdray.training.numerics import exchange_in_bf16, resolve_precision, timed_kernels
 from crowdray.training.optimizer import (
     Plateau,
     WeightAverage,
@@ -76,6 +76,8 @@ class RunningStage:
         self.model: nn.Module = counter
         if training.world.size > 1:
             self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
+            if config.numerics.exchange == "bf16":
+                self.model.register_comm_hook(None, exchange_in_bf16)
         if (compiled := config.numerics.compile) != "no":
             self.model.compile(mode="reduce-overhead" if compiled == "graphs" else None)
 
