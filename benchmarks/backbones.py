@@ -69,7 +69,7 @@ def main() -> None:
     if arguments.paper:
         paper = replace(base, model=replace(base.model, count_decoder="paper"))
         stages["all tasks, the paper's count decoder"] = running_stage(paper, dataset, JOINT)
-    batch: Batch = next(stages["plain"].training.loader.epoch(1)).to(pick_device())
+    batch: Batch = next(stages["plain"].training.loader.epoch(1)).to(stages["plain"].training.device)
     planes = replace(batch, image=batch.image.contiguous())
     updates = in_turn(
         {name: partial(s._step, planes if name == DEFAULTS else batch) for name, s in stages.items()}, arguments.rounds

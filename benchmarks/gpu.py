@@ -4,7 +4,7 @@ The usual recipe is the same network without tasks in fp32, eager, in torch's la
 through Pillow, an h5 density map through cv2, four DataLoader workers. Ours is the preset's joint stage on its own
 loader, updates and all. The roofline sums over all layers with weights, and over their three passes (forward, gradient
 of the input, gradient of the weights), the larger of FLOPs over the measured matrix rate and bytes over the measured
-bandwidth.
+bandwidth. The usual recipe needs opencv-python-headless.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from peers.reading import Cut, usual
-from reading import lay_out
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
+from benchmarks.peers.reading import Cut, usual
+from benchmarks.reading import lay_out, render
 
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
@@ -66,8 +67,7 @@ class Pace:
 
 
 def paced(config: Config, dataset: Dataset, stage: int, epochs: int) -> Pace:
-    """The pace of whole epochs without their validation, the median; the first one, which decodes and compiles, is left
-    out."""
+    """The pace of whole epochs without their validation, the median; the first one, which compiles, is left out."""
     device = pick_device()
     torch.compiler.reset()  # else a second batch size would be compiled for all sizes
     training = Training(config, dataset, world=World(), device=device)
@@ -136,7 +136,7 @@ def roofline(config: Config, rate: float, moved: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a converted dataset of photos of 1024x768")
+    parser.add_argument("--data", help="a converted dataset of photos of 1024x768; without it, scenes are rendered")
     parser.add_argument("--preset", default="shb-csrnet")
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--compile", nargs="*", default=["no", "yes"])
@@ -144,9 +144,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a GPU; on a CPU benchmarks/backbones.py compares")
+        print("torch finds no GPU: nothing to measure here; benchmarks/backbones.py compares on a CPU")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.data is None:
+            render(Path(scratch) / "data", PHOTOS)
+        measure(Dataset.open(arguments.data or str(Path(scratch) / "data")), arguments)
+
+
+def measure(dataset: Dataset, arguments: argparse.Namespace) -> None:
+    """Measure everything on a dataset, and print it."""
     base = preset(arguments.preset)
-    dataset = Dataset.open(arguments.data)
     device = pick_device()
     rate, moved = matrix_rate(device, torch.bfloat16, 0), bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")

@@ -13,6 +13,7 @@ from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.loop import Training
 from crowdray.training.running import RunningStage
+from crowdray.training.throughput import wait
 from crowdray.training.world import World, pick_device
 
 ROUNDS = 3
@@ -30,7 +31,7 @@ def main() -> None:
     running = RunningStage(training, training.stages[0], None)
     memory: list[Batch] = []
     for batch in training.loader.epoch(0):
-        memory.append(batch)
+        memory.append(batch.to(training.device))
         if len(memory) == arguments.steps:
             break
     for batch in memory[:2]:
@@ -40,11 +41,13 @@ def main() -> None:
         started = time.perf_counter()
         for batch in memory:
             running._step(batch)
+        wait(training.device)
         from_memory = sum(len(batch.rows) for batch in memory) / (time.perf_counter() - started)
         images, started = 0, time.perf_counter()
         for _, batch in zip(range(arguments.steps), training.loader.epoch(number), strict=False):
             running._step(batch)
             images += len(batch.rows)
+        wait(training.device)
         loaded = images / (time.perf_counter() - started)
         ratios.append(loaded / from_memory)
         kind = "first epoch, decoding" if number == 1 else "decoded pictures cached"

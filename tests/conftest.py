@@ -71,3 +71,31 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     info = write_shard(pictures, str(place), 0)
     write_index(str(place), [info], source="discs", depth_teacher="test")
     return Dataset.open(str(place))
+
+
+_NOISE_SIZES = [(64, 96), (33, 41), (97, 30), (20, 20), (64, 96), (50, 51)]
+
+
+def noise_sample(number: int) -> Sample:
+    """Noise of many sizes, some smaller than a window; with and without region of interest, depth and heads."""
+    rng = np.random.default_rng(number)
+    size = height, width = _NOISE_SIZES[number % len(_NOISE_SIZES)]
+    depth = [None, (height, width), (7, 9), (1, 1)][number % 4]
+    return make_sample(
+        name=f"{number:03d}",
+        split="train",
+        scene="noise",
+        image=simplejpeg.encode_jpeg(rng.integers(0, 256, (*size, 3)).astype(np.uint8), quality=95),
+        points=rng.uniform(0, [width, height], (number % 5, 2)),
+        roi=encode_roi(rng.random(size) < 0.7) if number % 3 == 0 else None,
+        depth=None if depth is None else encode_depth(rng.random(depth)),
+    )
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """25 training pictures."""
+    place: Path = tmp_path_factory.mktemp("noise") / "data"
+    info = write_shard([noise_sample(number) for number in range(25)], str(place), 0)
+    write_index(str(place), [info], source="noise", depth_teacher="test")
+    return Dataset.open(str(place))

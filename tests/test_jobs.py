@@ -157,6 +157,14 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
     run.claim()
     replace(run, workers=1).claim()
     replace(run, workers=(1, 4)).claim()
+    memory = replace(run.config.sampling, cache_gib=0, gpu_cache_gib=1.0)
+    replace(run, config=replace(run.config, sampling=memory)).claim()
+    written = json.loads(storage.read_bytes(f"{run.uri}/run.json"))
+    del written["config"]["optimizer"]["accumulate"]  # as by a version that had no such field
+    storage.write_bytes(f"{run.uri}/run.json", json.dumps(written).encode())
+    run.claim()
+    with pytest.raises(UserError, match=r"optimizer\.accumulate is 1 there, 2 here"):
+        replace(run, config=replace(run.config, optimizer=replace(run.config.optimizer, accumulate=2))).claim()
     other = replace(run.config, seed=5)
     with pytest.raises(UserError, match=r"another --name.*\n  seed is 0 there, 5 here"):
         replace(run, config=other).claim()

@@ -1,47 +1,19 @@
 """Windows cut on a device against those that the loader's threads cut."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 
 from crowdray.data.batch import Batch
 from crowdray.data.loader import Loader
 from crowdray.data.pictures import PictureStore
 from crowdray.data.resident import ResidentPictures, keep_on
-from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.sampling import WindowRule
-from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.data.shards import Dataset
 
 CPU = torch.device("cpu")
-SIZES = [(64, 96), (33, 41), (97, 30), (20, 20), (64, 96), (50, 51)]
-
-
-def sample(number: int) -> Sample:
-    """Noise of many sizes, some smaller than a window; with and without region of interest, depth and heads."""
-    rng = np.random.default_rng(number)
-    size = height, width = SIZES[number % len(SIZES)]
-    depth = [None, (height, width), (7, 9), (1, 1)][number % 4]
-    return make_sample(
-        name=f"{number:03d}",
-        split="train",
-        scene="noise",
-        image=simplejpeg.encode_jpeg(rng.integers(0, 256, (*size, 3)).astype(np.uint8), quality=95),
-        points=rng.uniform(0, [width, height], (number % 5, 2)),
-        roi=encode_roi(rng.random(size) < 0.7) if number % 3 == 0 else None,
-        depth=None if depth is None else encode_depth(rng.random(depth)),
-    )
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    place: Path = tmp_path_factory.mktemp("noise") / "data"
-    info = write_shard([sample(number) for number in range(25)], str(place), 0)
-    write_index(str(place), [info], source="noise", depth_teacher="test")
-    return Dataset.open(str(place))
 
 
 def batches(store: PictureStore | ResidentPictures, rows: np.ndarray, rule: WindowRule, depth: bool) -> list[Batch]:

@@ -41,7 +41,7 @@ def trained(config: Config, dataset: Dataset, device: torch.device, updates: int
     running = RunningStage(training, stage, None)
     running.prepare()
     batches = training.loader.epoch(1)
-    return training, torch.stack([running._step(running._moved(next(batches))) for _ in range(updates)]).cpu()
+    return training, torch.stack([running._step(next(batches)) for _ in range(updates)]).cpu()
 
 
 def change(training: Training, start: Training) -> torch.Tensor:
@@ -93,25 +93,33 @@ def test_the_batch_is_found(discs: Dataset) -> None:
     assert found >= 1
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(discs: Dataset) -> None:
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    """One update later, or at the epoch's end: of the rows that it saw."""
     training = Training(settings("cfcn"), discs, world=World(), device=GPU)
     running = RunningStage(training, training.stages[0], None)
     batches = list(training.loader.epoch(1))
-    batches[-1].brightness[0] = float("nan")
-    training.loader.epoch = lambda *_, **__: iter(batches)  # type: ignore[method-assign,assignment]
-    with pytest.raises(DivergedError, match=r"baseline stage.*density nan.*learning_rate"):
+    batches[position].brightness[0] = float("nan")
+    monkeypatch.setattr(training.loader, "epoch", lambda *_, **__: iter(batches))
+    rows = re.escape(str(batches[position].rows.tolist()))
+    with pytest.raises(DivergedError, match=rf"baseline stage.*density nan.*{rows}.*learning_rate"):
         running.epoch()
     assert not training.progress.history
 
 
-def test_windows_are_cut_on_the_gpu_as_by_the_loader(discs: Dataset) -> None:
-    config = settings("cfcn")
-    config = replace(config, sampling=replace(config.sampling, brightness=0.1))
+@pytest.mark.parametrize("context", [0, 8, 200])
+def test_windows_are_cut_on_the_gpu_as_by_the_loader(noise: Dataset, context: int) -> None:
+    base = settings("cfcn")
+    config = replace(base, sampling=replace(base.sampling, context=context, brightness=0.1))
     without = replace(config, sampling=replace(config.sampling, gpu_cache_gib=0))
-    there, here = (Training(choice, discs, world=World(), device=GPU).loader for choice in (config, without))
-    assert isinstance(there.store, ResidentPictures)
-    assert isinstance(here.store, PictureStore)
-    for one, other in zip(here.epoch(1), there.epoch(1), strict=True):
+    there, here = (Training(choice, noise, world=World(), device=GPU) for choice in (config, without))
+    assert isinstance(there.loader.store, ResidentPictures)
+    assert isinstance(here.loader.store, PictureStore)
+    running = RunningStage(there, there.stages[0], None)
+    for one, other in zip(here.loader.epoch(1), there.loader.epoch(1), strict=True):
+        expected, got = one.to(GPU), running._moved(other)
         for field in fields(Batch):
-            expected, got = (torch.as_tensor(getattr(batch.to(GPU), field.name)) for batch in (one, other))
-            assert torch.equal(expected, got), field.name
+            values = (torch.as_tensor(getattr(batch, field.name)) for batch in (expected, got))
+            assert torch.equal(*values), field.name

@@ -76,7 +76,7 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "numerics.tf32": (True, None),  # likewise
     "numerics.recompute": (True, None),
     "numerics.threads": (3, None),  # likewise
-    "numerics.exchange": ("bf16", None),  # likewise
+    "numerics.exchange": ("bf16", None),  # of one worker, who exchanges nothing
 }
 
 TOGETHER = sorted(FIRST.keys() - {"numerics.recompute"})
@@ -153,6 +153,8 @@ def test_what_is_no_field_changes_all_keys() -> None:
         keys(Config(), numerics={"threads": 1, "torch": "3"}),
     ):
         assert not set(usual) & set(other)
+    exchanging = changed(Config(), "numerics.exchange", "bf16")
+    assert not set(keys(Config(), world=2)) & set(keys(exchanging, world=2))
     assert keys(Config(), numerics={"a": 1, "b": 2}) == keys(Config(), numerics={"b": 2, "a": 1})
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crowdray import storage
-from crowdray.config import Config, to_json
+from crowdray.config import Config, from_json, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_of
@@ -109,14 +109,13 @@ class Run:
         one.
         """
         place = storage.join(self.uri, IDENTITY)
-        identity: dict[str, Any] = {"config": asdict(self.config), "data": {"digest": self.digest}}
+        identity: dict[str, Any] = {"config": deciding(self.config), "data": {"digest": self.digest}}
         if self.backbone:
             identity["backbone"] = self.backbone
         if not storage.exists(place):
             storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
-        claim_file(
-            place, identity, identity | {"data": {"uri": self.data, "digest": self.digest}, "workers": self.workers}
-        )
+        data = {"uri": self.data, "digest": self.digest}
+        claim_file(place, identity, identity | {"config": asdict(self.config), "data": data, "workers": self.workers})
 
     def mend(self) -> str | None:
         """Remove what a kill cut off, and give the newest whole checkpoint if Ray's list of them was among it.
@@ -190,11 +189,22 @@ def claim_file(place: str, identity: Mapping[str, Any], content: Mapping[str, An
     """
     if not storage.exists(place):
         storage.write_bytes(place, (json.dumps(content, indent=1) + "\n").encode())
-    elif differences := list(_differences(_parse(place), identity)):
+    elif differences := list(_differences(_as_of_now(_parse(place), place), identity)):
         raise UserError(
             f"{place.rpartition('/')[0]} was started with something else; give another --name, or what it was started "
             "with:\n" + "\n".join(f"  {difference.removeprefix('config.')}" for difference in differences)
         )
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """A configuration's fields, but for the memory given to images, which a run may find less or more of."""
+    sampling = {name: value for name, value in asdict(config.sampling).items() if not name.endswith("cache_gib")}
+    return asdict(config) | {"sampling": sampling}
+
+
+def _as_of_now(content: dict[str, Any], place: str) -> dict[str, Any]:
+    """What was written down, with the fields that a configuration has got since: until then all had their default."""
+    return content | {"config": asdict(from_json(json.dumps(content.get("config", {})), place))}
 
 
 def _parse(place: str) -> dict[str, Any]:

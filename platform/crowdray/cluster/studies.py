@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from crowdray import storage
-from crowdray.cluster.runs import Run, check_name, claim_file, default_name
+from crowdray.cluster.runs import Run, check_name, claim_file, deciding, default_name
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
@@ -94,7 +94,7 @@ class Study:
     def claim(self) -> None:
         """Write down what the study is, or check that its folder belongs to this very study."""
         identity = {
-            "config": asdict(self.config),
+            "config": deciding(self.config),
             "space": json.loads(self.space.to_json()),
             "objectives": list(self.objectives),
             "sampler": self.sampler,
@@ -103,7 +103,8 @@ class Study:
             "code": code_digest() + self.backbone,  # trials of two codes cannot be compared
             "data": {"digest": self.digest},
         }
-        content = identity | {"data": {"uri": self.data, "digest": self.digest}}
+        data = {"uri": self.data, "digest": self.digest}
+        content = identity | {"config": asdict(self.config), "data": data}
         claim_file(storage.join(self.uri, "study.json"), identity, content)
 
     def optuna_study(self) -> "optuna.Study":

@@ -56,6 +56,11 @@ class Batch:
     """Windows of the update on all ranks together."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its windows."""
+        return self.row_weight.shape[1], self.column_weight.shape[1]
+
+    @property
     def weight(self) -> Tensor:
         """(B, 1, H, W) weight of each pixel in the map losses, 0 outside the region of interest; on the batch's
         device."""

@@ -19,8 +19,7 @@ _FEWEST_DECODERS, _MOST_DECODERS = 2, 8
 
 
 class Loader:
-    """Batches of one rank. Nothing is remembered between epochs: an epoch's batches depend on its number
-    alone."""
+    """Batches of one rank. An epoch's batches depend on its number alone, not on what came before."""
 
     def __init__(
         self,
@@ -57,7 +56,8 @@ class Loader:
 
     def epoch(self, number: int, depth: bool = True) -> Generator[Batch, None, None]:
         """The batches of an epoch in order, prepared ahead of their use, and behind them the first of the next epoch;
-        without depth where nothing is learned from it. Closing the iterator ends the preparations."""
+        without depth where nothing is learned from it. Of pictures on a device they have their pixels once they are
+        there. Closing the iterator ends the preparations."""
         jobs = self._jobs(number, depth)
         if not self.ahead:
             yield from (job() for job in jobs)

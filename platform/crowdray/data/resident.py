@@ -6,21 +6,24 @@ An accelerator trains on windows faster than the threads of one Python process c
 Shape legend: B windows, H W a window in working pixels, h w a stored array.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.batch import Batch, Pixels, View, assemble, common_size, place
+from crowdray.data.batch import Batch, Pixels, View, assemble, place
 from crowdray.data.pictures import Picture, PictureStore, open_picture
 from crowdray.data.sampling import WindowRule
 
 _BYTES_A_PIXEL = 6
 """At most: three of colour, one of the region of interest, two of depth."""
+_AT_ONCE = 64
+"""Pictures decoded before they are moved to the device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +43,25 @@ class ResidentPicture:
 class ResidentPictures:
     """Pictures on a device, by their rows in the dataset; they are shown at their own size only."""
 
-    def __init__(self, pictures: Iterable[Picture], device: torch.device) -> None:
+    def __init__(self, pictures: Iterable[Picture], pixels: int, device: torch.device, depth: bool = True) -> None:
+        """pixels: how many all pictures have together; depth: whether it will be asked for."""
         self._pictures: dict[int, ResidentPicture] = {}
-        images: list[Tensor] = []
-        rois: list[Tensor] = []
-        depths: list[Tensor] = []
+        self._images = _Planes(torch.empty(pixels, 3, dtype=torch.uint8, device=device))
+        self._rois = _Planes(torch.ones(pixels, dtype=torch.bool, device=device))
+        depths: list[NDArray[np.float16]] = []
         known: list[float] = []
         for picture in pictures:
-            self._pictures[picture.row] = ResidentPicture(picture.row, picture.size, picture.points, len(images))
-            roi = np.ones(picture.size, bool) if picture.roi is None else picture.roi
-            depth = np.zeros((1, 1), np.float16) if picture.depth is None else picture.depth
-            known.append(float(picture.depth is not None))
-            for stored, array in ((images, picture.image), (rois, roi), (depths, depth)):
-                stored.append(torch.tensor(array, device=device))
-        self._images, self._rois, self._depths = _Planes(images), _Planes(rois), _Planes(depths)
+            self._pictures[picture.row] = ResidentPicture(picture.row, picture.size, picture.points, len(known))
+            self._images.append(picture.image)
+            self._rois.append(np.ones(picture.size, bool) if picture.roi is None else picture.roi)
+            found = picture.depth if depth else None
+            depths.append(np.zeros((1, 1), np.float16) if found is None else found)
+            known.append(float(found is not None))
+        self._depths = _Planes(torch.empty(sum(map(np.size, depths)), dtype=torch.float16, device=device))
+        for values in depths:
+            self._depths.append(values)
+        for planes in (self._images, self._rois, self._depths):
+            planes.finish()
         self._has_depth = torch.tensor(known, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams cut from them
@@ -69,16 +77,16 @@ class ResidentPictures:
             torch.empty(number, 3, 0, 0, dtype=torch.uint8),
             torch.empty(number, 1, 0, 0, dtype=torch.bool),
             torch.empty(number, 1, 0, 0),
-            torch.empty(number),
+            torch.full((number,), torch.nan),
         )
         windows = [
             (view.picture.number, w.top, w.left, w.height, w.width, w.flip) for view in views for w in [view.window]
         ]
         known = vars(assemble(placed, pixels, rule, total))
-        return _UncutBatch(**known, windows=torch.tensor(windows), size=common_size(placed), deep=depth, pictures=self)
+        return _UncutBatch(**known, windows=torch.tensor(windows), with_depth=depth, pictures=self)
 
-    def cut(self, windows: Tensor, size: tuple[int, int], deep: bool) -> Pixels:
-        """Pixels in common windows of a size (H, W), on the device; without depth where it is not `deep`.
+    def cut(self, windows: Tensor, size: tuple[int, int], with_depth: bool) -> Pixels:
+        """Pixels in common windows of a size (H, W), on the device.
 
         windows (B, 6) int64: a picture's number; top, left, height and width of its window; 1 to mirror it.
         """
@@ -92,7 +100,7 @@ class ResidentPictures:
         rows, columns = rows.minimum(have[:, :1] - 1), columns.clamp_min(0).minimum(have[:, 1:] - 1)
         image = self._images.at(which, rows, columns) * inside[..., None]
         roi = self._rois.at(which, rows, columns) & inside
-        if deep:
+        if with_depth:
             depth, has_depth = self._stretched_depth(which, rows, columns) * inside, self._has_depth[which]
         else:
             depth, has_depth = torch.zeros_like(inside, dtype=torch.float32), torch.zeros_like(self._has_depth[which])
@@ -110,18 +118,29 @@ class ResidentPictures:
         return _mixed(upper, lower, down[:, :, None])
 
 
-def keep_on(device: torch.device, store: PictureStore, rows: NDArray[np.int64], most: float) -> ResidentPictures | None:
-    """The pictures of these training rows on a device; None where they might take more than `most` bytes of it."""
+def keep_on(
+    device: torch.device, store: PictureStore, rows: NDArray[np.int64], most: float, depth: bool = True
+) -> ResidentPictures | None:
+    """The pictures of these training rows on a device; None where they might take more than `most` bytes of it. depth:
+    whether it will be asked for."""
     dataset, factor = store.dataset, store.downsample
     chosen = np.isin(dataset.rows("train"), rows)
-    if _BYTES_A_PIXEL * (-(-dataset.sizes("train")[chosen] // factor)).prod(axis=1).sum() > most:
+    pixels = int((-(-dataset.sizes("train")[chosen] // factor)).prod(axis=1).sum())
+    if _BYTES_A_PIXEL * pixels > most:
         return None
 
     def opened(row: int) -> Picture:
-        return open_picture(dataset.sample(row), row, factor, store.use_roi)
+        picture = open_picture(dataset.sample(row), row, factor, store.use_roi)
+        if depth:
+            _ = picture.depth  # decoded here, by the thread
+        return picture
+
+    def in_turn(pool: ThreadPoolExecutor) -> Iterator[Picture]:
+        for start in range(0, len(rows), _AT_ONCE):  # so that they do not pile up
+            yield from pool.map(opened, rows[start : start + _AT_ONCE].tolist())
 
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="crowdray-resident") as pool:
-        return ResidentPictures(pool.map(opened, rows.tolist()), device)
+        return ResidentPictures(in_turn(pool), pixels, device, depth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,33 +149,43 @@ class _UncutBatch(Batch):
 
     windows: Tensor
     """(B, 6) int64, see `ResidentPictures.cut`."""
-    size: tuple[int, int]
-    """Height and width that all its windows get."""
-    deep: bool
+    with_depth: bool
     """Whether depth is asked for."""
     pictures: ResidentPictures
 
     def to(self, device: torch.device) -> Batch:
         moved = super().to(device)
+        assert isinstance(moved, _UncutBatch)
         known = {field.name: getattr(moved, field.name) for field in fields(Batch)}
-        pixels = self.pictures.cut(self.windows.to(device, non_blocking=True), self.size, self.deep)
+        pixels = self.pictures.cut(moved.windows, self.size, self.with_depth)
         return Batch(**known | pixels._asdict())
 
 
 class _Planes:
-    """Arrays (h, w, ...) of many sizes, one behind the other."""
+    """Arrays (h, w, ...) of many sizes, one behind the other in a tensor (pixels, ...) with room for all."""
 
-    def __init__(self, arrays: Sequence[Tensor]) -> None:
-        sizes = torch.tensor([array.shape[:2] for array in arrays])
-        lengths = sizes.prod(dim=1)
-        self.values = torch.cat([array.flatten(0, 1) for array in arrays])
-        self.sizes = sizes.to(self.values.device)
-        self._starts = (lengths.cumsum(0) - lengths).to(self.values.device)
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._sizes: list[tuple[int, int]] = []
+        self._end = 0
+
+    def append(self, array: NDArray[Any]) -> None:
+        """Put one behind the others."""
+        start, (height, width) = self._end, array.shape[:2]
+        self._end += height * width
+        self._sizes.append((height, width))
+        self._values[start : self._end] = torch.tensor(array).flatten(0, 1)
+
+    def finish(self) -> None:
+        """Make `at` ready, once all are there."""
+        self.sizes = torch.tensor(self._sizes, device=self._values.device)
+        lengths = self.sizes.prod(dim=1)
+        self._starts = lengths.cumsum(0) - lengths
 
     def at(self, which: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Values (B, H, W, ...) of the arrays `which` (B,) at rows (B, H) and columns (B, W)."""
         starts, widths = self._starts[which, None], self.sizes[which, 1:]
-        return self.values[(starts + rows * widths)[:, :, None] + columns[:, None, :]]
+        return self._values[(starts + rows * widths)[:, :, None] + columns[:, None, :]]
 
 
 def _neighbours(have: Tensor, want: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

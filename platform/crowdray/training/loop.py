@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from crowdray.errors import DataError, UserError
 from crowdray.evaluation.counting import count_pictures
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.models.build import backbone_of, build_counter
-from crowdray.models.counter import Counter
+from crowdray.models.counter import DEPTH, Counter
 from crowdray.models.published import load_published
 from crowdray.training.checkpoint import Checkpoint, Progress, Row, save_checkpoint
 from crowdray.training.losses import Scales, measured_scales
@@ -83,18 +83,24 @@ class Training:
         if restored:
             self._load(restored.weights)
         self._restored = restored
-        on_gpu = device.type == "cuda"
-        can_stay = on_gpu and not sampling.scale
-        resident = keep_on(device, self.store, self.train_rows, sampling.gpu_cache_gib * 2**30) if can_stay else None
-        self.loader = Loader(
+
+    @cached_property
+    def loader(self) -> Loader:
+        """Batches of this rank's windows; a training with nothing left to do asks for none."""
+        sampling, on_gpu = self.config.sampling, self.device.type == "cuda"
+        resident = None
+        if on_gpu and not sampling.scale:
+            depth = any(DEPTH in stage.tasks for stage in self.stages)
+            resident = keep_on(self.device, self.store, self.train_rows, sampling.gpu_cache_gib * 2**30, depth)
+        return Loader(
             resident or self.store,
             self.train_rows,
-            _window_rule(config, self.counter),
+            _window_rule(self.config, self.counter),
             batch=sampling.batch,
             repeats=sampling.crops_per_image,
-            seed=config.seed,
-            rank=world.rank,
-            world=world.size,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world=self.world.size,
             pin=on_gpu,
             ahead=BATCHES_AHEAD if on_gpu else 0,
         )

@@ -1,8 +1,5 @@
 """How numbers are computed: the arithmetic that a device is fastest in."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -24,18 +21,6 @@ def set_products(tf32: bool, device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-
-
-@contextmanager
-def timed_kernels(wanted: bool) -> Iterator[None]:
-    """Let cuDNN time its kernels at the first convolution of each shape and keep the fastest, which pays where shapes
-    come again; or let it guess."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def exchange_in_bf16(group: ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -58,6 +58,7 @@ def chains_of(
             "code": code_digest(),
             "data": data_digest,
             "world_size": world_size,
+            "exchange": config.numerics.exchange if world_size > 1 else None,
             "numerics": dict(numerics),
             "seed": config.seed,
         }
@@ -79,7 +80,6 @@ def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str,
     return {
         "precision": resolve_precision(config.numerics.precision, device),
         "compile": config.numerics.compile,
-        "exchange": config.numerics.exchange,
         "tf32": on_gpu and config.numerics.tf32,
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if on_gpu else " ".join(sorted(able)),

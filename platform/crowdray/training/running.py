@@ -17,7 +17,7 @@ from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.losses import targets_of, task_losses
-from crowdray.training.numerics import exchange_in_bf16, resolve_precision, timed_kernels
+from crowdray.training.numerics import exchange_in_bf16, resolve_precision
 from crowdray.training.optimizer import (
     Plateau,
     WeightAverage,
@@ -41,7 +41,7 @@ class _Seen(NamedTuple):
 
     values: Tensor
     ready: torch.cuda.Event
-    batch: Batch
+    rows: Tensor
 
 
 class RunningStage:
@@ -136,7 +136,7 @@ class RunningStage:
             waited += perf_counter() - asked
             if batch is None:
                 break
-            sums += self._step(self._moved(batch))
+            sums += self._step(batch)
             steps += 1
             windows += batch.total
         self._check_last()
@@ -166,41 +166,41 @@ class RunningStage:
         """One update; returns the unweighted losses (tasks,) of the whole batch, on the device."""
         training = self.training
         if not self.operations:
-            size, frozen = batch.image.shape[-2:], not self.stage.trains_encoder
+            frozen = not self.stage.trains_encoder
             self.operations = operations_per_window(
-                training.counter, self.stage.tasks, size, frozen_encoder=frozen, autocast=self.autocast()
+                training.counter, self.stage.tasks, batch.size, frozen_encoder=frozen, autocast=self.autocast()
             )
         self.optimizer.zero_grad(set_to_none=True)
-        parts = batch.parts(training.config.optimizer.accumulate)
         try:
-            with timed_kernels(training.config.sampling.scale == 0):
-                losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
+            batch = self._moved(batch)
+            parts = batch.parts(training.config.optimizer.accumulate)
+            losses = torch.stack([self._gradients(part, batch, part is parts[-1]) for part in parts]).sum(dim=0)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # its frames hold the tensors that did not fit
-            self._too_large(batch, len(parts))
+            self._too_large(batch, min(training.config.optimizer.accumulate, len(batch.rows)))
         losses = training.world.mean(losses)
         norm = nn.utils.clip_grad_norm_(self.parameters, training.config.optimizer.clip or float("inf"))
-        self._check(torch.cat([losses, norm[None]]), batch)
+        self._check(torch.cat([losses, norm[None]]), batch.rows)
         ramp = min(1.0, (self.average.updates + 1) / max(1, training.config.optimizer.warmup))
         set_learning_rate(self.optimizer, self.rate * ramp)
         self.optimizer.step()
         self.average.update()
         return losses
 
-    def _check(self, values: Tensor, batch: Batch) -> None:
+    def _check(self, values: Tensor, rows: Tensor) -> None:
         """Raise DivergedError where an update's losses (tasks,) and its gradient's norm behind them are not all finite.
 
         A CPU says it before the weights change. A GPU would stand still while it is asked, so it says it one update
         later, and of an epoch's last before the epoch is saved.
         """
         if values.device.type == "cpu":
-            self._raise_if_diverged(values, batch)
+            self._raise_if_diverged(values, rows)
             return
         self._check_last()
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._unchecked = _Seen(values.to("cpu", non_blocking=True), ready, batch)
+        self._unchecked = _Seen(values.to("cpu", non_blocking=True), ready, rows)
         ready.record()
 
     def _check_last(self) -> None:
@@ -208,14 +208,14 @@ class RunningStage:
         if (seen := self._unchecked) is not None:
             self._unchecked = None
             seen.ready.synchronize()
-            self._raise_if_diverged(seen.values, seen.batch)
+            self._raise_if_diverged(seen.values, seen.rows)
 
-    def _raise_if_diverged(self, values: Tensor, batch: Batch) -> None:
+    def _raise_if_diverged(self, values: Tensor, rows: Tensor) -> None:
         *losses, norm = values.tolist()
         if not np.isfinite(losses).all():
-            raise DivergedError(self._diverged(dict(zip(self.stage.tasks, losses, strict=True)), batch))
+            raise DivergedError(self._diverged(dict(zip(self.stage.tasks, losses, strict=True)), rows))
         if not np.isfinite(norm):
-            raise DivergedError(self._diverged({"gradient norm": norm}, batch))
+            raise DivergedError(self._diverged({"gradient norm": norm}, rows))
 
     def _gradients(self, part: Batch, batch: Batch, last: bool) -> Tensor:
         """Add a part's share to the gradients, which the ranks average after the last part; returns its losses."""
@@ -242,7 +242,7 @@ class RunningStage:
         """Find out how many windows of a batch, taken in so many parts, fit into memory; raise a UserError that says
         it."""
         training, here = self.training, len(batch.rows)
-        height, width = batch.image.shape[-2:]
+        height, width = batch.size
         self.optimizer.zero_grad(set_to_none=True)
         training.counter.eval()  # a synchronised BatchNorm would wait for the other ranks, and so would the wrapper
         fits = failed = -(-here // taken)
@@ -319,11 +319,11 @@ class RunningStage:
         training.progress.norms = dict(zip(self.stage.tasks, means, strict=True))
         return calibrated_weights(training.config.loss, training.progress.norms)
 
-    def _diverged(self, values: dict[str, float], batch: Batch) -> str:
+    def _diverged(self, values: dict[str, float], rows: Tensor) -> str:
         listed = ", ".join(f"{name} {value}" for name, value in values.items())
         return (
             f"{self.stage.name} stage, epoch {self.training.progress.epochs}: {listed} on dataset rows "
-            f"{batch.rows.tolist()}; no checkpoint has it. Lower stages.{self.stage.name}.learning_rate "
+            f"{rows.tolist()}; no checkpoint has it. Lower stages.{self.stage.name}.learning_rate "
             f"(now {self.rate:g}), or look at these rows"
         )
 
