@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--preset", default="shb-csrnet")
     parser.add_argument("--batch", type=int, nargs="*", default=[8, 64, 256])
     parser.add_argument("--compile", nargs="*", default=["no", "yes"])
+    parser.add_argument("--gpu-cache-gib", type=float, nargs="*", default=[0, 4], help="0: windows are cut on the CPU")
     parser.add_argument("--updates", type=int, default=40, help="how many an epoch has at least; photos are cut anew")
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
@@ -174,20 +175,19 @@ def measure(dataset: Dataset, arguments: argparse.Namespace) -> None:
     for name, pace in recipes.items():
         print(f"  usual recipe, one an update, {name}: {pace:.0f} crops/s", flush=True)
 
-    for compiled in arguments.compile:
-        for batch in arguments.batch:
-            crops = -(-batch * arguments.updates // photos)
-            sampling = replace(base.sampling, batch=batch, crops_per_image=crops)
-            config = replace(base, sampling=sampling, numerics=replace(base.numerics, compile=compiled))
-            joint = paced(config, dataset, JOINT, arguments.epochs)
-            ratios = ", ".join(f"{joint.crops_per_s / pace:.1f}" for pace in recipes.values())
-            bound = roofline(config, rate, moved)
-            print(f"  ours, batch {batch}, compile {compiled}: {joint.crops_per_s:.0f} crops/s")
-            print(f"    {ratios} times the usual recipes (goal 8)")
-            print(f"    {joint.crops_per_s / bound:.1%} of the roofline, {bound:.0f} crops/s (goal 60%)")
-            print(f"    waiting for input: {joint.waiting:.2%} (goal 1%)", flush=True)
-            plain = paced(config, dataset, BASELINE, arguments.epochs)
-            print(f"    all tasks / plain: {plain.crops_per_s / joint.crops_per_s:.3f} (goal 1.15)", flush=True)
+    for compiled, batch, cache in product(arguments.compile, arguments.batch, arguments.gpu_cache_gib):
+        crops = -(-batch * arguments.updates // photos)
+        sampling = replace(base.sampling, batch=batch, crops_per_image=crops, gpu_cache_gib=cache)
+        config = replace(base, sampling=sampling, numerics=replace(base.numerics, compile=compiled))
+        joint = paced(config, dataset, JOINT, arguments.epochs)
+        ratios = ", ".join(f"{joint.crops_per_s / pace:.1f}" for pace in recipes.values())
+        bound = roofline(config, rate, moved)
+        print(f"  ours, batch {batch}, compile {compiled}, cache {cache:g} GiB: {joint.crops_per_s:.0f} crops/s")
+        print(f"    {ratios} times the usual recipes (goal 8)")
+        print(f"    {joint.crops_per_s / bound:.1%} of the roofline, {bound:.0f} crops/s (goal 60%)")
+        print(f"    waiting for input: {joint.waiting:.2%} (goal 1%)", flush=True)
+        plain = paced(config, dataset, BASELINE, arguments.epochs)
+        print(f"    all tasks / plain: {plain.crops_per_s / joint.crops_per_s:.3f} (goal 1.15)", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class SamplingConfig:
     """Keep losses and counts inside the dataset's region of interest, where it has one."""
     cache_gib: float = 2.0
     """Memory in GiB of each worker for decoded images."""
-    gpu_cache_gib: float = 4.0
+    gpu_cache_gib: float = 0.0
     """Memory in GiB of each worker's GPU for all decoded training images, of which windows are then cut there; where
-    they might take more, and where scale varies their size, the CPU cuts them."""
+    they might take more, as with 0, and where scale varies their size, the CPU cuts them."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
@@ -319,6 +319,12 @@ class Config:
 def to_json(config: Config) -> str:
     """The configuration as JSON text, which `from_json` takes back unchanged."""
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def deciding(config: Config) -> dict[str, Any]:
+    """The fields that decide what a training computes: all but the memory given to images, which decides its pace."""
+    sampling = {name: value for name, value in dataclasses.asdict(config.sampling).items() if "cache_gib" not in name}
+    return dataclasses.asdict(config) | {"sampling": sampling}
 
 
 def from_json(text: str | bytes, place: str) -> Config:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crowdray import storage
-from crowdray.config import Config, from_json, to_json
+from crowdray.config import Config, deciding, from_json, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_of
@@ -194,12 +194,6 @@ def claim_file(place: str, identity: Mapping[str, Any], content: Mapping[str, An
             f"{place.rpartition('/')[0]} was started with something else; give another --name, or what it was started "
             "with:\n" + "\n".join(f"  {difference.removeprefix('config.')}" for difference in differences)
         )
-
-
-def deciding(config: Config) -> dict[str, Any]:
-    """A configuration's fields, but for the memory given to images, which a run may find less or more of."""
-    sampling = {name: value for name, value in asdict(config.sampling).items() if not name.endswith("cache_gib")}
-    return asdict(config) | {"sampling": sampling}
 
 
 def _as_of_now(content: dict[str, Any], place: str) -> dict[str, Any]:

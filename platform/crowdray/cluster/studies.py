@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from crowdray import storage
-from crowdray.cluster.runs import Run, check_name, claim_file, deciding, default_name
-from crowdray.config import Config, to_json
+from crowdray.cluster.runs import Run, check_name, claim_file, default_name
+from crowdray.config import Config, deciding, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.build import backbone_of

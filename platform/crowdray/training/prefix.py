@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import crowdray
-from crowdray.config import Config
+from crowdray.config import Config, deciding
 from crowdray.models.backbone import Backbone
 from crowdray.models.build import backbone_of
 from crowdray.models.counter import AUXILIARY, COUNT, DEPTH, SEGMENTATION
@@ -113,10 +113,9 @@ def digest_of(package: Path) -> str:
 def _facts(config: Config, stage: Stage) -> Facts:
     """What a stage's states depend on beside its beginning and its pace."""
     if stage.name == "baseline":
-        # All targets and windows that later stages see are made by these too; the caches change only the pace.
-        sampling = {name: value for name, value in asdict(config.sampling).items() if "cache_gib" not in name}
+        # All targets and windows that later stages see are made by these too.
         return {
-            "sampling": sampling,
+            "sampling": deciding(config)["sampling"],
             "sigma": config.target.sigma,
             "backbone": config.model.backbone,
             "source": source_of(backbone_of(config)),
