@@ -197,18 +197,42 @@ def of_function(mae: Callable[[float, float, int], float], count: int = 60) -> S
     return StudyRecord("known", tuple(trials))
 
 
-def test_importances_are_in_the_order_of_what_a_known_function_needs() -> None:
+Known = Callable[[float, float, int], float]
+
+
+@pytest.mark.parametrize(
+    ("mae", "shares"),
+    [
+        # Over log10(count) from -2 to 1, over 4 to 28 epochs in steps of 4, over depth kept or dropped; variances of
+        # x, u and d are 3^2/12, (7^2 - 1)/12 * 4^2 and 1/4.
+        (lambda depth, count, epochs: 9 + math.log10(count), (0.0, 1.0, 0.0)),
+        (lambda depth, count, epochs: 9 - epochs / 4 + (depth > 0), (0.25 / 4.25, 0.0, 4 / 4.25)),
+        (lambda depth, count, epochs: 9 - epochs / 8 + math.log10(count), (0.0, 0.75 / 1.75, 1 / 1.75)),
+        (lambda depth, count, epochs: 2.0 if depth == 0 else 3.0, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_importances_are_shares_of_a_known_functions_variance(mae: Known, shares: tuple[float, float, float]) -> None:
     verbosity = optuna.logging.get_verbosity()
-    by_count = importances(of_function(lambda depth, count, epochs: 3 + math.log10(count) ** 2 + 1e-3 * epochs))
-    assert next(iter(by_count)) == "loss.count"
-    by_epochs = importances(of_function(lambda depth, count, epochs: 9 - epochs / 4 + 1e-2 * count))
-    assert next(iter(by_epochs)) == "stages.joint.epochs"
-    dropped = importances(of_function(lambda depth, count, epochs: 2.0 if depth == 0 else 3.0))
-    assert next(iter(dropped)) == "loss.depth" and dropped["loss.depth"] > 0.5
-    for shares in (by_count, by_epochs, dropped):
-        assert sum(shares.values()) == pytest.approx(1)
-        assert [*shares.values()] == sorted(shares.values(), reverse=True)
+    found = importances(of_function(mae, 200))
+    expected = dict(zip(("loss.depth", "loss.count", "stages.joint.epochs"), shares, strict=True))
+    assert found == pytest.approx(expected, abs=0.08)
+    assert sum(found.values()) == pytest.approx(1)
+    assert [*found.values()] == sorted(found.values(), reverse=True)
     assert optuna.logging.get_verbosity() == verbosity
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_trials_gathered_at_a_weight_do_not_make_it_matter(seed: int) -> None:
+    """As a search by TPE ends: most trials have nearly one weight, and the epochs alone decide."""
+    rng = np.random.default_rng(seed)
+    trials = []
+    for number in range(16):
+        epochs = 2 if number < 4 else 5
+        count = float(10 ** (rng.uniform(-2, 1) if number < 6 else rng.normal(0.4, 0.05)))
+        mae = 15.0 - epochs + 0.2 * rng.random()
+        values = {"loss.count": count, "stages.baseline.epochs": epochs}
+        trials.append(TrialRecord(number, "complete", values, mae, mae, {}, ()))
+    assert importances(StudyRecord("gathered", tuple(trials)))["stages.baseline.epochs"] > 0.8
 
 
 def test_importances_need_complete_trials_that_differ() -> None:

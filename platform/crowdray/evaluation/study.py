@@ -4,15 +4,14 @@ had in common with others'."""
 import contextlib
 import json
 import math
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
 from pydantic import TypeAdapter
 
 from crowdray.errors import DataError
@@ -159,28 +158,27 @@ class StudyRecord:
 
 
 def importances(study: StudyRecord) -> dict[str, float]:
-    """Share of each searched field in reaching the lowest MAEs, falling, with sum 1.
+    """Share of each searched field in what single fields explain of the MAE's variance, falling, with sum 1.
 
-    PED-ANOVA (Watanabe et al., IJCAI 2023) over complete trials, after their best tenth, or best five where
-    that is more, but never more than half. A weight that may be 0 counts by its value where it is kept and
-    by whether it is: the two variances add up. Empty with fewer than FEWEST complete trials, and when their
-    MAEs or all of their fields are equal.
+    fANOVA (Hutter et al., ICML 2014) over complete trials: a random forest learns the MAE, and its variance over
+    the whole space, each field evenly over its range, is split among the fields. Empty with fewer than FEWEST
+    complete trials, and when their MAEs or all of their fields are equal.
     """
     trials = [trial for trial in study.trials if trial.state == "complete" and trial.scored]
     if len(trials) < FEWEST or len({trial.mae for trial in trials}) == 1:
         return {}
-    space = {name: _distributions(name, trials) for name in study.fields()}
-    evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / len(trials))))
+    axes = {name: _axis(name, [trial.values.get(name) for trial in trials]) for name in study.fields()}
     with _quiet():
         search = optuna.create_study()
-        for trial in trials:
-            search.add_trial(_frozen(trial, space))
-        parts = evaluator.evaluate(search)
-    shares = {name: sum(parts.get(part, 0.0) for part in of) for name, of in space.items()}
+    for number, trial in enumerate(trials):
+        places = {name: of[number] for name, (of, _) in axes.items()}
+        ranges = {name: distribution for name, (_, distribution) in axes.items()}
+        search.add_trial(optuna.trial.create_trial(value=trial.mae, params=places, distributions=ranges))
+    shares = FanovaImportanceEvaluator(seed=0).evaluate(search)
     total = sum(shares.values())
     if not total > 0:
         return {}
-    return {name: share / total for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))}
+    return {name: float(share / total) for name, share in sorted(shares.items(), key=lambda item: (-item[1], item[0]))}
 
 
 def is_weight(name: str, values: Sequence[Value]) -> bool:
@@ -190,47 +188,38 @@ def is_weight(name: str, values: Sequence[Value]) -> bool:
     return numbers and real and all(value >= 0 for value in values if not isinstance(value, str))
 
 
-def _distributions(name: str, trials: Sequence[TrialRecord]) -> dict[str, BaseDistribution]:
-    """Parts of a field, as wide as its values; of a weight, its positive values and whether it is dropped."""
-    values = [trial.values[name] for trial in trials if name in trial.values]
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if not values or len(numbers) < len(values):
-        choices = sorted(set(values), key=lambda value: (type(value).__name__, value))
-        return {name: CategoricalDistribution(choices)} if choices else {}
-    if is_weight(name, values):
-        kept = [float(number) for number in numbers if number > 0]
-        if not kept:
-            return {}
-        weight: dict[str, BaseDistribution] = {name: FloatDistribution(min(kept), max(kept), log=True)}
-        return weight if len(kept) == len(values) else weight | {f"{name}=0": CategoricalDistribution([False, True])}
-    low, high = min(numbers), max(numbers)
-    if any(isinstance(number, float) for number in numbers):
-        return {name: FloatDistribution(low, high)}
-    return {name: IntDistribution(int(low), int(high), step=math.gcd(*(int(n - low) for n in numbers)) or 1)}
+def _axis(name: str, values: Sequence[Value | None]) -> tuple[list[Any], BaseDistribution]:
+    """A field's values in all trials as places on one axis, and the axis.
 
-
-def _frozen(trial: TrialRecord, space: Mapping[str, Mapping[str, BaseDistribution]]) -> optuna.trial.FrozenTrial:
-    """A complete trial for Optuna, which holds those parts of its fields that apply."""
-    params: dict[str, Value] = {}
-    for name, value in trial.values.items():
-        params |= {part: value == 0 for part in space[name] if part != name}
-        if name in space[name] and (len(space[name]) == 1 or value != 0):
-            params[name] = value
-    flat = {part: distribution for parts in space.values() for part, distribution in parts.items()}
-    return optuna.trial.create_trial(
-        value=trial.mae, params=params, distributions={part: flat[part] for part in params}
-    )
+    Weights are seen by their logarithm; Optuna's fANOVA would take them as they are. A weight of 0, a dropped task,
+    and a field that a trial has not lie before the lowest value, with as much room as all values together: by
+    default a search drops a task in every second trial. Whole numbers have equal room each.
+    """
+    held = [value for value in values if value is not None]
+    if any(isinstance(value, bool | str) for value in held):
+        return list(values), CategoricalDistribution(sorted(set(values), key=lambda v: (type(v).__name__, v)))
+    weight = is_weight(name, held)
+    scale: Callable[[Any], float] = math.log10 if weight else float
+    outside = (None, 0) if weight else (None,)
+    inside = [scale(value) for value in held if value not in outside] or [0.0]
+    low, high = min(inside), max(inside)
+    room = (high - low) or 1.0
+    places = [low - room if value in outside else scale(value) for value in values]
+    if any(value in outside for value in values):  # trees split half-way to it, at low - room / 2
+        low -= 2 * room
+    elif all(isinstance(value, int) for value in held):
+        half = math.gcd(*(int(place - low) for place in inside)) / 2
+        low, high = low - half, high + half
+    return places, FloatDistribution(low, high)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Optuna without its log lines and its warnings of few trials."""
+    """Optuna without its log lines."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         optuna.logging.set_verbosity(verbosity)
 

@@ -79,7 +79,7 @@ def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
 
 
 def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: str | os.PathLike[str]) -> None:
-    """Draw the share of each field in reaching the lowest MAEs as bars, or say that it is not known yet."""
+    """Draw the share of each field in the MAE's variance as bars, or say that it is not known yet."""
     complete = sum(trial.state == "complete" for trial in study.trials)
     if not importances:
         reason = f"what matters is not known from {complete} complete trials:\n"
@@ -93,7 +93,7 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
         note: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "size": 8}
         axes.annotate(f"{share:.0f}%" if share >= 1 else "<1%", (share, place), color=canvas.INK, **note)
     axes.set(xlim=(0, 1.12 * max(shares)), ylim=(-0.6, len(names) - 0.4))
-    axes.set_xlabel(f"share in reaching the lowest validation MAEs, %\nPED-ANOVA over {complete} complete trials")
+    axes.set_xlabel(f"share of what fields explain of the validation MAE, %\nfANOVA over {complete} complete trials")
     canvas.plain(axes)
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=canvas.INK, labelsize=8.5)
