@@ -17,11 +17,13 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
 import torch
+from mlflow import MlflowClient
 from ray import tune
 
 from crowdray.cluster.runtime import connect
@@ -79,6 +81,25 @@ def search(folder: Path, name: str, varied: Sequence[str], trials: int, *options
     return StudyRecord.from_json(place.read_text(), str(place))
 
 
+def overheads(tracking: str, study: StudyRecord) -> dict[int, float]:
+    """Seconds from a trial's start to its end in which it trained no epoch, by number in the order of their starts.
+
+    Without the best trial: its MLflow run ends again when its counter is registered.
+    """
+    client = MlflowClient(tracking)
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(everywhere, f"run_name like '{study.name}/%'", order_by=["start_time"])
+    trials = {f"{study.name}/trial-{trial.number:04d}": trial for trial in study.trials if trial != study.best()}
+    found = {}
+    for run in runs:
+        if trial := trials.get(run.info.run_name):
+            epochs = sorted(client.get_metric_history(run.info.run_id, "seconds"), key=lambda metric: metric.step)
+            own = [epoch >= leg.reused for leg in trial.legs for epoch in range(leg.epochs)]
+            trained = sum(epoch.value for epoch, counts in zip(epochs, own, strict=True) if counts)
+            found[trial.number] = (run.info.end_time - run.info.start_time) / 1000 - trained
+    return found
+
+
 def plain_trial(data: str, configs: Sequence[Config], succession: bool, told: Mapping[str, Any]) -> None:
     """A whole training from nothing, as Ray Tune runs one."""
     config = configs[told["number"]]
@@ -133,6 +154,7 @@ def main() -> None:
         space = load_space(None, varied, base)
         whole = search(folder, "whole", varied, arguments.trials, "--prune", "False")
         stopping = search(folder, "stopping", varied, arguments.trials)
+        idle = list(overheads(f"sqlite:///{folder}/mlflow.db", whole).values())
         configs = {s.name: [space.configure(base, t.values) for t in s.trials] for s in (whole, stopping)}
         data = str(folder / "data")
         beside, beside_s = plain(data, configs["whole"], succession=False)
@@ -150,6 +172,8 @@ def main() -> None:
     ratios = (stopping_succession_s / stopping.spent, stopping_beside_s / stopping.spent)
     print(f"  with poor trials stopped: {ratios[0]:.2f} and {ratios[1]:.2f} (goals: at least 6.5 and 5)")
     best = [study.best() for study in (whole, stopping)]
+    first = ", ".join(f"{seconds:.1f}" for seconds in idle[:3])
+    print(f"  seconds of a trial outside its epochs: median {median(idle):.1f} (goal: at most 3), the first {first}")
     print("  best validation MAE: " + ", stopping ".join(f"{trial.mae:.3f}" for trial in best if trial))
 
 
