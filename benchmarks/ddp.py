@@ -30,7 +30,7 @@ from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Row
 from crowdray.training.loop import Training
-from crowdray.training.world import local_world, pick_device
+from crowdray.training.world import local_world
 
 RAY_TRAIN_HELPERS = 7
 """Processes that Ray Train keeps beside its workers: controller, queue, watchers and coordinators."""
@@ -52,7 +52,7 @@ def under_torchrun(data: str, epochs: int) -> None:
     """What each torchrun process does."""
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
-    training = Training(short(epochs), Dataset.open(data), world=local_world(), device=pick_device())
+    training = Training(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
 
     def report(row: Row, save: object) -> None:
         if training.world.rank == 0:
@@ -85,7 +85,7 @@ def ray_rate(data: str, workers: int, epochs: int) -> float:
         config = Path(folder) / "config.json"
         config.write_text(to_json(short(epochs)))
         command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--preset", str(config), "--data", data]
-        command += ["--workers", str(workers), "--storage", folder, "--name", "bench"]
+        command += ["--workers", str(workers), "--device", "cpu", "--storage", folder, "--name", "bench"]
         environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         result = next(Path(folder).rglob("result.json"))

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from crowdray.config import Config, ModelConfig, NumericsConfig, OptimizerConfig
 from crowdray.data.batch import Batch
@@ -22,12 +24,14 @@ GPU = torch.device("cuda", 0)
 JOINT = -1
 
 
-def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **optimizer: float) -> Config:
+def settings(
+    backbone: str, precision: str = "fp32", compiled: str = "no", context: int = 32, **optimizer: float
+) -> Config:
     """Small windows, plain gradient descent, so that a difference of the gradient is one of the weights."""
     base = preset("debug")
     return replace(
         base,
-        sampling=replace(base.sampling, crop=32, context=32),
+        sampling=replace(base.sampling, crop=32, context=context),
         model=ModelConfig(backbone, "pooled"),
         optimizer=OptimizerConfig(name="sgd", warmup=0, **optimizer),  # type: ignore[arg-type]
         numerics=NumericsConfig(precision=precision, compile=compiled),  # type: ignore[arg-type]
@@ -62,11 +66,50 @@ def test_fp32_updates_are_those_of_a_cpu(discs: Dataset, backbone: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("compiled", ["no", "yes", "graphs"])
-def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(discs: Dataset, compiled: str) -> None:
-    exact = trained(settings("csrnet"), discs, GPU)
-    fast = trained(settings("csrnet", "bf16", compiled), discs, GPU)
+@pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
+def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(
+    discs: Dataset, backbone: str, compiled: str, accumulate: int
+) -> None:
+    exact = trained(settings(backbone), discs, GPU, updates=6)
+    fast = trained(settings(backbone, "bf16", compiled, accumulate=accumulate), discs, GPU, updates=6)
     torch.testing.assert_close(fast[1], exact[1], rtol=2e-2, atol=1e-3)
+
+
+def test_an_update_waits_for_none_before_it(discs: Dataset) -> None:
+    training = Training(settings("cfcn", "bf16"), discs, world=World(), device=GPU)
+    running = RunningStage(training, replace(training.stages[JOINT], calibrated=False), None)
+    running.prepare()
+    first, *others = [next(training.loader.epoch(1)) for _ in range(3)]
+    running._step(first)  # it counts operations and makes room
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in others:
+            running._step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Grouped(World):
+    """One rank that asks a group of its own all the same."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """See World.mean."""
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+
+def test_whatever_ranks_agree_on_goes_through_nccl(discs: Dataset, tmp_path: Path) -> None:
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        training = Training(settings("cfcn"), discs, world=Grouped(), device=GPU)
+        for stage in training.stages:
+            RunningStage(training, stage, None).epoch()
+        assert len(training.progress.history) == len(training.stages)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:

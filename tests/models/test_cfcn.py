@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
-from crowdray.config import Config
+from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.data.pictures import shrink
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
@@ -102,3 +103,21 @@ def test_packaged_counter_downsamples_as_the_loader_does(counter: Counter, facto
     packaged = PackagedCounter(counter, factor)
     assert torch.equal(packaged(photo), counter.density(small))
     assert torch.equal(packaged(photo.float()), packaged(photo))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+def test_a_compiled_counter_is_the_same_for_all_corners() -> None:
+    """Were they numbers to the compiler, each batch would have graphs of its own."""
+    config = Config(sampling=SamplingConfig(crop=32, context=32), model=ModelConfig("cfcn", "pooled"))
+    counter = build_counter(config, density_scale=1.0).eval()
+    image = torch.rand(2, 3, 64, 96) * 255
+    graphs = CompileCounter()
+    compiled = torch.compile(counter.forward, backend=graphs)
+    seen = []
+    for corner in range(5):
+        corners = torch.tensor([[corner, 0], [1, corner]])
+        expected = counter(image, ("density", "count"), corners)
+        found = compiled(image, ("density", "count"), corners)
+        seen.append(graphs.frame_count)
+        torch.testing.assert_close(found, expected)
+    assert seen == [seen[0]] * 5

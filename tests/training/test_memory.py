@@ -6,12 +6,13 @@ saying that it got none.
 
 import dataclasses
 import re
-from typing import Any
+import weakref
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from crowdray.config import OptimizerConfig
+from crowdray.config import NumericsConfig, OptimizerConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.counter import Counter
@@ -22,15 +23,25 @@ from crowdray.training.world import World
 BATCH = 40
 
 
-def train(discs: Dataset, accumulate: int) -> None:
+class Kept:
+    """A tensor that a backward pass will need."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def train(discs: Dataset, accumulate: int, compiled: Literal["no", "graphs"] = "no") -> dict[str, torch.Tensor]:
+    """The baseline's weights."""
     base = preset("debug")
     sampling = dataclasses.replace(
         base.sampling, batch=BATCH, crops_per_image=4, crop=32, context=32, validation_fraction=0.25
     )
-    config = dataclasses.replace(base, sampling=sampling, optimizer=OptimizerConfig(name="sgd", accumulate=accumulate))
+    optimizer, numerics = OptimizerConfig(name="sgd", accumulate=accumulate), NumericsConfig(compile=compiled)
+    config = dataclasses.replace(base, sampling=sampling, optimizer=optimizer, numerics=numerics)
     run = Training(config, discs, world=World(), device=torch.device("cpu"))
     run.stages = run.stages[:1]
     run.run()
+    return run.counter.state_dict()
 
 
 @pytest.mark.parametrize("room", [12, 25, 39])
@@ -55,3 +66,48 @@ def test_what_fits_is_found_and_does_fit(
     assert found and int(found[1]) > room >= int(found[2]) > room / 4, said
     assert int(found[2]) * int(found[3]) >= BATCH
     train(discs, accumulate=int(found[3]))
+
+
+def test_an_attempt_leaves_nothing_in_the_memory_of_the_next(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory ends in the backward pass, the graph of that attempt is full of activations."""
+    forward, kept, left = Counter.forward, weakref.WeakSet[Kept](), []
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept.add(held := Kept(tensor.detach()))  # itself, as some result, it would be held by its own graph
+        return held
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def bounded(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(self, image, *rest)
+        left.append(len(kept))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            outputs = forward(self, image, *rest)
+        if len(image) > 7:
+            outputs["density"].register_hook(refuse)  # type: ignore[no-untyped-call]
+        return outputs
+
+    monkeypatch.setattr(Counter, "forward", bounded)
+    with pytest.raises(UserError, match="5 at a time do"):
+        train(discs, accumulate=1)
+    assert len(left) > 3 and not any(left[1:])
+
+
+def test_gradients_that_are_kept_for_cuda_graphs_are_those_that_are_not(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the parts of an update, a gradient that lies in a graph's memory would be overwritten."""
+    monkeypatch.setattr(Counter, "compile", lambda *_, **__: None)
+    steps: list[set[int]] = []
+
+    def watched(self: torch.optim.SGD, *rest: Any) -> None:
+        steps.append({parameter.grad.data_ptr() for parameter in self.param_groups[0]["params"]})
+        step(self, *rest)
+
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    plain, kept = (train(discs, accumulate=2, compiled=compiled) for compiled in ("no", "graphs"))
+    assert plain.keys() == kept.keys() and all(torch.equal(plain[name], kept[name]) for name in plain)
+    assert len({frozenset(places) for places in steps[len(steps) // 2 :]}) == 1

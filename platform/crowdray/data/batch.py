@@ -67,10 +67,9 @@ class Batch:
         return self.row_weight[:, None, :, None] * self.column_weight[:, None, None, :] * self.roi
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, but for its corners and rows, which are looked at on the CPU; from pinned memory the
-        copy does not block."""
-        moved = self._each(lambda value: value.to(device, non_blocking=True))
-        return replace(moved, corners=self.corners, rows=self.rows)
+        """The batch on a device, but for its rows, which are looked at on the CPU; from pinned memory the copy does not
+        block."""
+        return replace(self._each(lambda value: value.to(device, non_blocking=True)), rows=self.rows)
 
     def used_by(self, stream: torch.cuda.Stream) -> None:
         """Keep its memory until a stream other than the one it was copied on has used it."""

@@ -62,8 +62,8 @@ class Counter(nn.Module):
         """Predict the asked tasks, in the units their losses compare (density and count scaled, segmentation
         as logits).
 
-        corners (B, 2): row and column, in features, of the N x N square that the count decoder reads (0, 0
-        when None); on the CPU, where they are looked at.
+        corners (B, 2): integer row and column, in features, of the N x N square that the count decoder reads (0, 0
+        when None).
         frozen_encoder: keep no graph of the encoder (stage 2).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
@@ -101,4 +101,8 @@ class Counter(nn.Module):
 def _squares(features: Tensor, corners: Tensor | None, side: int) -> Tensor:
     if corners is None or features.shape[-2:] == (side, side):
         return features[..., :side, :side]
-    return torch.stack([f[:, r : r + side, c : c + side] for f, (r, c) in zip(features, corners.tolist(), strict=True)])
+    # Corners stay tensors: a GPU would be waited for, and a compiler would take each number for a case of its own.
+    along = torch.arange(side, device=features.device)
+    rows, columns = (corner[:, None] + along for corner in corners.unbind(1))
+    images = torch.arange(len(features), device=features.device)[:, None, None]
+    return features.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)

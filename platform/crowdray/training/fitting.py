@@ -25,7 +25,9 @@ SHARE = 0.9
 RISE = 1.05
 """Twice the windows have to be this much faster each."""
 TIMED = 3
-"""Updates of each size that are timed, after a first one that makes room."""
+"""Updates of each size that are timed."""
+WARM = {"no": 1, "yes": 1, "graphs": 3}
+"""Updates before them, by numerics.compile: they make room, compile, and record graphs in the second."""
 
 
 def largest_batch(
@@ -94,14 +96,15 @@ class _Updates:
 
     def windows_per_s(self, size: int) -> float | None:
         """Windows per second in parts of this size; None where they do not fit."""
-        device = self.training.device
+        training, device = self.training, self.training.device
         if self.room is not None and self._expected(size) > self.room:
             return None
-        batch = self.batch(size * self.training.config.optimizer.accumulate)
+        batch = self.batch(size * training.config.optimizer.accumulate)
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(SHARE, device)
         try:
-            self.running._step(batch)
+            for _ in range(WARM[training.config.numerics.compile]):
+                self.running._step(batch)
             wait(device)
             started = perf_counter()
             for _ in range(TIMED):

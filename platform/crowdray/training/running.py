@@ -1,6 +1,6 @@
 """A stage under way: its optimizer, average and wrapper, and what an update and an epoch are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from time import perf_counter
@@ -68,6 +68,8 @@ class RunningStage:
             self.average.restore(restored.average, progress.average_updates)
         else:
             progress.factors = self._factors()
+        self.factors = torch.tensor([progress.factors[task] for task in stage.tasks], device=training.device)
+        """(tasks,) what each loss counts; there already, for a GPU would stand still while it is sent."""
         self.operations = 0
         """FLOPs of one window, counted at the first."""
         self._unchecked: _Seen | None = None
@@ -78,6 +80,10 @@ class RunningStage:
             self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
             if config.numerics.exchange == "bf16":
                 self.model.register_comm_hook(None, exchange_in_bf16)
+        # What a CUDA graph leaves, its next replay overwrites: a gradient that grows over parts lies elsewhere.
+        self._keeps_gradients = config.numerics.compile == "graphs" and config.optimizer.accumulate > 1
+        for parameter in self.parameters if self._keeps_gradients else ():
+            parameter.grad = torch.zeros_like(parameter)
         if (compiled := config.numerics.compile) != "no":
             self.model.compile(mode="reduce-overhead" if compiled == "graphs" else None)
 
@@ -170,7 +176,7 @@ class RunningStage:
             self.operations = operations_per_window(
                 training.counter, self.stage.tasks, batch.size, frozen_encoder=frozen, autocast=self.autocast()
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
         try:
             batch = self._moved(batch)
             parts = batch.parts(training.config.optimizer.accumulate)
@@ -222,11 +228,10 @@ class RunningStage:
         waits = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
             losses = self._losses(self.model, part, batch)
-            factors = losses.new_tensor([self.training.progress.factors[task] for task in self.stage.tasks])
-            (losses * factors).sum().backward()  # type: ignore[no-untyped-call]
+            (losses * self.factors).sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
-    def _losses(self, model: nn.Module, part: Batch, batch: Batch) -> Tensor:
+    def _losses(self, model: Callable[..., dict[str, Tensor]], part: Batch, batch: Batch) -> Tensor:
         """A part's share of the unweighted losses (tasks,): the mean over ranks of the sum over parts is the whole
         batch's."""
         training = self.training
@@ -239,7 +244,7 @@ class RunningStage:
         return torch.stack([losses[task] for task in self.stage.tasks]) * share
 
     def _too_large(self, batch: Batch, taken: int) -> NoReturn:
-        """Find out how many windows of a batch, taken in so many parts, fit into memory; raise a UserError that says
+        """Find out how many windows of a batch, taken in so many parts, fit into memory; raise an error that says
         it."""
         training, here = self.training, len(batch.rows)
         height, width = batch.size
@@ -247,13 +252,8 @@ class RunningStage:
         training.counter.eval()  # a synchronised BatchNorm would wait for the other ranks, and so would the wrapper
         fits = failed = -(-here // taken)
         while fits := fits // 2:
-            try:  # a quarter more, for what a real update has to keep beside
-                losses = self._losses(training.counter, batch.first(fits + fits // 4), batch)
-                torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
+            if self._fit(batch.first(fits + fits // 4), batch):  # a quarter more: a real update keeps others beside
                 break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
         parts = -(-here // fits) if fits else 0
         mend = f"{fits} at a time do: give --optimizer.accumulate {parts}" if fits else "not even one does"
         raise UserError(
@@ -261,6 +261,18 @@ class RunningStage:
             f"{training.device}, {mend}, or smaller ones: --sampling.crop {training.config.sampling.crop} and "
             f"--sampling.context {training.config.sampling.context} now"
         ) from None
+
+    def _fit(self, part: Batch, batch: Batch) -> bool:
+        """Whether the gradients of a part of a batch fit into memory, which is free again afterwards."""
+        try:
+            # Never the compiled one, which would be compiled for each size.
+            losses = self._losses(self.training.counter.forward, part, batch)
+            torch.autograd.grad(losses.sum(), self.parameters, allow_unused=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _validate(self, losses: dict[str, float]) -> Row:
         """Validate what ships, if this stage changes it, and feed the plateau rule."""
@@ -315,7 +327,8 @@ class RunningStage:
         norms = measured_norms(
             training.counter, batches, self.stage.tasks, training.config, training.scales, self.autocast
         )
-        means = training.world.mean(torch.tensor([norms[task] for task in self.stage.tasks])).tolist()
+        own = torch.tensor([norms[task] for task in self.stage.tasks], device=training.device)
+        means = training.world.mean(own).tolist()
         training.progress.norms = dict(zip(self.stage.tasks, means, strict=True))
         return calibrated_weights(training.config.loss, training.progress.norms)
 
