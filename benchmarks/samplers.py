@@ -27,15 +27,15 @@ SAMPLERS = {"tpe": canvas.BLUE, "random": canvas.ORANGE}
 
 
 def best_so_far(record: StudyRecord) -> tuple[list[float], list[float]]:
-    """Worker-seconds after each trial, and the best validation MAE of the complete ones by then."""
-    paid = list(accumulate(trial.spent for trial in record.trials))
-    maes = (trial.mae if trial.state == "complete" else None for trial in record.trials)
+    """Worker-seconds after each trial that ended, and the best validation MAE of the complete ones by then."""
+    paid = list(accumulate(trial.spent for trial in record.by_end()))
+    maes = (trial.mae if trial.state == "complete" else None for trial in record.by_end())
     return paid, list(accumulate((math.inf if mae is None else mae for mae in maes), min))
 
 
 def best_within(record: StudyRecord, seconds: float) -> float:
     """The best validation MAE of the trials that so many worker-seconds pay for."""
-    return min(best for paid, best in zip(*best_so_far(record), strict=True) if paid <= seconds)
+    return min(best for paid, best in zip(*best_so_far(record), strict=True) if paid <= seconds * (1 + 1e-9))
 
 
 def main() -> None:

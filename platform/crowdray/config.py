@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError
 
 
-class ConfigError(UserError):
+class ConfigError(SettingsError):
     """All problems of a configuration together: each with its field, the value given, and the mend."""
 
     def __init__(self, problems: list[str]) -> None:

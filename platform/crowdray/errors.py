@@ -1,9 +1,13 @@
-"""The two kinds of mistakes that are the user's: jobs print their message and exit with status 2, without a
+"""The kinds of mistakes that are the user's: jobs print their message and exit with status 2, without a
 traceback."""
 
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message shows the value, its place and the mend."""
+
+
+class SettingsError(UserError):
+    """Settings that cannot be trained as they are; of a search they cost the trial that drew them, and no other."""
 
 
 class DataError(UserError):

@@ -309,6 +309,25 @@ def test_a_mistake_of_the_user_ends_the_search_and_its_trial_is_not_lost(tmp_pat
     assert TrialState.RUNNING in {trial.state for trial in study.optuna_study().trials}
 
 
+def test_an_end_that_cannot_be_written_down_ends_the_search_and_no_trial(
+    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    study = study_in(tmp_path, prune=False)
+    search = search_of(study, keeper, trials=3)
+    cluster = cluster_of(study, search)
+    cluster.start()
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Trial, "set_user_attr", full)
+        assert search.heard("ray-0", next(cluster.running["ray-0"]))
+        search.on_trial_complete("ray-0", {"finished": True})
+    assert search.mistake and "No space left" in search.mistake
+    cluster_of(study, search_of(study, keeper, trials=3)).run()
+    assert [trial.state for trial in drawn_trials(study.optuna_study())] == [TrialState.COMPLETE] * 3
+
+
 def test_two_objectives_are_both_told(tmp_path: Path, keeper: Keeper) -> None:
     study = study_in(tmp_path, objectives=("mae", "rmse"))
     cluster_of(study, search_of(study, keeper, trials=3)).run()

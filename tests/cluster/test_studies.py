@@ -2,20 +2,26 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from crowdray.cluster.book import Book
 from crowdray.cluster.runtime import Resources
 from crowdray.cluster.studies import SearchOptions, plan_study
-from crowdray.cluster.trial import Account
-from crowdray.cluster.tune import places_of
-from crowdray.config import Config, NumericsConfig, StageConfig
+from crowdray.cluster.study_display import StudyDisplay
+from crowdray.cluster.trial import Account, TrialTask, run_trial
+from crowdray.cluster.tune import places_of, tune
+from crowdray.config import Config, NumericsConfig, StageConfig, to_json
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError, UserError
 from crowdray.presets import preset
+from crowdray.registry.tracking import NullTracker
+from crowdray.space import load_space
 from crowdray.training.prefix import Chain
+from crowdray.training.sharing import Shelf
 
 from .test_search import study_in
 
@@ -30,6 +36,8 @@ CHAINS = (Chain("b", "baseline", 2), Chain("d", "decoders", 1), Chain("j", "join
         (Resources(8, 0, True, nodes=(8,)), 2, 1, 3, 3),
         (Resources(8, 0, False, nodes=(2, 2, 2, 2)), 1, 2, None, 4),
         (Resources(8, 4, True, nodes=(8,)), 2, 1, None, 2),
+        (Resources(64, 0, False, growing=True, nodes=(4,)), 2, 1, None, 32),
+        (Resources(64, 0, False, growing=True, nodes=(0,)), 1, 4, None, 16),
     ],
 )
 def test_as_many_trials_run_as_fit(
@@ -86,6 +94,51 @@ def test_trials_of_two_codes_are_never_in_one_study(tmp_path: Path, monkeypatch:
         study.claim()
 
 
+WEIGHT = '{"low": 0.1, "high": 1, "log": true}'
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (["optimizer.clip=[0.5, 1.0]"], [], r"optimizer.clip is .* there, missing here"),
+        ([], ["optimizer.clip=[0.5, 1.0]"], r"optimizer.clip is missing there"),
+        (
+            [f"loss.depth={WEIGHT}"],
+            ['loss.depth={"low": 0.1, "high": 1}'],
+            r"loss.depth.log is True there, missing here",
+        ),
+        (["loss.count=null"], [], r"loss.count is None there"),
+        ([], ["loss.count=null"], r"loss.count is .* there, None here"),
+    ],
+)
+def test_a_study_has_one_space(tmp_path: Path, first: list[str], second: list[str], said: str) -> None:
+    study = study_in(tmp_path)
+    spaces = (load_space(None, vary, study.config) for vary in (first, second))
+    one, other = (dataclasses.replace(study, space=space) for space in spaces)
+    one.claim()
+    one.claim()
+    with pytest.raises(UserError, match=rf"another --name.*\n.*space\.{said}"):
+        other.claim()
+
+
+def test_half_a_line_of_a_journal_costs_that_line(tmp_path: Path) -> None:
+    study, journal = study_in(tmp_path), tmp_path / "study" / "journal.log"
+    study.optuna_study().enqueue_trial({"a": 1})
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines()[-1][:20])
+    study.optuna_study().enqueue_trial({"a": 2})
+    assert journal.read_bytes().startswith(whole)
+    assert len(study.optuna_study().trials) == 2
+
+
+def test_what_no_trial_could_do_is_said_before_the_study_begins(discs: Dataset, tmp_path: Path) -> None:
+    study = study_in(tmp_path, workers=99, data=discs.uri, digest=discs.digest)
+    shelf = Shelf(str(tmp_path / "stages"), 2**30)
+    with StudyDisplay(Console()) as display, pytest.raises(UserError, match="too few for 99 workers"):
+        tune(study, display, trials=1, concurrent=None, tracking_uri=None, shelf=shelf)
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
 def test_a_database_that_is_none_is_refused(tmp_path: Path, database: str) -> None:
     with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):
@@ -105,6 +158,20 @@ def test_a_journal_on_an_object_store_is_refused() -> None:
     study = dataclasses.replace(study_in(Path("x")), storage="memory://bucket")
     with pytest.raises(UserError, match=r"cannot lie in memory://bucket/study.*--database"):
         study.optuna_study()
+
+
+@pytest.mark.parametrize(("error", "key"), [(SettingsError("too large"), "failed"), (UserError("no disk"), "mistake")])
+def test_settings_that_cannot_be_trained_cost_their_trial_alone(
+    monkeypatch: pytest.MonkeyPatch, error: UserError, key: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("crowdray.cluster.trial._train_here", refuse)
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    run_trial(SimpleNamespace(workers=1), {})  # type: ignore[arg-type]
+    assert reports == [{key: str(error)}]
 
 
 def row(epoch: int, stage: str) -> dict[str, Any]:
@@ -134,6 +201,34 @@ def test_a_trial_accounts_for_what_it_spent_and_what_it_found(clock: list[float]
     assert [told["epoch"] for told in second["rows"]] == [4] and second["curve"] == [(1, 6.0)] and second["mae"] == 6.0
     legs = [(leg["stage"], leg["epochs"], leg["reused"], leg["seconds"], leg["saved"]) for leg in second["legs"]]
     assert legs == [("baseline", 2, 2, 0.0, 16.0), ("decoders", 1, 0, 20.0, 0.0), ("joint", 1, 0, 10.0, 0.0)]
+
+
+@pytest.mark.parametrize(("there", "reused", "saved"), [(2, 2, 16.0), (1, 1, 8.0)])
+def test_a_trial_of_several_workers_that_was_found_whole_trained_nothing(
+    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, reused: int, saved: float
+) -> None:
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    monkeypatch.setattr("crowdray.cluster.trial.run_training", lambda *_, follow, **__: follow(HISTORY))
+    shelf = Shelf(str(tmp_path / "stages"), 2**30)
+    shelf.open().publish(CHAINS[-1], there, lambda folder: (folder / "state").touch())
+    task = TrialTask("data", "d", "runs", 2, Resources(2, 0, True), "cpu", False, shelf)
+    run_trial(task, {"config": to_json(preset("debug")), "chains": CHAINS, "name": "trial"})
+    leg = reports[-1]["legs"][-1]
+    assert (leg["stage"], leg["epochs"], leg["reused"], leg["saved"]) == ("joint", 2, reused, saved)
+    assert reports[-1]["finished"] and reports[-1]["mae"] == 5.0
+
+
+def test_a_driver_that_ends_ends_the_runs_of_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, ends = study_in(tmp_path), list[str]()
+    with Book(
+        study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={}
+    ) as book:
+        monkeypatch.setattr(NullTracker, "finish", lambda _, status: ends.append(status))
+        book.started(0, {}, study.config)
+        book.started(1, {}, study.config)
+        book.ended(1, "complete", "")
+    assert ends == ["FINISHED", "KILLED"]
 
 
 def test_what_a_lost_process_spent_counts_and_its_epochs_are_no_saving(clock: list[float], tmp_path: Path) -> None:

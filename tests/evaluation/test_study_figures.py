@@ -18,7 +18,7 @@ from crowdray.errors import DataError
 from crowdray.evaluation.stage_tree import arrange, grow
 from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import FEWEST, Leg, StudyRecord, TrialRecord, importances
-from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices
+from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices, time_unit
 
 STAGES = ("baseline", "decoders", "joint")
 SECONDS = {"baseline": 40.0, "decoders": 25.0, "joint": 70.0}
@@ -318,6 +318,19 @@ def test_the_optimisation_falls_to_the_best(study: StudyRecord, drawn: list[Figu
     assert (np.diff(falls) <= 0).all() and falls[-1] == best.mae
     assert float(np.asarray(alone.get_xdata())[-1]) == pytest.approx((study.spent + study.saved) / 3600)
     assert f"MAE {best.mae:.2f} by trial {best.number}, of 32 trials" in drawn[0].get_suptitle()
+
+
+def test_what_was_spent_adds_up_in_the_order_of_the_ends(drawn: list[Figure]) -> None:
+    """All trials of a search by chance are drawn at once, and their shared beginnings decide who goes first."""
+    some = [replace(trial, state="complete", ended=100.0 - trial.number) for trial in searched(6, 1).trials]
+    under_way = replace(some[0], number=6, state="running", ended=None)
+    study = StudyRecord("backwards", (under_way, *some))
+    assert [trial.number for trial in study.by_end()] == [5, 4, 3, 2, 1, 0, 6]
+    drawing(draw_optimisation, study)
+    falls = drawn[0].axes[1].lines[0]
+    first = some[-1]
+    assert np.asarray(falls.get_ydata())[0] == first.mae
+    assert np.asarray(falls.get_xdata())[0] * time_unit(study.spent + study.saved)[0] == pytest.approx(first.spent)
 
 
 def test_slices_set_zero_apart_and_show_the_papers_weights(study: StudyRecord, drawn: list[Figure]) -> None:

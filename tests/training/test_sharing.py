@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,3 +144,20 @@ def test_the_store_lies_beside_the_runs_unless_it_is_named(tmp_path: Path) -> No
     assert StoreOptions("memory://stages", 0.5).shelf(str(tmp_path)) == Shelf("memory://stages", 2**29)
     with pytest.raises(UserError, match=r"--store-gib is -1; give at least 0"):
         StoreOptions(store_gib=-1).shelf(str(tmp_path))
+
+
+class Apart(World):
+    """Two ranks, the second of which has a store of its own."""
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """See World.gather."""
+        return [*items, False if items == [True] else items[0]]
+
+
+def test_a_store_that_is_not_the_same_for_all_workers_is_told(discs: Dataset, tmp_path: Path) -> None:
+    config, shelf = config_of(1, 1, 1), Shelf(str(tmp_path / "stages"), 2**30)
+    sharing = Sharing(shelf, config, discs, world=Apart(0, 2), device=CPU, threads=1)
+    training = Training(config, discs, world=World(), device=CPU)
+    training.run(lambda row, save: sharing.keep(training, save))
+    with pytest.raises(UserError, match=r"stages is not the same folder for all workers; give --store"):
+        sharing.restore()

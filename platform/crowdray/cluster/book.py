@@ -1,9 +1,10 @@
 """The book of a study: what each trial does, told to whoever looks on and to MLflow."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import optuna
 from pydantic import TypeAdapter
@@ -49,6 +50,15 @@ class Book:
         records = map(TypeAdapter(TrialRecord).validate_python, kept)
         self._records: dict[int, TrialRecord] = {record.number: record for record in records}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the MLflow runs of trials that are still under way: whoever takes them up opens them again."""
+        for running in self._running.values():
+            if running.tracker:
+                running.tracker.finish("KILLED")
+
     @property
     def record(self) -> StudyRecord:
         """The study as it stands."""
@@ -91,7 +101,7 @@ class Book:
 
     def ended(self, number: int, state: State, reason: str) -> dict[str, Any]:
         """A trial ends; gives its record as Optuna keeps it."""
-        record = self._records[number] = replace(self._records[number], state=state, reason=reason)
+        record = self._records[number] = replace(self._records[number], state=state, reason=reason, ended=time.time())
         running = self._running.pop(number)
         if tracker := running.tracker or self._tracked(number, running.config):
             tracker.sync_history(running.rows())

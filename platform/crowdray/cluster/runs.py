@@ -9,7 +9,6 @@
 - outcome.json: everything together; written last.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -210,8 +209,10 @@ def _parse(place: str) -> dict[str, Any]:
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name in here:
-        if isinstance(here[name], Mapping):
-            yield from _differences(there.get(name, {}), here[name], f"{prefix}{name}.")
-        elif there.get(name, dataclasses.MISSING) != here[name]:
-            yield f"{prefix}{name} is {there.get(name, 'missing')} there, {here[name]} here"
+    """What is not as `here` asks; of a space also what is only there."""
+    for name in {**here, **there} if prefix.startswith("space.") else here:
+        before, now = there.get(name, "missing"), here.get(name, "missing")
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name} is {before} there, {now} here"

@@ -28,6 +28,11 @@ _SETTINGS = {
 }
 
 
+_WORKERS = {
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # for a stopped trial to end; after Tune's own 2 its place is lost for good
+}
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a cluster has, all nodes together."""
@@ -125,7 +130,7 @@ def choose_gpu(resources: Resources, workers: int, device: Device) -> bool:
 
 def _common() -> dict[str, Any]:
     return {
-        "runtime_env": {"py_modules": [str(PACKAGE)]},
+        "runtime_env": {"py_modules": [str(PACKAGE)], "env_vars": _WORKERS},
         "log_to_driver": False,  # what workers have to say comes back as reports and exceptions
         "logging_level": logging.ERROR,
     }

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from crowdray.cluster.book import RECORD, Book
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.cluster.train import RETRIES
 from crowdray.config import Config, to_json
+from crowdray.errors import UserError
 from crowdray.evaluation.study import State
 from crowdray.leases import Keeper, Lease
 from crowdray.space import first_points
@@ -149,15 +151,23 @@ class StageTreeSearch(OptunaSearch):
         """Take in a trial's report; says whether the trial is to stop here."""
         if "mistake" in report:
             self.mistake = str(report["mistake"])
-        if self.mistake is not None:  # all stop, and go on when the study is started again
-            return True
-        if "rows" not in report:
-            return False
-        candidate, trial = self._live[trial_id], self._ot_trials[trial_id]
-        trial.set_user_attr(RECORD, self._book.heard(candidate.number, report))
-        if report["rows"]:
-            self._release(trial_id, before=str(report["rows"][-1]["stage"]))
-        return self._prunes and self._is_poor(candidate, trial, report)
+        poor = False
+        with self._mistakes_noted():
+            if self.mistake is None and "rows" in report:
+                candidate, trial = self._live[trial_id], self._ot_trials[trial_id]
+                trial.set_user_attr(RECORD, self._book.heard(candidate.number, report))
+                if report["rows"]:
+                    self._release(trial_id, before=str(report["rows"][-1]["stage"]))
+                poor = self._prunes and self._is_poor(candidate, trial, report)
+        return poor or self.mistake is not None  # after one all stop, and go on when the study is started again
+
+    @contextmanager
+    def _mistakes_noted(self) -> Iterator[None]:
+        """Tune would repeat a trial whose end could not be written down, or end with a traceback."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.mistake = str(error)
 
     def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
         """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.
@@ -193,9 +203,12 @@ class StageTreeSearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell Optuna how a trial ended: complete with its values, pruned or failed without any."""
-        if trial_id not in self._live:
-            return
-        candidate, result = self._live[trial_id], result or {}
+        if trial_id in self._live:
+            with self._mistakes_noted():
+                self._complete(trial_id, result or {}, error)
+
+    def _complete(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
+        candidate = self._live[trial_id]
         self._release(trial_id)
         if self.mistake is not None and not result.get("finished"):
             del self._live[trial_id]

@@ -8,6 +8,7 @@ record.json        all trials, and *.png, the figures: written last
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -149,8 +150,17 @@ class Study:
                 f"Optuna's journal cannot lie in {self.uri}: it grows line by line, and objects there are written "
                 "whole; name a database with --database, such as postgresql://..., or a --storage that is a path"
             )
-        Path(self.uri).mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(Path(self.uri) / "journal.log")))
+        journal = Path(self.uri) / "journal.log"
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        _cut_half_line(journal)
+        return JournalStorage(JournalFileBackend(str(journal)))
+
+
+def _cut_half_line(journal: Path) -> None:
+    """Take from a journal what a full disk or a power cut left of its last line: Optuna would write on behind it, and
+    read neither line again."""
+    if journal.exists() and (written := journal.read_bytes()) and not written.endswith(b"\n"):
+        os.truncate(journal, written.rfind(b"\n") + 1)
 
 
 def drawn_trials(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":

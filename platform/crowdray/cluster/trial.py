@@ -17,13 +17,14 @@ from crowdray.cluster.runtime import Device, Resources
 from crowdray.cluster.train import run_training
 from crowdray.config import from_json
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError, UserError
 from crowdray.evaluation.study import Leg
 from crowdray.training.checkpoint import Row
 from crowdray.training.loop import Training
 from crowdray.training.prefix import Chain
 from crowdray.training.running import DivergedError
 from crowdray.training.sharing import Sharing, Shelf
+from crowdray.training.store import StateId
 from crowdray.training.world import World, pick_device
 
 
@@ -59,6 +60,8 @@ def run_trial(task: TrialTask, told: Mapping[str, Any]) -> None:
             _train_here(task, told)
         else:
             _train_group(task, told)
+    except SettingsError as error:
+        tune.report({"failed": str(error)})
     except UserError as error:
         tune.report({"mistake": str(error)})
     except Exception as error:
@@ -96,13 +99,17 @@ def _train_group(task: TrialTask, told: Mapping[str, Any]) -> None:
     config = from_json(told["config"], "the trial")
     run = Run(config, task.data, task.digest, task.workers, task.storage, told["name"])
     account = Account(told["chains"], task.workers)
+    last, found = told["chains"][-1], task.shelf.open().find(told["chains"])
     seen: list[Row] = []
 
     def follow(history: Sequence[Row]) -> None:
+        done = sum(row["stage"] == last.stage for row in history)
+        whole = not seen and found == StateId(last.key, last.stage, done)  # and nothing was left to train
         if not seen:
-            account.begin(history[:-1])
+            account.begin(history if whole else history[:-1])
         seen[:] = history
-        tune.report(account.after_epoch(history))
+        if not whole:
+            tune.report(account.after_epoch(history))
 
     run_training(run, task.resources, device=task.device, follow=follow, shelf=task.shelf, scored=False)
     tune.report(account.at_end(seen))

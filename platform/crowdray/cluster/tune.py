@@ -29,6 +29,7 @@ from crowdray.leases import LEASE_S, Keeper, Lease, take
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.checkpoint import Row
+from crowdray.training.loop import split_rows
 from crowdray.training.prefix import numerics_of
 from crowdray.training.sharing import Shelf
 
@@ -84,6 +85,7 @@ def tune(
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give at least 1")
     dataset = Dataset.open(study.data)
+    split_rows(study.config, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
     study.claim()
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
     shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
@@ -94,7 +96,7 @@ def tune(
     ):
         tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
         tracker.log_dataset(dataset.index.name, study.data, study.digest)
-        book = Book(
+        kept = Book(
             study,
             study.optuna_study(),
             display.show,
@@ -104,7 +106,7 @@ def tune(
             tags=tags,
         )
         # Ray frees the workers of a stopped trial's own group through its dashboard.
-        with connect(dashboard=study.workers > 1) as resources:
+        with kept as book, connect(dashboard=study.workers > 1) as resources:
             places, use_gpu = places_of(study, resources, concurrent, device)
             search = _search_of(study, book, shelf, keeper, driver, places=places, trials=trials, use_gpu=use_gpu)
             display.status(f"searching: {places} trials at once, {trials} in all")
@@ -138,6 +140,8 @@ def places_of(study: Study, resources: Resources, concurrent: int | None, device
     use_gpu = choose_gpu(resources, study.workers, device)
     threads = study.config.numerics.threads
     fit = sum(cpus // threads for cpus in resources.nodes or (resources.cpus,)) // study.workers
+    if resources.growing:
+        fit = max(fit, resources.cpus // (threads * study.workers))
     if fit == 0:
         there = " and ".join(str(cpus) for cpus in resources.nodes or (resources.cpus,))
         raise UserError(

@@ -72,6 +72,8 @@ class TrialRecord:
     """Its stages in order, as far as it came."""
     reason: str = ""
     """Why it failed."""
+    ended: float | None = None
+    """When it ended, in seconds since 1970."""
 
     @property
     def spent(self) -> float:
@@ -102,6 +104,10 @@ class StudyRecord:
         """The complete trial of the lowest validation MAE, the first of equals; None before there is one."""
         complete = [trial for trial in self.trials if trial.state == "complete" and trial.scored]
         return min(complete, key=lambda trial: (trial.mae, trial.number), default=None)
+
+    def by_end(self) -> list[TrialRecord]:
+        """The trials in the order in which they ended, those under way last: what they spent adds up over time."""
+        return sorted(self.trials, key=lambda trial: (math.inf if trial.ended is None else trial.ended, trial.number))
 
     def fields(self) -> list[str]:
         """Dotted names of the searched fields, in the order of their first appearance."""

@@ -54,15 +54,15 @@ def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     over_trials, over_time = figure.subplots(1, 2, sharey=True)
     scale = MaeScale(study.trials)
     divisor, unit = time_unit(study.spent + study.saved)
-    numbers = [float(trial.number) for trial in study.trials]
-    paid = list(accumulate(trial.spent / divisor for trial in study.trials))
-    alone = list(accumulate((trial.spent + trial.saved) / divisor for trial in study.trials))
-    for axes, places in ((over_trials, numbers), (over_time, paid)):
-        scatter(axes, study.trials, places, scale)
-        _draw_best_so_far(axes, study.trials, places, color=canvas.INK, linewidth=1.3, zorder=4)
+    numbers, ended = [float(trial.number) for trial in study.trials], study.by_end()
+    paid = list(accumulate(trial.spent / divisor for trial in ended))
+    alone = list(accumulate((trial.spent + trial.saved) / divisor for trial in ended))
+    for axes, trials, places in ((over_trials, study.trials, numbers), (over_time, ended, paid)):
+        scatter(axes, trials, places, scale)
+        _draw_best_so_far(axes, trials, places, color=canvas.INK, linewidth=1.3, zorder=4)
         axes.axhspan(scale.edge, scale.top, color=canvas.PAPER, alpha=0.4, linewidth=0, zorder=0)
     if study.saved > 0:
-        _draw_best_so_far(over_time, study.trials, alone, color=canvas.FAINT, linewidth=1.1, linestyle="--", zorder=3)
+        _draw_best_so_far(over_time, ended, alone, color=canvas.FAINT, linewidth=1.1, linestyle="--", zorder=3)
     over_trials.set(xlabel="trial", ylabel=MAE, ylim=(scale.bottom, scale.top))
     over_trials.set_xlim(min(numbers) - 0.02 * len(numbers) - 0.5, max(numbers) + 0.02 * len(numbers) + 0.5)
     over_trials.xaxis.set_major_locator(MaxNLocator(integer=True) if len(numbers) > 8 else FixedLocator(numbers))

@@ -18,7 +18,7 @@ from crowdray.data.resident import keep_on
 from crowdray.data.sampling import WindowRule, split_validation
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import REACH
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError, SettingsError, UserError
 from crowdray.evaluation.counting import count_pictures
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.models.build import backbone_of, build_counter
@@ -226,7 +226,7 @@ def _check_share(config: Config, images: int, workers: int) -> None:
     """Every worker has at least one window of each batch, and one for each part in which it takes its share."""
     batch, parts = min(config.sampling.batch, images * config.sampling.crops_per_image), config.optimizer.accumulate
     if batch < workers * parts:
-        raise UserError(
+        raise SettingsError(
             f"a batch has {batch} windows, too few for {workers} workers in {parts} parts each: give another "
             "--workers, --sampling.batch or --optimizer.accumulate"
         )

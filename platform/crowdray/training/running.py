@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crowdray.data.batch import Batch
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError
 from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
@@ -244,8 +244,8 @@ class RunningStage:
         return torch.stack([losses[task] for task in self.stage.tasks]) * share
 
     def _too_large(self, batch: Batch, taken: int) -> NoReturn:
-        """Find out how many windows of a batch, taken in so many parts, fit into memory; raise an error that says
-        it."""
+        """Find out how many windows of a batch, taken in so many parts, fit into memory; raise a SettingsError
+        that says it."""
         training, here = self.training, len(batch.rows)
         height, width = batch.size
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,7 +256,7 @@ class RunningStage:
                 break
         parts = -(-here // fits) if fits else 0
         mend = f"{fits} at a time do: give --optimizer.accumulate {parts}" if fits else "not even one does"
-        raise UserError(
+        raise SettingsError(
             f"{self.stage.name} stage: {failed} windows of {height}x{width} pixels do not fit into the memory of "
             f"{training.device}, {mend}, or smaller ones: --sampling.crop {training.config.sampling.crop} and "
             f"--sampling.context {training.config.sampling.context} now"

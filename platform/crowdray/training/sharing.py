@@ -74,12 +74,23 @@ class Sharing:
         return own
 
     def restore(self) -> Checkpoint | None:
-        """The longest stored beginning, the same on all ranks; None when the training has to start anew."""
+        """The longest stored beginning, the same on all ranks; None when the training has to start anew.
+
+        Raises UserError where some ranks do not find what others do.
+        """
+        missed = set()
         while (found := self._world.gather([self._store.find(self.chains)])[0]) is not None:
             checkpoint = self._store.load(found)
-            if all(self._world.gather([checkpoint is not None])):
+            loaded = self._world.gather([checkpoint is not None])
+            if all(loaded):
                 return checkpoint
             # It was evicted meanwhile, or damaged and therefore removed: the next longest, then.
+            if any(loaded) and found in missed:
+                raise UserError(
+                    f"the stage store {self._shelf.uri} is not the same folder for all workers; give --store one that "
+                    "all nodes share, or a URI such as s3://bucket/stages"
+                )
+            missed.add(found)
         return None
 
     @contextmanager
