@@ -15,7 +15,7 @@ from crowdray.data.shards import Dataset, write_index, write_shard
 
 HEIGHT, WIDTH = 64, 96
 
-torch.set_num_threads(1)  # two files of tests share the cores, and threads that wait for each other would spin
+torch.set_num_threads(1)  # files of tests share the cores, and threads that wait for each other would spin
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: the two who share the work then end at about the same time."""
+    """The long ones first: those who share the work then end at about the same time."""
     items.sort(key=lambda item: "end_to_end" not in item.path.parts)
 
 

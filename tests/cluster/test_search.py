@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from crowdray.cluster.book import Book
@@ -303,17 +304,30 @@ def test_a_mistake_of_the_user_ends_the_search_and_its_trial_is_not_lost(tmp_pat
     cluster.start()
     search.heard("ray-0", {"mistake": "no space left"})
     search.on_trial_complete("ray-0", {"mistake": "no space left"})
-    assert search.mistake == "no space left"
+    assert search.mistake and search.mistake.startswith("no space left. The same command goes on")
     assert search.heard("ray-7", {})  # whatever else runs stops, and goes on at the next start
     assert str(search.suggest("ray-1")) == "FINISHED"
     assert TrialState.RUNNING in {trial.state for trial in study.optuna_study().trials}
 
 
+def test_settings_that_no_trial_can_have_end_the_search(tmp_path: Path, keeper: Keeper) -> None:
+    """What it starts from does not fit: nor would the others."""
+    report, study = {"failed": "too large", "settings": True}, study_in(tmp_path)
+    search = search_of(study, keeper, trials=3)
+    cluster = cluster_of(study, search)
+    while search.mistake is None:
+        assert cluster.start()
+        search.heard(f"ray-{len(cluster.order) - 1}", report)
+        search.on_trial_complete(f"ray-{len(cluster.order) - 1}", report)
+    assert search.mistake.startswith("too large. No trial has ended")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), StorageInternalError("No space left")])
 def test_an_end_that_cannot_be_written_down_ends_the_search_and_no_trial(
-    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     study = study_in(tmp_path, prune=False)
     search = search_of(study, keeper, trials=3)
@@ -324,6 +338,10 @@ def test_an_end_that_cannot_be_written_down_ends_the_search_and_no_trial(
         assert search.heard("ray-0", next(cluster.running["ray-0"]))
         search.on_trial_complete("ray-0", {"finished": True})
     assert search.mistake and "No space left" in search.mistake
+    again = search_of(study, keeper, trials=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(StageStore, "find", full)
+        assert str(again.suggest("ray-0")) == "FINISHED" and again.mistake
     cluster_of(study, search_of(study, keeper, trials=3)).run()
     assert [trial.state for trial in drawn_trials(study.optuna_study())] == [TrialState.COMPLETE] * 3
 

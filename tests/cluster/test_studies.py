@@ -4,13 +4,15 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from crowdray.cluster.book import Book
 from crowdray.cluster.runtime import Resources
-from crowdray.cluster.studies import SearchOptions, plan_study
+from crowdray.cluster.studies import SearchOptions, Study, plan_study
 from crowdray.cluster.study_display import StudyDisplay
 from crowdray.cluster.trial import Account, TrialTask, run_trial
 from crowdray.cluster.tune import places_of, tune
@@ -36,8 +38,9 @@ CHAINS = (Chain("b", "baseline", 2), Chain("d", "decoders", 1), Chain("j", "join
         (Resources(8, 0, True, nodes=(8,)), 2, 1, 3, 3),
         (Resources(8, 0, False, nodes=(2, 2, 2, 2)), 1, 2, None, 4),
         (Resources(8, 4, True, nodes=(8,)), 2, 1, None, 2),
-        (Resources(64, 0, False, growing=True, nodes=(4,)), 2, 1, None, 32),
-        (Resources(64, 0, False, growing=True, nodes=(0,)), 1, 4, None, 16),
+        (Resources(64, 0, False, nodes=(4,), further=(4,) * 16), 2, 1, None, 32),
+        (Resources(64, 0, False, nodes=(0,), further=(8,) * 8), 1, 5, None, 8),
+        (Resources(12, 0, False, nodes=(8, 2), further=(2,) * 2), 1, 4, None, 2),
     ],
 )
 def test_as_many_trials_run_as_fit(
@@ -53,6 +56,9 @@ def test_a_trial_that_fits_on_no_node_is_refused_in_words(tmp_path: Path) -> Non
     config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=3))
     with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2.*--numerics.threads"):
         places_of(dataclasses.replace(study, config=config), Resources(4, 0, False, nodes=(2, 2)), None, "auto")
+    growing = Resources(16, 0, False, nodes=(0,), further=(2, 2, 2))
+    with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2 and 2: "):
+        places_of(dataclasses.replace(study, config=config), growing, None, "auto")
 
 
 def test_a_study_is_judged_by_a_joint_stage(discs: Dataset) -> None:
@@ -131,12 +137,37 @@ def test_half_a_line_of_a_journal_costs_that_line(tmp_path: Path) -> None:
     assert len(study.optuna_study().trials) == 2
 
 
-def test_what_no_trial_could_do_is_said_before_the_study_begins(discs: Dataset, tmp_path: Path) -> None:
+def test_half_a_line_that_a_full_disk_leaves_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the study goes on in the same process, once there is space."""
+
+    def half(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        with (tmp_path / "study" / "journal.log").open("ab") as journal:
+            journal.write(b'{"op_code": 4, "wor')
+        raise OSError(28, "No space left on device")
+
+    study = study_in(tmp_path)
+    record = study.optuna_study()
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(JournalFileBackend, "append_logs", half)
+        record.enqueue_trial({"a": 1})
+    record.enqueue_trial({"a": 2})
+    record.enqueue_trial({"a": 3})
+    assert len(study.optuna_study().trials) == 2
+
+
+def test_what_no_trial_could_do_is_said_before_the_study_begins(
+    discs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = study_in(tmp_path, workers=99, data=discs.uri, digest=discs.digest)
     shelf = Shelf(str(tmp_path / "stages"), 2**30)
     with StudyDisplay(Console()) as display, pytest.raises(UserError, match="too few for 99 workers"):
         tune(study, display, trials=1, concurrent=None, tracking_uri=None, shelf=shelf)
     assert not (tmp_path / "study").exists()
+    space = load_space(None, ["sampling.batch=[128, 256]"], study.config)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="so far"):
+        patched.setattr(Study, "claim", Mock(side_effect=RuntimeError("so far")))
+        wide = dataclasses.replace(study, workers=16, space=space)
+        tune(wide, display, trials=1, concurrent=None, tracking_uri=None, shelf=shelf)
 
 
 @pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
@@ -171,7 +202,7 @@ def test_settings_that_cannot_be_trained_cost_their_trial_alone(
     monkeypatch.setattr("crowdray.cluster.trial._train_here", refuse)
     monkeypatch.setattr("ray.tune.report", reports.append)
     run_trial(SimpleNamespace(workers=1), {})  # type: ignore[arg-type]
-    assert reports == [{key: str(error)}]
+    assert reports == [{key: str(error)} | ({"settings": True} if key == "failed" else {})]
 
 
 def row(epoch: int, stage: str) -> dict[str, Any]:

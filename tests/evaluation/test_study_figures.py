@@ -240,7 +240,17 @@ def test_importances_need_complete_trials_that_differ() -> None:
     few = StudyRecord("few", known.trials[: FEWEST - 1])
     pruned = StudyRecord("pruned", tuple(replace(trial, state="pruned") for trial in known.trials))
     same = StudyRecord("same", tuple(replace(trial, values={"seed": 1}) for trial in known.trials))
-    for study in (few, pruned, same, of_function(lambda depth, count, epochs: 2.0), StudyRecord("new", ())):
+    dropped = StudyRecord("dropped", tuple(replace(trial, values={"loss.depth": 0.0}) for trial in known.trials))
+    nearly = StudyRecord("nearly", tuple(replace(t, mae=2 + 1e-9 * (t.number == 0)) for t in known.trials))
+    for study in (
+        few,
+        pruned,
+        same,
+        dropped,
+        nearly,
+        of_function(lambda depth, count, epochs: 2.0),
+        StudyRecord("new", ()),
+    ):
         assert importances(study) == {}
     assert importances(StudyRecord("enough", known.trials[:FEWEST]))
 

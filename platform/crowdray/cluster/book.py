@@ -55,7 +55,7 @@ class Book:
 
     def __exit__(self, *_: object) -> None:
         """End the MLflow runs of trials that are still under way: whoever takes them up opens them again."""
-        for running in self._running.values():
+        for running in list(self._running.values()):  # a thread of Tune's may still write in it
             if running.tracker:
                 running.tracker.finish("KILLED")
 

@@ -38,15 +38,15 @@ class Resources:
     """What a cluster has, all nodes together."""
 
     cpus: int
-    """CPUs that workers can reserve."""
+    """CPUs that workers can reserve, once an autoscaler has added all the nodes that it may."""
     gpus: int
     """GPUs likewise."""
     local: bool
     """Whether it is this machine alone, started by us."""
-    growing: bool = False
-    """Whether an autoscaler can add nodes; then the numbers are those of the largest cluster it may build."""
     nodes: tuple[int, ...] = ()
     """CPUs of each node that is there."""
+    further: tuple[int, ...] = ()
+    """CPUs of each node that an autoscaler may have at once, those that are there among them."""
 
 
 @contextmanager
@@ -165,4 +165,11 @@ def _resources(local: bool) -> Resources:
         total |= {name: max(total.get(name, 0), value) for name, value in most.items()}
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = tuple(int(node.get("CPU", 0)) for node in alive)
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), local, bool(most), nodes)
+    groups = state.get_cluster_config().node_group_configs if most else ()
+    further = [int(group.resources["CPU"]) for group in groups for _ in range(_count(group.max_count))]
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), local, nodes, tuple(further))
+
+
+def _count(most: int) -> int:
+    """Nodes that a group may have; Ray says -1 for a group without a bound."""
+    return most if most >= 0 else 1000

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
@@ -36,6 +37,8 @@ FIRST_RUNG = 1 / 8
 REFERENCE = "reference"
 """Mark of the trials that others are compared with: they are never stopped."""
 
+
+GOES_ON = ". The same command goes on with the trials that were under way"
 
 FINISHED = Searcher.FINISHED
 """What Tune takes for the end of a search."""
@@ -124,10 +127,13 @@ class StageTreeSearch(OptunaSearch):
         """The next trial to start; None while all that are drawn have to wait, and the end when all are told."""
         if self._driver is not None and self._driver.ended:
             self.mistake = "this driver was suspended so long that another one may have taken the study; start it again"
-        if self.mistake is not None:
-            return cast(None, FINISHED)
-        if len(self._live) >= self._places:
-            return None
+        suggested = None
+        with self._mistakes_noted():
+            if self.mistake is None and len(self._live) < self._places:
+                suggested = self._suggest(trial_id)
+        return suggested if self.mistake is None else cast(None, FINISHED)
+
+    def _suggest(self, trial_id: str) -> dict[str, Any] | None:
         self._adopt()
         self._draw(self._blind)
         chosen = self._choose()
@@ -150,7 +156,13 @@ class StageTreeSearch(OptunaSearch):
     def heard(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Take in a trial's report; says whether the trial is to stop here."""
         if "mistake" in report:
-            self.mistake = str(report["mistake"])
+            self.mistake = str(report["mistake"]) + GOES_ON
+        if (
+            "settings" in report
+            and self._is_reference(self._live[trial_id].number)
+            and self._book.record.best() is None
+        ):
+            self.mistake = f"{report['failed']}. No trial has ended, and this one is what the search starts from"
         poor = False
         with self._mistakes_noted():
             if self.mistake is None and "rows" in report:
@@ -166,8 +178,8 @@ class StageTreeSearch(OptunaSearch):
         """Tune would repeat a trial whose end could not be written down, or end with a traceback."""
         try:
             yield
-        except (UserError, OSError) as error:
-            self.mistake = str(error)
+        except (UserError, OSError, StorageInternalError) as error:
+            self.mistake = f"{error}{GOES_ON}"
 
     def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
         """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.
@@ -181,7 +193,10 @@ class StageTreeSearch(OptunaSearch):
                 trial.report(float(mae), epoch)
                 judged = self._pruner.prune(self._record, self._frozen(candidate.number))
                 poor = poor or (judged and epoch < candidate.chains[-1].epochs)
-        return poor and not report.get("finished") and REFERENCE not in self._frozen(candidate.number).user_attrs
+        return poor and not report.get("finished") and not self._is_reference(candidate.number)
+
+    def _is_reference(self, number: int) -> bool:
+        return REFERENCE in self._frozen(number).user_attrs
 
     def unbegun(self, trial_id: str) -> bool:
         """Whether a trial whose process died before it began is to be suggested again: Tune starts anew only what
@@ -210,8 +225,8 @@ class StageTreeSearch(OptunaSearch):
     def _complete(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         candidate = self._live[trial_id]
         self._release(trial_id)
-        if self.mistake is not None and not result.get("finished"):
-            del self._live[trial_id]
+        if self.mistake is not None:
+            del self._live[trial_id]  # at the next start it is taken up again
             return
         state, reason = self._end_of(trial_id, result, error)
         record = self._book.ended(candidate.number, state, reason)

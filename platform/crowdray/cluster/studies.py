@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from crowdray import storage
 from crowdray.cluster.runs import Run, check_name, claim_file, default_name
@@ -133,7 +133,6 @@ class Study:
 
     def _optuna_storage(self) -> "optuna.storages.BaseStorage":
         from optuna.storages import JournalStorage, RDBStorage
-        from optuna.storages.journal import JournalFileBackend
         from sqlalchemy.exc import SQLAlchemyError
 
         if self.database is not None:
@@ -153,12 +152,28 @@ class Study:
         journal = Path(self.uri) / "journal.log"
         journal.parent.mkdir(parents=True, exist_ok=True)
         _cut_half_line(journal)
-        return JournalStorage(JournalFileBackend(str(journal)))
+        return JournalStorage(_journal_at(journal))
+
+
+def _journal_at(place: Path) -> "optuna.storages.journal.BaseJournalBackend":
+    """Optuna's journal in a file, without what a full disk leaves of a line: it would write on behind that, and read
+    neither line again."""
+    from optuna.storages.journal import JournalFileBackend
+
+    class Whole(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            before = place.stat().st_size
+            try:
+                super().append_logs(logs)
+            except OSError:
+                os.truncate(place, before)
+                raise
+
+    return Whole(str(place))
 
 
 def _cut_half_line(journal: Path) -> None:
-    """Take from a journal what a full disk or a power cut left of its last line: Optuna would write on behind it, and
-    read neither line again."""
+    """Take from a journal what a power cut left of its last line, likewise."""
     if journal.exists() and (written := journal.read_bytes()) and not written.endswith(b"\n"):
         os.truncate(journal, written.rfind(b"\n") + 1)
 

@@ -61,7 +61,7 @@ def run_trial(task: TrialTask, told: Mapping[str, Any]) -> None:
         else:
             _train_group(task, told)
     except SettingsError as error:
-        tune.report({"failed": str(error)})
+        tune.report({"failed": str(error), "settings": True})
     except UserError as error:
         tune.report({"mistake": str(error)})
     except Exception as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,9 @@ def tune(
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give at least 1")
     dataset = Dataset.open(study.data)
-    split_rows(study.config, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
+    nearest = {name: item.nearest(attrgetter(name)(study.config)) for name, item in study.space.dimensions.items()}
+    first = study.space.configure(study.config, nearest)
+    split_rows(first, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
     study.claim()
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
     shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
@@ -107,7 +110,7 @@ def tune(
         )
         # Ray frees the workers of a stopped trial's own group through its dashboard.
         with kept as book, connect(dashboard=study.workers > 1) as resources:
-            places, use_gpu = places_of(study, resources, concurrent, device)
+            places, use_gpu = places_of(study, resources, min(concurrent or trials, trials), device)
             search = _search_of(study, book, shelf, keeper, driver, places=places, trials=trials, use_gpu=use_gpu)
             display.status(f"searching: {places} trials at once, {trials} in all")
             _run_trials(study, search, _task_of(study, shelf, resources, device, use_gpu))
@@ -139,11 +142,10 @@ def places_of(study: Study, resources: Resources, concurrent: int | None, device
     """
     use_gpu = choose_gpu(resources, study.workers, device)
     threads = study.config.numerics.threads
-    fit = sum(cpus // threads for cpus in resources.nodes or (resources.cpus,)) // study.workers
-    if resources.growing:
-        fit = max(fit, resources.cpus // (threads * study.workers))
+    nodes = resources.nodes or (resources.cpus,)
+    fit = max(sum(cpus // threads for cpus in those) for those in (nodes, resources.further)) // study.workers
     if fit == 0:
-        there = " and ".join(str(cpus) for cpus in resources.nodes or (resources.cpus,))
+        there = " and ".join(str(cpus) for cpus in max(nodes, resources.further, key=sum))
         raise UserError(
             f"a trial needs {study.workers} times {threads} CPUs, each {threads} on one node, and the nodes have "
             f"{there}: lower --workers or --numerics.threads"
@@ -217,7 +219,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
         while waiting.is_alive():
             waiting.join(timeout=0.5)
     if search.mistake is not None:
-        raise UserError(f"{search.mistake}. The same command goes on with the trials that were under way")
+        raise UserError(search.mistake)
     if errors:
         raise errors[0]
 

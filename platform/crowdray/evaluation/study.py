@@ -180,7 +180,10 @@ def importances(study: StudyRecord) -> dict[str, float]:
         places = {name: of[number] for name, (of, _) in axes.items()}
         ranges = {name: distribution for name, (_, distribution) in axes.items()}
         search.add_trial(optuna.trial.create_trial(value=trial.mae, params=places, distributions=ranges))
-    shares = FanovaImportanceEvaluator(seed=0).evaluate(search)
+    try:
+        shares = FanovaImportanceEvaluator(seed=0).evaluate(search)
+    except RuntimeError:  # to the forest, all MAEs are equal
+        return {}
     total = sum(shares.values())
     if not total > 0:
         return {}
@@ -211,6 +214,8 @@ def _axis(name: str, values: Sequence[Value | None]) -> tuple[list[Any], BaseDis
     low, high = min(inside), max(inside)
     room = (high - low) or 1.0
     places = [low - room if value in outside else scale(value) for value in values]
+    if len(set(places)) == 1:
+        return places, FloatDistribution(places[0], places[0])
     if any(value in outside for value in values):  # trees split half-way to it, at low - room / 2
         low -= 2 * room
     elif all(isinstance(value, int) for value in held):
