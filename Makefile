@@ -46,17 +46,15 @@ clean: ## remove .venv, caches and the demo's data; trained runs and models stay
 data/demo/index.json: | .venv/.run
 	$(BIN)/python jobs/convert.py synthetic --dest data/demo
 
-# Training needs no development tools, so it does not wait for them. Of the 18,000 modules installed some
-# 3,000 are ever imported: --no-compile leaves the others alone, and importing the big libraries once compiles
-# theirs before several workers ask for them at the same time, even where bytecode is switched off.
+# Training needs no development tools, so it does not wait for them. Compiled on all cores rather than by pip on one;
+# else a dozen processes of Ray's would each compile some 2,000 modules at each start where bytecode is switched off.
 .venv/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crowdray needs Python 3.11 or newer, " \
 		"$(PYTHON) is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv, once: this takes a minute or two"
 	$(PIP) --editable .
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -c 'import matplotlib.pyplot, mlflow.pytorch, \
-		ray.train.torch, s3fs, scipy.ndimage, torch.export, tyro'
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -m compileall -qq -j 0 -x /tests/ .venv/lib || true # some are templates
 	touch $@
 
 .venv/.dev: .venv/.run

@@ -155,16 +155,12 @@ class StageTreeSearch(OptunaSearch):
 
     def heard(self, trial_id: str, report: Mapping[str, Any]) -> bool:
         """Take in a trial's report; says whether the trial is to stop here."""
-        if "mistake" in report:
-            self.mistake = str(report["mistake"]) + GOES_ON
-        if (
-            "settings" in report
-            and self._is_reference(self._live[trial_id].number)
-            and self._book.record.best() is None
-        ):
-            self.mistake = f"{report['failed']}. No trial has ended, and this one is what the search starts from"
         poor = False
         with self._mistakes_noted():
+            if "mistake" in report:
+                raise UserError(report["mistake"])
+            if self.mistake is None and "settings" in report:
+                self._judge_settings(trial_id, report["failed"])
             if self.mistake is None and "rows" in report:
                 candidate, trial = self._live[trial_id], self._ot_trials[trial_id]
                 trial.set_user_attr(RECORD, self._book.heard(candidate.number, report))
@@ -172,6 +168,11 @@ class StageTreeSearch(OptunaSearch):
                     self._release(trial_id, before=str(report["rows"][-1]["stage"]))
                 poor = self._prunes and self._is_poor(candidate, trial, report)
         return poor or self.mistake is not None  # after one all stop, and go on when the study is started again
+
+    def _judge_settings(self, trial_id: str, reason: str) -> None:
+        """End the search where what it starts from cannot be trained: neither could the others."""
+        if self._book.record.best() is None and self._is_reference(self._live[trial_id].number):
+            self.mistake = f"{reason}. No trial has ended yet, and this one is what the search starts from"
 
     @contextmanager
     def _mistakes_noted(self) -> Iterator[None]:
