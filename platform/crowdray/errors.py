@@ -7,7 +7,7 @@ class UserError(ValueError):
 
 
 class SettingsError(UserError):
-    """Settings that cannot be trained as they are; of a search they cost the trial that drew them, and no other."""
+    """Settings that cannot be trained as they are; of a search they cost the trial that drew them."""
 
 
 class DataError(UserError):

@@ -195,6 +195,10 @@ class Space:
         config: Config = _with(base, {name: values[name] for name in self.dimensions})
         return config
 
+    def nearest(self, config: Config) -> dict[str, Any]:
+        """The point nearest to a configuration: values by dotted field name."""
+        return {name: item.nearest(attrgetter(name)(config)) for name, item in self.dimensions.items()}
+
     def parameters(self, config: Config) -> dict[str, Any]:
         """Optuna's parameters under which `suggest` gives this configuration's values; what one enqueues.
 
@@ -267,9 +271,7 @@ def first_points(space: Space, base: Config) -> list[dict[str, Any]]:
     """
     points: list[dict[str, Any]] = []
     for weights in ({name: attrgetter(name)(base) for name in PAPER}, PAPER, dict.fromkeys(PAPER, 0.0)):
-        wanted = _with(base, weights)
-        values = {name: item.nearest(attrgetter(name)(wanted)) for name, item in space.dimensions.items()}
-        config = space.configure(base, values)
+        config = space.configure(base, space.nearest(_with(base, weights)))
         if all(attrgetter(name)(config) == weight for name, weight in weights.items()):
             points.append(space.parameters(config))
     return [point for place, point in enumerate(points) if point not in points[:place]]

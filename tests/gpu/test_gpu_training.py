@@ -24,14 +24,12 @@ GPU = torch.device("cuda", 0)
 JOINT = -1
 
 
-def settings(
-    backbone: str, precision: str = "fp32", compiled: str = "no", context: int = 32, **optimizer: float
-) -> Config:
+def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **optimizer: float) -> Config:
     """Small windows, plain gradient descent, so that a difference of the gradient is one of the weights."""
     base = preset("debug")
     return replace(
         base,
-        sampling=replace(base.sampling, crop=32, context=context),
+        sampling=replace(base.sampling, crop=32, context=32),
         model=ModelConfig(backbone, "pooled"),
         optimizer=OptimizerConfig(name="sgd", warmup=0, **optimizer),  # type: ignore[arg-type]
         numerics=NumericsConfig(precision=precision, compile=compiled),  # type: ignore[arg-type]

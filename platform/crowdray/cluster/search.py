@@ -37,8 +37,8 @@ FIRST_RUNG = 1 / 8
 REFERENCE = "reference"
 """Mark of the trials that others are compared with: they are never stopped."""
 
-
 GOES_ON = ". The same command goes on with the trials that were under way"
+"""What a message ends with after which nothing is lost."""
 
 FINISHED = Searcher.FINISHED
 """What Tune takes for the end of a search."""
@@ -179,8 +179,12 @@ class StageTreeSearch(OptunaSearch):
         """Tune would repeat a trial whose end could not be written down, or end with a traceback."""
         try:
             yield
-        except (UserError, OSError, StorageInternalError) as error:
+        except UserError as error:
             self.mistake = f"{error}{GOES_ON}"
+        except (OSError, StorageInternalError) as error:
+            place = "--database" if self._study.database else self._study.uri  # a URL may hold a password
+            mend = "free space there, or bring the database back"
+            self.mistake = f"the trials' record in {place} cannot be kept ({error}); {mend}{GOES_ON}"
 
     def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
         """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.

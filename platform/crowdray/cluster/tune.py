@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,8 +85,7 @@ def tune(
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give at least 1")
     dataset = Dataset.open(study.data)
-    nearest = {name: item.nearest(attrgetter(name)(study.config)) for name, item in study.space.dimensions.items()}
-    first = study.space.configure(study.config, nearest)
+    first = study.space.configure(study.config, study.space.nearest(study.config))
     split_rows(first, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
     study.claim()
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
