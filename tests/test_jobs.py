@@ -25,10 +25,10 @@ from crowdray.cluster.convert import convert
 from crowdray.cluster.fitting import fitted
 from crowdray.cluster.listener import is_loss
 from crowdray.cluster.progress import TrainingDisplay
-from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, plan, workers_of
+from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, open_as_begun, plan, workers_of
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained, run_training
-from crowdray.cluster.worker import check_shared, upload
+from crowdray.cluster.worker import upload
 from crowdray.config import Config, ConfigError, to_json
 from crowdray.data.sources import SOURCES, open_source
 from crowdray.errors import UserError
@@ -78,6 +78,22 @@ def test_all_problems_of_a_command_are_told_at_once() -> None:
     for part in ("loss.depth", "'much'", "stages.joint.epochs", "'few'", "seed is -3", "'adam'", "is it --loss.count?"):
         assert part in told
     assert len(caught.value.problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "option"),
+    [
+        ("tune", ["--preset", "debug", "--data", "d", "--trials", "2", "--vary", "a=[1]", "--vary=b=[2]"], "--vary"),
+        ("train", ["--preset", "debug", "--data", "d", "--preset", "demo"], "--preset"),
+        ("train", ["--preset", "debug", "--data", "d", "--loss.depth_", "1", "--loss.depth-=2"], "--loss.depth-"),
+        ("convert", ["csv", "--source", "x", "--dest", "y", "--label", "a", "--label", "b"], "--label"),
+    ],
+)
+def test_an_option_that_is_given_twice_is_refused_and_none_of_its_values_dropped(
+    name: str, arguments: list[str], option: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{option} is given twice; give it once, with all its values"):
+        job(name)(arguments)
 
 
 def test_a_mistake_is_one_message_and_status_2(tmp_path: Path) -> None:
@@ -325,11 +341,13 @@ def test_a_checkpoint_that_is_not_written_is_a_loss_or_the_users_to_mend(
     assert not list(Path(run.uri).glob("*checkpoint*"))
 
 
-def test_a_node_that_does_not_see_the_runs_folder_says_so(run: Run) -> None:
+def test_a_node_that_sees_another_folder_or_dataset_says_so(run: Run) -> None:
     with pytest.raises(UserError, match=rf"{run.uri} on this node is not the folder.*all nodes share"):
-        check_shared(run.uri)
+        open_as_begun(run.data, run.digest, run.identity)
     run.claim()
-    check_shared(run.uri)
+    assert open_as_begun(run.data, run.digest, run.identity).digest == run.digest
+    with pytest.raises(UserError, match=rf"{run.data} on this node is {run.digest[:12]}, .* with eeeeeeeeeeee; "):
+        open_as_begun(run.data, "e" * 64, run.identity)
 
 
 def test_overrides_change_the_preset() -> None:

@@ -263,6 +263,8 @@ def test_equal_spaces_are_equal_however_they_are_written() -> None:
 MISTAKES = [
     ("los.depth=[0, 1]", "los.depth in --vary is no field; is it loss.depth?"),
     ("sigma=null", "sigma in --vary is no field; is it target.sigma?"),
+    ("sampling.cache_gib=[1, 2]", "sampling.cache_gib in --vary cannot vary: it changes memory and time, no result"),
+    ("sampling.gpu_cache_gib=[0, 4]", "sampling.gpu_cache_gib in --vary cannot vary: it changes memory and time"),
     ("zzz=[1, 2]", "zzz in --vary is no field; see --help"),
     ("loss.depth", "--vary 'loss.depth' has no =; write --vary 'loss.depth={\"low\": 0.06, \"high\": 6}'"),
     ("loss.depth={low: 1}", "--vary loss.depth is no JSON: Expecting property name enclosed in double quotes"),

@@ -57,6 +57,7 @@ def parse(job: type[Job], arguments: Sequence[str], prog: str, description: str 
 
     The help opens with `description`, else with the docstring of the job.
     """
+    _refuse_repeated(arguments)
     return tyro.cli(job, args=list(arguments), prog=prog, description=description)
 
 
@@ -67,6 +68,7 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], prog: str) -> Jo
     Any field of the configuration can be overridden by its dotted name: --stages.joint.epochs 20. Raises
     ConfigError with all problems of all overrides together.
     """
+    _refuse_repeated(arguments)
     chosen = next(_values("--preset", arguments), None)
     base = Config() if chosen is None else load_preset(chosen)
     if problems := list(dict.fromkeys(_override_problems(base, arguments))):
@@ -128,6 +130,13 @@ def _values(option: str, arguments: Sequence[str]) -> Iterator[str]:
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == option.replace("_", "-"):
             yield value if equals else following
+
+
+def _refuse_repeated(arguments: Sequence[str]) -> None:
+    """Raise UserError for an option that is there twice: tyro would take its last mention and drop the others."""
+    names = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
+    if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise UserError(f"{repeated[0]} is given twice; give it once, with all its values behind it")
 
 
 def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:

@@ -26,20 +26,21 @@ LENGTHS = ("stages.baseline.epochs", "stages.decoders.epochs", "stages.joint.epo
 SWITCH = ".on"
 """Ends the name of the parameter that says whether a field with `zero` is on."""
 
+_SHARING = "it decides who can share whose beginning; set it by its flag, for all trials"
+_NO_RESULT = "it changes memory and time, no result; set it by its flag, for all trials"
+
 FIXED = {
     "seed": "the best trial would be the luckiest, not the best setting; keep one seed for the study: --seed 0",
-    "numerics.precision": "it decides who can share whose beginning; set it by its flag, for all trials",
     "numerics.threads": "each trial gets as many CPUs as its flag says; set --numerics.threads, for all trials",
     "sampling.validation": "trials would be measured on different images; choose once: --sampling.validation run",
     "sampling.validation_fraction": "trials would be measured on different images; set it by its flag, for all trials",
     "sampling.downsample": "errors at different sizes cannot be compared; set it by its flag, for all trials",
+    "sampling.roi": "errors inside different regions cannot be compared; set it by its flag, for all trials",
     "model.backbone": "what one brings is not what another one trains; search each in a study of its own",
     "model.weights": "their hash belongs to one file; search each in a study of its own",
     "model.weights_sha256": "it belongs to one file; search each in a study of its own",
-    "numerics.tf32": "it decides who can share whose beginning; set it by its flag, for all trials",
-    "numerics.recompute": "it changes memory and time, no result; set it by its flag, for all trials",
-    "numerics.compile": "it decides who can share whose beginning; set it by its flag, for all trials",
-    "sampling.roi": "errors inside different regions cannot be compared; set it by its flag, for all trials",
+    **dict.fromkeys(("numerics.precision", "numerics.tf32", "numerics.compile"), _SHARING),
+    **dict.fromkeys(("numerics.recompute", "sampling.cache_gib", "sampling.gpu_cache_gib"), _NO_RESULT),
 }
 """Fields that must not vary within a study, and why."""
 

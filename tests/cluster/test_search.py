@@ -12,11 +12,13 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
+from crowdray import storage
 from crowdray.cluster.book import Book
-from crowdray.cluster.search import REFERENCE, StageTreeSearch, StudyScheduler
+from crowdray.cluster.search import PATIENCE_S, REFERENCE, StageTreeSearch, StudyScheduler
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.cluster.train import RETRIES
 from crowdray.config import StagesConfig, from_json
+from crowdray.errors import UserError
 from crowdray.leases import Keeper, Lease, take
 from crowdray.presets import preset
 from crowdray.space import default_space
@@ -308,6 +310,43 @@ def test_a_mistake_of_the_user_ends_the_search_and_its_trial_is_not_lost(tmp_pat
     assert search.heard("ray-7", {})  # whatever else runs stops, and goes on at the next start
     assert str(search.suggest("ray-1")) == "FINISHED"
     assert TrialState.RUNNING in {trial.state for trial in study.optuna_study().trials}
+
+
+def test_a_store_that_is_out_of_reach_for_a_while_is_waited_for(
+    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, now = study_in(tmp_path), [0.0]
+    search = search_of(study, keeper)
+    monkeypatch.setattr("crowdray.cluster.search.time.monotonic", lambda: now[0])
+    with monkeypatch.context() as outage:
+
+        def fail(*_: object) -> None:
+            raise UserError("cannot list s3://bucket/stages: no route") from ConnectionError()
+
+        outage.setattr(StageStore, "stored", fail)
+        assert search.suggest("ray-0") is None and search.mistake is None
+        now[0] += PATIENCE_S / 2
+        assert search.suggest("ray-0") is None and search.mistake is None
+    assert isinstance(search.suggest("ray-0"), dict)
+    now[0] += 10 * PATIENCE_S  # nothing was asked meanwhile
+    with monkeypatch.context() as outage:
+        outage.setattr(StageStore, "stored", fail)
+        assert search.suggest("ray-1") is None and search.mistake is None
+        now[0] += 1.1 * PATIENCE_S
+        assert search.suggest("ray-1") == "FINISHED" and "no route" in str(search.mistake)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_question_costs_the_store_two_listings_however_many_trials_wait(
+    tmp_path: Path, keeper: Keeper, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    search = search_of(study_in(tmp_path, sampler=sampler), keeper, places=4, trials=64)
+    listings: list[str] = []
+    find_files = storage.find_files
+    monkeypatch.setattr(storage, "find_files", lambda uri, *depth: listings.append(uri) or find_files(uri, *depth))
+    while isinstance(search.suggest(f"ray-{len(listings)}"), dict):
+        listings.clear()
+    assert len(listings) == 2
 
 
 def test_settings_that_no_trial_can_have_end_the_search(tmp_path: Path, keeper: Keeper) -> None:

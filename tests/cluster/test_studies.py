@@ -17,7 +17,7 @@ from crowdray.cluster.study_display import StudyDisplay
 from crowdray.cluster.trial import Account, TrialTask, run_trial
 from crowdray.cluster.tune import places_of, tune
 from crowdray.config import Config, NumericsConfig, StageConfig, to_json
-from crowdray.data.shards import Dataset
+from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import SettingsError, UserError
 from crowdray.presets import preset
 from crowdray.registry.tracking import NullTracker
@@ -205,6 +205,36 @@ def test_settings_that_cannot_be_trained_cost_their_trial_alone(
     assert reports == [{key: str(error)} | ({"settings": True} if key == "failed" else {})]
 
 
+@pytest.mark.parametrize(("digest", "said"), [("e" * 64, "dataset"), (None, "is not the folder")])
+def test_a_trial_that_sees_other_folders_than_the_driver_ends_the_search(
+    discs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str | None, said: str
+) -> None:
+    study = dataclasses.replace(study_in(tmp_path), data=discs.uri, digest=digest or discs.digest)
+    study = dataclasses.replace(study, config=dataclasses.replace(study.config, numerics=NumericsConfig(threads=1)))
+    if digest:
+        study.claim()
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.tune.report", reports.append)
+    shelf = Shelf(str(tmp_path / "stages"), 2**30)
+    task = TrialTask(study.data, study.digest, study.uri, study.identity, 1, Resources(2, 0, True), "cpu", False, shelf)
+    run_trial(task, {"config": to_json(study.config), "chains": CHAINS, "name": "trial"})
+    assert len(reports) == 1 and said in reports[0]["mistake"]
+
+
+def test_what_changes_nothing_is_not_searched(discs: Dataset, tmp_path: Path) -> None:
+    config = preset("debug")
+    with pytest.raises(UserError, match=r"numerics.exchange.*one worker"):
+        plan_study(config, discs.uri, "debug", SearchOptions(vary=('numerics.exchange=["fp32", "bf16"]',)))
+    plan_study(config, discs.uri, "debug", SearchOptions(vary=('numerics.exchange=["fp32", "bf16"]',), workers=2))
+    flat = str(tmp_path / "flat")
+    shards = [write_shard([discs.sample(row) for row in range(len(discs))], flat, 0)]
+    write_index(flat, shards, source="discs", depth_teacher="none")
+    assert "loss.depth" in plan_study(config, discs.uri, "debug", SearchOptions()).space.dimensions
+    assert "loss.depth" not in plan_study(config, flat, "debug", SearchOptions()).space.dimensions
+    with pytest.raises(UserError, match=r"loss.depth.*no depth"):
+        plan_study(config, flat, "debug", SearchOptions(vary=("loss.depth=[0.1, 1]",)))
+
+
 def row(epoch: int, stage: str) -> dict[str, Any]:
     errors = {"val/mae": 10.0 - epoch, "val/rmse": 20.0 - epoch} if stage == "joint" else {}
     return {"epoch": epoch, "stage": stage, "seconds": 4.0, **errors}
@@ -243,7 +273,7 @@ def test_a_trial_of_several_workers_that_was_found_whole_trained_nothing(
     monkeypatch.setattr("crowdray.cluster.trial.run_training", lambda *_, follow, **__: follow(HISTORY))
     shelf = Shelf(str(tmp_path / "stages"), 2**30)
     shelf.open().publish(CHAINS[-1], there, lambda folder: (folder / "state").touch())
-    task = TrialTask("data", "d", "runs", 2, Resources(2, 0, True), "cpu", False, shelf)
+    task = TrialTask("data", "d", "runs", "runs/study.json", 2, Resources(2, 0, True), "cpu", False, shelf)
     run_trial(task, {"config": to_json(preset("debug")), "chains": CHAINS, "name": "trial"})
     leg = reports[-1]["legs"][-1]
     assert (leg["stage"], leg["epochs"], leg["reused"], leg["saved"]) == ("joint", 2, reused, saved)
@@ -280,3 +310,18 @@ def test_what_a_lost_process_spent_counts_and_its_epochs_are_no_saving(clock: li
     (record,) = book.record.trials
     assert record.spent == 60.0 and record.saved == 0.0
     assert record.curve == {1: 6.0, 2: 5.0} and record.mae == 5.0
+
+
+def test_what_lost_processes_spent_never_falls(clock: list[float], tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    book = Book(study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+    book.started(0, {}, study.config)
+    spent = []
+    for _ in range(3):  # its states are gone each time
+        account = Account(CHAINS, workers=1)
+        account.begin([])
+        for epoch in (1, 2, 3, 4):
+            clock[0] += 10
+            book.heard(0, account.after_epoch(HISTORY[:epoch]))
+            spent.append(book.record.trials[0].spent)
+    assert spent == [10.0 * count for count in range(1, 13)]

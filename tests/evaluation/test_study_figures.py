@@ -18,7 +18,7 @@ from crowdray.errors import DataError
 from crowdray.evaluation.stage_tree import arrange, grow
 from crowdray.evaluation.stage_tree_figure import draw_stage_tree
 from crowdray.evaluation.study import FEWEST, Leg, StudyRecord, TrialRecord, importances
-from crowdray.evaluation.study_figures import draw_importance, draw_optimisation, draw_slices, time_unit
+from crowdray.evaluation.study_figures import MaeScale, draw_importance, draw_optimisation, draw_slices, time_unit
 
 STAGES = ("baseline", "decoders", "joint")
 SECONDS = {"baseline": 40.0, "decoders": 25.0, "joint": 70.0}
@@ -365,6 +365,14 @@ def test_words_beside_the_tree_never_touch(count: int, drawn: list[Figure]) -> N
     assert len(beside) >= min(count, 12) and not overlaps
     assert f"{study.factor:.2f} times as much training" in words(drawn[0])
     assert f"twice: {study.bound:.2f} times" in words(drawn[0])
+
+
+def test_trials_beside_many_that_share_the_best_error_have_their_places(study: StudyRecord) -> None:
+    maes = [9.0] * 6 + [10.0, 11.0, 12.0]
+    trials = [replace(study.trials[0], number=n, state="complete", mae=mae) for n, mae in enumerate(maes)]
+    scale = MaeScale(trials)
+    assert scale.limit == 12.0 and not scale.beyond
+    assert [scale(trial) for trial in trials] == maes
 
 
 def test_a_figure_without_importances_says_why(drawn: list[Figure]) -> None:

@@ -93,6 +93,22 @@ def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(disc
     assert shared_by(threads=7) == []
 
 
+def test_a_stage_that_is_over_keeps_no_search_waiting(discs: Dataset, tmp_path: Path) -> None:
+    shelf, config = Shelf(str(tmp_path / "stages"), 2**30), config_of(2, 1, 2)
+    sharing = Sharing(shelf, config, discs, world=World(), device=CPU, threads=1)
+    training = Training(config, discs, world=World(), device=CPU)
+    claimed: list[list[bool]] = []
+
+    def keep(row: Row, save: Callable[[Path], None]) -> None:
+        sharing.keep(training, save)
+        claimed.append([shelf.open().claimed(chain) for chain in sharing.chains])
+
+    with sharing.announced("me"):
+        training.run(keep)
+    done = [[True, True, True], [False, True, True], [False, False, True], [False, False, True], [False, False, False]]
+    assert claimed == done
+
+
 class Lost(Exception):
     """The workers are gone."""
 

@@ -92,7 +92,7 @@ class Book:
             mae=report.get("mae"),
             rmse=report.get("rmse"),
             curve=dict(record.curve) | {int(epoch): float(mae) for epoch, mae in report["curve"]},
-            legs=tuple(_with_lost(Leg(**leg), running.lost) for leg in report["legs"]),
+            legs=_with_lost([Leg(**leg) for leg in report["legs"]], running.lost),
         )
         if running.tracker:
             running.tracker.sync_history(running.rows())
@@ -141,10 +141,15 @@ class _Running:
         return tracked_rows([self.history[epoch] for epoch in sorted(self.history)])
 
 
-def _with_lost(leg: Leg, lost: Sequence[Leg]) -> Leg:
-    """A stage of a trial with what its lost processes spent on it; what they had trained was not saved by others."""
-    for before in lost:
-        if before.stage == leg.stage:
-            reused, saved = min(leg.reused, before.reused), min(leg.saved, before.saved)
-            return replace(leg, seconds=leg.seconds + before.seconds, reused=reused, saved=saved)
-    return leg
+def _with_lost(legs: Sequence[Leg], lost: Sequence[Leg]) -> tuple[Leg, ...]:
+    """A trial's stages with what its lost processes spent on them; what they had trained was not saved by others."""
+    before, told = {leg.stage: leg for leg in lost}, {leg.stage for leg in legs}
+    return (
+        *(_joined(leg, before[leg.stage]) if leg.stage in before else leg for leg in legs),
+        *(leg for leg in lost if leg.stage not in told),  # not reached again yet
+    )
+
+
+def _joined(leg: Leg, lost: Leg) -> Leg:
+    reused, saved = min(leg.reused, lost.reused), min(leg.saved, lost.saved)
+    return replace(leg, seconds=leg.seconds + lost.seconds, reused=reused, saved=saved)

@@ -79,6 +79,11 @@ class Run:
         return storage.join(self.storage, self.name)
 
     @property
+    def identity(self) -> str:
+        """File that says what the run is; it is there from the run's beginning."""
+        return storage.join(self.uri, IDENTITY)
+
+    @property
     def trained(self) -> str:
         """Folder of the finished training."""
         return storage.join(self.uri, "trained")
@@ -95,10 +100,9 @@ class Run:
 
     def batch_there(self) -> int | None:
         """The batch with which a run in this folder was begun; None where none was."""
-        place = storage.join(self.uri, IDENTITY)
-        if not storage.exists(place):
+        if not storage.exists(self.identity):
             return None
-        batch = _parse(place).get("config", {}).get("sampling", {}).get("batch")
+        batch = _parse(self.identity).get("config", {}).get("sampling", {}).get("batch")
         return batch if isinstance(batch, int) else None
 
     def claim(self) -> None:
@@ -107,14 +111,15 @@ class Run:
         Raises UserError with what differs. The number of workers may differ: a training goes on with another
         one.
         """
-        place = storage.join(self.uri, IDENTITY)
         identity: dict[str, Any] = {"config": deciding(self.config), "data": {"digest": self.digest}}
         if self.backbone:
             identity["backbone"] = self.backbone
-        if not storage.exists(place):
+        if not storage.exists(self.identity):
             storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
         data = {"uri": self.data, "digest": self.digest}
-        claim_file(place, identity, identity | {"config": asdict(self.config), "data": data, "workers": self.workers})
+        claim_file(
+            self.identity, identity, identity | {"config": asdict(self.config), "data": data, "workers": self.workers}
+        )
 
     def mend(self) -> str | None:
         """Remove what a kill cut off, and give the newest whole checkpoint if Ray's list of them was among it.
@@ -137,6 +142,26 @@ class Run:
                 load_checkpoint(folder)
                 return str(folder)
         return None
+
+
+def open_as_begun(data: str, digest: str, begun: str) -> Dataset:
+    """The dataset of a training, opened on the node of one of its workers.
+
+    begun: file that the driver has written. Raises UserError where this node sees another folder than the driver, or
+    another dataset: Ray looks into that late, or never.
+    """
+    if not storage.exists(begun):
+        raise UserError(
+            f"{begun.rpartition('/')[0]} on this node is not the folder that the training was started with; give "
+            "--storage one that all nodes share, or a URI such as s3://bucket/runs"
+        )
+    dataset = Dataset.open(data, verify=True)
+    if dataset.digest != digest:
+        raise UserError(
+            f"the dataset {data} on this node is {dataset.digest[:12]}, the training was started with {digest[:12]}; "
+            "give --data one that all nodes share, and give another --name if it was converted again"
+        )
+    return dataset
 
 
 def workers_of(said: int | str) -> Workers:

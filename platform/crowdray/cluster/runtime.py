@@ -85,6 +85,13 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         ray.shutdown()
 
 
+def passing_with_job(uri: str) -> str:
+    """What to tell of a folder that Ray removes with the working directory of the job that we are; else nothing."""
+    if "/runtime_resources/" not in uri:
+        return ""
+    return f"{uri} goes with this Ray job; --storage URI and MLFLOW_TRACKING_URI keep what it gives"
+
+
 def beside(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseException]]:
     """Start Ray's own waiting in a thread, so that an interrupt reaches us and not Ray's handler of it.
 

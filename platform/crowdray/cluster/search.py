@@ -1,6 +1,8 @@
 """Optuna's suggestions, started in the order in which their beginnings are shared, and stopped when they are poor."""
 
+import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from crowdray import storage
 from crowdray.cluster.book import RECORD, Book
 from crowdray.cluster.studies import Study, drawn_trials
 from crowdray.cluster.train import RETRIES
@@ -37,8 +40,13 @@ FIRST_RUNG = 1 / 8
 REFERENCE = "reference"
 """Mark of the trials that others are compared with: they are never stopped."""
 
+PATIENCE_S = 300.0
+"""Seconds for which a stage store may be out of reach."""
+
 GOES_ON = ". The same command goes on with the trials that were under way"
 """What a message ends with after which nothing is lost."""
+
+_log = logging.getLogger(__name__)
 
 FINISHED = Searcher.FINISHED
 """What Tune takes for the end of a search."""
@@ -53,9 +61,9 @@ class Candidate:
     config: Config
     chains: tuple[Chain, ...]
 
-    def missing(self, store: StageStore) -> tuple[Chain, ...]:
+    def missing(self, store: StageStore, stored: Mapping[str, Sequence[int]]) -> tuple[Chain, ...]:
         """The chains that this trial would have to extend, the first one first."""
-        found = store.find(self.chains)
+        found = store.find(self.chains, stored)
         if found is None:
             return self.chains
         place = [chain.key for chain in self.chains].index(found.chain)
@@ -97,6 +105,7 @@ class StageTreeSearch(OptunaSearch):
         self._pinned: Lease | None = None
         self._errors: dict[str, str] = {}
         self._unbegun: Counter[int] = Counter()
+        self._away: float | None = None
         self.mistake: str | None = None
         single = len(study.objectives) == 1
         self._record = study.optuna_study()
@@ -128,7 +137,7 @@ class StageTreeSearch(OptunaSearch):
         if self._driver is not None and self._driver.ended:
             self.mistake = "this driver was suspended so long that another one may have taken the study; start it again"
         suggested = None
-        with self._mistakes_noted():
+        with self._mistakes_noted(), self._patience():
             if self.mistake is None and len(self._live) < self._places:
                 suggested = self._suggest(trial_id)
         return suggested if self.mistake is None else cast(None, FINISHED)
@@ -186,6 +195,19 @@ class StageTreeSearch(OptunaSearch):
             mend = "free space there, or bring the database back"
             self.mistake = f"the trials' record in {place} cannot be kept ({error}); {mend}{GOES_ON}"
 
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A store that is out of reach for a while is asked again, at Tune's next question."""
+        try:
+            yield
+        except UserError as error:
+            self._away = time.monotonic() if self._away is None else self._away
+            if not storage.may_pass(error) or time.monotonic() - self._away > PATIENCE_S:
+                raise
+            _log.warning("%s; it will be asked again", error)
+        else:
+            self._away = None
+
     def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
         """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.
 
@@ -238,7 +260,8 @@ class StageTreeSearch(OptunaSearch):
         self._ot_trials[trial_id].set_user_attr(RECORD, record)
         super().on_trial_complete(trial_id, result if state == "complete" else None, error=state == "failed")
         del self._live[trial_id]
-        self._pin()
+        with self._patience():
+            self._pin()
 
     def _end_of(self, trial_id: str, result: Mapping[str, Any], error: bool) -> tuple[State, str]:
         """How a trial ended, and why if it failed."""
@@ -280,7 +303,8 @@ class StageTreeSearch(OptunaSearch):
 
     def _choose(self) -> str | None:
         """Of those in the pool that could start now the one to start, with the leases that it needs."""
-        missing = {key: candidate.missing(self._store) for key, candidate in self._pool.items()}
+        stored, claims = self._store.stored(), self._store.claims()
+        missing = {key: candidate.missing(self._store, stored) for key, candidate in self._pool.items()}
         waiting: dict[str, int] = {}
         for chains in missing.values():
             if chains:
@@ -292,6 +316,8 @@ class StageTreeSearch(OptunaSearch):
             return (-shared, -first[0].epochs if first else 0, self._pool[key].number)
 
         for key in sorted(self._pool, key=urgency):
+            if not claims.isdisjoint(chain.key for chain in missing[key]):
+                continue
             if (leases := self._claim(missing[key])) is not None:
                 self._leases[key] = leases
                 return key

@@ -4,7 +4,7 @@ picture."""
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,7 +45,7 @@ class Outcome:
     registered: str | None
     """The registered version as models:/NAME/VERSION; None without a tracking URI."""
     alias: str | None
-    """The alias that this version got."""
+    """The alias that this version got; None where it got none, or may have lost it since."""
     tracking_uri: str | None
     """Where the run is tracked."""
     run_id: str | None
@@ -54,11 +54,18 @@ class Outcome:
     """Its page, where a server shows it."""
 
     @property
-    def shortest(self) -> str:
-        """The shortest URI that loads the counter."""
-        if self.registered is None:
-            return self.model
-        return f"{self.registered.rpartition('/')[0]}@{self.alias}" if self.alias else self.registered
+    def counter(self) -> str:
+        """URI that loads this very counter; an alias may move to another one."""
+        return self.registered or self.model
+
+    @classmethod
+    def of_earlier(cls, run: Run, tracking_uri: str | None) -> Self | None:
+        """What came out of a run that has ended and is tracked there; whether its version still has its alias is not
+        known."""
+        if not storage.exists(run.outcome):
+            return None
+        outcome = cls.from_json(storage.read_bytes(run.outcome), run.outcome)
+        return replace(outcome, alias=None) if outcome.tracking_uri == tracking_uri else None
 
     def to_json(self) -> str:
         """The outcome as JSON text."""

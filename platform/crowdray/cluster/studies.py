@@ -26,6 +26,7 @@ from crowdray.training.prefix import code_digest, source_of
 if TYPE_CHECKING:
     import optuna
 
+IDENTITY = "study.json"
 FOLDER = "folder"
 """Optuna's attribute of a study that says where its other half lies."""
 
@@ -39,7 +40,7 @@ class SearchOptions:
     vary: tuple[str, ...] = ()
     """The same for single fields, as in --vary 'target.sigma={"low": 2, "high": 6}' 'loss.count=null'."""
     objectives: Literal["mae", "mae+rmse"] = "mae"
-    """Validation error that is to be small, or both."""
+    """Validation error that is to be small, or both; the trial with the lowest MAE ships in either case."""
     sampler: Literal["tpe", "random"] = "tpe"
     """Who draws the trials: the tree-structured Parzen estimator, which learns from earlier ones, or chance."""
     prune: bool = True
@@ -88,6 +89,11 @@ class Study:
         """The study's own folder."""
         return storage.join(self.storage, self.name)
 
+    @property
+    def identity(self) -> str:
+        """File that says what the study is; it is there from the study's beginning."""
+        return storage.join(self.uri, IDENTITY)
+
     def trial(self, number: int, config: Config) -> Run:
         """A trial as a run of its own."""
         return Run(config, self.data, self.digest, self.workers, self.uri, f"trial-{number:04d}")
@@ -106,7 +112,7 @@ class Study:
         }
         data = {"uri": self.data, "digest": self.digest}
         content = identity | {"config": asdict(self.config), "data": data}
-        claim_file(storage.join(self.uri, "study.json"), identity, content)
+        claim_file(self.identity, identity, content)
 
     def optuna_study(self) -> "optuna.Study":
         """Optuna's record of the trials: a journal in the study's folder, or the database that was named.
@@ -198,7 +204,14 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         )
     dataset = Dataset.open(data)
     source, config = source_of(backbone_of(config)), pinned(config)
-    space = load_space(options.space, options.vary, config)
+    without_depth = dataset.index.depth_teacher == "none"
+    space = load_space(options.space, (*["loss.depth=null"] * without_depth, *options.vary), config)
+    for name, idle, reason in (
+        ("loss.depth", without_depth, "the dataset has no depth: it was converted with --depth none"),
+        ("numerics.exchange", options.workers == 1, "one worker exchanges nothing"),
+    ):
+        if idle and name in space.dimensions:
+            raise UserError(f"the search space varies {name}, which changes nothing: {reason}; leave it out of --vary")
     if config.stages.joint.epochs == 0 or 0 in space.quanta("joint"):
         raise UserError(
             "a trial is judged by its joint stage, and stages.joint.epochs can be 0; give at least 1, in the preset "

@@ -82,7 +82,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             f"always {result.mean_count:.1f}", "", "the mean of training", "", "", *_pair(result.mean_predictor)
         )
     console.print(table)
-    version = f"{outcome.registered} ({outcome.alias or 'no alias'})" if outcome.registered else "not registered"
+    version = (outcome.registered or "not registered") + (f" ({outcome.alias})" if outcome.alias else "")
     _lines(
         console,
         {
@@ -93,7 +93,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
         },
     )
-    command = f"python jobs/predict.py --model {shlex.quote(outcome.shortest)} --input IMAGE --output predictions"
+    command = f"python jobs/predict.py --model {shlex.quote(outcome.counter)} --input IMAGE --output predictions"
     console.print(f"count with it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from crowdray import storage
 from crowdray.cluster.progress import TrainingDisplay, numbers_of_workers
 from crowdray.cluster.runs import RESULT, Run
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
 from crowdray.cluster.ship import Outcome, ship, tracked_rows
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
@@ -54,13 +54,11 @@ def train(
     dataset = Dataset.open(run.data)
     split_rows(run.config, dataset, run.most)  # what is wrong with that is told now, and leaves no folder
     run.claim()
-    if storage.exists(run.outcome):
-        outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
-        if outcome.tracking_uri == tracking_uri:
-            display.status(f"the run {run.uri} has ended already; this is what it gave")
-            return outcome
-    if "/runtime_resources/" in run.uri:
-        display.status(f"{run.uri} goes with this Ray job; --storage URI and MLFLOW_TRACKING_URI keep what it gives")
+    if outcome := Outcome.of_earlier(run, tracking_uri):
+        display.status(f"the run {run.uri} has ended already; this is what it gave")
+        return outcome
+    if passing := passing_with_job(run.uri):
+        display.status(passing)
     with closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
         tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
         tracker.log_config(asdict(run.config), tags)
@@ -95,13 +93,17 @@ def run_training(
     shelf: Shelf,
     device: Device = "auto",
     follow: Follow = lambda rows: None,
-    scored: bool = True,
+    study: str | None = None,
 ) -> None:
     """Train to the end inside a connected Ray cluster; afterwards `run.trained` holds the finished training.
 
-    Goes on from the last checkpoint in the run's folder, else from the longest beginning on the shelf. Without
-    `scored` the end lies on the shelf alone, and the test split is not looked at. Raises UserError for what the user
-    can mend, DivergedError for a loss that is no number, and TrainingStopped when too many workers were lost.
+    Goes on from the last checkpoint in the run's folder, else from the longest beginning on the shelf.
+
+    study: for a trial of a study, the file that says what the study is; the trial's end lies on the shelf alone, and
+    the test split is not looked at.
+
+    Raises UserError for what the user can mend, DivergedError for a loss that is no number, and TrainingStopped when
+    too many workers were lost.
     """
     import ray
     from ray.exceptions import RayError
@@ -120,14 +122,16 @@ def run_training(
     # The driver's node: an actor without demands may land on one that has just died, and then never runs.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    begun, scored = study or run.identity, study is None
+    task = Task(run.config, run.data, run.digest, begun, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
+    own = {"CPU": float(run.config.numerics.threads), "GPU": float(use_gpu)}  # what a trial's place was counted with
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={
-            "task": Task(run.config, run.data, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
-        },
+        train_loop_config={"task": task},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=run.workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
+            resources_per_worker=None if scored else own,
             elastic_resize_monitor_interval_s=LOOK_S,
         ),
         run_config=RunConfig(

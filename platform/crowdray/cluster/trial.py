@@ -12,11 +12,10 @@ import torch
 from ray import tune
 
 from crowdray.cluster.listener import is_loss
-from crowdray.cluster.runs import Run
+from crowdray.cluster.runs import Run, open_as_begun
 from crowdray.cluster.runtime import Device, Resources
 from crowdray.cluster.train import run_training
 from crowdray.config import from_json
-from crowdray.data.shards import Dataset
 from crowdray.errors import SettingsError, UserError
 from crowdray.evaluation.study import Leg
 from crowdray.training.checkpoint import Row
@@ -38,6 +37,8 @@ class TrialTask:
     """Its identity."""
     storage: str
     """The study's folder: trials of several workers keep their runs in it."""
+    begun: str
+    """File there that says what the study is."""
     workers: int
     """Processes that train together in one trial."""
     resources: Resources
@@ -74,7 +75,7 @@ def run_trial(task: TrialTask, told: Mapping[str, Any]) -> None:
 def _train_here(task: TrialTask, told: Mapping[str, Any]) -> None:
     config = from_json(told["config"], "the trial")
     torch.set_num_threads(config.numerics.threads)
-    dataset = Dataset.open(task.data, verify=True)
+    dataset = open_as_begun(task.data, task.digest, task.begun)
     device = trial_device(task.use_gpu)
     sharing = Sharing(task.shelf, config, dataset, world=World(), device=device, threads=config.numerics.threads)
     account = Account(sharing.chains, 1)
@@ -111,7 +112,7 @@ def _train_group(task: TrialTask, told: Mapping[str, Any]) -> None:
         if not whole:
             tune.report(account.after_epoch(history))
 
-    run_training(run, task.resources, device=task.device, follow=follow, shelf=task.shelf, scored=False)
+    run_training(run, task.resources, device=task.device, follow=follow, shelf=task.shelf, study=task.begun)
     tune.report(account.at_end(seen))
 
 

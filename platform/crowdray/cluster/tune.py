@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from crowdray import storage
 from crowdray.cluster.book import Book
 from crowdray.cluster.runs import RESULT
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect
+from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
 from crowdray.cluster.ship import Outcome, ship
 from crowdray.cluster.studies import Study
 from crowdray.cluster.study_display import StudyDisplay
@@ -88,6 +88,8 @@ def tune(
     first = study.space.configure(study.config, study.space.nearest(study.config))
     split_rows(first, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
     study.claim()
+    if passing := passing_with_job(study.uri):
+        display.status(passing)
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
     shelf = replace(shelf, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")})
     with (
@@ -177,6 +179,7 @@ def _task_of(study: Study, shelf: Shelf, resources: Resources, device: Device, u
         data=study.data,
         digest=study.digest,
         storage=study.uri,
+        begun=study.identity,
         workers=study.workers,
         resources=resources,
         device=device,
@@ -261,10 +264,8 @@ def _ship(
     config = study.space.configure(study.config, best.values)
     run = study.trial(best.number, config)
     run.claim()
-    if storage.exists(run.outcome):
-        outcome = Outcome.from_json(storage.read_bytes(run.outcome), run.outcome)
-        if outcome.tracking_uri == tracking_uri:
-            return outcome
+    if outcome := Outcome.of_earlier(run, tracking_uri):
+        return outcome
     if not storage.exists(storage.join(run.trained, RESULT)):
 
         def follow(history: Sequence[Row]) -> None:

@@ -1,7 +1,6 @@
 """What runs inside each worker of a training: one rank of the loop, reporting to Ray Train after every
 epoch."""
 
-import errno
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,9 +15,8 @@ import ray.train.torch
 import torch
 
 from crowdray import storage
-from crowdray.cluster.runs import IDENTITY, RESULT
+from crowdray.cluster.runs import RESULT, open_as_begun
 from crowdray.config import Config
-from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.training.checkpoint import STATE, Checkpoint, Row, load_checkpoint, room, save_checkpoint
 from crowdray.training.loop import Training
@@ -40,6 +38,10 @@ class Task:
     config: Config
     data: str
     """URI of the dataset."""
+    digest: str
+    """Its identity."""
+    begun: str
+    """File that the driver has written before."""
     run: str
     """URI of the run's folder."""
     trained: str
@@ -67,10 +69,8 @@ def _train(task: Task) -> None:
     context = ray.train.get_context()
     threads = threads_of(task.config, context.get_local_world_size())
     torch.set_num_threads(threads)
-    dataset, device = Dataset.open(task.data, verify=True), ray.train.torch.get_device()
+    dataset, device = open_as_begun(task.data, task.digest, task.begun), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
-    if task.scored:
-        check_shared(task.run)
     sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
     own = _own(task)
     restored = sharing.restore() if own is None else sharing.go_on_from(own)
@@ -115,16 +115,6 @@ def _train(task: Task) -> None:
             storage.publish_directory(Path(folder), task.trained, last=RESULT)
 
 
-def check_shared(run: str) -> None:
-    """Raise UserError where the run's folder is not the one that the driver has begun: Ray looks into that only before
-    its own copy."""
-    if not storage.exists(storage.join(run, IDENTITY)):
-        raise UserError(
-            f"{run} on this node is not the folder that the training was started with; give --storage one that all "
-            "nodes share, or a URI such as s3://bucket/runs"
-        )
-
-
 def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Publish a checkpoint in the run's folder; Ray's own copy, through Arrow, is silent where a file's last write
     fails. What a killed epoch left there gives way."""
@@ -134,9 +124,8 @@ def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.C
         storage.publish_directory(Path(checkpoint.path), place, last=STATE)
     except UserError as error:
         cause = error.__cause__
-        lasting = isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if isinstance(cause, OSError) and not lasting:
-            raise cause from None  # the network's fault or a shared disk's: worth another start
+        if isinstance(cause, OSError) and storage.may_pass(error):
+            raise cause from None  # worth another start
         raise UserError(f"{error}; {GOES_ON}") from error
     there = ray.train.get_context().get_storage()
     return ray.train.Checkpoint(f"{there.experiment_fs_path}/{name}", there.storage_filesystem)

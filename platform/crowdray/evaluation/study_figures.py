@@ -139,7 +139,7 @@ class MaeScale:
         maes = np.array([trial.mae for trial in trials if trial.scored], dtype=np.float64)
         low, high = (maes.min(), maes.max()) if len(maes) else (0.0, 1.0)
         if len(maes) > 7:
-            high = min(high, low + 4 * (np.median(maes) - low) or high)
+            high = min(high, low + (4 * (np.median(maes) - low) or high - low))
         room = 0.06 * (high - low) or 0.05 * high or 0.5
         self.limit = float(high)
         """The highest MAE that stands in its place."""

@@ -20,7 +20,7 @@ from crowdray.storage.files import (
     write_bytes,
     write_file,
 )
-from crowdray.storage.places import PARTIAL, is_local, join, resolve
+from crowdray.storage.places import PARTIAL, is_local, join, may_pass, resolve
 
 __all__ = [
     "PARTIAL",
@@ -39,6 +39,7 @@ __all__ = [
     "list_files",
     "local_folder",
     "local_scratch",
+    "may_pass",
     "open_read",
     "publish_directory",
     "read_bytes",

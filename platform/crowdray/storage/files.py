@@ -28,7 +28,7 @@ def exists(uri: str) -> bool:
     with explained("look for", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
-        return bool(fs.exists(path))
+        return bool(persistently(lambda: fs.exists(path)))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -116,7 +116,7 @@ def find_files(uri: str, depth: int | None = None) -> list[Found]:
     with explained("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
-        entries = fs.find(path, maxdepth=depth, detail=True)
+        entries = persistently(lambda: fs.find(path, maxdepth=depth, detail=True))
     found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
     return [file for file in found if file.name]
 
@@ -156,7 +156,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
             if is_local(uri):
                 _create_locally(Path(path), data)
             elif _creates_once(fs, path):
-                fs.pipe_file(path, data, mode="create")
+                persistently(lambda: fs.pipe_file(path, data, mode="create"))
             else:
                 raise CannotCreateOnce(
                     f"cannot create {uri}: its store ignores `If-None-Match: *`, so two could both believe to be "
@@ -175,7 +175,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with explained("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
-            fs.pipe_file(path, data)
+            persistently(lambda: fs.pipe_file(path, data))
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def write_file(local: Path, uri: str) -> None:
     with explained("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
-            fs.put_file(str(local), path)
+            persistently(lambda: fs.put_file(str(local), path))
             local.unlink()
             return
         target = Path(path)
@@ -228,7 +228,7 @@ def remove(uri: str) -> None:
     """Remove one file; one that is gone already is no error."""
     with explained("remove", uri), contextlib.suppress(FileNotFoundError):
         fs, path = filesystem(uri)
-        fs.rm_file(path)
+        persistently(lambda: fs.rm_file(path))
 
 
 def publish_directory(local: Path, uri: str, last: str) -> None:

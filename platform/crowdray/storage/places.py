@@ -24,6 +24,7 @@ PATIENCE_S = 120.0
 
 _PASSING = {
     *("HTTPClientError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
+    *("EndpointConnectionError", "ConnectTimeoutError"),
     *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
 }
 """Errors that say nothing of the object: a timeout, a cut connection, half an answer."""
@@ -95,6 +96,15 @@ def _may_pass(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (DataError, TimeoutError, ConnectionError)) or not names.isdisjoint(_PASSING)
+
+
+def may_pass(error: UserError) -> bool:
+    """Whether the fault behind an error may pass by itself: the network's or a shared disk's, not refused credentials
+    nor a full disk."""
+    cause = error.__cause__
+    if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return False
+    return isinstance(cause, OSError) or (isinstance(cause, Exception) and _may_pass(cause))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from crowdray import storage
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.leases import Keeper
+from crowdray.leases import Keeper, Lease
 from crowdray.training.checkpoint import Checkpoint
 from crowdray.training.loop import Training
 from crowdray.training.prefix import Chain, chains_of, numerics_of
@@ -67,6 +67,7 @@ class Sharing:
         self._shelf, self._world = shelf, world
         self._pure = True
         self._store = shelf.open()
+        self._claims: dict[str, Lease] = {}
 
     def go_on_from(self, own: Checkpoint) -> Checkpoint:
         """A training's own checkpoint, which it goes on from; what other code or other workers began is not shared."""
@@ -97,13 +98,14 @@ class Sharing:
     def announced(self, owner: str) -> Iterator[None]:
         """Tell searches that use the store what is trained here, so that their trials wait for it; on rank 0.
 
-        Nobody is kept from training: what another trains already is trained here too, to the same states. Where the
-        store cannot keep claims apart, nothing is announced.
+        They wait for each stage until its end. Nobody is kept from training: what another trains already is trained
+        here too, to the same states. Where the store cannot keep claims apart, nothing is announced.
         """
         with Keeper() as keeper:
             try:
                 for chain in self.chains if self._world.rank == 0 and self._pure else ():
                     if (lease := self._store.claim(chain, owner)) is not None:
+                        self._claims[chain.stage] = lease
                         keeper.add(lease)
             except UserError as error:
                 _log.warning("no search will wait for this training: %s", error)
@@ -122,3 +124,6 @@ class Sharing:
             return
         if training.stage_is_over or epoch in self._shelf.quanta.get(chain.stage, ()):
             self._store.publish(chain, epoch, save)
+        begun = self.chains[: progress.stage + training.stage_is_over]
+        for lease in [self._claims.pop(ended.stage) for ended in begun if ended.stage in self._claims]:
+            lease.release()

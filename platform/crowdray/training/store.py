@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +77,25 @@ class StageStore:
         self.limit_bytes = limit_bytes
         self._states, self._used, self._leases = (storage.join(self.uri, n) for n in ("states", "used", "leases"))
 
-    def find(self, chains: Sequence[Chain]) -> StateId | None:
-        """The longest stored beginning of a training: of its latest chain that has one, the latest state."""
+    def find(self, chains: Sequence[Chain], stored: Mapping[str, Sequence[int]] | None = None) -> StateId | None:
+        """The longest stored beginning of a training: of its latest chain that has one, the latest state.
+
+        stored: what `stored` gave a moment ago, for whoever asks for many trainings.
+        """
         for chain in reversed(chains):
-            if epochs := [epoch for epoch in self.epochs(chain) if epoch <= chain.epochs]:
+            there = self.epochs(chain) if stored is None else stored.get(chain.key, ())
+            if epochs := [epoch for epoch in there if epoch <= chain.epochs]:
                 return StateId(chain.key, chain.stage, max(epochs))
         return None
+
+    def stored(self) -> Mapping[str, Sequence[int]]:
+        """Epochs of all states that are stored, by the keys of their chains."""
+        found: defaultdict[str, list[int]] = defaultdict(list)
+        for file in storage.find_files(self._states):
+            chain, _, inside = file.name.partition("/")
+            if match := _WHOLE.fullmatch(inside):
+                found[chain].append(int(match[1]))
+        return found
 
     def epochs(self, chain: Chain) -> list[int]:
         """The epochs of a chain whose states are stored, ascending."""
@@ -140,6 +153,10 @@ class StageStore:
     def claimed(self, chain: Chain) -> bool:
         """Whether somebody alive has the right to extend a chain."""
         return bool(leases.living(self._leases, f"claim-{chain.key}"))
+
+    def claims(self) -> set[str]:
+        """Keys of all chains that somebody alive has the right to extend."""
+        return {name.removeprefix("claim-") for name in leases.living(self._leases) if name.startswith("claim-")}
 
     def size(self) -> int:
         """Bytes of all states, whole or not."""
