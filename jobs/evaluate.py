@@ -13,6 +13,7 @@ from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
 from crowdray.data.shards import Dataset
 from crowdray.evaluation.report import evaluate_images, evaluation_table, summarise_images
+from crowdray.evaluation.tiles import TILE
 from crowdray.registry.loading import Precision, load_counter
 
 
@@ -30,7 +31,7 @@ class EvaluateJob:
     """Where to count: auto takes a GPU where there is one."""
     precision: Precision = "fp32"
     """Arithmetic of the convolutions: bf16 is faster where the device multiplies it natively."""
-    tile: int = 2048
+    tile: int = TILE
     """Larger photos are counted in overlapping tiles of about this many pixels along a side: the same density in less
     memory. 0 takes each photo whole."""
     json: str | None = None

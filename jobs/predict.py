@@ -11,6 +11,7 @@ from crowdray.cli import console, parse, run_job, tracking_uri
 from crowdray.cluster.predict import choose_device, find_images, predict_images, show_prediction, tiled
 from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
+from crowdray.evaluation.tiles import TILE
 from crowdray.registry.loading import Precision, load_counter
 
 
@@ -31,7 +32,7 @@ class PredictJob:
     """Where to count: auto takes a GPU where there is one."""
     precision: Precision = "fp32"
     """Arithmetic of the convolutions: bf16 is faster where the device multiplies it natively."""
-    tile: int = 2048
+    tile: int = TILE
     """Larger photos are counted in overlapping tiles of about this many pixels along a side: the same density in less
     memory. 0 takes each photo whole."""
 

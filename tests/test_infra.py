@@ -41,6 +41,11 @@ def ray_schema() -> dict[str, Any]:
     return schema
 
 
+def test_an_image_that_compiles_has_a_compiler() -> None:
+    """torch.compile calls one, on GPUs too."""
+    assert re.search(r"apt-get install [^\n]* g\+\+ ", DOCKERFILE)
+
+
 def test_a_pin_is_one_exact_public_version() -> None:
     for name, version in pins().items():
         # A local tag like +cpu would tie everybody to one build of torch.

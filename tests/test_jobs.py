@@ -17,6 +17,7 @@ import pytest
 import ray.train
 import torch
 from rich.console import Console
+from torch._dynamo.exc import BackendCompilerFailed
 
 from crowdray import storage
 from crowdray.cli import load_preset, parse_with_config
@@ -31,7 +32,7 @@ from crowdray.cluster.train import TrainingStopped, explained, run_training
 from crowdray.cluster.worker import upload
 from crowdray.config import Config, ConfigError, to_json
 from crowdray.data.sources import SOURCES, open_source
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError, UserError
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
 from crowdray.training.running import DivergedError
@@ -293,9 +294,21 @@ def test_a_cluster_needs_room_for_the_fewest_workers(run: Run) -> None:
         run_training(replace(run, workers=(3, 8)), Resources(2, 0, False), shelf=Shelf("memory://stages", 0))
 
 
+def test_a_memory_that_is_too_small_is_the_users_to_mend(run: Run) -> None:
+    told = explained(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
+    assert isinstance(told, SettingsError)
+    assert str(told).startswith(f"the training under {run.uri} does not fit into memory (CUDA out of memory.); lower")
+
+
 def test_only_losses_are_worth_another_start() -> None:
     assert all(map(is_loss, (RuntimeError("connection closed by peer"), ConnectionError(), OSError())))
     assert not any(map(is_loss, (DivergedError("nan"), UserError("bad"), PermissionError(), TypeError())))
+    memory = (
+        torch.OutOfMemoryError("x"),
+        RuntimeError("CUDA error: out of memory"),
+        BackendCompilerFailed(len, OSError(), None),
+    )
+    assert not any(map(is_loss, memory))
 
 
 def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:

@@ -310,6 +310,11 @@ class Config:
         problems = [problem for group in groups for problem in group.problems()]
         if known := BACKBONES.get(self.model.backbone):
             problems += crop_problems(self.sampling, known.stride)
+        if self.numerics.compile == "graphs" and self.sampling.scale:
+            problems.append(
+                f"numerics.compile is graphs and sampling.scale {self.sampling.scale}; each size of window would have "
+                "a graph and memory of its own: give --numerics.compile yes, or --sampling.scale 0"
+            )
         if not 0 <= self.seed < 2**31:
             problems.insert(0, f"seed is {self.seed}; give a number from 0 to {2**31 - 1}")
         if problems:

@@ -333,7 +333,7 @@ def test_a_store_that_is_out_of_reach_for_a_while_is_waited_for(
         outage.setattr(StageStore, "stored", fail)
         assert search.suggest("ray-1") is None and search.mistake is None
         now[0] += 1.1 * PATIENCE_S
-        assert search.suggest("ray-1") == "FINISHED" and "no route" in str(search.mistake)
+        assert str(search.suggest("ray-1")) == "FINISHED" and "no route" in str(search.mistake)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -343,7 +343,12 @@ def test_a_question_costs_the_store_two_listings_however_many_trials_wait(
     search = search_of(study_in(tmp_path, sampler=sampler), keeper, places=4, trials=64)
     listings: list[str] = []
     find_files = storage.find_files
-    monkeypatch.setattr(storage, "find_files", lambda uri, *depth: listings.append(uri) or find_files(uri, *depth))
+
+    def listed(uri: str) -> list[storage.Found]:
+        listings.append(uri)
+        return find_files(uri)
+
+    monkeypatch.setattr(storage, "find_files", listed)
     while isinstance(search.suggest(f"ray-{len(listings)}"), dict):
         listings.clear()
     assert len(listings) == 2

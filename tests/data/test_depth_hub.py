@@ -23,7 +23,7 @@ from transformers import (
     DPTImageProcessorPil,
 )
 
-from crowdray.data.depth import Hub, View, open_teacher
+from crowdray.data.depth import Hub, View, hub, open_teacher
 from crowdray.data.depth.maps import depth_of_inverse
 from crowdray.errors import UserError
 
@@ -163,3 +163,9 @@ def test_a_model_that_cannot_teach_is_refused(models: Path, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'crowdray\[hf\]'"):
         open_teacher(f"hf:{models / 'metric'}", ())
+
+
+def test_a_model_runs_on_cudnn() -> None:
+    with hub._repeatable():
+        assert torch.backends.cudnn.enabled and torch.backends.cudnn.deterministic
+        assert not torch.backends.cudnn.allow_tf32

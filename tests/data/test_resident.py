@@ -54,3 +54,13 @@ def test_parts_of_what_is_not_cut_yet_are_the_parts_of_what_is(noise: Dataset) -
     batch = next(Loader(resident, rows, WindowRule(crop=32, context=8, margin=8, stride=4), batch=6).epoch(1))
     for before, after in zip(batch.parts(4), batch.to(CPU).parts(4), strict=True):
         assert torch.equal(before.to(CPU).image, after.image)
+
+
+def test_pictures_that_a_device_has_no_room_for_stay_with_the_cpu(
+    noise: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("crowdray.data.resident.ResidentPictures", refuse)
+    assert keep_on(torch.device("cpu"), PictureStore(noise, 1, True, 0.0), noise.rows("train"), 2.0**40) is None

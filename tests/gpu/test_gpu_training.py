@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -75,8 +76,13 @@ def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(
     torch.testing.assert_close(fast[1], exact[1], rtol=2e-2, atol=1e-3)
 
 
-def test_an_update_waits_for_none_before_it(discs: Dataset) -> None:
-    training = Training(settings("cfcn", "bf16"), discs, world=World(), device=GPU)
+@pytest.mark.parametrize(("name", "accumulate"), [("sgd", 1), ("adamw", 2), ("muon", 2)])
+def test_an_update_waits_for_none_before_it(
+    discs: Dataset, name: Literal["sgd", "adamw", "muon"], accumulate: int
+) -> None:
+    config = settings("cfcn", "bf16", accumulate=accumulate)
+    config = replace(config, optimizer=replace(config.optimizer, name=name))
+    training = Training(config, discs, world=World(), device=GPU)
     running = RunningStage(training, replace(training.stages[JOINT], calibrated=False), None)
     running.prepare()
     first, *others = [next(training.loader.epoch(1)) for _ in range(3)]

@@ -173,3 +173,16 @@ def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
     coarse = load_counter(str(package.path), precision="bf16")(image)
     assert coarse.dtype == torch.float32
     assert 0 < float((coarse - expected).abs().max()) < 0.05 * float(expected.abs().max())
+
+
+def test_a_counter_is_not_rounded_to_tf32_where_torch_lets_it() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+            return image.float()
+
+    before = torch.backends.cudnn.allow_tf32
+    LoadedCounter(Spy(), torch.device("cpu"), {})(torch.zeros(1, 3, 8, 8))
+    assert seen == [(True, False)] and torch.backends.cudnn.allow_tf32 == before

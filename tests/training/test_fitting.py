@@ -110,7 +110,8 @@ def test_the_real_one_trains(discs: Dataset, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_measuring_learns_nothing(discs: Dataset) -> None:
-    updates = fitting._Updates(config_of(), discs, CPU, None)
+    updates = fitting._Updates(config_of(), discs, CPU, None, grouped=True)
+    assert len(updates.buckets) == sum(value.numel() for value in updates.training.counter.parameters())
     before = {name: value.clone() for name, value in updates.training.counter.named_parameters()}
     assert updates.running.stage.name == "joint"
     assert (updates.windows_per_s(2) or 0) > 0

@@ -14,7 +14,7 @@ import torch
 
 from crowdray.config import NumericsConfig, OptimizerConfig
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError, UserError
 from crowdray.models.counter import Counter
 from crowdray.presets import preset
 from crowdray.training.loop import Training
@@ -30,7 +30,7 @@ class Kept:
         self.tensor = tensor
 
 
-def train(discs: Dataset, accumulate: int, compiled: Literal["no", "graphs"] = "no") -> dict[str, torch.Tensor]:
+def train(discs: Dataset, accumulate: int, compiled: Literal["no", "yes", "graphs"] = "no") -> dict[str, torch.Tensor]:
     """The baseline's weights."""
     base = preset("debug")
     sampling = dataclasses.replace(
@@ -42,6 +42,38 @@ def train(discs: Dataset, accumulate: int, compiled: Literal["no", "graphs"] = "
     run.stages = run.stages[:1]
     run.run()
     return run.counter.state_dict()
+
+
+def test_an_optimizer_that_does_not_fit_says_how_many_parameters_it_has(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", refuse)
+    with pytest.raises(SettingsError, match=r"baseline stage: .* [\d,]+ parameters .*--model.count-decoder pooled"):
+        train(discs, accumulate=1)
+
+
+def test_a_compiled_network_is_gone_with_its_training(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled refers to its network: a process that trains again would keep both until the collector comes."""
+    networks: list[torch.nn.Module] = []
+
+    def compile(call: Any, **_: Any) -> Any:
+        networks.append(call.__self__)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    train(discs, accumulate=1, compiled="yes")
+    assert networks and all(network._compiled_call_impl is None for network in networks)
+
+
+def test_a_compiler_that_is_not_there_is_missed_at_the_start(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(SettingsError, match=r"numerics.compile is yes, .* C\+\+ compiler .*; install g\+\+"):
+        train(discs, accumulate=1, compiled="yes")
 
 
 @pytest.mark.parametrize("room", [12, 25, 39])

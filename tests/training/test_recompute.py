@@ -185,3 +185,8 @@ def test_operations_are_those_of_the_network_alone() -> None:
 def test_a_compiler_that_recomputes_itself_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"numerics.recompute is True and numerics.compile graphs.*set one of them"):
         Config(numerics=NumericsConfig(recompute=True, compile="graphs"))
+
+
+def test_graphs_are_recorded_for_one_size_of_windows() -> None:
+    with pytest.raises(ConfigError, match=r"numerics.compile is graphs and sampling.scale 0.25; .*compile yes"):
+        Config(sampling=SamplingConfig(scale=0.25), numerics=NumericsConfig(compile="graphs"))

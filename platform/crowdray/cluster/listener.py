@@ -7,7 +7,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from crowdray.cluster.worker import ROWS
-from crowdray.training.running import DivergedError
+from crowdray.training.running import DivergedError, is_out_of_memory
 
 
 class Listener(UserCallback):
@@ -31,7 +31,10 @@ def is_loss(error: BaseException) -> bool:
     """Whether an error may come from a lost process, machine or connection, after which it is worth starting again.
 
     Everything else a training would do again: it repeats itself exactly, and a store that refuses it once refuses it
-    again. A lost peer shows in the others as an error of their collective operations, a RuntimeError.
+    again; so do a memory that is too small and a compiler that fails, which are RuntimeErrors too. A lost peer shows in
+    the others as an error of their collective operations, a RuntimeError.
     """
     lost = isinstance(error, (RuntimeError, OSError, RayError, RayTrainError))
-    return lost and not isinstance(error, (DivergedError, PermissionError))
+    repeats = isinstance(error, (DivergedError, PermissionError)) or is_out_of_memory(error)
+    compiler = "TorchDynamoException" in {kind.__name__ for kind in type(error).__mro__}  # importing it takes seconds
+    return lost and not repeats and not compiler

@@ -13,12 +13,12 @@ from crowdray.cluster.runs import RESULT, Run
 from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
 from crowdray.cluster.ship import Outcome, ship, tracked_rows
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import SettingsError, UserError
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.training.checkpoint import Row
 from crowdray.training.loop import split_rows
-from crowdray.training.running import DivergedError
+from crowdray.training.running import DivergedError, is_out_of_memory
 from crowdray.training.sharing import Shelf
 
 RETRIES = 3
@@ -198,6 +198,11 @@ def explained(error: BaseException, run: Run) -> BaseException:
     deepest = causes[-1]
     if isinstance(deepest, PermissionError) and deepest.errno is None:  # a store's own words, about Ray's list
         return UserError(f"cannot write to {run.uri}: {deepest}; renew your credentials, {GOES_ON}")
+    if is_out_of_memory(deepest):
+        return SettingsError(
+            f"the training under {run.uri} does not fit into memory ({str(deepest).splitlines()[0]}); lower "
+            "--sampling.batch, --sampling.crop or --sampling.gpu-cache-gib, or give fewer workers a node"
+        )
     if not is_loss(deepest):
         return deepest
     lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]

@@ -121,8 +121,8 @@ class ResidentPictures:
 def keep_on(
     device: torch.device, store: PictureStore, rows: NDArray[np.int64], most: float, depth: bool = True
 ) -> ResidentPictures | None:
-    """The pictures of these training rows on a device; None where they might take more than `most` bytes of it. depth:
-    whether it will be asked for."""
+    """The pictures of these training rows on a device; None where they might take more than `most` bytes of it, or
+    more than it has. depth: whether it will be asked for."""
     dataset, factor = store.dataset, store.downsample
     chosen = np.isin(dataset.rows("train"), rows)
     pixels = int((-(-dataset.sizes("train")[chosen] // factor)).prod(axis=1).sum())
@@ -140,7 +140,10 @@ def keep_on(
             yield from pool.map(opened, rows[start : start + _AT_ONCE].tolist())
 
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="crowdray-resident") as pool:
-        return ResidentPictures(in_turn(pool), pixels, device, depth)
+        try:
+            return ResidentPictures(in_turn(pool), pixels, device, depth)
+        except torch.OutOfMemoryError:
+            return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from crowdray.models.packaged import Geometry
 
+TILE = 2048
+"""Pixels along a side that are looked at at once unless somebody says otherwise."""
+
 
 def in_tiles(density: Callable[[Tensor], Tensor], geometry: Geometry, side: int) -> Callable[[Tensor], Tensor]:
     """A density function that looks at no more than about `side` pixels of a photo at once, and their surroundings.

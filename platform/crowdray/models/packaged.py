@@ -23,6 +23,12 @@ class Geometry:
     """Pixels that can change a cell lie no farther than this from any of its own."""
 
 
+def geometry_of(counter: Counter, downsample: int = 1) -> Geometry:
+    """Where a counter's cells lie on a photo that it is shown at 1 / downsample of its size."""
+    encoder, k = counter.encoder, downsample
+    return Geometry(k, encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
+
+
 class PackagedCounter(nn.Module):
     """Raw RGB (B, 3, H, W), 0..255, uint8 or float32, to density (B, 1, h, w) float32; its sum is the count.
 
@@ -40,8 +46,7 @@ class PackagedCounter(nn.Module):
     @property
     def geometry(self) -> Geometry:
         """Where its cells lie on a photo."""
-        encoder, k = self.counter.encoder, self.downsample
-        return Geometry(k, encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
+        return geometry_of(self.counter, self.downsample)
 
     def forward(self, image: Tensor) -> Tensor:
         """Density of raw RGB images in heads per cell."""

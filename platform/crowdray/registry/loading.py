@@ -73,7 +73,8 @@ class LoadedCounter:
         try:
             in_bf16 = self.precision == "bf16"
             cast = torch.autocast(self.device.type, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
-            with torch.inference_mode(), cast:
+            # torch's own default lets cuDNN round the factors of fp32 convolutions.
+            with torch.inference_mode(), cast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 density: Tensor = self.graph(given).float()
         except AssertionError as error:
             if "Guard failed" not in str(error):
@@ -95,7 +96,8 @@ def load_counter(
     uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (a path or an fsspec URI) that
         `package_counter` wrote or `storage.publish_directory` published.
     tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
-    precision: bf16 is faster where the device multiplies it natively; counts differ by some tenths of a percent.
+    precision: bf16 is faster where the device multiplies it natively; counts differ by some tenths of a percent,
+        single cells by more.
 
     Raises UserError when there is no such model, or when it is not one of these packages.
     """

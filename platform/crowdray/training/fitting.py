@@ -39,7 +39,7 @@ def largest_batch(
     room: bytes that a worker may take on a CPU, where asking for more would have it killed; None for a bound that the
     system sets by refusing. Raises UserError where not one window fits.
     """
-    updates = _Updates(config, dataset, device, room)
+    updates = _Updates(config, dataset, device, room, grouped=workers > 1)
     parts = workers * config.optimizer.accumulate
     most = len(updates.training.train_rows) * config.sampling.crops_per_image // parts
     if most and not (found := fastest(updates.windows_per_s, most)):
@@ -84,13 +84,16 @@ class _Measured(RunningStage):
 class _Updates:
     """Real updates that change nothing, of windows as large and as full of heads as the data has them."""
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device, room: int | None) -> None:
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device, room: int | None, grouped: bool) -> None:
         smallest = replace(config.sampling, batch=config.optimizer.accumulate)
         self.training = Training(replace(config, sampling=smallest), dataset, world=World(), device=device)
         dearest = max(self.training.stages, key=lambda stage: (stage.trains_encoder, len(stage.tasks)))
         self.running = _Measured(self.training, replace(dearest, calibrated=False), None)
         self.running.rate = 0.0
         self.running.prepare()
+        # The buckets in which a group's gradients are exchanged stay where this process has none between updates.
+        exchanged = sum(map(torch.Tensor.numel, self.running.parameters)) if grouped else 0
+        self.buckets = torch.ones(exchanged, device=device)
         self.room = None if room is None else SHARE * room - _pictures(config, dataset)
         self.peaks = {0: peak_memory(device)}
 

@@ -21,12 +21,14 @@ from crowdray.data.targets import REACH
 from crowdray.errors import DataError, SettingsError, UserError
 from crowdray.evaluation.counting import count_pictures
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
+from crowdray.evaluation.tiles import TILE, in_tiles
 from crowdray.models.build import backbone_of, build_counter
 from crowdray.models.counter import DEPTH, Counter
+from crowdray.models.packaged import geometry_of
 from crowdray.models.published import load_published
 from crowdray.training.checkpoint import Checkpoint, Progress, Row, save_checkpoint
 from crowdray.training.losses import Scales, measured_scales
-from crowdray.training.numerics import set_products
+from crowdray.training.numerics import full_products, require_compiler, set_products
 from crowdray.training.optimizer import optimizer_tensors
 from crowdray.training.running import RunningStage
 from crowdray.training.stages import Stage, module_of, stages_of
@@ -61,6 +63,7 @@ class Training:
         device: torch.device,
         restored: Checkpoint | None = None,
     ) -> None:
+        require_compiler(config.numerics.compile)
         self.config = config
         self.world = world
         self.device = device
@@ -76,6 +79,8 @@ class Training:
             load_published(self.counter, config)
         if device.type == "cuda" and world.size > 1:
             self.counter = nn.SyncBatchNorm.convert_sync_batchnorm(self.counter)  # type: ignore[no-untyped-call]
+        if device.type == "cuda":  # a process that trained before has its own peak
+            torch.cuda.reset_peak_memory_stats(device)
         self.counter.to(device)
         self.counter.recompute = config.numerics.recompute
         set_products(config.numerics.tf32, device)
@@ -105,6 +110,12 @@ class Training:
             ahead=BATCHES_AHEAD if on_gpu else 0,
         )
 
+    @cached_property
+    def copies(self) -> torch.cuda.Stream | None:
+        """The stream on which a GPU copies batches: one for all stages, as each keeps memory of its own."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
+
     @property
     def scales(self) -> Scales:
         """Units of the regressed quantities."""
@@ -131,9 +142,12 @@ class Training:
     def _run_stage(self, stage: Stage, report: Report) -> None:
         running = RunningStage(self, stage, self._restored)
         self._restored = None
-        while not self.stage_is_over:
-            row = running.epoch()
-            report(row, partial(self._save, running=running))
+        try:
+            while not self.stage_is_over:
+                row = running.epoch()
+                report(row, partial(self._save, running=running))
+        finally:
+            running.model._compiled_call_impl = None  # it refers back to the model, and would keep both on the device
 
     def shipped(self, stage: str) -> Counter:
         """The stripped counter with the best weights of a stage, on the training's device, for evaluation."""
@@ -145,7 +159,8 @@ class Training:
         """Count whole images with a stage's best weights in fp32, each rank a share; every rank gets all
         counts."""
         counter = self.shipped(stage)
-        return self._count(counter.density, rows)
+        with full_products():
+            return self._count(counter.density, rows)
 
     def validate(self, autocast: Callable[[], AbstractContextManager[object]]) -> Metrics:
         """Errors on the whole validation images with the counter as it stands."""
@@ -157,9 +172,10 @@ class Training:
         return summarise(self._count(density, self.validation_rows))
 
     def _count(self, density: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> list[ImageCount]:
-        share = rows[self.world.rank :: self.world.size]
-        stride = self.counter.encoder.output_stride
-        return self.world.gather(list(count_pictures(density, self.store, share.tolist(), self.device, stride)))
+        share = rows[self.world.rank :: self.world.size].tolist()
+        geometry = geometry_of(self.counter)  # pictures are downsampled already
+        tiled = in_tiles(density, geometry, TILE)
+        return self.world.gather(list(count_pictures(tiled, self.store, share, self.device, geometry.cell)))
 
     def _first_progress(self) -> Progress:
         dataset = self.store.dataset

@@ -17,7 +17,7 @@ from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.calibration import calibrated_weights, measured_norms
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.losses import targets_of, task_losses
-from crowdray.training.numerics import exchange_in_bf16, resolve_precision
+from crowdray.training.numerics import exchange_in_bf16, full_products, resolve_precision
 from crowdray.training.optimizer import (
     Plateau,
     WeightAverage,
@@ -73,8 +73,6 @@ class RunningStage:
         self.operations = 0
         """FLOPs of one window, counted at the first."""
         self._unchecked: _Seen | None = None
-        on_gpu = training.device.type == "cuda"
-        self._copies = torch.cuda.Stream(training.device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.model: nn.Module = counter
         if training.world.size > 1:
             self.model = DistributedDataParallel(counter, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -159,12 +157,13 @@ class RunningStage:
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the device; a GPU copies it while it is at the update before."""
-        if self._copies is None:
+        copies = self.training.copies
+        if copies is None:
             return batch.to(self.training.device)
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(copies):
             moved = batch.to(self.training.device)
         computing = torch.cuda.current_stream()
-        computing.wait_stream(self._copies)
+        computing.wait_stream(copies)
         moved.used_by(computing)
         return moved
 
@@ -191,7 +190,16 @@ class RunningStage:
         self._check(torch.cat([losses, norm[None]]), batch.rows)
         ramp = min(1.0, (self.average.updates + 1) / max(1, training.config.optimizer.warmup))
         set_learning_rate(self.optimizer, self.rate * ramp)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SettingsError(
+                f"{self.stage.name} stage: what --optimizer.name {training.config.optimizer.name} keeps of "
+                f"{sum(map(Tensor.numel, self.parameters)):,} parameters does not fit into the memory of "
+                f"{training.device} beside them; give --optimizer.name sgd, or --model.count-decoder pooled"
+            ) from error
         self.average.update()
         return losses
 
@@ -236,7 +244,8 @@ class RunningStage:
         batch's."""
         training = self.training
         part = part.to(training.device)
-        targets = targets_of(part, training.config, training.counter.encoder.output_stride)
+        with full_products():
+            targets = targets_of(part, training.config, training.counter.encoder.output_stride)
         with self.autocast():
             outputs = model(part.augmented(), self.stage.tasks, part.corners, not self.stage.trains_encoder)
         losses = task_losses(outputs, targets, training.scales)
@@ -347,7 +356,10 @@ def _shipped_numbers(counter: Counter) -> dict[str, Tensor]:
     return {name: value for name, value in shipped.items() if value.is_floating_point()}
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch, or oneDNN below it, could not get memory, of a GPU or of the machine."""
-    words = ("can't allocate memory", "could not create a primitive", "could not create a memory")
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or a library below it, could not get memory, of a GPU or of the machine."""
+    words = (
+        *("can't allocate memory", "could not create a primitive", "could not create a memory"),  # a CPU's
+        *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory"),
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)

@@ -44,7 +44,7 @@ class StoreOptions:
 
     store: str | None = None
     """Folder or URI of the stage store, where trainings find the beginnings that others trained; without it `stages`
-    in --storage."""
+    in --storage. On several nodes one that all of them reach."""
     store_gib: float = 20.0
     """Size in GiB that the stage store may have; what was not used for longest goes first."""
 
