@@ -23,11 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", default="2", help="processes that the test of interrupted studies kills")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first: those who share the work then end at about the same time."""
-    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
-
-
 @pytest.fixture(params=["local", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A URI that nothing lies at yet: a folder, and the stand-in for an object store."""

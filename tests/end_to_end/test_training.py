@@ -81,7 +81,7 @@ def test_an_ended_training_gives_its_result_again_without_ray(workplace: Workpla
     job = workplace.train("unbroken")
     assert job.end() == 0, job.output
     assert "has ended already" in job.output and "starting Ray" not in job.output
-    assert workplace.outcome("unbroken") == before
+    assert workplace.outcome("unbroken") == before | {"alias": None}  # it may have moved
 
 
 def test_a_training_that_diverges_says_so_once_and_is_not_repeated(workplace: Workplace) -> None:
