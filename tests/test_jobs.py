@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, open_as_
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, explained, run_training
 from crowdray.cluster.worker import upload
-from crowdray.config import Config, ConfigError, to_json
+from crowdray.config import Config, ConfigError, NumericsConfig, to_json
 from crowdray.data.sources import SOURCES, open_source
 from crowdray.errors import SettingsError, UserError
 from crowdray.presets import preset
@@ -298,6 +299,26 @@ def test_a_memory_that_is_too_small_is_the_users_to_mend(run: Run) -> None:
     told = explained(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
     assert isinstance(told, SettingsError)
     assert str(told).startswith(f"the training under {run.uri} does not fit into memory (CUDA out of memory.); lower")
+
+
+def test_workers_of_a_trial_reserve_the_cpus_that_its_place_was_counted_with(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        """Ray has been asked for workers."""
+
+    def trainer(*_: object, scaling_config: Any, **__: object) -> None:
+        raise Asked(scaling_config.num_cpus_per_worker)
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
+    monkeypatch.setattr("ray.util.queue.Queue", lambda **_: None)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
+    four = replace(run, config=replace(run.config, numerics=NumericsConfig(threads=4)))
+    shelf, there = Shelf(str(tmp_path), 0), Resources(8, 0, True)
+    with pytest.raises(Asked, match=r"^4"):
+        run_training(four, there, shelf=shelf, study="study.json")
+    with pytest.raises(Asked, match=r"^1"):
+        run_training(four, there, shelf=shelf)
 
 
 def test_only_losses_are_worth_another_start() -> None:

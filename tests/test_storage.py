@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from crowdray import storage
 from crowdray.errors import DataError, UserError
@@ -79,6 +80,33 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
         storage.write_bytes(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("method", "ask"),
+    [
+        ("find", lambda place: [file.name for file in storage.find_files(place)] == ["a"]),
+        ("exists", lambda place: storage.exists(f"{place}/a")),
+        ("pipe_file", lambda place: storage.write_bytes(f"{place}/a", b"new")),
+        ("rm_file", lambda place: storage.remove(f"{place}/a")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_connection_that_is_cut_once_is_tried_again(
+    method: str, ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, cut = f"memory://{uuid.uuid4().hex}", list[str]()
+    storage.write_bytes(f"{place}/a", b"old")
+    whole = getattr(MemoryFileSystem, method)
+
+    def once(*arguments: Any, **named: Any) -> Any:
+        if not cut:
+            cut.append(method)
+            raise ConnectionResetError("cut")
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(MemoryFileSystem, method, once)
+    assert ask(place) is not False and cut == [method]
 
 
 def make_folder(root: Path) -> dict[str, bytes]:
