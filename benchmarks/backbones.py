@@ -20,20 +20,20 @@ from crowdray.config import Config
 from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.loop import Training
-from crowdray.training.running import RunningStage
-from crowdray.training.world import World, pick_device
+from crowdray.training.distributed import World, pick_device
+from crowdray.training.stage_trainer import StageTrainer
+from crowdray.training.trainer import Trainer
 
 BASELINE, JOINT = 0, -1
 DEFAULTS = "torch's defaults"
 
 
-def running_stage(config: Config, dataset: Dataset, stage: int, defaults: bool = False) -> RunningStage:
+def running_stage(config: Config, dataset: Dataset, stage: int, defaults: bool = False) -> StageTrainer:
     """A stage ready to be stepped; with torch's defaults in its layout of memory."""
-    training = Training(config, dataset, world=World(), device=pick_device())
+    training = Trainer(config, dataset, world=World(), device=pick_device())
     if defaults:
         training.counter.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return RunningStage(training, training.stages[stage], None)
+    return StageTrainer(training, training.stages[stage], None)
 
 
 def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -78,7 +78,7 @@ def main() -> None:
     device, threads = stages["plain"].training.device, torch.get_num_threads()
     print(f"{arguments.preset}, {arguments.batch} windows of {height}x{width}, {device}, {threads} threads")
     for name, seconds in updates.items():
-        share = stages[name]._matrix_share(arguments.batch / seconds)
+        share = stages[name]._mfu(arguments.batch / seconds)
         pace = f"{1000 * seconds:.0f} ms an update, {arguments.batch / seconds:.2f} windows/s"
         print(f"  {name}: {pace}, {share:.0%} of the matrix rate in {stages[name].precision}")
     for name in list(stages)[2:]:
@@ -87,7 +87,7 @@ def main() -> None:
 
     photo = torch.randint(0, 256, (1, 3, 768, 1024), dtype=torch.uint8, device=device)
 
-    def count(stage: RunningStage) -> None:
+    def count(stage: StageTrainer) -> None:
         stage.training.counter.eval()
         with torch.inference_mode(), stage.autocast():
             stage.training.counter.density(photo)

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import density_map
 from crowdray.training.checkpoint import load_checkpoint
-from crowdray.training.loop import Training
-from crowdray.training.world import World, pick_device
+from crowdray.training.distributed import World, pick_device
+from crowdray.training.trainer import Trainer
 
 RIM = 40
 
@@ -39,7 +39,7 @@ def main() -> None:
         return
     checkpoint = load_checkpoint(Path(arguments.checkpoint))
     dataset = Dataset.open(arguments.data)
-    training = Training(checkpoint.config, dataset, world=World(), device=pick_device(), restored=checkpoint)
+    training = Trainer(checkpoint.config, dataset, world=World(), device=pick_device(), restored=checkpoint)
     margin = training.counter.encoder.receptive_radius // 4 * 4 + 4
     parts = {
         "training": training.train_rows[:: max(1, len(training.train_rows) // 133)],

@@ -19,9 +19,9 @@ import simplejpeg
 from scipy.io import savemat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.data import conversion
 from crowdray.data.sample import check_image, decode_image
-from crowdray.data.sources import open_source
+from crowdray.datasets import conversion
+from crowdray.datasets.sources import open_source
 
 HEIGHT, WIDTH, HEADS, ROUNDS = 768, 1024, 100, 5
 

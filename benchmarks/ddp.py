@@ -29,8 +29,8 @@ from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Row
-from crowdray.training.loop import Training
-from crowdray.training.world import local_world
+from crowdray.training.distributed import local_world
+from crowdray.training.trainer import Trainer
 
 RAY_TRAIN_HELPERS = 7
 """Processes that Ray Train keeps beside its workers: controller, queue, watchers and coordinators."""
@@ -52,7 +52,7 @@ def under_torchrun(data: str, epochs: int) -> None:
     """What each torchrun process does."""
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
-    training = Training(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
+    training = Trainer(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
 
     def report(row: Row, save: object) -> None:
         if training.world.rank == 0:

@@ -31,10 +31,10 @@ from crowdray.data.shards import Dataset
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
-from crowdray.training.loop import Training, split_rows
-from crowdray.training.running import RunningStage
-from crowdray.training.throughput import matrix_rate, wait
-from crowdray.training.world import World, pick_device
+from crowdray.training.distributed import World, pick_device
+from crowdray.training.flops import peak_matmul_flops, wait
+from crowdray.training.stage_trainer import StageTrainer
+from crowdray.training.trainer import Trainer, split_rows
 
 BASELINE, JOINT = 0, -1
 STEPS = 40
@@ -70,8 +70,8 @@ def paced(config: Config, dataset: Dataset, stage: int, epochs: int) -> Pace:
     """The pace of whole epochs without their validation, the median; the first one, which compiles, is left out."""
     device = pick_device()
     torch.compiler.reset()  # else a second batch size would be compiled for all sizes
-    training = Training(config, dataset, world=World(), device=device)
-    running = RunningStage(training, training.stages[stage], None)
+    training = Trainer(config, dataset, world=World(), device=device)
+    running = StageTrainer(training, training.stages[stage], None)
     found = []
     for _ in range(1 + epochs):
         training.progress.epochs += 1
@@ -157,7 +157,7 @@ def measure(dataset: Dataset, arguments: argparse.Namespace) -> None:
     """Measure everything on a dataset, and print it."""
     base = preset(arguments.preset)
     device = pick_device()
-    rate, moved = matrix_rate(device, torch.bfloat16, 0), bandwidth(device)
+    rate, moved = peak_matmul_flops(device, torch.bfloat16, 0), bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
     print(f"  bf16 matrices {rate / 1e12:.0f} TFLOP/s, copying {moved / 1e12:.2f} TB/s")
 

@@ -26,9 +26,9 @@ from crowdray.config import Config, LossConfig, from_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import Row, load_checkpoint
-from crowdray.training.loop import Training
-from crowdray.training.result import TrainingResult, conclude
-from crowdray.training.world import World, pick_device
+from crowdray.training.distributed import World, pick_device
+from crowdray.training.result import TrainingResult, final_result
+from crowdray.training.trainer import Trainer
 
 VIDEO_BLOCK = 50
 """Neighbouring frames of a video are no independent trials: the bootstrap draws as many together."""
@@ -40,7 +40,7 @@ def rival_of(config: Config) -> Config:
     joint = dataclasses.replace(stages.joint, epochs=stages.joint.epochs + stages.decoders.epochs)
     return dataclasses.replace(
         config,
-        loss=LossConfig(segmentation=0, depth=0, count=0, share=config.loss.share),
+        loss=LossConfig(segmentation=0, depth=0, count=0, gradient_share=config.loss.gradient_share),
         stages=dataclasses.replace(stages, joint=joint),
     )
 
@@ -48,9 +48,9 @@ def rival_of(config: Config) -> Config:
 def finish(config: Config, dataset: Dataset, checkpoint: Path | None, report: Callable[..., None]) -> TrainingResult:
     """Train from a checkpoint, or from the start, to the end."""
     restored = load_checkpoint(checkpoint) if checkpoint else None
-    training = Training(config, dataset, world=World(), device=pick_device(), restored=restored)
+    training = Trainer(config, dataset, world=World(), device=pick_device(), restored=restored)
     training.run(report)
-    return conclude(training)
+    return final_result(training)
 
 
 def train_both(config: Config, dataset: Dataset) -> tuple[TrainingResult, TrainingResult]:

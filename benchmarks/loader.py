@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.loop import Training
-from crowdray.training.running import RunningStage
-from crowdray.training.throughput import wait
-from crowdray.training.world import World, pick_device
+from crowdray.training.distributed import World, pick_device
+from crowdray.training.flops import wait
+from crowdray.training.stage_trainer import StageTrainer
+from crowdray.training.trainer import Trainer
 
 ROUNDS = 3
 
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    training = Training(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
-    running = RunningStage(training, training.stages[0], None)
+    training = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
+    running = StageTrainer(training, training.stages[0], None)
     memory: list[Batch] = []
     for batch in training.loader.epoch(0):
         memory.append(batch.to(training.device))

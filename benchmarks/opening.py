@@ -12,9 +12,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray import storage
-from crowdray.data.conversion import ROWS_PER_SHARD
 from crowdray.data.sample import Sample
 from crowdray.data.shards import Dataset, ShardInfo, write_index, write_shard
+from crowdray.datasets.conversion import ROWS_PER_SHARD
 
 
 def many(rows: int, place: Path) -> None:

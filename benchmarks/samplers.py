@@ -20,10 +20,10 @@ sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
 from benchmarks.tune import base_of, lengths_varied, render, search
 
 from crowdray.config import to_json
-from crowdray.evaluation import canvas
-from crowdray.evaluation.study import StudyRecord
+from crowdray.plots import style
+from crowdray.tune.record import StudyRecord
 
-SAMPLERS = {"tpe": canvas.BLUE, "random": canvas.ORANGE}
+SAMPLERS = {"tpe": style.BLUE, "random": style.ORANGE}
 
 
 def best_so_far(record: StudyRecord) -> tuple[list[float], list[float]]:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--figure", type=Path, default=Path("outputs/samplers.png"))
     arguments = parser.parse_args()
-    figure = Figure(figsize=(2.6 * len(arguments.seeds), 2.8), dpi=canvas.DPI, layout="constrained")
+    figure = Figure(figsize=(2.6 * len(arguments.seeds), 2.8), dpi=style.DPI, layout="constrained")
     panels = figure.subplots(1, len(arguments.seeds), squeeze=False)[0]
     won = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,13 +69,13 @@ def main() -> None:
             )
             for sampler, record in records.items():
                 axes.step(*best_so_far(record), where="post", color=SAMPLERS[sampler], label=sampler)
-            axes.axvline(seconds, color=canvas.FAINT, linewidth=0.8)
+            axes.axvline(seconds, color=style.FAINT, linewidth=0.8)
             axes.set(title=f"seed {seed}", xlabel="worker-seconds")
-            canvas.plain(axes)
+            style.plain(axes)
     print(f"tpe is lower on {won} of {len(arguments.seeds)} seeds (goal: at least 4 of 5)")
     panels[0].set_ylabel("best validation MAE, heads")
     panels[-1].legend(frameon=False)
-    canvas.save_figure(figure, arguments.figure)
+    style.save_figure(figure, arguments.figure)
     print(f"curves: {arguments.figure}")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY, Counter
-from crowdray.models.packaged import PackagedCounter
+from crowdray.models.export import PackagedCounter
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import package_counter
 

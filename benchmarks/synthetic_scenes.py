@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.sample import decode_image
-from crowdray.data.sources import Item, open_source
+from crowdray.datasets.sources import Item, open_source
 
 WARM = 64
 
@@ -46,10 +46,10 @@ def main() -> None:
         seconds = time.perf_counter() - started
     counts = np.array([count for half in halves for count, _ in half], dtype=np.float64)
     statistics = np.array([values for half in halves for _, values in half])
-    fitted = np.arange(len(counts)) % 4 > 0
-    weights = np.linalg.lstsq(statistics[fitted], counts[fitted], rcond=None)[0]
-    linear = np.abs(statistics[~fitted] @ weights - counts[~fitted]).mean()
-    mean = np.abs(counts[fitted].mean() - counts[~fitted]).mean()
+    find_batch_size = np.arange(len(counts)) % 4 > 0
+    weights = np.linalg.lstsq(statistics[find_batch_size], counts[find_batch_size], rcond=None)[0]
+    linear = np.abs(statistics[~find_batch_size] @ weights - counts[~find_batch_size]).mean()
+    mean = np.abs(counts[find_batch_size].mean() - counts[~find_batch_size]).mean()
     print(f"  {60 * len(counts) / seconds:.0f} images of 320x240 a minute on two processes (goal: at least 500)")
     print(
         f"  heads per image {counts.mean():.1f}, deviation {counts.std():.1f}, {counts.min():.0f} to {counts.max():.0f}"

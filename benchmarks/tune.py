@@ -29,11 +29,11 @@ from ray import tune
 from crowdray.cluster.runtime import connect
 from crowdray.config import Config, StageConfig, StagesConfig, to_json
 from crowdray.data.shards import Dataset
-from crowdray.evaluation.study import StudyRecord
 from crowdray.presets import preset
-from crowdray.space import default_space, load_space
-from crowdray.training.loop import Training
-from crowdray.training.world import World
+from crowdray.training.distributed import World
+from crowdray.training.trainer import Trainer
+from crowdray.tune.record import StudyRecord
+from crowdray.tune.space import default_space, load_space
 
 LENGTHS = {"baseline": (20, 40, 60), "decoders": (10, 20), "joint": (20, 40)}
 """Epochs of the study to measure; shortened by a common divisor."""
@@ -51,7 +51,7 @@ def base_of(divisor: int) -> Config:
     )
     sampling = dataclasses.replace(config.sampling, crop=64, context=64)
     numerics = dataclasses.replace(config.numerics, threads=1)
-    optimizer = dataclasses.replace(config.optimizer, average=0.95, warmup=10)  # updates are hundreds, not thousands
+    optimizer = dataclasses.replace(config.optimizer, ema_decay=0.95, warmup=10)  # updates are hundreds, not thousands
     return dataclasses.replace(config, stages=stages, sampling=sampling, numerics=numerics, optimizer=optimizer)
 
 
@@ -105,7 +105,7 @@ def plain_trial(data: str, configs: Sequence[Config], succession: bool, told: Ma
     config = configs[told["number"]]
     torch.set_num_threads(config.numerics.threads)
     started = time.monotonic()
-    training = Training(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
+    training = Trainer(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
     if succession:
         one_by_one = [
             [dataclasses.replace(stage, tasks=(task,), modules=(task,)) for task in stage.tasks]

@@ -10,11 +10,11 @@ import tyro
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "platform"))
 
-from crowdray.cli import console, named_source, parse, refuse_strange_options, run_job
 from crowdray.cluster.check import check
 from crowdray.cluster.convert import convert
-from crowdray.cluster.summary import show_check, show_dataset
-from crowdray.data.sources import SOURCES, open_source, source_options
+from crowdray.console.arguments import console, named_source, parse, refuse_strange_options, run_job
+from crowdray.console.summary import show_check, show_dataset
+from crowdray.datasets.sources import SOURCES, open_source, source_options
 from crowdray.errors import UserError
 
 

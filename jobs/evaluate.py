@@ -7,13 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse, run_job, tracking_uri, write_json
-from crowdray.cluster.predict import choose_device, tiled
-from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
+from crowdray.console.arguments import console, parse, run_job, tracking_uri, write_json
+from crowdray.console.progress import counting
 from crowdray.data.shards import Dataset
 from crowdray.evaluation.report import evaluate_images, evaluation_table, summarise_images
 from crowdray.evaluation.tiles import TILE
+from crowdray.pipeline.predict import choose_device, tiled
 from crowdray.registry.loading import Precision, load_counter
 
 

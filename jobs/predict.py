@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse, run_job, tracking_uri
-from crowdray.cluster.predict import choose_device, find_images, predict_images, show_prediction, tiled
-from crowdray.cluster.progress import counting
 from crowdray.cluster.runtime import Device
+from crowdray.console.arguments import console, parse, run_job, tracking_uri
+from crowdray.console.progress import counting
 from crowdray.evaluation.tiles import TILE
+from crowdray.pipeline.predict import choose_device, find_images, predict_images, show_prediction, tiled
 from crowdray.registry.loading import Precision, load_counter
 
 

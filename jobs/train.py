@@ -12,15 +12,15 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse_with_config, run_job, tracking_uri, write_json
-from crowdray.cluster.fitting import fitted
-from crowdray.cluster.progress import TrainingDisplay
-from crowdray.cluster.runs import plan, workers_of
+from crowdray.cluster.batch_size import find_batch_size
 from crowdray.cluster.runtime import Device
-from crowdray.cluster.summary import show_outcome
 from crowdray.cluster.train import train
 from crowdray.config import Config
-from crowdray.training.sharing import StoreOptions
+from crowdray.console.arguments import console, parse_with_config, run_job, tracking_uri, write_json
+from crowdray.console.progress import TrainingDisplay
+from crowdray.console.summary import show_outcome
+from crowdray.pipeline.run import plan, workers_of
+from crowdray.stage_cache.session import StageCacheOptions
 from crowdray.training.stages import stages_of
 
 
@@ -50,7 +50,7 @@ class TrainJob:
     faster, or as many as fit into its memory. Learning rates are meant for their preset's batch."""
     json: str | None = None
     """File for the result as JSON."""
-    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    store: Annotated[StageCacheOptions, tyro.conf.arg(name="")] = field(default_factory=StageCacheOptions)
     """Where trainings leave their states for each other."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What the training computes."""
@@ -63,9 +63,9 @@ def main(arguments: list[str]) -> None:
     screen = console()
     with TrainingDisplay(stages_of(run.config), screen) as display:
         if measured:
-            run = fitted(run, display, device=job.device)
-        shelf = job.store.shelf(run.storage)
-        outcome = train(run, display, tracking_uri=tracking_uri(ROOT), shelf=shelf, device=job.device)
+            run = find_batch_size(run, display, device=job.device)
+        stage_cache = job.store.stage_cache(run.storage)
+        outcome = train(run, display, tracking_uri=tracking_uri(ROOT), stage_cache=stage_cache, device=job.device)
     show_outcome(outcome, screen)
     write_json(job.json, dataclasses.asdict(outcome))
 

@@ -11,14 +11,14 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cli import console, parse_with_config, run_job, tracking_uri, write_json
 from crowdray.cluster.runtime import Device
-from crowdray.cluster.studies import SearchOptions, plan_study
-from crowdray.cluster.study_display import StudyDisplay
-from crowdray.cluster.summary import show_study
-from crowdray.cluster.tune import tune
 from crowdray.config import Config
-from crowdray.training.sharing import StoreOptions
+from crowdray.console.arguments import console, parse_with_config, run_job, tracking_uri, write_json
+from crowdray.console.study_display import StudyDisplay
+from crowdray.console.summary import show_study
+from crowdray.stage_cache.session import StageCacheOptions
+from crowdray.tune.driver import tune
+from crowdray.tune.study import SearchOptions, plan_study
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TuneJob:
     """File for the result as JSON."""
     search: Annotated[SearchOptions, tyro.conf.arg(name="")] = field(default_factory=SearchOptions)
     """What is searched, and where it is kept."""
-    store: Annotated[StoreOptions, tyro.conf.arg(name="")] = field(default_factory=StoreOptions)
+    store: Annotated[StageCacheOptions, tyro.conf.arg(name="")] = field(default_factory=StageCacheOptions)
     """Where trainings leave their states for each other."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """What each trial starts from."""
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
             trials=job.trials,
             concurrent=job.concurrent,
             tracking_uri=tracking_uri(ROOT),
-            shelf=job.store.shelf(study.storage),
+            stage_cache=job.store.stage_cache(study.storage),
             device=job.device,
         )
     show_study(outcome, screen)

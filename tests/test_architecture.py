@@ -183,17 +183,17 @@ STRAY_LIBRARIES = [
     ("evaluation/planted.py", "def later():\n    import mlflow.pytorch", "imports mlflow.pytorch"),
 ]
 UPWARD_IMPORTS = [
-    ("data/planted.py", "import crowdray.training.loop", "data may not import training"),
+    ("data/planted.py", "import crowdray.training.trainer", "data may not import training"),
     ("data/planted.py", "from crowdray import models", "data may not import models"),
     ("models/planted.py", "from ..data.sample import Sample", "models may not import data"),
     ("data/sources/planted.py", "from ... import cluster", "data may not import cluster"),
-    ("data/sources/__init__.py", "from ...models import counter", "data may not import models"),
+    ("datasets/sources/__init__.py", "from ...models import counter", "data may not import models"),
     (
         "training/planted.py",
         "def f():\n    from crowdray.registry import x",
         "training may not import registry",
     ),
-    ("registry/planted.py", "from crowdray.training.loop import train", "registry may not import training"),
+    ("registry/planted.py", "from crowdray.training.trainer import train", "registry may not import training"),
     (
         "evaluation/planted.py",
         "import importlib\nimportlib.import_module('crowdray.training')",

@@ -21,23 +21,23 @@ from rich.console import Console
 from torch._dynamo.exc import BackendCompilerFailed
 
 from crowdray import storage
-from crowdray.cli import load_preset, parse_with_config
-from crowdray.cluster import fitting
+from crowdray.cluster import batch_size
+from crowdray.cluster.batch_size import find_batch_size
+from crowdray.cluster.callbacks import is_worker_loss
 from crowdray.cluster.convert import convert
-from crowdray.cluster.fitting import fitted
-from crowdray.cluster.listener import is_loss
-from crowdray.cluster.progress import TrainingDisplay
-from crowdray.cluster.runs import RAY_LIST, Run, Workers, default_name, open_as_begun, plan, workers_of
 from crowdray.cluster.runtime import Device, Resources, choose_gpu
-from crowdray.cluster.train import TrainingStopped, explained, run_training
+from crowdray.cluster.train import TrainingStopped, run_training, translated_errors
 from crowdray.cluster.worker import upload
 from crowdray.config import Config, ConfigError, NumericsConfig, to_json
-from crowdray.data.sources import SOURCES, open_source
-from crowdray.errors import SettingsError, UserError
+from crowdray.console.arguments import load_preset, parse_with_config
+from crowdray.console.progress import TrainingDisplay
+from crowdray.datasets.sources import SOURCES, open_source
+from crowdray.errors import InfeasibleConfigError, UserError
+from crowdray.pipeline.run import RAY_LIST, Run, Workers, default_name, open_as_begun, plan, workers_of
 from crowdray.presets import preset
+from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
-from crowdray.training.running import DivergedError
-from crowdray.training.sharing import Shelf
+from crowdray.training.stage_trainer import DivergedError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -178,11 +178,13 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
     memory = replace(run.config.sampling, cache_gib=0, gpu_cache_gib=1.0)
     replace(run, config=replace(run.config, sampling=memory)).claim()
     written = json.loads(storage.read_bytes(f"{run.uri}/run.json"))
-    del written["config"]["optimizer"]["accumulate"]  # as by a version that had no such field
+    del written["config"]["optimizer"]["grad_accumulation_steps"]  # as by a version that had no such field
     storage.write_bytes(f"{run.uri}/run.json", json.dumps(written).encode())
     run.claim()
     with pytest.raises(UserError, match=r"optimizer\.accumulate is 1 there, 2 here"):
-        replace(run, config=replace(run.config, optimizer=replace(run.config.optimizer, accumulate=2))).claim()
+        replace(
+            run, config=replace(run.config, optimizer=replace(run.config.optimizer, grad_accumulation_steps=2))
+        ).claim()
     other = replace(run.config, seed=5)
     with pytest.raises(UserError, match=r"another --name.*\n  seed is 0 there, 5 here"):
         replace(run, config=other).claim()
@@ -198,11 +200,11 @@ def test_a_measured_batch_is_that_of_the_run_ever_after(
         return plan(preset("debug"), data, 2, str(tmp_path), None, "debug", measured=True)
 
     measured = iter([12])
-    monkeypatch.setattr(fitting, "_measured", lambda run, device: next(measured))
+    monkeypatch.setattr(batch_size, "_measured", lambda run, device: next(measured))
     with TrainingDisplay((), Console(file=io.StringIO())) as display:
-        first = fitted(planned(), display)
+        first = find_batch_size(planned(), display)
         first.claim()
-        again = fitted(planned(), display)
+        again = find_batch_size(planned(), display)
     again.claim()
     assert again == first and first.config.sampling.batch == 12
     assert load_preset(f"{first.uri}/config.json") == first.config
@@ -211,7 +213,7 @@ def test_a_measured_batch_is_that_of_the_run_ever_after(
 
 def test_a_batch_is_measured_for_one_number_of_workers(run: Run) -> None:
     with TrainingDisplay((), Console()) as display, pytest.raises(UserError, match="--workers is 1:2: give one"):
-        fitted(replace(run, workers=(1, 2)), display)
+        find_batch_size(replace(run, workers=(1, 2)), display)
 
 
 def test_a_name_is_a_function_of_all_that_is_computed() -> None:
@@ -292,12 +294,14 @@ def test_a_batch_has_a_window_for_each_worker_that_may_come(data: str, tmp_path:
 
 def test_a_cluster_needs_room_for_the_fewest_workers(run: Run) -> None:
     with pytest.raises(UserError, match="3 workers need a CPU each, the Ray cluster has 2 CPUs"):
-        run_training(replace(run, workers=(3, 8)), Resources(2, 0, False), shelf=Shelf("memory://stages", 0))
+        run_training(
+            replace(run, workers=(3, 8)), Resources(2, 0, False), stage_cache=StageCacheConfig("memory://stages", 0)
+        )
 
 
 def test_a_memory_that_is_too_small_is_the_users_to_mend(run: Run) -> None:
-    told = explained(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
-    assert isinstance(told, SettingsError)
+    told = translated_errors(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
+    assert isinstance(told, InfeasibleConfigError)
     assert str(told).startswith(f"the training under {run.uri} does not fit into memory (CUDA out of memory.); lower")
 
 
@@ -314,38 +318,38 @@ def test_workers_of_a_trial_reserve_the_cpus_that_its_place_was_counted_with(
     monkeypatch.setattr("ray.util.queue.Queue", lambda **_: None)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
     four = replace(run, config=replace(run.config, numerics=NumericsConfig(threads=4)))
-    shelf, there = Shelf(str(tmp_path), 0), Resources(8, 0, True)
+    stage_cache, there = StageCacheConfig(str(tmp_path), 0), Resources(8, 0, True)
     with pytest.raises(Asked, match=r"^4"):
-        run_training(four, there, shelf=shelf, study="study.json")
+        run_training(four, there, stage_cache=stage_cache, study="study.json")
     with pytest.raises(Asked, match=r"^1"):
-        run_training(four, there, shelf=shelf)
+        run_training(four, there, stage_cache=stage_cache)
 
 
 def test_only_losses_are_worth_another_start() -> None:
-    assert all(map(is_loss, (RuntimeError("connection closed by peer"), ConnectionError(), OSError())))
-    assert not any(map(is_loss, (DivergedError("nan"), UserError("bad"), PermissionError(), TypeError())))
+    assert all(map(is_worker_loss, (RuntimeError("connection closed by peer"), ConnectionError(), OSError())))
+    assert not any(map(is_worker_loss, (DivergedError("nan"), UserError("bad"), PermissionError(), TypeError())))
     memory = (
         torch.OutOfMemoryError("x"),
         RuntimeError("CUDA error: out of memory"),
         BackendCompilerFailed(len, OSError(), None),
     )
-    assert not any(map(is_loss, memory))
+    assert not any(map(is_worker_loss, memory))
 
 
 def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     diverged = DivergedError("joint stage, epoch 3: density nan")
-    assert explained(ControllerError(diverged), run) is diverged
-    assert explained(WorkerGroupError("", {0: RuntimeError("closed"), 1: diverged}), run) is diverged
-    lost = explained(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
+    assert translated_errors(ControllerError(diverged), run) is diverged
+    assert translated_errors(WorkerGroupError("", {0: RuntimeError("closed"), 1: diverged}), run) is diverged
+    lost = translated_errors(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
     assert isinstance(lost, TrainingStopped)
     assert "closed by peer. The same command goes on" in str(lost)
-    refused = explained(ControllerError(PermissionError("The token has expired.")), run)
+    refused = translated_errors(ControllerError(PermissionError("The token has expired.")), run)
     assert isinstance(refused, UserError)
     assert f"{run.uri}: The token has expired.; renew your credentials, then give the same command" in str(refused)
     ours = PermissionError(errno.EACCES, "Permission denied", "/.triton")
-    assert explained(ControllerError(ours), run) is ours
+    assert translated_errors(ControllerError(ours), run) is ours
 
 
 @pytest.mark.parametrize(

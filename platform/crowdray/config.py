@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from crowdray.errors import SettingsError
+from crowdray.errors import InfeasibleConfigError
 
 
-class ConfigError(SettingsError):
+class ConfigError(InfeasibleConfigError):
     """All problems of a configuration together: each with its field, the value given, and the mend."""
 
     def __init__(self, problems: list[str]) -> None:
@@ -156,14 +156,14 @@ class LossConfig:
     """Weight of the distilled depth's squared error (eq. 2); 0 drops the task."""
     count: float = 1.0
     """Weight of the count's squared error (eq. 3); 0 drops the task."""
-    share: float = 0.1
+    gradient_share: float = 0.1
     """What the paper's weights (0.04, 0.6, 1) mean here: at the start of the joint stage each auxiliary loss
     is scaled so that, at the paper's weight, its gradient at the encoder's features is this share of the
     density loss's gradient."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
-        for name in ("segmentation", "depth", "count", "share"):
+        for name in ("segmentation", "depth", "count", "gradient_share"):
             yield from _at_least(f"loss.{name}", getattr(self, name), 0.0)
 
 
@@ -186,10 +186,10 @@ class OptimizerConfig:
     """What the learning rate is multiplied with then."""
     clip: float = 1.0
     """Largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them."""
-    accumulate: int = 1
+    grad_accumulation_steps: int = 1
     """Parts in which a worker takes its share of a batch, to save memory: the update is the same, up to rounding,
     but for networks with BatchNorm or dropout."""
-    average: float = 0.99
+    ema_decay: float = 0.99
     """Decay per update of the running average of the weights, which is what is validated and shipped; 0 ships
     the last weights."""
 
@@ -201,8 +201,8 @@ class OptimizerConfig:
         yield from _at_least("optimizer.plateau_patience", self.plateau_patience, 0)
         yield from _within("optimizer.plateau_factor", self.plateau_factor, 0.001, 0.999)
         yield from _at_least("optimizer.clip", self.clip, 0.0)
-        yield from _at_least("optimizer.accumulate", self.accumulate, 1)
-        yield from _within("optimizer.average", self.average, 0.0, 0.99999)
+        yield from _at_least("optimizer.grad_accumulation_steps", self.grad_accumulation_steps, 1)
+        yield from _within("optimizer.ema_decay", self.ema_decay, 0.0, 0.99999)
 
 
 @dataclass(frozen=True)
@@ -265,21 +265,21 @@ class NumericsConfig:
     compile: Annotated[Literal["no", "yes", "graphs"], BeforeValidator(_once_a_switch)] = "no"
     """Compile the network with torch.compile: faster steps after minutes of compiling; on a CPU it needs g++. graphs
     records CUDA graphs too: less waiting between small kernels, for memory of their own."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Compute the activations of the encoder again in the backward pass instead of keeping them: less memory for
     about a third more time, and the same results."""
     threads: int = 0
     """CPU threads of each worker; 0 shares the machine's cores between the workers."""
-    exchange: Literal["fp32", "bf16"] = "fp32"
+    grad_allreduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic in which workers sum their gradients: bf16 moves half the bytes, and rounds them."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be used, one sentence each."""
         yield from _at_least("numerics.threads", self.threads, 0)
-        if self.recompute and self.compile != "no":
+        if self.activation_checkpointing and self.compile != "no":
             yield (
-                f"numerics.recompute is True and numerics.compile {self.compile}; the compiler decides itself what it "
-                "computes again: set one of them"
+                f"numerics.activation_checkpointing is True and numerics.compile is {self.compile}; the compiler decides "
+                "itself what it recomputes: set only one of them"
             )
 
 

@@ -6,7 +6,7 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message shows the value, its place and the mend."""
 
 
-class SettingsError(UserError):
+class InfeasibleConfigError(UserError):
     """Settings that cannot be trained as they are; of a search they cost the trial that drew them."""
 
 

@@ -20,8 +20,8 @@ def demo() -> Config:
     """Synthetic scenes of 320x240, minutes on two CPU cores; whole images as context, small crops for the count."""
     return Config(
         sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
-        loss=LossConfig(share=0.3),
-        optimizer=OptimizerConfig(average=0.995, warmup=30),
+        loss=LossConfig(gradient_share=0.3),
+        optimizer=OptimizerConfig(ema_decay=0.995, warmup=30),
         stages=StagesConfig(
             baseline=StageConfig(epochs=3, learning_rate=2e-3),
             decoders=StageConfig(epochs=1, learning_rate=2e-3),
@@ -48,8 +48,8 @@ def mall_cfcn() -> Config:
             colour=0.2,
             scale=0.25,
         ),
-        loss=LossConfig(share=0.5),
-        optimizer=OptimizerConfig(weight_decay=0.5, average=0.98, plateau_patience=2, plateau_factor=0.3),
+        loss=LossConfig(gradient_share=0.5),
+        optimizer=OptimizerConfig(weight_decay=0.5, ema_decay=0.98, plateau_patience=2, plateau_factor=0.3),
         stages=StagesConfig(
             baseline=StageConfig(epochs=3, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),

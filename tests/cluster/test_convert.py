@@ -11,10 +11,10 @@ from rich.console import Console
 from scipy.io import savemat
 
 from crowdray.cluster.convert import _check_reach, convert
-from crowdray.cluster.summary import show_dataset
-from crowdray.data import conversion
-from crowdray.data.journal import SliceResult
-from crowdray.data.sources import open_source
+from crowdray.console.summary import show_dataset
+from crowdray.datasets import conversion
+from crowdray.datasets.resume import SliceResult
+from crowdray.datasets.sources import open_source
 from crowdray.errors import UserError
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray.data import pictures
+from crowdray.data import image_cache
 from crowdray.data.batch import Batch, View, collate
+from crowdray.data.image_cache import DecodedImage, ImageCache, load_image, scaled_size
 from crowdray.data.loader import Loader
-from crowdray.data.pictures import Picture, PictureStore, open_picture, scaled_size
 from crowdray.data.sample import Sample
 from crowdray.data.sampling import Window, WindowRule, draw_window, loss_weight
 from crowdray.data.shards import Dataset
@@ -24,11 +24,11 @@ RULE = WindowRule(crop=32, context=8, margin=8, stride=4)
 
 
 @pytest.fixture(scope="module")
-def store(discs: Dataset) -> PictureStore:
-    return PictureStore(discs, downsample=1, use_roi=True, cache_bytes=1e8)
+def store(discs: Dataset) -> ImageCache:
+    return ImageCache(discs, downsample=1, use_roi=True, cache_bytes=1e8)
 
 
-def loader(store: PictureStore, *, rank: int = 0, world: int = 1, repeats: int = 2) -> Loader:
+def loader(store: ImageCache, *, rank: int = 0, world: int = 1, repeats: int = 2) -> Loader:
     rule = dataclasses.replace(RULE, flip=0.5, brightness=0.1, colour=0.1, scale=0.3)
     rows = store.dataset.rows("train")
     return Loader(store, rows, rule, batch=6, repeats=repeats, seed=3, rank=rank, world=world)
@@ -48,7 +48,7 @@ def targets(batch: Batch, sigma: float = 2.0) -> Targets:
     )
 
 
-def test_a_batch_is_cut_from_its_pictures(store: PictureStore) -> None:
+def test_a_batch_is_cut_from_its_pictures(store: ImageCache) -> None:
     picture = store[4]
     window = draw_window(RULE, picture.size, seed=0, epoch=1, sample=4)
     batch = collate([View(picture, picture.size, window)], RULE)
@@ -66,7 +66,7 @@ def test_a_batch_is_cut_from_its_pictures(store: PictureStore) -> None:
     assert batch.count.item() == ((inside >= 0) & (inside < RULE.crop)).all(axis=1).sum()
 
 
-def test_a_mirrored_window_has_mirrored_pixels_targets_and_the_same_count(store: PictureStore) -> None:
+def test_a_mirrored_window_has_mirrored_pixels_targets_and_the_same_count(store: ImageCache) -> None:
     pictures = [store[row] for row in (4, 7, 8)]
     windows = [draw_window(RULE, p.size, seed=0, epoch=1, sample=p.row) for p in pictures]
     straight, mirrored = (
@@ -85,7 +85,7 @@ def test_a_mirrored_window_has_mirrored_pixels_targets_and_the_same_count(store:
     torch.testing.assert_close(mirrored.corners[:, 1] * 4 + RULE.crop, width - straight.corners[:, 1] * 4)
 
 
-def test_two_ranks_together_see_what_one_sees(store: PictureStore) -> None:
+def test_two_ranks_together_see_what_one_sees(store: ImageCache) -> None:
     alone = list(loader(store).epoch(2))
     shares = [list(loader(store, rank=rank, world=2).epoch(2)) for rank in range(2)]
     assert len(alone) == len(shares[0]) == len(shares[1]) == loader(store).steps()
@@ -96,7 +96,7 @@ def test_two_ranks_together_see_what_one_sees(store: PictureStore) -> None:
 
 
 @pytest.mark.parametrize(("number", "sizes"), [(1, [6]), (2, [3, 3]), (4, [2, 1, 1, 2]), (9, [1] * 6)])
-def test_parts_are_the_batch_in_order(store: PictureStore, number: int, sizes: list[int]) -> None:
+def test_parts_are_the_batch_in_order(store: ImageCache, number: int, sizes: list[int]) -> None:
     batch = next(loader(store).epoch(2))
     parts = batch.parts(number)
     assert [len(part.rows) for part in parts] == sizes
@@ -111,7 +111,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("ahead", [1, 3, 50])
-def test_threads_change_nothing(store: PictureStore, ahead: int) -> None:
+def test_threads_change_nothing(store: ImageCache, ahead: int) -> None:
     """Nor do batches that were begun for an epoch, a depth or a consumer that did not come."""
     threaded = loader(store)
     threaded.ahead = ahead
@@ -124,7 +124,7 @@ def test_threads_change_nothing(store: PictureStore, ahead: int) -> None:
             abandoned.close()
 
 
-def test_the_next_epoch_is_begun_while_the_last_batches_are_used(store: PictureStore) -> None:
+def test_the_next_epoch_is_begun_while_the_last_batches_are_used(store: ImageCache) -> None:
     threaded = loader(store)
     threaded.ahead = 2
     list(threaded.epoch(2))
@@ -133,7 +133,7 @@ def test_the_next_epoch_is_begun_while_the_last_batches_are_used(store: PictureS
     assert next(threaded.epoch(3)) is first.result()
 
 
-def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureStore) -> None:
+def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: ImageCache) -> None:
     first, again = (list(loader(store).epoch(5)) for _ in range(2))
     assert all(torch.equal(a.image, b.image) for a, b in zip(first, again, strict=True))
     rows = torch.cat([b.rows for b in first])
@@ -145,18 +145,18 @@ def test_an_epoch_can_be_replayed_and_repeats_of_a_sample_differ(store: PictureS
 def test_repeats_of_a_sample_share_its_decoding(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    def noted(sample: Sample, row: int, *given: Any) -> Picture:
+    def noted(sample: Sample, row: int, *given: Any) -> DecodedImage:
         opened.append(row)
-        return open_picture(sample, row, *given)
+        return load_image(sample, row, *given)
 
-    monkeypatch.setattr(pictures, "open_picture", noted)
-    epoch = loader(PictureStore(discs, 1, True, cache_bytes=0)).epoch(2)
+    monkeypatch.setattr(image_cache, "open_picture", noted)
+    epoch = loader(ImageCache(discs, 1, True, cache_bytes=0)).epoch(2)
     rows = torch.cat([batch.rows for batch in epoch]).tolist()
     assert len(rows) == 2 * len(set(rows))
     assert sorted(opened) == sorted(set(rows))
 
 
-def test_depth_that_is_not_asked_for_is_not_decoded_and_changes_nothing_else(store: PictureStore) -> None:
+def test_depth_that_is_not_asked_for_is_not_decoded_and_changes_nothing_else(store: ImageCache) -> None:
     known = False
     for whole, without in zip(loader(store).epoch(2), loader(store).epoch(2, depth=False), strict=True):
         known |= bool(whole.depth.any())
@@ -175,7 +175,7 @@ def test_heads_beyond_the_reach_of_their_kernel_change_no_target(discs: Dataset)
     """Also those that lie beyond the image, whose kernels are put at its rim."""
     sigma, left_out = 1.5, 0
     for row in range(24):
-        picture = PictureStore(discs, 1, False, 0)[row]
+        picture = ImageCache(discs, 1, False, 0)[row]
         far = np.array([[-300, 20], [50, 900], [96 + 7, -5]], np.float32)
         picture = dataclasses.replace(picture, points=np.concatenate([picture.points, far]))
         window = draw_window(RULE, picture.size, seed=0, epoch=1, sample=row)
@@ -189,7 +189,7 @@ def test_heads_beyond_the_reach_of_their_kernel_change_no_target(discs: Dataset)
     assert left_out > 24
 
 
-def test_a_view_of_a_scaled_picture_is_cut_from_the_whole_scaled(store: PictureStore) -> None:
+def test_a_view_of_a_scaled_picture_is_cut_from_the_whole_scaled(store: ImageCache) -> None:
     """Pillow's and torch's resizing of whole images as the references."""
     picture = store[8]
     assert picture.roi is not None
@@ -223,7 +223,7 @@ def stretched(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
     return whole
 
 
-def test_a_smaller_picture_is_padded_without_weight(store: PictureStore) -> None:
+def test_a_smaller_picture_is_padded_without_weight(store: ImageCache) -> None:
     picture = store[4]
     small = dataclasses.replace(picture, image=picture.image[:20, :30], roi=None, encoded_depth=None)
     window = draw_window(RULE, small.size, seed=0, epoch=0, sample=0)
@@ -234,7 +234,7 @@ def test_a_smaller_picture_is_padded_without_weight(store: PictureStore) -> None
     assert batch.has_depth.item() == 0
 
 
-def test_augmentation_is_its_formula(store: PictureStore) -> None:
+def test_augmentation_is_its_formula(store: ImageCache) -> None:
     batch = next(loader(store).epoch(1))
     expected = batch.image.double() * (1 + batch.colour.double())[:, :, None, None]
     expected = (expected - 127.5) * (1 + batch.contrast.double())[:, None, None, None]

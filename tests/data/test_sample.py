@@ -24,7 +24,7 @@ from crowdray.data.sample import (
 )
 from crowdray.errors import DataError
 
-from .builders import jpeg
+from ..support.builders import jpeg
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
 

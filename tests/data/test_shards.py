@@ -12,13 +12,14 @@ import pyarrow as pa
 import pytest
 
 from crowdray import storage
-from crowdray.data import conversion, shards
+from crowdray.data import shards
 from crowdray.data.sample import SCHEMA, Sample
 from crowdray.data.shards import INDEX, ROWS_PER_BATCH, Dataset, Index, write_index, write_shard
-from crowdray.data.sources import Item
+from crowdray.datasets import conversion
+from crowdray.datasets.sources import Item
 from crowdray.errors import UserError
 
-from .builders import samples
+from ..support.builders import samples
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .processes import Job
+from ..support.processes import Job
 
 LENGTH = ("--stages.decoders.epochs", "20")
 """Long enough to be caught in the middle of the second stage."""

@@ -19,14 +19,14 @@ from crowdray.data.shards import Dataset, write_index
 from crowdray.presets import preset
 from crowdray.registry.connection import connect
 from crowdray.registry.loading import load_counter
+from crowdray.stage_cache.store import StageStore, StateId
 from crowdray.training.checkpoint import CLOCKED
-from crowdray.training.loop import Training
-from crowdray.training.result import TrainingResult, conclude
-from crowdray.training.store import StageStore, StateId
-from crowdray.training.world import World
+from crowdray.training.distributed import World
+from crowdray.training.result import TrainingResult, final_result
+from crowdray.training.trainer import Trainer
 
-from ..stores import Kind, Store, moto
-from .processes import Job
+from ..support.processes import Job
+from ..support.stores import Kind, Store, moto
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
@@ -136,18 +136,18 @@ def test_a_training_on_a_failing_store_ends_as_one_on_a_disk(
     outcome = json.loads((tmp_path / "out.json").read_text())
     found = TrainingResult.from_json(json.dumps(outcome["result"]), "out.json")
     config = dataclasses.replace(preset("debug"), numerics=NumericsConfig(threads=1))
-    undisturbed = Training(config, discs, world=World(), device=torch.device("cpu"))
+    undisturbed = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     undisturbed.run(lambda row, save: None)
-    assert without_clocks(found) == without_clocks(conclude(undisturbed))
+    assert without_clocks(found) == without_clocks(final_result(undisturbed))
 
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     registered = load_counter(outcome["registered"], tracking_uri=tracking)
     assert torch.equal(registered(image), load_counter(outcome["model"])(image))
     assert any("/artifacts/" in path and path.endswith("overview.png") for _, path in store.proxy.seen)
-    shelf = StageStore(f"{store.uri}/runs/stages", 10**9)
+    stage_cache = StageStore(f"{store.uri}/runs/stages", 10**9)
     stored = {file.name.split("/")[0] for file in storage.find_files(f"{store.uri}/runs/stages/states")}
     assert len(stored) == 3 and storage.find_files(f"{store.uri}/runs/stages/leases") == []
     for chain in stored:
         names = storage.find_files(f"{store.uri}/runs/stages/states/{chain}")
         for epoch in {int(file.name.split("/")[0]) for file in names}:
-            assert shelf.load(StateId(chain, "", epoch)) is not None
+            assert stage_cache.load(StateId(chain, "", epoch)) is not None

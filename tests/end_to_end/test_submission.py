@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from ..support.processes import ROOT, Job, alive, descendants, named, until
 from .conftest import Workplace
-from .processes import ROOT, Job, alive, descendants, named, until
 from .test_training import assert_tracked_once, query
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]

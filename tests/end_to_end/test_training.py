@@ -11,8 +11,8 @@ import torch
 from crowdray.registry.loading import load_counter
 from crowdray.training.checkpoint import CLOCKED
 
+from ..support.processes import Job, descendants, named
 from .conftest import Workplace
-from .processes import Job, descendants, named
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
@@ -85,7 +85,7 @@ def test_an_ended_training_gives_its_result_again_without_ray(workplace: Workpla
 
 
 def test_a_training_that_diverges_says_so_once_and_is_not_repeated(workplace: Workplace) -> None:
-    job = workplace.train("diverged", "--loss.share", "1e300", workers=1)
+    job = workplace.train("diverged", "--loss.gradient_share", "1e300", workers=1)
     assert job.end() == 1
     told = job.lines[-1]
     assert told.startswith("error: joint stage, epoch 4: gradient norm ") and "Lower stages.joint" in told

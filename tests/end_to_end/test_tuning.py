@@ -11,8 +11,8 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from ..support.processes import Job, descendants, named
 from .conftest import Workplace
-from .processes import Job, descendants, named
 from .test_training import query
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]

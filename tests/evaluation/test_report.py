@@ -17,11 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from crowdray.config import ModelConfig
-from crowdray.data.pictures import PictureStore
+from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import DataError, UserError
-from crowdray.evaluation.counting import count_pictures
+from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import GAME_LEVELS, grid_error
 from crowdray.evaluation.report import (
     EvaluatedImage,
@@ -32,7 +32,7 @@ from crowdray.evaluation.report import (
     summarise_images,
 )
 from crowdray.models.build import build_counter
-from crowdray.models.packaged import PackagedCounter
+from crowdray.models.export import PackagedCounter
 from crowdray.presets import debug
 
 CPU = torch.device("cpu")
@@ -160,8 +160,8 @@ def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, backbo
     counter = build_counter(config, density_scale=100.0).eval()
     stride = counter.encoder.output_stride
     rows = discs.rows("test").tolist()
-    store = PictureStore(discs, factor, use_roi=True, cache_bytes=1e9)
-    in_training = list(count_pictures(counter.density, store, rows, CPU, stride))
+    store = ImageCache(discs, factor, use_roi=True, cache_bytes=1e9)
+    in_training = list(count_images(counter.density, store, rows, CPU, stride))
     shipped = PackagedCounter(counter, factor)
     evaluation = summarise_images(list(evaluate_images(shipped, discs, rows, geometry=shipped.geometry)))
     assert evaluation.counts() == in_training

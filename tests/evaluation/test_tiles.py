@@ -9,7 +9,7 @@ from torch import Tensor
 from crowdray.config import BACKBONES, Config, ModelConfig, SamplingConfig
 from crowdray.evaluation.tiles import in_tiles
 from crowdray.models.build import build_counter
-from crowdray.models.packaged import PackagedCounter
+from crowdray.models.export import PackagedCounter
 
 
 def packaged(backbone: str, downsample: int) -> PackagedCounter:

@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from crowdray.config import Config, ModelConfig, NumericsConfig, OptimizerConfig
 from crowdray.data.batch import Batch
-from crowdray.data.pictures import PictureStore
-from crowdray.data.resident import ResidentPictures
+from crowdray.data.gpu_cache import GpuImageCache
+from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.training.fitting import largest_batch
-from crowdray.training.loop import Training
-from crowdray.training.running import DivergedError, RunningStage
-from crowdray.training.world import World
+from crowdray.training.batch_size_finder import largest_batch
+from crowdray.training.distributed import World
+from crowdray.training.stage_trainer import DivergedError, StageTrainer
+from crowdray.training.trainer import Trainer
 
 GPU = torch.device("cuda", 0)
 JOINT = -1
@@ -37,17 +37,17 @@ def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **opt
     )
 
 
-def trained(config: Config, dataset: Dataset, device: torch.device, updates: int = 3) -> tuple[Training, torch.Tensor]:
+def trained(config: Config, dataset: Dataset, device: torch.device, updates: int = 3) -> tuple[Trainer, torch.Tensor]:
     """The training after a few joint updates, and the losses (updates, tasks) that it saw."""
-    training = Training(config, dataset, world=World(), device=device)
+    training = Trainer(config, dataset, world=World(), device=device)
     stage = replace(training.stages[JOINT], calibrated=False)
-    running = RunningStage(training, stage, None)
+    running = StageTrainer(training, stage, None)
     running.prepare()
     batches = training.loader.epoch(1)
     return training, torch.stack([running._step(next(batches)) for _ in range(updates)]).cpu()
 
 
-def change(training: Training, start: Training) -> torch.Tensor:
+def change(training: Trainer, start: Trainer) -> torch.Tensor:
     """What the updates did to all weights."""
     pairs = zip(training.counter.parameters(), start.counter.parameters(), strict=True)
     return torch.cat([(new.detach().cpu() - old.detach().cpu()).flatten() for new, old in pairs])
@@ -56,7 +56,7 @@ def change(training: Training, start: Training) -> torch.Tensor:
 @pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
 def test_fp32_updates_are_those_of_a_cpu(discs: Dataset, backbone: str) -> None:
     config = settings(backbone)
-    start = Training(config, discs, world=World(), device=torch.device("cpu"))
+    start = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     here, there = (trained(config, discs, device) for device in (torch.device("cpu"), GPU))
     torch.testing.assert_close(there[1], here[1], rtol=1e-4, atol=1e-6)
     expected, got = change(here[0], start), change(there[0], start)
@@ -65,25 +65,27 @@ def test_fp32_updates_are_those_of_a_cpu(discs: Dataset, backbone: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("compiled", ["no", "yes", "graphs"])
 @pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
 def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(
-    discs: Dataset, backbone: str, compiled: str, accumulate: int
+    discs: Dataset, backbone: str, compiled: str, grad_accumulation_steps: int
 ) -> None:
     exact = trained(settings(backbone), discs, GPU, updates=6)
-    fast = trained(settings(backbone, "bf16", compiled, accumulate=accumulate), discs, GPU, updates=6)
+    fast = trained(
+        settings(backbone, "bf16", compiled, grad_accumulation_steps=grad_accumulation_steps), discs, GPU, updates=6
+    )
     torch.testing.assert_close(fast[1], exact[1], rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [("sgd", 1), ("adamw", 2), ("muon", 2)])
+@pytest.mark.parametrize(("name", "grad_accumulation_steps"), [("sgd", 1), ("adamw", 2), ("muon", 2)])
 def test_an_update_waits_for_none_before_it(
-    discs: Dataset, name: Literal["sgd", "adamw", "muon"], accumulate: int
+    discs: Dataset, name: Literal["sgd", "adamw", "muon"], grad_accumulation_steps: int
 ) -> None:
-    config = settings("cfcn", "bf16", accumulate=accumulate)
+    config = settings("cfcn", "bf16", grad_accumulation_steps=grad_accumulation_steps)
     config = replace(config, optimizer=replace(config.optimizer, name=name))
-    training = Training(config, discs, world=World(), device=GPU)
-    running = RunningStage(training, replace(training.stages[JOINT], calibrated=False), None)
+    training = Trainer(config, discs, world=World(), device=GPU)
+    running = StageTrainer(training, replace(training.stages[JOINT], calibrated=False), None)
     running.prepare()
     first, *others = [next(training.loader.epoch(1)) for _ in range(3)]
     running._step(first)  # it counts operations and makes room
@@ -108,17 +110,17 @@ class Grouped(World):
 def test_whatever_ranks_agree_on_goes_through_nccl(discs: Dataset, tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        training = Training(settings("cfcn"), discs, world=Grouped(), device=GPU)
+        training = Trainer(settings("cfcn"), discs, world=Grouped(), device=GPU)
         for stage in training.stages:
-            RunningStage(training, stage, None).epoch()
+            StageTrainer(training, stage, None).epoch()
         assert len(training.progress.history) == len(training.stages)
     finally:
         dist.destroy_process_group()
 
 
 def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
-    def large(accumulate: int) -> Config:
-        config = settings("csrnet", accumulate=accumulate)
+    def large(grad_accumulation_steps: int) -> Config:
+        config = settings("csrnet", grad_accumulation_steps=grad_accumulation_steps)
         return replace(config, sampling=replace(config.sampling, batch=96, crops_per_image=8))
 
     total = torch.cuda.get_device_properties(GPU).total_memory
@@ -127,7 +129,7 @@ def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
     try:
         with pytest.raises(UserError) as caught:
             trained(large(1), discs, GPU, updates=1)
-        found = re.search(r"(\d+) at a time do: give --optimizer.accumulate (\d+)", str(caught.value))
+        found = re.search(r"(\d+) at a time do: give --optimizer.grad_accumulation_steps (\d+)", str(caught.value))
         assert found, caught.value
         torch.cuda.empty_cache()
         trained(large(int(found[2])), discs, GPU, updates=1)
@@ -145,8 +147,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
     """One update later, or at the epoch's end: of the rows that it saw."""
-    training = Training(settings("cfcn"), discs, world=World(), device=GPU)
-    running = RunningStage(training, training.stages[0], None)
+    training = Trainer(settings("cfcn"), discs, world=World(), device=GPU)
+    running = StageTrainer(training, training.stages[0], None)
     batches = list(training.loader.epoch(1))
     batches[position].brightness[0] = float("nan")
     monkeypatch.setattr(training.loader, "epoch", lambda *_, **__: iter(batches))
@@ -161,10 +163,10 @@ def test_windows_are_cut_on_the_gpu_as_by_the_loader(noise: Dataset, context: in
     base = settings("cfcn")
     config = replace(base, sampling=replace(base.sampling, context=context, brightness=0.1))
     kept = replace(config, sampling=replace(config.sampling, gpu_cache_gib=1))
-    there, here = (Training(choice, noise, world=World(), device=GPU) for choice in (kept, config))
-    assert isinstance(there.loader.store, ResidentPictures)
-    assert isinstance(here.loader.store, PictureStore)
-    running = RunningStage(there, there.stages[0], None)
+    there, here = (Trainer(choice, noise, world=World(), device=GPU) for choice in (kept, config))
+    assert isinstance(there.loader.store, GpuImageCache)
+    assert isinstance(here.loader.store, ImageCache)
+    running = StageTrainer(there, there.stages[0], None)
     for one, other in zip(here.loader.epoch(1), there.loader.epoch(1), strict=True):
         expected, got = one.to(GPU), running._moved(other)
         for field in fields(Batch):

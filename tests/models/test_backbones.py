@@ -14,11 +14,11 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.build import backbone_of, build_counter
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
-from crowdray.models.packaged import PackagedCounter
-from crowdray.models.published import load_published, pinned
+from crowdray.models.export import PackagedCounter
+from crowdray.models.pretrained import load_pretrained, pin_weights
 from crowdray.presets import debug
-from crowdray.training.loop import Training
-from crowdray.training.world import World
+from crowdray.training.distributed import World
+from crowdray.training.trainer import Trainer
 
 
 def parameters(module: nn.Module) -> int:
@@ -101,7 +101,7 @@ def test_the_documented_backbone_trains_and_keeps_its_word(discs: Dataset, docum
     base = debug()
     sampling = replace(base.sampling, context=32, validation_fraction=0.25)
     config = replace(base, sampling=sampling, model=ModelConfig(documented, "pooled"))
-    training = Training(config, discs, world=World(), device=torch.device("cpu"))
+    training = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     training.run()
     assert {row["stage"] for row in training.progress.history} == {"baseline", "decoders", "joint"}
 
@@ -157,10 +157,10 @@ def test_published_weights_change_their_layers_and_nothing_else(tmp_path: Path, 
         tensors = load_file(file)
         file = file.with_suffix(".pth")
         torch.save(tensors, file)
-    config = pinned(config_of("csrnet", weights=str(file)))
+    config = pin_weights(config_of("csrnet", weights=str(file)))
     assert config.model.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     fresh, counter = build_counter(config, 1.0), build_counter(config, 1.0)
-    load_published(counter, config)
+    load_pretrained(counter, config)
     before = fresh.state_dict()
     changed = {name for name, value in counter.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if name.startswith("encoder.features.")}
@@ -180,7 +180,7 @@ def test_weights_of_another_network_are_refused_whole(
     counter = build_counter(config, 1.0)
     before = {name: value.clone() for name, value in counter.state_dict().items()}
     with pytest.raises(UserError, match=rf"vgg16\.safetensors holds no weights of CSRNet: {message}"):
-        load_published(counter, config)
+        load_pretrained(counter, config)
     assert all(torch.equal(value, before[name]) for name, value in counter.state_dict().items())
 
 
@@ -188,16 +188,16 @@ def test_a_wrong_file_and_a_wrong_hash_say_so(tmp_path: Path) -> None:
     counter = build_counter(config_of("csrnet"), 1.0)
     file = vgg_file(tmp_path)
     with pytest.raises(UserError, match=r"has the SHA-256 [0-9a-f]{64}, model.weights_sha256 is 0{64}; fetch"):
-        load_published(counter, config_of("csrnet", weights=str(file), weights_sha256="0" * 64))
+        load_pretrained(counter, config_of("csrnet", weights=str(file), weights_sha256="0" * 64))
     with pytest.raises(UserError, match=r"missing\.safetensors"):
-        pinned(config_of("csrnet", weights=str(tmp_path / "missing.safetensors")))
+        pin_weights(config_of("csrnet", weights=str(tmp_path / "missing.safetensors")))
     for name, content in (("text.safetensors", b"no tensors"), ("text.pth", b"no tensors"), ("empty.pth", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name} is no file of named tensors"):
-            load_published(counter, config_of("csrnet", weights=str(tmp_path / name)))
+            load_pretrained(counter, config_of("csrnet", weights=str(tmp_path / name)))
     torch.save({"features.0.weight": Path("code that would run")}, tmp_path / "pickle.pth")
     with pytest.raises(UserError, match=r"pickle\.pth is no file of named tensors \(it holds something else\)"):
-        load_published(counter, config_of("csrnet", weights=str(tmp_path / "pickle.pth")))
+        load_pretrained(counter, config_of("csrnet", weights=str(tmp_path / "pickle.pth")))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from crowdray.config import Config, ModelConfig, SamplingConfig
-from crowdray.data.pictures import shrink
+from crowdray.data.image_cache import shrink
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
-from crowdray.models.packaged import PackagedCounter
+from crowdray.models.export import PackagedCounter
 from crowdray.models.upsampling import FixedUpsample
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from crowdray.registry.connection import connect
 from crowdray.registry.packaging import Package, package_counter
 
-from .plain import METRICS, TAGS, PlainCounter, Repackage, photo
+from ..support.counters import METRICS, TAGS, PlainCounter, Repackage, photo
 
 
 @pytest.fixture(scope="session")

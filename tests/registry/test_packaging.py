@@ -13,11 +13,11 @@ from crowdray import storage
 from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.errors import UserError
 from crowdray.models.build import build_counter
-from crowdray.models.packaged import Geometry, PackagedCounter
+from crowdray.models.export import Geometry, PackagedCounter
 from crowdray.registry.loading import LoadedCounter, load_counter
 from crowdray.registry.packaging import Package
 
-from .plain import METRICS, TAGS, PlainCounter, Repackage, photo
+from ..support.counters import METRICS, TAGS, PlainCounter, Repackage, photo
 
 SIDES = (5, 32, 33, 97, 133)
 

@@ -19,7 +19,7 @@ from crowdray.registry.packaging import Package
 from crowdray.registry.registration import RegisteredVersion, register
 from crowdray.registry.tracking import open_tracker
 
-from .plain import METRICS, TAGS, PlainCounter, photo
+from ..support.counters import METRICS, TAGS, PlainCounter, photo
 
 
 def _run(store: str, key: str) -> str:

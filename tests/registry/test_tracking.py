@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from crowdray.errors import UserError
 from crowdray.registry import tracking
-from crowdray.registry.connection import bounded, connect, shown, sqlite_path
+from crowdray.registry.connection import connect, request_timeout, shown, sqlite_path
 from crowdray.registry.tracking import MlflowTracker, NullTracker, Tracker, flatten, open_tracker
 
 
@@ -217,7 +217,7 @@ def test_passwords_are_not_shown() -> None:
 def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with bounded(3, retries=0):
+    with request_timeout(3, retries=0):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ

@@ -14,11 +14,11 @@ import torch
 
 from crowdray.config import NumericsConfig, OptimizerConfig
 from crowdray.data.shards import Dataset
-from crowdray.errors import SettingsError, UserError
+from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.models.counter import Counter
 from crowdray.presets import preset
-from crowdray.training.loop import Training
-from crowdray.training.world import World
+from crowdray.training.distributed import World
+from crowdray.training.trainer import Trainer
 
 BATCH = 40
 
@@ -30,15 +30,20 @@ class Kept:
         self.tensor = tensor
 
 
-def train(discs: Dataset, accumulate: int, compiled: Literal["no", "yes", "graphs"] = "no") -> dict[str, torch.Tensor]:
+def train(
+    discs: Dataset, grad_accumulation_steps: int, compiled: Literal["no", "yes", "graphs"] = "no"
+) -> dict[str, torch.Tensor]:
     """The baseline's weights."""
     base = preset("debug")
     sampling = dataclasses.replace(
         base.sampling, batch=BATCH, crops_per_image=4, crop=32, context=32, validation_fraction=0.25
     )
-    optimizer, numerics = OptimizerConfig(name="sgd", accumulate=accumulate), NumericsConfig(compile=compiled)
+    optimizer, numerics = (
+        OptimizerConfig(name="sgd", grad_accumulation_steps=grad_accumulation_steps),
+        NumericsConfig(compile=compiled),
+    )
     config = dataclasses.replace(base, sampling=sampling, optimizer=optimizer, numerics=numerics)
-    run = Training(config, discs, world=World(), device=torch.device("cpu"))
+    run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     run.stages = run.stages[:1]
     run.run()
     return run.counter.state_dict()
@@ -51,8 +56,10 @@ def test_an_optimizer_that_does_not_fit_says_how_many_parameters_it_has(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.optim.SGD, "step", refuse)
-    with pytest.raises(SettingsError, match=r"baseline stage: .* [\d,]+ parameters .*--model.count-decoder pooled"):
-        train(discs, accumulate=1)
+    with pytest.raises(
+        InfeasibleConfigError, match=r"baseline stage: .* [\d,]+ parameters .*--model.count-decoder pooled"
+    ):
+        train(discs, grad_accumulation_steps=1)
 
 
 def test_a_compiled_network_is_gone_with_its_training(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +71,7 @@ def test_a_compiled_network_is_gone_with_its_training(discs: Dataset, monkeypatc
         return call
 
     monkeypatch.setattr(torch, "compile", compile)
-    train(discs, accumulate=1, compiled="yes")
+    train(discs, grad_accumulation_steps=1, compiled="yes")
     assert networks and all(network._compiled_call_impl is None for network in networks)
 
 
@@ -72,8 +79,8 @@ def test_a_compiler_that_is_not_there_is_missed_at_the_start(discs: Dataset, mon
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(SettingsError, match=r"numerics.compile is yes, .* C\+\+ compiler .*; install g\+\+"):
-        train(discs, accumulate=1, compiled="yes")
+    with pytest.raises(InfeasibleConfigError, match=r"numerics.compile is yes, .* C\+\+ compiler .*; install g\+\+"):
+        train(discs, grad_accumulation_steps=1, compiled="yes")
 
 
 @pytest.mark.parametrize("room", [12, 25, 39])
@@ -85,19 +92,19 @@ def test_what_fits_is_found_and_does_fit(
 ) -> None:
     forward = Counter.forward
 
-    def bounded(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+    def request_timeout(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
         if torch.is_grad_enabled() and len(image) > room:  # validation counts whole images one by one
             raise refusal
         return forward(self, image, *rest)
 
-    monkeypatch.setattr(Counter, "forward", bounded)
+    monkeypatch.setattr(Counter, "forward", request_timeout)
     with pytest.raises(UserError) as caught:
-        train(discs, accumulate=1)
+        train(discs, grad_accumulation_steps=1)
     said = str(caught.value)
     found = re.search(r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*accumulate (\d+)", said)
     assert found and int(found[1]) > room >= int(found[2]) > room / 4, said
     assert int(found[2]) * int(found[3]) >= BATCH
-    train(discs, accumulate=int(found[3]))
+    train(discs, grad_accumulation_steps=int(found[3]))
 
 
 def test_an_attempt_leaves_nothing_in_the_memory_of_the_next(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +118,7 @@ def test_an_attempt_leaves_nothing_in_the_memory_of_the_next(discs: Dataset, mon
     def refuse(gradient: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    def bounded(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+    def request_timeout(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(self, image, *rest)
         left.append(len(kept))
@@ -121,9 +128,9 @@ def test_an_attempt_leaves_nothing_in_the_memory_of_the_next(discs: Dataset, mon
             outputs["density"].register_hook(refuse)  # type: ignore[no-untyped-call]
         return outputs
 
-    monkeypatch.setattr(Counter, "forward", bounded)
+    monkeypatch.setattr(Counter, "forward", request_timeout)
     with pytest.raises(UserError, match="5 at a time do"):
-        train(discs, accumulate=1)
+        train(discs, grad_accumulation_steps=1)
     assert len(left) > 3 and not any(left[1:])
 
 
@@ -140,6 +147,6 @@ def test_gradients_that_are_kept_for_cuda_graphs_are_those_that_are_not(
 
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    plain, kept = (train(discs, accumulate=2, compiled=compiled) for compiled in ("no", "graphs"))
+    plain, kept = (train(discs, grad_accumulation_steps=2, compiled=compiled) for compiled in ("no", "graphs"))
     assert plain.keys() == kept.keys() and all(torch.equal(plain[name], kept[name]) for name in plain)
     assert len({frozenset(places) for places in steps[len(steps) // 2 :]}) == 1

@@ -4,16 +4,16 @@ import json
 from collections.abc import Sequence
 
 from crowdray import storage
-from crowdray.cluster.spread import over_slices
+from crowdray.cluster.parallel import map_slices
 from crowdray.config import TargetConfig
-from crowdray.data.conversion import slices
-from crowdray.data.inspection import Findings, evenly_by_count, inspect_items
 from crowdray.data.sample import Sample
-from crowdray.data.soundness import Soundness, judge_findings
-from crowdray.data.sources import Item, Source
+from crowdray.datasets.conversion import slices
+from crowdray.datasets.sources import Item, Source
+from crowdray.datasets.statistics import DatasetStats, evenly_by_count, inspect_items
+from crowdray.datasets.validation import ValidationReport, validate
 from crowdray.errors import DataError
-from crowdray.evaluation.contact_sheet import draw_contact_sheet
-from crowdray.evaluation.soundness import draw_histograms
+from crowdray.plots.contact_sheet import draw_contact_sheet
+from crowdray.plots.dataset import draw_histograms
 
 REPORT, SHEET, HISTOGRAMS = "check.json", "contact-sheet.png", "histograms.png"
 """What a check leaves."""
@@ -22,7 +22,7 @@ _SHOWN_OF_SPLIT, _SHOWN = 6, 24
 """Images on the contact sheet: of a split where there are few of them, and of all together."""
 
 
-def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> Soundness:
+def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> ValidationReport:
     """Look at every image of a source, or of some of its splits, and leave figures and pictures at the URI `report`.
 
     Nothing is converted, and what is wrong with an image does not end it: everything found is in the result. What it
@@ -32,9 +32,9 @@ def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> Soundne
     items = source.items(splits)
     if not items:
         raise DataError(f"{source.name}: there is nothing to check; check --source and --split")
-    found = dict(over_slices(_inspect, source, list(enumerate(slices(items)))))
-    everything = sum((found[number] for number in sorted(found)), Findings())
-    sound = judge_findings(source.name, source.depth_teacher, everything, source.notes(splits))
+    found = dict(map_slices(_inspect, source, list(enumerate(slices(items)))))
+    everything = sum((found[number] for number in sorted(found)), DatasetStats())
+    sound = validate(source.name, source.depth_teacher, everything, source.notes(splits))
     content = json.dumps(sound.content(), indent=1) + "\n"
     storage.write_bytes(storage.join(report, REPORT), content.encode())
     images, heads = len(sound.images), sum(facts.heads for facts in sound.splits.values())
@@ -45,11 +45,11 @@ def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> Soundne
     return sound
 
 
-def _inspect(source: Source, items: Sequence[Item], number: int) -> Findings:
+def _inspect(source: Source, items: Sequence[Item], number: int) -> DatasetStats:
     return inspect_items(source, items)
 
 
-def _examples(source: Source, items: Sequence[Item], sound: Soundness) -> list[Sample]:
+def _examples(source: Source, items: Sequence[Item], sound: ValidationReport) -> list[Sample]:
     """Samples of each split, loaded again, that span its counts."""
     number = min(_SHOWN_OF_SPLIT, max(1, _SHOWN // len(sound.splits)))
     chosen = [

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from crowdray import storage
-from crowdray.cluster.spread import over_slices
-from crowdray.data.conversion import Conversion, begun, convert_slice
-from crowdray.data.journal import SliceResult
+from crowdray.cluster.parallel import map_slices
 from crowdray.data.shards import Index
-from crowdray.data.sources import Item, Source
+from crowdray.datasets.conversion import Conversion, begun, convert_slice
+from crowdray.datasets.resume import SliceResult
+from crowdray.datasets.sources import Item, Source
 from crowdray.errors import UserError
 
 
@@ -49,7 +49,7 @@ def _convert(work: Conversion) -> None:
 
     parts = [(part.number, part.items) for part in work.waiting]
     done = sum(len(part.items) for part in work.parts if part.number not in keys)
-    for _, result in over_slices(convert_part, work.source, parts, done=done, note=note):
+    for _, result in map_slices(convert_part, work.source, parts, done=done, note=note):
         _check_reach(result)
         work.add(result)
 

@@ -8,18 +8,18 @@ from dataclasses import asdict
 from typing import Any
 
 from crowdray import storage
-from crowdray.cluster.progress import TrainingDisplay, numbers_of_workers
-from crowdray.cluster.runs import RESULT, Run
 from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
-from crowdray.cluster.ship import Outcome, ship, tracked_rows
+from crowdray.console.progress import TrainingDisplay, numbers_of_workers
 from crowdray.data.shards import Dataset
-from crowdray.errors import SettingsError, UserError
+from crowdray.errors import InfeasibleConfigError, UserError
+from crowdray.pipeline.publish import Outcome, publish_run, tracked_rows
+from crowdray.pipeline.run import RESULT, Run
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
+from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Row
-from crowdray.training.loop import split_rows
-from crowdray.training.running import DivergedError, is_out_of_memory
-from crowdray.training.sharing import Shelf
+from crowdray.training.stage_trainer import DivergedError, is_out_of_memory
+from crowdray.training.trainer import split_rows
 
 RETRIES = 3
 """Times that a group of workers is started again after one of them was lost."""
@@ -44,7 +44,12 @@ class TrainingStopped(RuntimeError):
 
 
 def train(
-    run: Run, display: TrainingDisplay, *, tracking_uri: str | None, shelf: Shelf, device: Device = "auto"
+    run: Run,
+    display: TrainingDisplay,
+    *,
+    tracking_uri: str | None,
+    stage_cache: StageCacheConfig,
+    device: Device = "auto",
 ) -> Outcome:
     """Train, track, package and register a run, from wherever an earlier start of it stopped; returns what
     came out.
@@ -68,9 +73,9 @@ def train(
             with connect() as resources:
                 number = f"{run.fewest} to {run.most}" if run.elastic else run.most
                 display.status(f"starting {number} workers")
-                run_training(run, resources, device=device, shelf=shelf, follow=_follower(display, tracker))
+                run_training(run, resources, device=device, stage_cache=stage_cache, follow=_follower(display, tracker))
         display.status("packaging and registering the counter")
-        outcome = ship(run, tracker, tracking_uri, tags)
+        outcome = publish_run(run, tracker, tracking_uri, tags)
         storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
 
@@ -90,7 +95,7 @@ def run_training(
     run: Run,
     resources: Resources,
     *,
-    shelf: Shelf,
+    stage_cache: StageCacheConfig,
     device: Device = "auto",
     follow: Follow = lambda rows: None,
     study: str | None = None,
@@ -112,7 +117,7 @@ def run_training(
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from crowdray.cluster.listener import Listener
+    from crowdray.cluster.callbacks import ReportCallback
     from crowdray.cluster.worker import Task, train_worker
 
     use_gpu = choose_gpu(resources, run.fewest, device)
@@ -123,7 +128,17 @@ def run_training(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     begun, scored = study or run.identity, study is None
-    task = Task(run.config, run.data, run.digest, begun, run.uri, run.trained, run.mend(), shelf=shelf, scored=scored)
+    task = Task(
+        run.config,
+        run.data,
+        run.digest,
+        begun,
+        run.uri,
+        run.trained,
+        run.mend(),
+        stage_cache=stage_cache,
+        scored=scored,
+    )
     own = {"CPU": float(run.config.numerics.threads), "GPU": float(use_gpu)}  # what a trial's place was counted with
     trainer = TorchTrainer(
         train_worker,
@@ -140,7 +155,7 @@ def run_training(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=ELASTIC_RETRIES if run.elastic else RETRIES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[Listener(rows)],  # type: ignore[list-item]
+            callbacks=[ReportCallback(rows)],  # type: ignore[list-item]
         ),
     )
 
@@ -159,7 +174,7 @@ def run_training(
         errors.append(error)
     waiting.join()
     if errors:
-        raise explained(errors[0], run) from errors[0]
+        raise translated_errors(errors[0], run) from errors[0]
     ray.kill(rows.actor)
 
 
@@ -183,9 +198,9 @@ def _for_ray(uri: str) -> tuple[str, Any]:
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
 
 
-def explained(error: BaseException, run: Run) -> BaseException:
+def translated_errors(error: BaseException, run: Run) -> BaseException:
     """What Ray wrapped, if it is for the user or our own mistake; else what happened, in a sentence."""
-    from crowdray.cluster.listener import is_loss
+    from crowdray.cluster.callbacks import is_worker_loss
     from crowdray.cluster.worker import GOES_ON
 
     causes: list[BaseException] = [error]
@@ -199,11 +214,11 @@ def explained(error: BaseException, run: Run) -> BaseException:
     if isinstance(deepest, PermissionError) and deepest.errno is None:  # a store's own words, about Ray's list
         return UserError(f"cannot write to {run.uri}: {deepest}; renew your credentials, {GOES_ON}")
     if is_out_of_memory(deepest):
-        return SettingsError(
+        return InfeasibleConfigError(
             f"the training under {run.uri} does not fit into memory ({str(deepest).splitlines()[0]}); lower "
             "--sampling.batch, --sampling.crop or --sampling.gpu-cache-gib, or give fewer workers a node"
         )
-    if not is_loss(deepest):
+    if not is_worker_loss(deepest):
         return deepest
     lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]
     return TrainingStopped(

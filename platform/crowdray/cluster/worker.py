@@ -15,14 +15,14 @@ import ray.train.torch
 import torch
 
 from crowdray import storage
-from crowdray.cluster.runs import RESULT, open_as_begun
 from crowdray.config import Config
 from crowdray.errors import UserError
+from crowdray.pipeline.run import RESULT, open_as_begun
+from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import STATE, Checkpoint, Row, load_checkpoint, room, save_checkpoint
-from crowdray.training.loop import Training
-from crowdray.training.result import conclude
-from crowdray.training.sharing import Sharing, Shelf
-from crowdray.training.world import World
+from crowdray.training.distributed import World
+from crowdray.training.result import final_result
+from crowdray.training.trainer import Trainer
 
 ROWS = "rows"
 """Key of the reported rows: the newest one; the whole history at a worker's first report."""
@@ -48,7 +48,7 @@ class Task:
     """URI of the folder in which the finished training is published."""
     resume: str | None
     """Folder of a checkpoint to go on from where Ray knows of none."""
-    shelf: Shelf
+    stage_cache: StageCacheConfig
     """Where trainings leave their states for each other; what was never begun here begins there."""
     scored: bool
     """Whether the end is scored, on the test split too, and published."""
@@ -71,10 +71,10 @@ def _train(task: Task) -> None:
     torch.set_num_threads(threads)
     dataset, device = open_as_begun(task.data, task.digest, task.begun), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
-    sharing = Sharing(task.shelf, task.config, dataset, world=world, device=device, threads=threads)
+    session = StageCacheSession(task.stage_cache, task.config, dataset, world=world, device=device, threads=threads)
     own = _own(task)
-    restored = sharing.restore() if own is None else sharing.go_on_from(own)
-    training = Training(task.config, dataset, world=world, device=device, restored=restored)
+    restored = session.restore() if own is None else session.resume_from(own)
+    training = Trainer(task.config, dataset, world=world, device=device, restored=restored)
     first = True
 
     def report(row: Row, save: Callable[[Path], None]) -> None:
@@ -88,7 +88,7 @@ def _train(task: Task) -> None:
         ):
             checkpoint = None
             if training.world.rank == 0:
-                sharing.keep(training, save)
+                session.keep(training, save)
                 if task.scored:  # a trial has its states on the shelf alone
                     save(Path(folder))
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -104,9 +104,9 @@ def _train(task: Task) -> None:
         if first:  # all of it was found on the shelf
             ray.train.report({ROWS: list(training.progress.history)})
         return
-    with sharing.announced(task.run):
+    with session.advertise(task.run):
         training.run(report)
-    result = conclude(training)
+    result = final_result(training)
     if training.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
         with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
             done = Checkpoint(task.config, training.progress, training.counter.state_dict(), best=training.best)

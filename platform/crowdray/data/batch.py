@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.pictures import Outline, Picture, image_part, map_part, mask_part
+from crowdray.data.image_cache import DecodedImage, Outline, image_part, map_part, mask_part
 from crowdray.data.sampling import Window, WindowRule, loss_weight
 
 
@@ -138,7 +138,9 @@ class Pixels(NamedTuple):
     has_depth: Tensor
 
 
-def collate(views: Iterable[View[Picture]], rule: WindowRule, total: int | None = None, depth: bool = True) -> Batch:
+def collate(
+    views: Iterable[View[DecodedImage]], rule: WindowRule, total: int | None = None, depth: bool = True
+) -> Batch:
     """Cut the views' windows and stack them, smaller ones padded at the bottom and the right without weight; `total`
     is the number of windows on all ranks, these alone when None. Without `depth` it is as good as unknown."""
     placed, cut = [], []
@@ -202,7 +204,9 @@ def place(view: View[P], rule: WindowRule) -> Placed:
     return Placed(picture.row, window, near, extent, row_weight, column_weight, crop, float(count))
 
 
-def _cut(view: View[Picture], with_depth: bool) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.float32]]:
+def _cut(
+    view: View[DecodedImage], with_depth: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], NDArray[np.float32]]:
     """Image, region of interest and depth of a view, as large as its window is inside the picture; a depth that is
     unknown or not asked for is empty."""
     picture, size, window = view

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from crowdray.data.batch import Batch, P, View, collate
-from crowdray.data.pictures import PictureStore, scaled_size
-from crowdray.data.resident import ResidentPictures
+from crowdray.data.gpu_cache import GpuImageCache
+from crowdray.data.image_cache import ImageCache, scaled_size
 from crowdray.data.sampling import WindowRule, draw_scale, draw_window, epoch_batches, rank_share
 
 _FEWEST_DECODERS, _MOST_DECODERS = 2, 8
@@ -23,7 +23,7 @@ class Loader:
 
     def __init__(
         self,
-        store: PictureStore | ResidentPictures,
+        store: ImageCache | GpuImageCache,
         rows: NDArray[np.int64],
         rule: WindowRule,
         *,
@@ -95,7 +95,7 @@ class Loader:
             yield partial(self._collect, share, number, position, len(batch), depth)
 
     def _collect(self, share: NDArray[np.int64], epoch: int, number: int, total: int, depth: bool) -> Batch:
-        if isinstance(self.store, ResidentPictures):
+        if isinstance(self.store, GpuImageCache):
             resident = self._views(self.store.__getitem__, share, epoch, number)
             batch = self.store.collate(resident, self.rule, total, depth)
         else:

@@ -24,8 +24,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.reading import DistantShard, MappedShard, Shard
 from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
+from crowdray.data.shard_reader import MappedShard, RemoteShard, Shard
 from crowdray.errors import DataError, UserError
 
 FORMAT = "crowdray"
@@ -282,9 +282,9 @@ class Dataset:
             try:
                 path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
             except storage.NoRoomError as error:
-                if not any(isinstance(shard, DistantShard) for shard in list(self._open.values())):
+                if not any(isinstance(shard, RemoteShard) for shard in list(self._open.values())):
                     _log.warning("%s. Until then such shards are read from afar, row by row", error)
-                self._open[number] = DistantShard(uri, info.bytes, info.rows)
+                self._open[number] = RemoteShard(uri, info.bytes, info.rows)
             else:
                 self._open[number] = MappedShard(uri, str(path), info.rows)
         return self._open[number]

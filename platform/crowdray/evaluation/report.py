@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from crowdray.data.pictures import open_picture
+from crowdray.data.image_cache import load_image
 from crowdray.data.sample import Sample, decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
-from crowdray.evaluation.counting import cells_that_count, image_input
+from crowdray.evaluation.inference import cells_that_count, image_input
 from crowdray.evaluation.metrics import GAME_LEVELS, ImageCount, grid_error, scene_mean, summarise
-from crowdray.models.packaged import Geometry
+from crowdray.models.export import Geometry
 
 _CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def judge(density: Tensor, sample: Sample, row: int, geometry: Geometry | None) 
     factor = downsampling((sample.height, sample.width), tuple(density.shape), sample.name)
     cells = density[0, 0].float().cpu().numpy().astype(np.float64)
     downsample, factor = (geometry.downsample, geometry.cell) if geometry else (factor, factor)
-    picture = open_picture(sample, row, downsample, use_roi=True)
+    picture = load_image(sample, row, downsample, use_roi=True)
     everywhere = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)
     whole = inside = _count(cells, everywhere)
     if picture.roi is not None:

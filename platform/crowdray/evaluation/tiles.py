@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crowdray.models.packaged import Geometry
+from crowdray.models.export import Geometry
 
 TILE = 2048
 """Pixels along a side that are looked at at once unless somebody says otherwise."""

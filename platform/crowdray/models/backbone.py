@@ -53,7 +53,7 @@ class Backbone(nn.Module):
         """The paper's count decoder, from features (B, C, side, side) to counts (B,)."""
         return CountDecoder(self.channels, side, self.count_widths, self.count_dropout)
 
-    def load_published(self, tensors: Mapping[str, Tensor], place: str) -> None:
+    def load_pretrained(self, tensors: Mapping[str, Tensor], place: str) -> None:
         """Take published weights of the encoder, by the names they were published under; others are left alone.
 
         Raises UserError, naming `place`, when one is missing or has another shape; then nothing is changed.

@@ -39,7 +39,7 @@ class Counter(nn.Module):
         self.encoder: Backbone = encoder
         self.decoders = nn.ModuleDict(decoders)
         self.density_scale = density_scale
-        self.recompute = False
+        self.activation_checkpointing = False
         """Whether the encoder's activations are computed again in the backward pass instead of kept."""
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
@@ -47,7 +47,7 @@ class Counter(nn.Module):
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""
         normalised = (image - self.mean) / self.std
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             return recomputed(self.encoder, normalised)
         features: Tensor = self.encoder(normalised)
         return features

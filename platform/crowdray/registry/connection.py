@@ -43,7 +43,7 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
     quiet()
     from mlflow import MlflowClient
 
-    with explained(uri), bounded(timeout_s, retries=0):
+    with translated_errors(uri), request_timeout(timeout_s, retries=0):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
@@ -74,7 +74,7 @@ def sqlite_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def bounded(timeout_s: float, retries: int) -> Iterator[None]:
+def request_timeout(timeout_s: float, retries: int) -> Iterator[None]:
     """Bound MLflow's requests: each waits at most `timeout_s` seconds and is repeated `retries` times."""
     # MLflow reads these at each request; it has no argument for them.
     wanted = {
@@ -102,7 +102,7 @@ def environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
+def translated_errors(uri: str) -> Iterator[None]:
     """Turn what MLflow, its database or the network say into one UserError with the URI and the mend."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

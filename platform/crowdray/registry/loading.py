@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.errors import UserError
-from crowdray.models.packaged import Geometry
-from crowdray.registry.connection import bounded, connect, environment, explained, quiet, shown
+from crowdray.models.export import Geometry
+from crowdray.registry.connection import connect, environment, quiet, request_timeout, shown, translated_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,7 +120,7 @@ def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:
         raise UserError(f"the model {uri} holds no {GRAPH}: it is not a counter packaged by crowdray; name another one")
     try:
         metadata = (Model.load(str(folder)).metadata or {}).get("crowdray", {})
-        with environment(_NO_PICKLE), calm():
+        with environment(_NO_PICKLE), silence_mlflow():
             graph = mlflow.pytorch.load_model(str(folder))
     except (MlflowException, RuntimeError, OSError, ValueError) as error:
         raise UserError(f"the model {uri} cannot be loaded: {str(error).splitlines()[0]}; package it again") from error
@@ -153,14 +153,14 @@ def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: floa
         raise UserError(f"{uri} is looked up in MLflow, but no tracking URI is known; set MLFLOW_TRACKING_URI")
     client = connect(tracking_uri, timeout_s)
     try:
-        with bounded(timeout_s, retries=2):
+        with request_timeout(timeout_s, retries=2):
             place = _artifact_place(client, uri)
     except (MlflowException, ValueError) as error:
         raise UserError(
             f"there is no model {uri} at {shown(tracking_uri)}: {error}; look there with `make ui`, and "
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
         ) from error
-    with explained(tracking_uri), environment(_NO_BAR):
+    with translated_errors(tracking_uri), environment(_NO_BAR):
         return Path(download_artifacts(artifact_uri=place, dst_path=str(scratch), tracking_uri=tracking_uri))
 
 
@@ -189,7 +189,7 @@ def _artifact_place(client: "MlflowClient", uri: str) -> str:
 
 
 @contextlib.contextmanager
-def calm() -> Iterator[None]:
+def silence_mlflow() -> Iterator[None]:
     """Silence what MLflow and torch's exporter say of their own affairs: nothing in it is for our user."""
     logger = logging.getLogger("mlflow")
     level = logger.level

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.registry.connection import quiet
-from crowdray.registry.loading import LoadedCounter, calm, load_counter
+from crowdray.registry.loading import LoadedCounter, load_counter, silence_mlflow
 
 # Larger and smaller than the example, odd, multiples of 4 and of 16 in one axis or both.
 _PROBES = ((1, 64, 64), (3, 50, 97), (2, 33, 132), (1, 128, 81))
@@ -117,7 +117,7 @@ def _export(plain: nn.Module, example: Tensor, folder: Path, metadata: Mapping[s
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, -1, -1), name=None)]),
     )
     versions = {"torch": torch.__version__.partition("+")[0], "numpy": np.__version__}
-    with torch.no_grad(), calm():
+    with torch.no_grad(), silence_mlflow():
         try:
             mlflow.pytorch.save_model(
                 plain,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from crowdray.errors import UserError
-from crowdray.registry.connection import connect, explained
+from crowdray.registry.connection import connect, translated_errors
 from crowdray.registry.loading import DESCRIPTION, MODEL_NAME, load_counter
 from crowdray.registry.packaging import Package
 
@@ -58,7 +58,7 @@ def register(
     Raises UserError when the server does not answer, the run does not exist or the name is not allowed.
     """
     client = connect(tracking_uri, timeout_s)
-    with explained(tracking_uri):
+    with translated_errors(tracking_uri):
         run = client.get_run(run_id)
         version = _registered_before(client, name, run_id, package.weights)
         created = version is None

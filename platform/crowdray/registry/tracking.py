@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
 from crowdray.errors import UserError
-from crowdray.registry.connection import bounded, connect, explained, is_server, shown, sqlite_path
+from crowdray.registry.connection import connect, is_server, request_timeout, shown, sqlite_path, translated_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,7 +125,7 @@ def open_tracker(
             f"the run key {run_key!r} holds both kinds of quotes, which MLflow cannot search; drop one kind"
         )
     client = connect(uri, timeout_s)
-    with explained(uri), bounded(timeout_s, retries=1):
+    with translated_errors(uri), request_timeout(timeout_s, retries=1):
         experiment_id = _experiment(client, uri, experiment).experiment_id
         run = _find_run(client, experiment_id, run_key)
         if run is None:
@@ -181,7 +181,7 @@ class MlflowTracker:
             for key, value in flat.items()
             if self._params.get(key, value) != value
         ]
-        with explained(self._uri), bounded(self._timeout_s, retries=2):
+        with translated_errors(self._uri), request_timeout(self._timeout_s, retries=2):
             for start in range(0, len(new), _PARAMS_PER_BATCH):
                 self._client.log_batch(self._id, params=new[start : start + _PARAMS_PER_BATCH])
             if params:
@@ -247,7 +247,7 @@ class MlflowTracker:
 
     def _attempt(self, send: Callable[[], object], what: str) -> bool:
         try:
-            with explained(self._uri), bounded(self._timeout_s, retries=1):
+            with translated_errors(self._uri), request_timeout(self._timeout_s, retries=1):
                 send()
         except UserError as error:
             _log.warning("%s not tracked now, the training goes on: %s", what, error)

@@ -20,7 +20,7 @@ from crowdray.storage.files import (
     write_bytes,
     write_file,
 )
-from crowdray.storage.places import PARTIAL, is_local, join, may_pass, resolve
+from crowdray.storage.paths import PARTIAL, is_local, join, may_pass, resolve
 
 __all__ = [
     "PARTIAL",

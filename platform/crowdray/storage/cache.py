@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from crowdray.errors import DataError, UserError
 from crowdray.storage.files import open_read
-from crowdray.storage.places import PARTIAL, explained, filesystem, is_local, persistently, resolve
+from crowdray.storage.paths import PARTIAL, filesystem, is_local, persistently, resolve, translated_errors
 
 _SHARE_OF_THE_DISK = 0.5
 _BLOCK = 2**22
@@ -64,7 +64,7 @@ def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
         check_content(path, uri, sha256=sha256 if verify else None, size=size)
         return path
     cached = cache_folder() / sha256[:2] / sha256
-    with explained("cache", f"{uri} in {cached.parents[1]} (set CROWDRAY_CACHE to another folder if need be)"):
+    with translated_errors("cache", f"{uri} in {cached.parents[1]} (set CROWDRAY_CACHE to another folder if need be)"):
         cached.parent.mkdir(parents=True, exist_ok=True)
         if not _taken(cached, uri, size):
             # Its file stays behind: removing it would part those who wait for it from those who come later.

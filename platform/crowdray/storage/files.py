@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 
 from crowdray.errors import DataError, UserError
-from crowdray.storage.places import PARTIAL, explained, filesystem, is_local, join, persistently, resolve
+from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, persistently, resolve, translated_errors
 
 _PART = 2**26
 """Bytes of a file that are held in memory while it is copied."""
@@ -25,7 +25,7 @@ _exclusive: dict[str, bool] = {}
 
 def exists(uri: str) -> bool:
     """Whether a file or a folder lies at the URI."""
-    with explained("look for", uri):
+    with translated_errors("look for", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
         return bool(persistently(lambda: fs.exists(path)))
@@ -33,7 +33,7 @@ def exists(uri: str) -> bool:
 
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file; a missing one is a UserError that names it."""
-    with explained("read", uri):
+    with translated_errors("read", uri):
         if is_local(uri):  # a file system object costs more than a small file
             return Path(resolve(uri)).read_bytes()
         fs, path = filesystem(uri)
@@ -68,7 +68,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
             )
         return parts
 
-    with explained("read", uri):
+    with translated_errors("read", uri):
         fs, path = filesystem(uri)
         parts = iter(persistently(read) if some else [])
     return [next(parts) if start < end else b"" for start, end in ranges]
@@ -77,7 +77,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 @contextlib.contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
     """A file opened for reading, where a part of it is enough; a missing one is a UserError that names it."""
-    with explained("read", uri):
+    with translated_errors("read", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache(path)  # a size of earlier would cut the file off
         with fs.open(path, "rb") as file:
@@ -90,7 +90,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     Without suffixes all files are listed; a folder that is not there is a UserError.
     """
     resolved = resolve(uri)
-    with explained("list", uri):
+    with translated_errors("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache(path)
         entries = fs.ls(path, detail=True)
@@ -113,7 +113,7 @@ class Found:
 
 def find_files(uri: str, depth: int | None = None) -> list[Found]:
     """All files below a folder, at most `depth` levels deep, in one listing; none when the folder is not there."""
-    with explained("list", uri):
+    with translated_errors("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
         entries = persistently(lambda: fs.find(path, maxdepth=depth, detail=True))
@@ -133,7 +133,7 @@ def local_folder(uri: str) -> Iterator[Path]:
         raise UserError(f"cannot copy {uri}: it does not exist; check the path")
     with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
         for file in found:
-            with explained("copy", join(uri, file.name)), (Path(folder) / file.name).open("wb") as copy:
+            with translated_errors("copy", join(uri, file.name)), (Path(folder) / file.name).open("wb") as copy:
                 for start in range(0, file.bytes, _PART):
                     part = (start, min(start + _PART, file.bytes))
                     copy.writelines(read_ranges(join(uri, file.name), [part]))
@@ -150,7 +150,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
     A reader may meet a local file before its content. Raises CannotCreateOnce where the store writes over what is there
     even when it is told not to, as no reading and writing alone can say who was first.
     """
-    with explained("create", uri):
+    with translated_errors("create", uri):
         fs, path = filesystem(uri)
         try:
             if is_local(uri):
@@ -172,7 +172,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file so that it is either whole or not there: a rename locally, one put remotely."""
-    with explained("write", uri):
+    with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
             persistently(lambda: fs.pipe_file(path, data))
@@ -192,7 +192,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def write_file(local: Path, uri: str) -> None:
     """Move a finished local file to its URI, where it appears whole: by one rename or one put."""
-    with explained("write", uri):
+    with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
             persistently(lambda: fs.put_file(str(local), path))
@@ -214,7 +214,7 @@ def local_scratch(uri: str) -> Iterator[Path]:
 
     Whatever is left there at the end is removed, and a full disk becomes a UserError that names the URI.
     """
-    with explained("write", uri):
+    with translated_errors("write", uri):
         target = Path(resolve(uri)) if is_local(uri) else Path(tempfile.gettempdir()) / Path(uri).name
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_sibling(target)
@@ -226,7 +226,7 @@ def local_scratch(uri: str) -> Iterator[Path]:
 
 def remove(uri: str) -> None:
     """Remove one file; one that is gone already is no error."""
-    with explained("remove", uri), contextlib.suppress(FileNotFoundError):
+    with translated_errors("remove", uri), contextlib.suppress(FileNotFoundError):
         fs, path = filesystem(uri)
         persistently(lambda: fs.rm_file(path))
 
@@ -243,7 +243,7 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
         raise UserError(f"{local} holds no {last}, the file that is published last; found {names[:5]}")
     if exists(join(uri, last)):
         raise UserError(f"{uri} already holds {last}; choose another place, or remove that folder first")
-    with explained("publish", uri):
+    with translated_errors("publish", uri):
         if is_local(uri):
             _publish_locally(local, Path(resolve(uri)))
         else:
@@ -252,7 +252,7 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
 
 def retract_directory(uri: str, last: str) -> None:
     """Take back what publish_directory published: at once locally, elsewhere `last` first; if gone, no error."""
-    with explained("remove", uri):
+    with translated_errors("remove", uri):
         fs, path = filesystem(uri)
         if is_local(uri):
             partial = _partial_sibling(Path(path))

@@ -24,7 +24,7 @@ from crowdray.errors import DataError, UserError
 Row = dict[str, float | str]
 """What is told of an epoch: numbers by name, and the stage's name."""
 
-CLOCKED = ("images_per_s", "wait_share", "matrix_share", "memory_gib", "seconds")
+CLOCKED = ("images_per_s", "data_wait_fraction", "mfu", "memory_gib", "seconds")
 """Names of a row's numbers that are measured: they differ between trainings that compute the same."""
 
 FORMAT = 1
@@ -56,7 +56,7 @@ class Progress:
     world_size: int
     """Number of workers, the latest; other numbers continue too, but not to the same bits."""
     chain: str = ""
-    """Key of the chain of states that it is on (training/prefix.py); of none once something else went on with it,
+    """Key of the chain of states that it is on (stage_cache/keys.py); of none once something else went on with it,
     such as other code or another number of workers."""
     stage: int = 0
     """Index of the stage under way; the number of stages when all are done."""
@@ -66,7 +66,7 @@ class Progress:
     """Epochs done in all."""
     updates: int = 0
     """Updates done in all."""
-    stale: int = 0
+    epochs_since_best: int = 0
     """Epochs of this stage since its best."""
     factors: dict[str, float] = field(default_factory=dict)
     """Loss factors of this stage."""

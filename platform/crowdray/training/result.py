@@ -8,7 +8,7 @@ from typing import Self
 from crowdray.errors import DataError
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.training.checkpoint import Best, Row
-from crowdray.training.loop import Training
+from crowdray.training.trainer import Trainer
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TrainingResult:
             raise DataError(f"{place} is no result of a training ({error}); train again under a new --name") from error
 
 
-def conclude(training: Training) -> TrainingResult:
+def final_result(training: Trainer) -> TrainingResult:
     """Score the best weights of every stage; every rank calls it and every rank gets the result."""
     dataset = training.store.dataset
     has_test = "test" in dataset.index.splits

@@ -1,0 +1,108 @@
+"""What a study shows while it works: its trials as a live table on a terminal, a line per end of a trial in a log."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from crowdray.console.progress import LiveDisplay
+from crowdray.tune.record import StudyRecord, TrialRecord
+
+LINES = 24
+"""Trials that a terminal shows at once: those that run, and the latest others."""
+PLAIN_EVERY_S = 20.0
+"""Seconds between two lines of progress in a log."""
+
+
+class StudyDisplay(LiveDisplay):
+    """The trials of a study as they pass."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._record: StudyRecord | None = None
+        self._ended: set[int] = set()
+        self._told = 0.0
+
+    def show(self, record: StudyRecord) -> None:
+        """Show the study as it stands; in a log, the trials that ended since, and now and then those that run."""
+        self._record = record
+        if self._live:
+            return
+        for trial in record.trials:
+            if trial.state != "running" and trial.number not in self._ended:
+                self._ended.add(trial.number)
+                print(f"trial {trial.number}: {_line(trial)}{_outlook(record)}", flush=True)
+        running = [trial for trial in record.trials if trial.state == "running" and trial.legs]
+        if running and time.monotonic() - self._told > PLAIN_EVERY_S:
+            self._told = time.monotonic()
+            print("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running), flush=True)
+
+    def __rich__(self) -> Table:
+        """The table that a terminal shows."""
+        if self._record is None:
+            return Table(title=self._status, title_justify="left", title_style="bold")
+        return trial_table(self._record, self._status, LINES)
+
+
+def trial_table(record: StudyRecord, title: str, most: int | None = None) -> Table:
+    """A study's trials: what was chosen, how far each came, what its beginning cost and saved."""
+    best = record.best()
+    caption = "" if best is None else f"best: trial {best.number}, validation MAE {best.mae:.2f}"
+    caption += f"  worker-seconds: {record.spent:.0f} spent, {record.saved:.0f} saved"
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table.add_column("trial", justify="right")
+    for name in record.fields():
+        table.add_column(_short(name).replace(".", "\n"), justify="right")
+    table.add_column("stage")
+    for name in ("val MAE", "RMSE", "reused", "spent s", "saved s"):
+        table.add_column(name, justify="right")
+    for trial in _chosen(record.trials, most):
+        mark = "*" if best is not None and trial.number == best.number else ""
+        table.add_row(
+            f"{trial.number}{mark}",
+            *(_value(trial.values.get(name)) for name in record.fields()),
+            _stage(trial),
+            *("" if value is None else f"{value:.2f}" for value in (trial.mae, trial.rmse)),
+            str(sum(leg.reused for leg in trial.legs)),
+            f"{trial.spent:.0f}",
+            f"{trial.saved:.0f}",
+            style={"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state],
+        )
+    return table
+
+
+def _chosen(trials: Sequence[TrialRecord], most: int | None) -> Sequence[TrialRecord]:
+    if most is None or len(trials) <= most:
+        return trials
+    running = {trial.number for trial in trials if trial.state == "running"}
+    latest = [trial.number for trial in trials if trial.number not in running][-max(1, most - len(running)) :]
+    return [trial for trial in trials if trial.number in running or trial.number in latest]
+
+
+def _line(trial: TrialRecord) -> str:
+    chosen = " ".join(f"{_short(name)} {_value(value)}" for name, value in trial.values.items())
+    error = "" if trial.mae is None else f"  val MAE {trial.mae:.2f}"
+    reused = sum(leg.reused for leg in trial.legs)
+    costs = f"{trial.spent:.0f} s spent, {trial.saved:.0f} s saved"
+    return f"{_stage(trial)}{error}  {chosen}  {reused} epochs reused, {costs}"
+
+
+def _outlook(record: StudyRecord) -> str:
+    best = record.best()
+    return "" if best is None else f"  best {best.mae:.2f} (trial {best.number})"
+
+
+def _stage(trial: TrialRecord) -> str:
+    if trial.state != "running":
+        return trial.reason[:40] if trial.reason else trial.state
+    return f"{trial.legs[-1].stage} {trial.legs[-1].epochs}" if trial.legs else "starting"
+
+
+def _short(name: str) -> str:
+    """A field without the group that goes without saying: baseline.epochs, depth."""
+    return name.removeprefix("stages.").removeprefix("loss.")
+
+
+def _value(value: object) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

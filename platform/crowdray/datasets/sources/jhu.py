@@ -1,0 +1,93 @@
+"""JHU-CROWD++: photos of crowds in every weather, with the size of each head.
+
+Layout: {train,val,test}/{images/0000.jpg, gt/0000.txt, image_labels.txt}. A line of gt is one head,
+`cx cy w h occlusion blur`; a line of image_labels.txt is one image, `id,count,scene,weather,distractor`.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from crowdray import storage
+from crowdray.datasets.sources import Item
+from crowdray.datasets.sources.base import AnnotatedImages, Heads, paired
+from crowdray.datasets.sources.layout import IMAGES, by_stem, text_lines
+from crowdray.datasets.sources.matlab import as_points
+from crowdray.errors import DataError, UserError
+
+COORDINATE_BASE = 0.0
+"""Whole numbers that index pixels from 0: x_continuous = x + 0.5. An assumption: no copy was at hand."""
+
+SPLITS = ("train", "val", "test")
+HEAD_FIELDS = 6
+LABELS = "image_labels.txt"
+
+
+class Jhu(AnnotatedImages):
+    """JHU-CROWD++ from the folder that holds its splits.
+
+    An image's scene is the kind of place that its labels name, such as stadium, so that reports tell the error
+    of each kind; images of a kind do not share a camera. Without labels each image is a scene of its own.
+    """
+
+    name = "jhu"
+    published = SPLITS
+
+    def __init__(self, source: str, *, depth: str = "auto") -> None:
+        root = storage.resolve(source)
+        there = [split for split in SPLITS if storage.exists(storage.join(root, split, "images"))]
+        if not there:
+            raise UserError(f"{source} is not JHU-CROWD++: no train/images below it; give the folder that holds train")
+        super().__init__(root, there, depth, ("points", "none"))
+
+    def split_items(self, split: str) -> list[Item]:
+        """Images by number."""
+        images, annotations = (
+            by_stem(storage.list_files(storage.join(self._root, split, folder), suffixes))
+            for folder, suffixes in (("images", IMAGES), ("gt", (".txt",)))
+        )
+        labels = self.remembered(self._label_file(split), _read_labels)
+        return paired(split, images, annotations, scene=lambda name: labels[name][1] if name in labels else "")
+
+    def heads(self, item: Item) -> Heads:
+        """Heads of one file of gt, as many as the image's label says; an empty file is an image without heads."""
+        assert item.annotation is not None
+        rows = [line.split() for line in text_lines(item.annotation)]
+        try:
+            if wrong := [row for row in rows if len(row) != HEAD_FIELDS]:
+                raise ValueError(f"a line has {len(wrong[0])} fields")
+            heads = as_points(np.array(rows, dtype=np.float64), COORDINATE_BASE)
+        except ValueError as error:
+            expected = "`cx cy w h occlusion blur` in each line"
+            raise DataError(f"{item.annotation} does not hold {expected} ({error}); copy it again") from error
+        labels = self.remembered(self._label_file(item.split), _read_labels)
+        if item.name in labels and labels[item.name][0] != len(heads):
+            raise DataError(
+                f"{item.annotation} holds {len(heads)} heads, but {LABELS} says {labels[item.name][0]}; copy both again"
+            )
+        return heads
+
+    def notes(self, splits: Sequence[str] = ()) -> list[str]:
+        """Missing splits, and missing labels."""
+        missing = [split for split in self._there if not storage.exists(self._label_file(split))]
+        said = [f"{split}/{LABELS} is missing: each image is a scene of its own" for split in missing]
+        return [*super().notes(splits), *said]
+
+    def _label_file(self, split: str) -> str:
+        return storage.join(self._root, split, LABELS)
+
+
+def _read_labels(uri: str) -> dict[str, tuple[int, str]]:
+    """Count and scene of each image by its id; none when there is no such file. Only the scene holds commas."""
+    if not storage.exists(uri):
+        return {}
+    labels = {}
+    for number, line in enumerate(text_lines(uri), 1):
+        name, _, rest = line.partition(",")
+        count, _, rest = rest.partition(",")
+        scene, *others = rest.rsplit(",", 2)
+        if len(others) != 2 or not re.fullmatch(r"\s*[0-9]{1,9}\s*", count):
+            raise DataError(f"{uri}: line {number} is {line!r}, not `id,count,scene,weather,distractor`; copy it again")
+        labels[name.strip()] = int(count), scene.strip()
+    return labels

@@ -1,0 +1,104 @@
+"""Mall: 2,000 frames of one surveillance camera at 480x640, with a region of interest and a perspective map.
+
+Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.mat. The first 800 frames train.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from crowdray import storage
+from crowdray.datasets.sources import Item
+from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads
+from crowdray.datasets.sources.layout import stem
+from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
+from crowdray.errors import DataError, UserError
+
+COORDINATE_BASE = 1.0
+"""The centre of the first pixel is (1, 1), as on MATLAB's axes: x_continuous = x - base + 0.5.
+
+The file shows it: in nine of ten frames whose heads lie on a grid, that of the screen pixels they were
+clicked on, the grid begins at 0.5 to three digits, the edge of such axes.
+"""
+
+TRAIN_FRAMES = 800
+"""Frames 1..800 train, the rest test, as in the dataset's paper and every one since."""
+
+SPLITS = ("train", "test")
+
+
+class Mall(AnnotatedImages):
+    """The Mall dataset in its official layout, under a folder or a URI."""
+
+    name = "mall"
+    published = SPLITS
+    fixed_cameras = True
+
+    def __init__(self, source: str, *, depth: str = "auto") -> None:
+        super().__init__(_find_root(storage.resolve(source)), SPLITS, depth, ("perspective", "points", "none"))
+        self._ground_truth = storage.join(self._root, "mall_gt.mat")
+
+    def split_items(self, split: str) -> list[Item]:
+        """Frames by number."""
+        frames = {stem(uri): uri for uri in storage.list_files(storage.join(self._root, "frames"), (".jpg",))}
+        annotated = len(self.remembered(self._ground_truth, _read_heads))
+        found = []
+        for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):
+            number = _frame_number(name, frames.get(name, name))
+            if split == SPLITS[number >= TRAIN_FRAMES]:
+                ground_truth = self._ground_truth if number < annotated else None
+                found.append(Item(split, name, frames.get(name), ground_truth, number, self.name))
+        return found
+
+    def heads(self, item: Item) -> Heads:
+        """Heads of one frame of mall_gt.mat."""
+        return self.remembered(self._ground_truth, _read_heads)[item.number]
+
+    def camera(self, item: Item) -> Camera:
+        """The region of interest, and the size of a person from the perspective map."""
+        return self.remembered(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
+
+    def notes(self, splits: Sequence[str] = ()) -> list[str]:
+        """How many heads lie outside the region of interest: they are kept."""
+        outside = self.outside_regions(item for item in self.items(splits) if item.image is not None)
+        return [f"{outside} heads lie outside the region of interest"] if outside else []
+
+    def _read_camera(self, uri: str) -> Camera:
+        def extract(variables: dict[str, Any]) -> Camera:
+            # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
+            # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
+            size = 1.0 / np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
+            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
+
+        return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
+
+
+def _read_heads(uri: str) -> list[Heads]:
+    def extract(variables: dict[str, Any]) -> list[Heads]:
+        heads = [as_points(frame["loc"][0, 0], COORDINATE_BASE) for frame in variables["frame"][0]]
+        counts = variables["count"].ravel()
+        wrong = [n + 1 for n, (points, count) in enumerate(zip(heads, counts, strict=False)) if len(points) != count]
+        if wrong or len(heads) != len(counts):
+            raise DataError(f"{uri}: `count` disagrees with `frame` at frames {wrong[:5]}; copy it again")
+        return heads
+
+    return read_matlab(uri, extract, "`frame` with `loc` for each frame, and `count`")
+
+
+def _find_root(source: str) -> str:
+    for root in (source, storage.join(source, "mall_dataset")):
+        if storage.exists(storage.join(root, "mall_gt.mat")):
+            return root
+    raise UserError(f"{source} is not the Mall dataset: it holds no mall_gt.mat; give the folder that does")
+
+
+def _frame_name(number: int) -> str:
+    return f"seq_{number + 1:06d}"
+
+
+def _frame_number(name: str, uri: str) -> int:
+    digits = name.removeprefix("seq_")
+    if not digits.isdecimal():
+        raise DataError(f"{uri} is not named like seq_000001.jpg; move it out of frames/")
+    return int(digits) - 1

@@ -1,0 +1,92 @@
+"""ShanghaiTech parts A and B: photos of crowds, each with the heads of everybody in it.
+
+Layout: part_{A,B}_final/{train,test}_data/{images/IMG_n.jpg, ground_truth/GT_IMG_n.mat}. Copies in
+circulation also say part_A, and ground-truth.
+"""
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from crowdray import storage
+from crowdray.datasets.sources import Item
+from crowdray.datasets.sources.base import AnnotatedImages, Heads, paired
+from crowdray.datasets.sources.layout import IMAGES, by_stem
+from crowdray.datasets.sources.matlab import as_points, read_matlab
+from crowdray.errors import DataError, UserError
+
+COORDINATE_BASE = 0.5
+"""Coordinates are continuous pixels already, the centre of the first pixel is 0.5: x_continuous = x - base +
+0.5.
+
+Over the 49,151 heads of part B's training images (1024x768) x spans [0.157, 1023.95] and y begins at 0.001:
+45 heads lie below 0.5, where axes that begin with a pixel's centre at 1 have nothing, and none below 0.
+"""
+
+SPLITS = ("train", "test")
+FOLDERS = ("part_{}_final", "part_{}", "part{}", "{}")
+ANNOTATIONS = ("ground_truth", "ground-truth")
+
+
+class ShanghaiTech(AnnotatedImages):
+    """One part of ShanghaiTech, from the root of the dataset or the folder of the part."""
+
+    published = SPLITS
+
+    def __init__(
+        self, source: str, *, part: Annotated[str, "A or B, where --source holds both"] = "", depth: str = "auto"
+    ) -> None:
+        root, letter = _find_part(storage.resolve(source), part.upper())
+        self.name = f"shanghaitech-{letter.lower()}" if letter else "shanghaitech"
+        super().__init__(root, [split for split in SPLITS if _has_split(root, split)], depth, ("points", "none"))
+
+    def split_items(self, split: str) -> list[Item]:
+        """Images by number."""
+        folder = storage.join(self._root, f"{split}_data")
+        images = by_stem(storage.list_files(storage.join(folder, "images"), IMAGES))
+        annotations = by_stem(storage.list_files(_annotation_folder(folder), (".mat",)))
+        return paired(split, images, {re.sub("^GT_", "", name): uri for name, uri in annotations.items()})
+
+    def heads(self, item: Item) -> Heads:
+        """Heads of one GT_IMG_n.mat."""
+        assert item.annotation is not None
+
+        def extract(variables: dict[str, Any]) -> Heads:
+            return as_points(variables["image_info"][0, 0]["location"][0, 0], COORDINATE_BASE)
+
+        return read_matlab(item.annotation, extract, "`image_info` with `location`")
+
+
+def _has_split(root: str, split: str) -> bool:
+    return storage.exists(storage.join(root, f"{split}_data", "images"))
+
+
+def _annotation_folder(folder: str) -> str:
+    for name in ANNOTATIONS:
+        if storage.exists(storage.join(folder, name)):
+            return storage.join(folder, name)
+    raise DataError(f"{folder} holds images but neither {' nor '.join(ANNOTATIONS)}; copy the annotations beside them")
+
+
+def _find_part(source: str, part: str) -> tuple[str, str]:
+    """The folder of the part and its letter, "" when neither the path nor the user says it."""
+    if part not in ("", "A", "B"):
+        raise UserError(f"ShanghaiTech has no part {part!r}; choose A or B")
+    if any(_has_split(source, split) for split in SPLITS):
+        said = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
+        letter = said.group(1).upper() if said else ""
+        if part and letter and part != letter:
+            raise UserError(f"{source} is part {letter}, but part {part} was asked for; give the other folder")
+        return source, part or letter
+    found = [
+        (root, letter)
+        for letter in ((part,) if part else ("A", "B"))
+        for root in (storage.join(source, pattern.format(letter)) for pattern in FOLDERS)
+        if any(_has_split(root, split) for split in SPLITS)
+    ]
+    if not found:
+        wanted = f"part_{part or 'B'}_final/train_data/images"
+        raise UserError(f"{source} holds no ShanghaiTech{f' part {part}' if part else ''}: no {wanted} below it")
+    if len({letter for _, letter in found}) > 1:
+        raise UserError(f"{source} holds parts A and B; give the folder of one of them, such as {found[0][0]}")
+    return found[0]

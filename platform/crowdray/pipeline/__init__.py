@@ -1,0 +1,1 @@
+"""A training run outside of Ray: its folder, its publication, its outcome."""

@@ -1,0 +1,1 @@
+"""Pictures of data, training runs and predictions."""

@@ -1,0 +1,162 @@
+"""What a dataset is like, as a table for the terminal and as histograms."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from crowdray.datasets.statistics import SPACING_EDGES
+from crowdray.datasets.validation import SplitFacts, Spread, ValidationReport
+from crowdray.plots import style
+
+_COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.SKY, style.VERMILION)
+_WIDE = 50
+"""Ratio of the largest count to the smallest from which an axis of counts is logarithmic."""
+_BINS = 30
+_MERGED = 2
+"""Bins of the recorded spacings in one that is drawn."""
+
+
+def soundness_table(found: ValidationReport) -> Table:
+    """A column for each split, a row for each figure."""
+    table = Table(
+        title=Text(f"{found.source}, depth: {found.depth_teacher}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAVY,
+        pad_edge=False,
+        caption="Where there are three numbers: least / median / most.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for split in found.splits:
+        table.add_column(Text(split), justify="right", no_wrap=True)
+    rows: dict[str, Callable[[SplitFacts], str]] = {
+        "images": lambda facts: f"{facts.images:,}",
+        "that cannot be used": lambda facts: f"{facts.unusable:,}",
+        "without a head": lambda facts: f"{facts.empty:,}",
+        "in grey / in CMYK": lambda facts: f"{facts.colours.get('grey', 0):,} / {facts.colours.get('CMYK', 0):,}",
+        "height": lambda facts: _ends(facts.heights),
+        "width": lambda facts: _ends(facts.widths),
+        "heads": lambda facts: f"{facts.heads:,}",
+        "of an image": lambda facts: _ends(facts.counts),
+        "of an image, mean": lambda facts: f"{facts.counts.mean:,.1f}" if facts.counts else "-",
+        "outside the image": lambda facts: f"{facts.outside:,}",
+        "on another's pixel": lambda facts: f"{facts.crowded:,}",
+        "pixels to the nearest, median": lambda facts: f"{facts.spacing:.1f}" if facts.spacing else "-",
+        "images with region of interest": lambda facts: f"{facts.with_roi:,}",
+        "its share of the pixels": lambda facts: f"{facts.roi:.1%}" if facts.roi is not None else "-",
+        "heads outside it": lambda facts: f"{facts.outside_roi:,}",
+        "images with depth": lambda facts: f"{facts.with_depth:,}",
+        "its range": lambda facts: f"{facts.depth[0]:.2f} to {facts.depth[1]:.2f}" if facts.depth else "-",
+    }
+    for name, cell in rows.items():
+        group = name in ("images", "heads", "images with region of interest", "images with depth")
+        ends = name in ("width", "pixels to the nearest, median", "heads outside it")
+        label = Text(name if group else f"  {name}", style="bold" if group else "")
+        table.add_row(label, *(cell(facts) for facts in found.splits.values()), end_section=ends)
+    return table
+
+
+def draw_histograms(found: ValidationReport, path: str | os.PathLike[str]) -> None:
+    """Draw how many heads images hold and how far apart heads are, split by split, as a PNG at a path or URI.
+
+    Heights are shares of a split, so that splits of any size compare; dashed lines are medians. Counts have a
+    logarithmic axis where they differ by much: then images without a head are told in words.
+    """
+    splits = [split for split, facts in found.splits.items() if facts.images]
+    if not splits:
+        return style.say(found.source, "no image can be used", path)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=(9.6, 3.7), dpi=style.DPI, layout=layout, facecolor="white")
+    counts, spacing = figure.subplots(1, 2)
+    _draw_counts(counts, {s: np.array([i.heads for i in found.images if i.split == s]) for s in splits})
+    _draw_spacing(spacing, {split: found.splits[split] for split in splits})
+    for axes in (counts, spacing):
+        style.plain(axes)
+    images, heads = len(found.images), sum(facts.heads for facts in found.splits.values())
+    figure.suptitle(f"{found.source}: {images:,} images, {heads:,} heads", size=10, color=style.INK)
+    style.save_figure(figure, path)
+
+
+def _draw_counts(axes: Axes, counts: dict[str, NDArray[np.int64]]) -> None:
+    everything = np.concatenate(list(counts.values()))
+    some = everything[everything > 0]
+    wide = len(some) > 0 and some.max() >= _WIDE * some.min()
+    edges = _count_edges(some if wide else everything, wide)
+    for (split, values), colour in zip(counts.items(), _cycle(counts), strict=False):
+        empty = f", {(values == 0).sum():,} empty" if wide and (values == 0).any() else ""
+        label = f"{split}: median {np.median(values):,.10g}{empty}"
+        _draw_shares(axes, np.histogram(values, edges)[0] / len(values), edges, colour, float(np.median(values)), label)
+    if wide:
+        _log(axes)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set(xlabel="heads of an image", ylabel="images of the split, %", xlim=(edges[0], edges[-1]))
+    _legend(axes)
+
+
+def _count_edges(counts: NDArray[np.int64], wide: bool) -> NDArray[np.float64]:
+    """Edges between whole numbers, so that each bin holds at least one."""
+    low, high = int(counts.min()), int(counts.max()) + 1
+    bins = int(np.clip(2 * len(counts) ** (1 / 3), 5, _BINS))
+    if wide:
+        return np.unique(np.geomspace(low, high, bins + 1, dtype=np.float64).round()) - 0.5
+    step = -(-(high - low) // bins)
+    return np.arange(low, high + step, step, dtype=np.float64) - 0.5
+
+
+def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
+    recorded = {s: f.spacing_histogram.reshape(-1, _MERGED).sum(axis=1) for s, f in splits.items() if f.spacing}
+    axes.set(xlabel="pixels from a head to the nearest other one", ylabel="heads of the split, %")
+    if not recorded:
+        axes.text(0.5, 0.5, "no image holds two heads", transform=axes.transAxes, ha="center", color=style.FAINT)
+        axes.set(xticks=[], yticks=[])
+        return
+    filled = np.flatnonzero(sum(recorded.values()))
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    edges = SPACING_EDGES[::_MERGED][first : last + 1]
+    for (split, facts), colour in zip(splits.items(), _cycle(splits), strict=False):
+        if facts.spacing:
+            shares = recorded[split][first:last] / recorded[split].sum()
+            _draw_shares(axes, shares, edges, colour, facts.spacing, f"{split}: median {facts.spacing:.1f} pixels")
+    _log(axes)
+    axes.set_xlim(edges[0], edges[-1])
+    _legend(axes)
+
+
+def _draw_shares(
+    axes: Axes, shares: NDArray[np.float64], edges: NDArray[np.float64], colour: str, median: float, label: str
+) -> None:
+    axes.stairs(100 * shares, edges, fill=True, color=colour, alpha=0.18, linewidth=0)
+    axes.stairs(100 * shares, edges, color=colour, linewidth=1.3, label=label)
+    axes.axvline(median, color=colour, linewidth=1.0, linestyle="--")
+
+
+def _cycle(splits: dict[str, Any]) -> Sequence[str]:
+    return _COLOURS * (len(splits) // len(_COLOURS) + 1)
+
+
+def _log(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2)
+
+
+def _ends(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return " / ".join(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most))

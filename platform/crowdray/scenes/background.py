@@ -1,0 +1,185 @@
+"""The static layers of a place, ray cast once per process: what light falls where on what colour, and how
+far away it is."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from crowdray.scenes import surfaces
+from crowdray.scenes.camera import Camera
+from crowdray.scenes.layout import Place, place
+from crowdray.scenes.plans import Wall, turn
+from crowdray.scenes.raster import FINE, Figure, Raster, cast_shadows, contact_shade, shade_figures
+from crowdray.scenes.spec import MAX_DEPTH, Bools, Floats, SceneSpec, generator, linear
+from crowdray.scenes.sprites import normal_vectors
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Background:
+    """Layers of FINE samples per pixel; a sample's colour is albedo * (sky + sun * light + own)."""
+
+    albedo: Floats
+    """(3, FINE * H, FINE * W), linear."""
+    light: Floats
+    """(FINE * H, FINE * W) share of the sun's light that arrives, its angle included."""
+    own: Floats
+    """(FINE * H, FINE * W) light that lamps and lit windows give off, none by day."""
+    forward: Floats
+    """(FINE * H, FINE * W) metres forward on the ground at which the ray ends."""
+    ground: Bools
+    """(FINE * H, FINE * W) where bare ground shows, on which shadows fall."""
+    sunlit: Floats
+    """(H, W) share of the sun's light on the ground, whatever stands on it."""
+
+
+@lru_cache(maxsize=16)
+def background(spec: SceneSpec, number: int) -> Background:
+    """The static layers of camera `number`."""
+    where = place(spec, number)
+    camera = where.camera
+    raster = Raster(camera, _far_end(camera))
+    albedo = np.zeros((*raster.forward.shape, 3), np.float32)
+    own = np.zeros(raster.forward.shape, np.float32)
+    light = np.zeros(raster.forward.shape, np.float32)
+
+    _paint_sky(where, raster, albedo)
+    ground = _paint_ground(where, raster, albedo)
+    figures = [Figure(t.sprite, t.x, t.y, t.size) for t in where.things]
+    sunlight = _ground_light(where, raster, figures)
+    albedo[ground] *= (1 - 0.5 * contact_shade(camera, figures))[ground][:, None]
+    light[ground] = sunlight[ground]
+    sunlit = sunlight[::FINE, ::FINE] / np.float32(max(where.sun[2], 0.1))
+    for wall in where.walls:
+        _paint_wall(where, wall, raster, (albedo, light, own, ground))
+    for i, figure in enumerate(figures):
+        raster.draw(figure, i)
+    drawn = raster.code > 0
+    if figures:
+        palettes = np.stack([t.palette for t in where.things])
+        shares = light_at(camera, sunlit, np.array([(t.x, t.y) for t in where.things]))
+        albedo[drawn], light[drawn] = shade_figures(raster.code[drawn], palettes, shares, normal_vectors(), where.sun)
+        lamps = np.array([0] + [t.kind in ("lamp", "globe") for t in where.things])
+        own[drawn & (lamps[raster.code >> 12] > 0) & ((raster.code >> 8 & 15) == 2)] = 2.5 if where.night else 0.0
+    ground &= ~drawn
+    return Background(np.ascontiguousarray(albedo.transpose(2, 0, 1)), light, own, raster.forward, ground, sunlit)
+
+
+def light_at(camera: Camera, sunlit: Floats, feet: Floats) -> Floats:
+    """The share of sunlight where figures stand, (N,) for ground points (N, 2); 1 outside the image."""
+    at = camera.project(np.concatenate([feet, np.zeros((len(feet), 1))], 1))
+    column, row = np.floor(at[:, 0]).astype(int), np.floor(at[:, 1]).astype(int)
+    inside = (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+    values = sunlit[row.clip(0, camera.height - 1), column.clip(0, camera.width - 1)]
+    return np.where(inside, values, np.float32(np.median(sunlit))).astype(np.float32)
+
+
+def _far_end(camera: Camera) -> Floats:
+    """Metres forward at which each ray ends when it meets nothing: at MAX_DEPTH along the optical axis."""
+    per_depth, _ = camera.row_terms((np.arange(camera.height * FINE) + 0.5) / FINE)
+    return np.repeat(per_depth[:, None] * MAX_DEPTH, camera.width * FINE, axis=1)
+
+
+def _paint_sky(where: Place, raster: Raster, albedo: Floats) -> None:
+    rows = np.flatnonzero(raster.down < 0.2)
+    if len(rows) == 0:
+        return
+    cloud = float(generator(where.salt, 3).uniform(0.1, 0.95))
+    across = raster.across[None, :] / raster.per_depth[rows, None]
+    down = np.broadcast_to(raster.down[rows, None], across.shape)
+    colour = surfaces.sky(down.ravel(), across.ravel(), cloud, where.night, where.salt % 97)
+    albedo[rows] = 1.7 * colour.reshape(*across.shape, 3)
+
+
+def _paint_ground(where: Place, raster: Raster, albedo: Floats) -> Bools:
+    camera = where.camera
+    with np.errstate(divide="ignore"):
+        distance = np.where(raster.down > 1e-3, camera.altitude / raster.down, np.inf).astype(np.float32)
+    depth = distance / raster.per_depth
+    rows = np.flatnonzero(depth < MAX_DEPTH)
+    ground = np.zeros(raster.forward.shape, np.bool_)
+    if len(rows) == 0:
+        return ground
+    x = raster.across[None, :] * depth[rows, None]
+    y = np.broadcast_to(distance[rows, None], x.shape)
+    s, t = turn(where.angle, x, y)
+    footprint = np.broadcast_to((depth[rows] ** 2 / (camera.focal * camera.altitude) / FINE * 0.6)[:, None], x.shape)
+    zone_of = np.zeros(x.shape, np.int64)
+    for i, zone in enumerate(where.zones):
+        zone_of[zone.contains(s, t)] = i
+    view = albedo[rows[0] : rows[-1] + 1]
+    for i, zone in enumerate(where.zones):
+        inside = zone_of == i
+        if not inside.any():
+            continue
+        colour = surfaces.ground(zone.material, s[inside], t[inside], footprint[inside], where.salt % 9973 + i)
+        if zone.paint:
+            white = surfaces.markings(zone.paint, s[inside] - zone.centre[0], t[inside] - zone.centre[1])
+            colour[white] = linear(222, 220, 212) * 0.9
+        view[inside] = colour
+    raster.forward[rows] = distance[rows, None]
+    ground[rows] = True
+    return ground
+
+
+def _ground_light(where: Place, raster: Raster, figures: list[Figure]) -> Floats:
+    """Share of sunlight on the ground: by day less the shadows, by night the pools under the lamps."""
+    camera = where.camera
+    if not where.night:
+        shade = cast_shadows(camera, figures, where.sun, softness=1.5)
+        shade = np.maximum(shade, _house_shadows(where))
+        return np.asarray(where.sun[2] * (1 - 0.92 * shade), np.float32)
+    rows, columns = (np.arange(camera.height) + 0.5), (np.arange(camera.width) + 0.5)
+    x, y = camera.ground(columns, rows)
+    pools = np.full(x.shape, 0.22, np.float32)
+    lamps = [(t.x, t.y) for t in where.things if t.kind in ("lamp", "globe")] + [(-4.0, 9.0), (6.0, 20.0)]
+    for lx, ly in lamps:
+        pools += 0.8 / (1 + ((x - lx) ** 2 + (y - ly) ** 2) / 9)
+    return np.nan_to_num(pools, nan=0.3).clip(0, 1.6).repeat(FINE, 0).repeat(FINE, 1)
+
+
+def _house_shadows(where: Place) -> Floats:
+    """Shadows of the walls: each a parallelogram on the ground from the wall's foot to its roof's shadow."""
+    camera = where.camera
+    x, y = camera.ground(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+    shade = np.zeros(x.shape, np.float32)
+    sx, sy, sz = where.sun
+    for wall in where.walls:
+        (ax, ay), (bx, by) = wall.start, wall.end
+        dx, dy = bx - ax, by - ay
+        cross = dx * sy - dy * sx
+        if abs(cross) < 1e-3:
+            continue
+        reach = (dx * (ay - y) - dy * (ax - x)) / cross
+        along = ((x + reach * sx - ax) * dx + (y + reach * sy - ay) * dy) / (dx * dx + dy * dy)
+        shade[(reach > 0) & (reach * sz < wall.height) & (along >= 0) & (along <= 1)] = 1
+    fine = shade.repeat(FINE, 0).repeat(FINE, 1)
+    return np.asarray(ndimage.uniform_filter(fine, 5, mode="nearest"), np.float32)
+
+
+def _paint_wall(where: Place, wall: Wall, raster: Raster, layers: tuple[Floats, Floats, Floats, Bools]) -> None:
+    albedo, light, own, ground = layers
+    (ax, ay), (bx, by) = wall.start, wall.end
+    dx, dy = bx - ax, by - ay
+    slope = raster.across[None, :] / raster.per_depth[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        y = (dx * ay - dy * ax) / (dx - dy * slope)
+        share = ((slope * y - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy)
+        z = np.asarray(raster.camera.altitude - y * raster.down[:, None], np.float32)
+    hit = (y > 0.5) & (y < raster.forward) & (share >= 0) & (share <= 1) & (z >= 0)
+    length = float(np.hypot(dx, dy))
+    along = np.asarray(share[hit] * length, np.float32)
+    below_top = z[hit] <= surfaces.ragged_top(wall.kind, along, wall.height)
+    hit[hit], along = below_top, along[below_top]
+    if not hit.any():
+        return
+    colour, glow = surfaces.facade(wall.kind, along, z[hit], wall.height, wall.salt, where.night)
+    facing = np.array([-dy, dx]) / length
+    facing *= -np.sign(facing @ np.array([ax, ay]))
+    sunny = max(0.0, float(facing @ np.array(where.sun[:2])))
+    albedo[hit] = colour * (0.75 + 0.25 * np.clip(z[hit] / 3, 0, 1))[:, None]
+    light[hit] = np.float32(0.45 / (1 + (0.3 * z[hit]) ** 2)) if where.night else sunny
+    own[hit] = glow
+    raster.forward[hit] = y[hit]
+    ground[hit] = False

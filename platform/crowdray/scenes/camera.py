@@ -1,0 +1,68 @@
+"""The pinhole camera over the ground plane.
+
+World: X to the right and Y forward on the ground, Z up, metres, the camera above the origin. Image: x to
+the right, y down, continuous pixels. No roll, so what depends on the ray's steepness depends on the image
+row alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from crowdray.scenes.spec import Floats
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera above the ground, pitched down, its principal point in the middle of the image."""
+
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+    focal: float
+    """Focal length in pixels."""
+    altitude: float
+    """Height above the ground in metres."""
+    pitch: float
+    """Angle below the horizon in radians."""
+
+    def project(self, world: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Where world points appear in the image, and how far away they are.
+
+        (..., 3) in metres to (..., 3): x and y in pixels, the depth z in metres along the optical axis.
+        """
+        world = np.asarray(world, np.float64)
+        right, forward, drop = world[..., 0], world[..., 1], self.altitude - world[..., 2]
+        sin, cos = np.sin(self.pitch), np.cos(self.pitch)
+        z = np.maximum(forward * cos + drop * sin, 0.05)
+        x = self.width / 2 + self.focal * right / z
+        y = self.height / 2 + self.focal * (drop * cos - forward * sin) / z
+        return np.stack([x, y, z], axis=-1)
+
+    def row_terms(self, y: npt.ArrayLike) -> tuple[Floats, Floats]:
+        """How rays go through image rows y: metres forward per metre of depth, metres down per metre forward.
+
+        The second is negative above the horizon, where a ray rises and never meets the ground.
+        """
+        v = (np.asarray(y, np.float64) - self.height / 2) / self.focal
+        sin, cos = np.sin(self.pitch), np.cos(self.pitch)
+        forward = np.maximum(cos - v * sin, 0.02)
+        return forward.astype(np.float32), ((sin + v * cos) / forward).astype(np.float32)
+
+    def column_terms(self, x: npt.ArrayLike) -> Floats:
+        """For image columns x: metres to the right per metre of depth."""
+        return ((np.asarray(x, np.float64) - self.width / 2) / self.focal).astype(np.float32)
+
+    def ground(self, x: npt.ArrayLike, y: npt.ArrayLike, plane: float = 0.0) -> tuple[Floats, Floats]:
+        """Where the rays through columns x (W,) and rows y (H,) meet a horizontal plane at some height.
+
+        Returns X and Y, both (H, W) in metres; NaN where a ray never meets it.
+        """
+        forward, down = self.row_terms(y)
+        distance = np.full(down.shape, np.nan, np.float32)
+        hit = down > 1e-4
+        distance[hit] = (self.altitude - plane) / down[hit]
+        lateral = self.column_terms(x)[None, :] * (distance / forward)[:, None]
+        return lateral, np.broadcast_to(distance[:, None], lateral.shape)

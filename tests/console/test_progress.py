@@ -1,0 +1,54 @@
+"""What a training's display warns of."""
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from crowdray.config import StageConfig, StagesConfig
+from crowdray.console.progress import TrainingDisplay, numbers_of_workers
+from crowdray.data.shards import Dataset
+from crowdray.models.counter import DENSITY
+from crowdray.presets import preset
+from crowdray.training.checkpoint import Row
+from crowdray.training.distributed import World
+from crowdray.training.stages import stages_of
+from crowdray.training.trainer import Trainer
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
+    stages = StagesConfig(StageConfig(1, 1e-9), StageConfig(0, 1e-3), StageConfig(0, 1e-3))
+    config = preset("debug")
+    sampling = dataclasses.replace(config.sampling, validation_fraction=0.25)
+    config = dataclasses.replace(config, sampling=sampling, stages=stages)
+    run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
+    if dead:
+        torch.nn.init.constant_(run.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
+    run.run()
+    said = io.StringIO()
+    TrainingDisplay(run.stages, Console(file=said)).history(run.progress.history)
+    assert ("the density map is dead" in said.getvalue()) == dead
+
+
+def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = stages_of(preset("debug"))
+    epoch: Row = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
+    TrainingDisplay(stages, Console(file=io.StringIO())).history([epoch])
+    assert sum(stage.schedule.epochs for stage in stages) == 5
+    assert "0:02:00 left" in capsys.readouterr().out
+
+
+def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: Row = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
+    rows: list[Row] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
+    display = TrainingDisplay(stages_of(preset("debug")), Console(file=io.StringIO()))
+    for number in range(1, 5):
+        display.history(rows[:number])
+    display.history(rows)
+    lines = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    epochs = [f"baseline {number}/2" for number in range(1, 6)]
+    assert lines == [*epochs[:2], "going on with 1 worker", *epochs[2:4], "going on with 3 workers", epochs[4]]
+    assert numbers_of_workers(rows) == "2, 1 from epoch 3, 3 from epoch 5"

@@ -1,0 +1,229 @@
+"""The fault matrix of the data: each fault gives one message with place and mend, and nothing half-made."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.io import savemat
+
+from crowdray.data.shards import INDEX, Dataset
+from crowdray.datasets import conversion
+from crowdray.datasets.sources import open_source
+from crowdray.errors import DataError, UserError
+
+from ..support.builders import WIDTH, heads, jpeg, make_mall, make_shanghaitech, write_annotation
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    return make_shanghaitech(tmp_path / "part_B", count=5)
+
+
+@pytest.fixture
+def made(tmp_path: Path, part: Path) -> Path:
+    conversion.convert(open_source("shanghaitech", str(part)), str(tmp_path / "made"))
+    return tmp_path / "made"
+
+
+def shard(made: Path) -> Path:
+    return next(made.glob("shard-*.arrow"))
+
+
+def convert(part: Path, dest: Path, **options: Any) -> Any:
+    return conversion.convert(open_source("shanghaitech", str(part)), str(dest), **options)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_shard_is_found_when_the_dataset_is_opened(made: Path, keep: int) -> None:
+    path = shard(made)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=rf"{path.name} is truncated.* {size};.*convert"):
+        Dataset.open(str(made))
+
+
+def test_a_flipped_byte_is_found_by_its_hash(made: Path) -> None:
+    path = shard(made)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    expected = json.loads((made / INDEX).read_text())["shards"][0]["sha256"]
+    with pytest.raises(DataError, match=rf"{path.name} is damaged: its sha256 is \w{{64}}.*{expected}; copy it again"):
+        Dataset.open(str(made)).verify()
+    with pytest.raises(DataError, match="damaged"):
+        Dataset.open(str(made), verify=True).sample(0)
+
+
+def test_a_wrong_hash_in_the_index_is_found(made: Path) -> None:
+    index = made / INDEX
+    content = json.loads(index.read_text())
+    index.write_text(index.read_text().replace(content["shards"][0]["sha256"], "0" * 64))
+    with pytest.raises(DataError, match=r"index\.json has digest.*convert"):
+        Dataset.open(str(made))
+
+
+def test_a_missing_shard_is_named(made: Path) -> None:
+    path = shard(made)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path.name} is missing"):
+        Dataset.open(str(made))
+
+
+def test_a_shard_of_other_columns_is_refused(made: Path) -> None:
+    schema = pa.schema([("name", pa.string())])
+    with pa.OSFile(str(made / "other"), "wb") as sink, pa.ipc.new_file(sink, schema):
+        pass
+    content = json.loads((made / INDEX).read_text())
+    dataset = Dataset.open(str(made))
+    (made / "other").replace(shard(made))
+    content["shards"][0]["bytes"] = shard(made).stat().st_size
+    (made / INDEX).write_text(json.dumps(content))
+    with pytest.raises(DataError, match="does not have the columns"):
+        Dataset.open(str(made)).sample(0)
+    with pytest.raises(DataError, match="truncated or was replaced"):
+        dataset.sample(0)
+
+
+@pytest.mark.parametrize("place", ["empty", "nowhere"])
+def test_a_folder_without_index_is_no_dataset(tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no index\.json.*convert\.py with --dest"):
+        Dataset.open(str(tmp_path / place))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"schema_version": 1', '"schema_version": 99', "schema version 99"),
+        ('"format": "crowdray"', '"format": "coco"', "format 'coco'"),
+        ('"path": "', '"path": "../', "damaged"),
+        ('"rows": ', '"rows": 1', "damaged"),
+        ('"shards"', '"pieces"', "damaged.*shards"),
+        ('"train": 10', '"train": 11', "damaged.*'heads': 11"),
+        ('"train": 10', '"trian": 10', "damaged"),
+        ('"name": ', '"name": 1, "was": ', "damaged.*must be texts"),
+        ("{", "", "damaged"),
+    ],
+)
+def test_a_strange_index_is_explained(made: Path, old: str, new: str, message: str) -> None:
+    text = (made / INDEX).read_text()
+    assert old in text
+    (made / INDEX).write_text(text.replace(old, new))
+    with pytest.raises(DataError, match=f"{INDEX}.*{message}"):
+        Dataset.open(str(made))
+
+
+def test_all_problems_of_a_source_come_together_and_nothing_is_published(part: Path, tmp_path: Path) -> None:
+    images, annotations = part / "train_data" / "images", part / "train_data" / "ground_truth"
+    (images / "IMG_1.jpg").write_bytes(jpeg(1)[:300])
+    (images / "IMG_2.jpg").unlink()
+    (annotations / "GT_IMG_3.mat").unlink()
+    (annotations / "GT_IMG_4.mat").write_bytes(b"MATLAB 5.0 but not really")
+    savemat(annotations / "GT_IMG_5.mat", {"something": np.ones(3)})
+    with pytest.raises(DataError) as caught:
+        convert(part, tmp_path / "made")
+    lines = str(caught.value).splitlines()
+    assert "5 items cannot be used, nothing was published" in lines[0]
+    expected = [
+        r"IMG_1.jpg: the image cannot be decoded",
+        r"GT_IMG_2.mat annotates IMG_2, whose image is missing",
+        r"IMG_3.jpg has no annotation",
+        r"GT_IMG_4.mat does not hold `image_info`",
+        r"GT_IMG_5.mat does not hold `image_info`",
+    ]
+    for line, message in zip(lines[1:], expected, strict=True):
+        assert message in line and str(part) in line
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_only_the_first_twenty_problems_are_listed(tmp_path: Path) -> None:
+    part = make_shanghaitech(tmp_path / "part_B", count=25)
+    for image in (part / "train_data" / "images").iterdir():
+        image.write_bytes(b"junk")
+    with pytest.raises(DataError) as caught:
+        convert(part, tmp_path / "made")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22 and lines[-1].strip() == "... and 5 more"
+
+
+def test_mall_reports_frames_and_annotations_that_do_not_meet(tmp_path: Path) -> None:
+    root = make_mall(tmp_path / "mall", frames=[1, 2, 4, 5], annotated=4)
+    with pytest.raises(DataError) as caught:
+        conversion.convert(open_source("mall", str(root)), str(tmp_path / "made"), strict=True)
+    message = str(caught.value)
+    assert "mall_gt.mat annotates seq_000003, whose image is missing" in message
+    assert "seq_000005.jpg has no annotation" in message
+
+
+def test_mall_s_own_counts_are_checked(tmp_path: Path) -> None:
+    root = make_mall(tmp_path / "mall")
+    frame = np.empty((1, 2), dtype=object)
+    frame[0, :] = [{"loc": heads(0, 3)}, {"loc": heads(1, 4)}]
+    savemat(root / "mall_gt.mat", {"frame": frame, "count": np.array([[3], [5]])})
+    with pytest.raises(DataError, match=r"`count` disagrees.*\[2\]"):
+        open_source("mall", str(root)).items()
+
+
+def test_a_failed_replacement_leaves_the_old_dataset(part: Path, made: Path) -> None:
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    (part / "train_data" / "images" / "IMG_1.jpg").write_bytes(b"junk")
+    with pytest.raises(DataError, match="IMG_1"):
+        convert(part, made, overwrite=True, strict=True)
+    assert {name: (made / name).read_bytes() for name in before} == before
+
+
+def test_an_empty_scene_is_a_scene(made: Path) -> None:
+    dataset = Dataset.open(str(made))
+    assert dataset.sample(0).points.shape == (0, 2) and dataset.counts("train")[0] == 0
+    assert "1 images hold no head" in dataset.index.notes
+
+
+def test_a_head_outside_its_image_is_kept_counted_and_told(part: Path, tmp_path: Path) -> None:
+    points = np.array([[3.0, 4.0], [WIDTH + 5.0, 4.0], [-1.0, 2.0]])
+    write_annotation(part / "train_data" / "ground_truth" / "GT_IMG_2.mat", points)
+    index = convert(part, tmp_path / "made")
+    np.testing.assert_array_equal(Dataset.open(str(tmp_path / "made")).sample(1).points, points)
+    notes = [note for note in index.notes if "heads lie" in note]
+    assert notes == ["2 heads lie outside their image and are kept, in 1 images: train/IMG_2 (2)"]
+    assert index.splits["train"]["heads"] == 0 + 3 + 2 + 3 + 4
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_while_a_shard_is_written(part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every write to this device fails as on a full disk.
+    real = pa.OSFile
+    monkeypatch.setattr(pa, "OSFile", lambda path, mode: real("/dev/full", mode))
+    with pytest.raises(UserError, match=r"made/shard-00000.*no space left.*choose another place"):
+        convert(part, tmp_path / "made")
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_a_full_disk_while_the_index_is_written(
+    part: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        (no_space if INDEX in os.readlink(f"/proc/self/fd/{file}") else fsync)(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"index\.json.*no space left"):
+        convert(part, tmp_path / "new")
+    assert not (tmp_path / "new" / INDEX).exists()
+    with pytest.raises(DataError, match="never ended"):
+        Dataset.open(str(tmp_path / "new"))
+    with pytest.raises(UserError, match="no space left"):
+        convert(part, made, overwrite=True)
+    Dataset.open(str(made)).verify()
+    monkeypatch.undo()
+    seen: list[object] = []
+    assert convert(part, tmp_path / "new", on_slice=seen.append) == Dataset.open(str(made)).index
+    assert seen == [] and len(list((tmp_path / "new").iterdir())) == 2  # the finished slice was not converted again

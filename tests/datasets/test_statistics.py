@@ -1,0 +1,190 @@
+"""What a look at a source finds: every defect by name, figures equal to brute force, the same for any slicing."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.distance import cdist
+
+from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
+from crowdray.data.shards import Dataset
+from crowdray.datasets import conversion
+from crowdray.datasets.sources import Source, open_source
+from crowdray.datasets.statistics import (
+    SPACING_EDGES,
+    DatasetStats,
+    evenly_by_count,
+    image_facts,
+    inspect_items,
+    spacing_histogram,
+)
+from crowdray.datasets.validation import InvalidDatasetError, Spread, ValidationReport, validate
+from crowdray.errors import DataError, UserError
+
+from ..support.builders import HEIGHT, WIDTH, jpeg, make_shanghaitech, samples, write_annotation
+
+
+def look(source: Source, rows: int = 5) -> ValidationReport:
+    found = [inspect_items(source, items) for items in conversion.slices(source.items(), rows)]
+    return validate(source.name, source.depth_teacher, sum(found, DatasetStats()), source.notes())
+
+
+def encoded(mode: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (WIDTH, HEIGHT), 90 if mode == "L" else (1, 2, 3, 4)[: len(mode)]).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    """A part B with one of each defect; image n has n - 1 heads where nothing else is said."""
+    part = make_shanghaitech(tmp_path / "part_B", count=9)
+    make_shanghaitech(part, "test", 3)
+    train, test = (part / f"{split}_data" for split in ("train", "test"))
+    for number in (1, 2, 3):
+        (test / "images" / f"IMG_{number}.jpg").write_bytes(jpeg(100 + number))
+    (test / "images" / "IMG_2.jpg").write_bytes(jpeg(5))
+    images, annotations = train / "images", train / "ground_truth"
+    (images / "IMG_3.jpg").write_bytes(jpeg(2))
+    (images / "IMG_4.jpg").write_bytes(jpeg(4)[:300])
+    write_annotation(annotations / "GT_IMG_6.mat", np.array([[1.0, 2.0], [np.nan, 3.0]]))
+    (images / "IMG_7.jpg").write_bytes(encoded("L"))
+    strange = [[-3.0, 5.0], [WIDTH + 0.1, 5.0], [10.0, 10.0], [10.9, 10.9], [10.5, 10.2], [WIDTH, HEIGHT]]
+    write_annotation(annotations / "GT_IMG_7.mat", np.array(strange))
+    (images / "IMG_8.jpg").write_bytes(encoded("CMYK"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (images / "IMG_9.jpg").write_bytes(encoded("RGB", exif=exif))
+    return part
+
+
+def test_every_defect_is_found_and_named(part: Path) -> None:
+    sound = look(open_source("shanghaitech", str(part), depth="none"))
+    train, test = sound.splits["train"], sound.splits["test"]
+    assert (train.images, train.unusable, train.empty, train.heads) == (7, 2, 1, 0 + 1 + 2 + 4 + 6 + 7 + 8)
+    assert (test.images, test.unusable, test.empty, test.heads) == (3, 0, 1, 3)
+    assert train.counts == Spread(0, 4, 4, 8) and test.counts == Spread(0, 1, 1, 2)
+    assert train.heights == Spread(HEIGHT, HEIGHT, HEIGHT, HEIGHT)
+    assert train.colours == {"colour": 5, "grey": 1, "CMYK": 1} and test.colours == {"colour": 3}
+    assert (train.outside, train.crowded, train.turned) == (2, 2, 1)
+    assert (train.roi, train.depth, train.with_roi, train.with_depth) == (None, None, 0, 0)
+    assert [(one.split, one.name) for one in sound.unusable] == [("train", "IMG_4"), ("train", "IMG_6")]
+    assert "cannot be decoded" in sound.unusable[0].reason and "1 of 2 points" in sound.unusable[1].reason
+    assert [[f"{i.split}/{i.name}" for i in group] for group in sound.repeated] == [
+        ["train/IMG_2", "train/IMG_3"],
+        ["train/IMG_5", "test/IMG_2"],
+    ]
+    unusable, shared = (problem.splitlines() for problem in sound.problems)
+    assert unusable[0] == "2 images cannot be used:" and unusable[1].startswith("  train/IMG_4: ")
+    assert shared[0].startswith("train and test share 1 image, ")
+    assert shared[1] == "  train/IMG_5 (4 heads) = test/IMG_2 (1 head)"
+    assert sound.notes == [
+        "1 image repeated within a split: train/IMG_2 (1 head) = train/IMG_3 (2 heads)",
+        "2 heads outside the image, in 1 image: train/IMG_7 (2)",
+        "2 heads on a pixel that another head has already, in 1 image: train/IMG_7 (2)",
+        "2 images without a head: train/IMG_1, test/IMG_1",
+        "1 image stored in grey, read as RGB: train/IMG_7",
+        "1 image stored in CMYK, read as RGB: train/IMG_8",
+        "1 image with an EXIF turn, which training does not follow: train/IMG_9",
+    ]
+    with pytest.raises(
+        InvalidDatasetError, match="is not sound: 2 images cannot be used; train and test share 1 image, keep"
+    ):
+        sound.require()
+
+
+def test_the_findings_do_not_depend_on_who_looked_at_what(part: Path) -> None:
+    source = open_source("shanghaitech", str(part))
+    whole = look(source, 100).content()
+    assert json.loads(json.dumps(whole))["sound"] is False
+    for rows in (1, 5):
+        assert look(source, rows).content() == whole
+    a, b, c = (inspect_items(source, items) for items in conversion.slices(source.items(), 4))
+    left, right = (validate("x", "y", sums).content() for sums in ((a + b) + c, a + (b + c)))
+    assert left == right and left["splits"] == whole["splits"] and left["images"] == whole["images"]
+
+
+def test_a_sound_source_passes_and_an_empty_split_has_no_figures(tmp_path: Path) -> None:
+    part = make_shanghaitech(tmp_path / "part_B", count=3)
+    look(open_source("shanghaitech", str(part))).require()
+    for number in (1, 2, 3):
+        (part / "train_data" / "images" / f"IMG_{number}.jpg").write_bytes(b"no image")
+    facts = look(open_source("shanghaitech", str(part))).splits["train"]
+    assert (facts.images, facts.unusable, facts.heads) == (0, 3, 0)
+    assert [facts.counts, facts.heights, facts.widths, facts.spacing, facts.depth] == [None] * 5
+
+
+def outside_by_hand(sample: Sample) -> int:
+    assert sample.roi is not None
+    mask = decode_roi(sample.roi)
+    return sum(not mask[min(int(y), sample.height - 1), min(int(x), sample.width - 1)] for x, y in sample.points)
+
+
+def test_figures_equal_those_of_brute_force() -> None:
+    made = samples(40)
+    facts = [image_facts(sample) for sample in made]
+    for sample, one in zip(made, facts, strict=True):
+        assert (one.height, one.width) == decode_image(sample.image).shape[:2]
+        assert one.heads == len(sample.points)
+        assert one.crowded == len(sample.points) - len({(int(x), int(y)) for x, y in sample.points})
+        if sample.roi is not None and sample.depth is not None:
+            assert one.roi == decode_roi(sample.roi).mean() and one.outside_roi == outside_by_hand(sample)
+            assert one.depth == (decode_depth(sample.depth).min(), decode_depth(sample.depth).max())
+    distances = [np.sort(cdist(s.points, s.points), axis=1)[:, 1] for s in made if len(s.points) > 1]
+    nearest = np.concatenate(distances)
+    histogram = sum((spacing_histogram(sample.points) for sample in made), np.zeros(112, dtype=np.int64))
+    bins = np.searchsorted(SPACING_EDGES, nearest, side="right") - 1
+    np.testing.assert_array_equal(histogram, np.bincount(bins, minlength=112))
+    found = validate("made", "none", DatasetStats(facts, [], {"train": histogram})).splits["train"]
+    counts = [len(sample.points) for sample in made]
+    assert found.counts == Spread(min(counts), float(np.median(counts)), float(np.mean(counts)), max(counts))
+    with_roi = [decode_roi(sample.roi) for sample in made if sample.roi is not None]
+    assert found.roi == pytest.approx(np.concatenate([mask.ravel() for mask in with_roi]).mean())
+    assert found.spacing == pytest.approx(np.median(nearest), rel=0.1)
+
+
+def test_spacings_beyond_the_histogram_are_in_its_last_bins() -> None:
+    assert len(SPACING_EDGES) == 113 and SPACING_EDGES[[0, -1]].tolist() == [0.5, 8192]
+    assert np.flatnonzero(spacing_histogram(np.zeros((3, 2)))).tolist() == [0]
+    assert np.flatnonzero(spacing_histogram(np.array([[0, 0], [9000, 0]]))).tolist() == [111]
+    assert spacing_histogram(np.zeros((1, 2))).sum() == 0
+
+
+def test_examples_span_the_counts_evenly() -> None:
+    facts = [image_facts(sample) for sample in samples(21)]
+    counts = sorted(one.heads for one in facts)
+    assert [one.heads for one in evenly_by_count(facts, 5)] == [counts[place] for place in (0, 5, 10, 15, 20)]
+    assert len({one.name for one in evenly_by_count(facts, 100)}) == 21
+    assert evenly_by_count([], 3) == []
+
+
+def test_what_was_converted_is_looked_at_as_its_source_was(tmp_path: Path) -> None:
+    part = make_shanghaitech(tmp_path / "part_B", count=5)
+    source = open_source("shanghaitech", str(part))
+    index = conversion.convert(source, str(tmp_path / "made"))
+    made = open_source("crowdray", str(tmp_path / "made"))
+    here, there = look(made).content(), look(source).content()
+    assert {**here, "notes": []} == {**there, "notes": []}
+    again = conversion.convert(made, str(tmp_path / "again"))
+    assert again == index
+    bare = look(open_source("crowdray", str(tmp_path / "made"), depth="none"))
+    assert (
+        bare.depth_teacher == "none" and bare.splits["train"].with_depth == 0 < there["splits"]["train"]["with_depth"]
+    )
+    with pytest.raises(UserError, match="--depth points: converted data keeps its depth"):
+        open_source("crowdray", str(tmp_path / "made"), depth="points")
+
+
+def test_a_bit_flipped_in_a_head_of_a_shard_is_told_before_any_of_it_is_used(tmp_path: Path) -> None:
+    part = make_shanghaitech(tmp_path / "part_B", count=5)
+    conversion.convert(open_source("shanghaitech", str(part)), str(tmp_path / "made"))
+    points = Dataset.open(str(tmp_path / "made")).sample(2).points.tobytes()
+    shard = next((tmp_path / "made").glob("shard-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[content.index(points)] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=f"{shard.name} is damaged: its sha256 is .*; copy it again"):
+        open_source("crowdray", str(tmp_path / "made")).items()

@@ -1,0 +1,233 @@
+"""Prediction and evaluation as jobs: what is written agrees, and each mistake has its message."""
+
+import csv
+import importlib.util
+import io
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from crowdray import storage
+from crowdray.console.arguments import run_job
+from crowdray.data.sample import decode_image
+from crowdray.data.shards import Dataset
+from crowdray.errors import UserError
+from crowdray.evaluation.report import evaluate_images, summarise_images
+from crowdray.models.build import build_counter
+from crowdray.models.export import PackagedCounter
+from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images, upright
+from crowdray.presets import debug
+from crowdray.registry.packaging import package_counter
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def brightness(image: Tensor) -> Tensor:
+    """A counter that sees heads in light: as many cells as pixels."""
+    if min(image.shape[2:]) < 5:
+        raise UserError("too small")
+    return image.float().mean(dim=1, keepdim=True) / 255 / 100
+
+
+def photo(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three photos of two formats, two of which share their stem, and something else."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(("b.jpg", "a.PNG", "b.png")):
+        photo(number).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "deeper").mkdir()
+    return folder
+
+
+def names(uris: list[str]) -> list[str]:
+    return [uri.rpartition("/")[2] for uri in uris]
+
+
+def test_images_are_found_by_file_folder_and_pattern(photos: Path) -> None:
+    assert names(find_images(str(photos), "out")) == ["a.PNG", "b.jpg", "b.png"]
+    assert names(find_images(f"{photos}/b.*", "out")) == ["b.jpg", "b.png"]
+    assert names(find_images(f"{photos}/[a-z].png", "out")) == ["b.png"]
+    assert names(find_images(str(photos / "b.jpg"), str(photos))) == ["b.jpg"]
+    photo(9).save(photos / "odd[1].png")
+    assert names(find_images(str(photos / "odd[1].png"), "out")) == ["odd[1].png"]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("photos/deeper", "there is no image in .*deeper; name a file or a folder with .jpg"),
+        ("photos/*.webp", "there is no image in"),
+        ("photos/c.jpg", "there is no image at .*c.jpg; check the path"),
+        ("nowhere", "cannot list .*nowhere: it does not exist"),
+        ("pho*/b.jpg", "only the last part of a path may hold"),
+        ("photos", "give another folder as --output"),
+    ],
+)
+def test_input_that_cannot_be_used_is_explained(photos: Path, place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_images(str(photos.parent / place), str(photos))
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "memory"])
+def test_counts_are_the_sums_of_the_densities(photos: Path, tmp_path: Path, remote: bool) -> None:
+    source, output = str(photos), str(tmp_path / "out")
+    if remote:
+        source, output = (f"memory://{uuid.uuid4().hex}/{name}" for name in ("in", "out"))
+        for file in photos.glob("*.*"):
+            storage.write_bytes(storage.join(source, file.name), file.read_bytes())
+    done: list[int] = []
+    prediction = predict_images(brightness, find_images(source, output), output, done.append)
+    rows = list(csv.DictReader(io.StringIO(storage.read_bytes(f"{output}/counts.csv").decode())))
+    assert [row["image"] for row in rows] == ["a.PNG", "b.jpg", "b.png"]
+    assert sum(done) == 3
+    for row, counted, stem in zip(rows, prediction.counted, ("a", "b.jpg", "b.png"), strict=True):
+        density = np.load(io.BytesIO(storage.read_bytes(f"{output}/{stem}.density.npy")))
+        pixels = decode_image((photos / row["image"]).read_bytes())
+        np.testing.assert_allclose(density, pixels.mean(axis=2) / 25500, rtol=1e-5)
+        assert density.dtype == np.float32
+        assert float(row["count"]) == pytest.approx(density.sum(dtype=np.float64), abs=1e-6)
+        assert counted.count == density.sum(dtype=np.float64)
+        with Image.open(io.BytesIO(storage.read_bytes(f"{output}/{stem}.overlay.png"))) as overlay:
+            assert overlay.size == (640, round(640 * 40 / 56))
+    prediction.check()
+
+
+def test_photos_that_cannot_be_counted_are_named_and_the_others_done(photos: Path, tmp_path: Path) -> None:
+    (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
+    photo(4, (3, 8)).save(photos / "tiny.png")
+    output = str(tmp_path / "out")
+    images = [*find_images(str(photos), output), str(photos / "gone.jpg")]
+    prediction = predict_images(brightness, images, output)
+    assert [one.image for one in prediction.counted] == ["a.PNG", "b.jpg", "b.png"]
+    with pytest.raises(PredictionError) as error:
+        prediction.check()
+    first, *reasons = str(error.value).splitlines()
+    assert first == "3 of 6 images could not be counted:"
+    for reason, words in zip(
+        reasons,
+        (("cut.jpg", "cannot be decoded"), ("tiny.png", "too small"), ("gone.jpg", "does not exist")),
+        strict=True,
+    ):
+        assert all(word in reason for word in words)
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 10)])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_photos_are_turned_upright_as_pillow_turns_them(orientation: int | None, form: str) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    photo(0, (16, 24)).save(buffer, form, exif=exif)
+    content = buffer.getvalue()
+    stored = decode_image(content)
+    with Image.open(io.BytesIO(content)) as opened:
+        tagged = Image.fromarray(stored)
+        tagged.getexif().update(opened.getexif())
+        wanted = np.asarray(ImageOps.exif_transpose(tagged))
+    np.testing.assert_array_equal(upright(stored, content), wanted)
+
+
+def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cpu"):
+        choose_device("gpu")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackagedCounter, str]:
+    """A counter that halves its photos, and the folder in which it is packaged."""
+    counter = PackagedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
+    folder = tmp_path_factory.mktemp("package") / "model"
+    example = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    package_counter(counter, example, folder, config={}, metrics={}, tags={})
+    return counter, str(folder)
+
+
+def job(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"jobs.{name}", ROOT / "jobs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.path.copy()
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def status(main: Callable[[list[str]], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["job", *arguments])
+    try:
+        run_job(main)
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+    return 0
+
+
+def test_the_predict_job_prints_what_the_model_counts(
+    package: tuple[PackagedCounter, str],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    counter, model = package
+    main, output = job("predict").main, tmp_path / "out"
+    arguments = ["--model", model, "--input", str(photos), "--output", str(output), "--device", "cpu"]
+    assert status(main, arguments, monkeypatch) == 0
+    printed = capsys.readouterr().out
+    for name, stem in (("a.PNG", "a"), ("b.jpg", "b.jpg")):
+        image = torch.from_numpy(decode_image((photos / name).read_bytes()).copy()).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            density = counter(image)[0, 0].numpy()
+        np.testing.assert_allclose(np.load(output / f"{stem}.density.npy"), density, rtol=1e-4, atol=1e-7)
+        line = next(line for line in printed.splitlines() if name in line)
+        assert f"{density.sum():.2f}" in line
+    assert str(output / "counts.csv") in printed
+
+    (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
+    assert status(main, arguments, monkeypatch) == 1
+    assert "1 of 4 images could not be counted" in capsys.readouterr().err
+    shutil.rmtree(photos)
+    assert status(main, arguments, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("error: cannot list")
+
+
+def test_the_evaluate_job_writes_what_evaluation_finds(
+    package: tuple[PackagedCounter, str],
+    discs: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    counter, model = package
+    main, result = job("evaluate").main, tmp_path / "result.json"
+    arguments = ["--model", model, "--data", discs.uri, "--split", "test", "--device", "cpu"]
+    assert status(main, [*arguments, "--json", str(result)], monkeypatch) == 0
+    content = json.loads(result.read_text())
+    wanted = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
+    assert content["digest"] == discs.digest
+    assert content["overall"]["images"] == 7
+    for name in ("mae", "rmse", "bias", "nae", "game"):
+        assert content["overall"][name] == pytest.approx(getattr(wanted.overall, name), rel=1e-5)
+    assert f"{wanted.overall.mae:.2f}" in capsys.readouterr().out
+    assert status(main, [*arguments[:-3], "holidays"], monkeypatch) == 2
+    assert "has no split 'holidays'; it has" in capsys.readouterr().err

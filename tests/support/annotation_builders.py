@@ -1,0 +1,206 @@
+"""The same three photos, annotated as each of the tools exports them: people's own data, for tests and fuzzing."""
+
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crowdray.data.sample import Sample
+from crowdray.datasets import conversion
+from crowdray.datasets.sources import open_source
+from crowdray.errors import UserError
+
+from .builders import HEIGHT, WIDTH, jpeg
+
+HEADS: dict[str, list[tuple[float, float]]] = {"a.jpg": [(3.5, 4.5), (16.0, 12.0)], "b.jpg": [(8.0, 6.0)], "c.jpg": []}
+"""Heads in continuous pixels; every coordinate is an exact percentage of 32x24 too."""
+
+
+def write_images(folder: Path, names: Any = tuple(HEADS)) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(number))
+    return folder
+
+
+def write_json(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_csv(folder: Path) -> Path:
+    """A table by hand; the empty photo is a line without coordinates."""
+    lines = [f"{name},{x},{y}" for name, heads in HEADS.items() for x, y in heads]
+    write_images(folder)
+    (folder / "heads.csv").write_text("\n".join(["image,x,y", *lines, "c.jpg,,"]) + "\n")
+    return folder
+
+
+def coco(keypoints: Any = ("nose", "left_eye"), shift: float = 0.5) -> dict[str, Any]:
+    """COCO's keypoints: x, y and visibility of each, as indices of pixels."""
+    images = [
+        {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1, "coco_url": ""}
+        for number, name in enumerate(HEADS, 397133)
+    ]
+    people = [(n, x - shift, y - shift) for n, name in enumerate(HEADS, 397133) for x, y in HEADS[name]]
+    annotations = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": 1,
+            "keypoints": [x, y, 2, *(0, 0, 0) * (len(keypoints) - 1)],
+            "num_keypoints": 1,
+            "bbox": [x - 1, y - 1, 4, 6],
+            "area": 24,
+            "iscrowd": 0,
+            "segmentation": [],
+        }
+        for number, (image, x, y) in enumerate(people, 1)
+    ]
+    category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": keypoints, "skeleton": [[1, 2]]}
+    return {
+        "info": {"year": 2026},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [category],
+    }
+
+
+def write_coco(folder: Path) -> Path:
+    """Person keypoints in COCO's own layout."""
+    write_images(folder)
+    write_json(folder / "annotations" / "person_keypoints.json", coco())
+    return folder
+
+
+def task(image: str, heads: Any, *, result: Any = (), **annotation: Any) -> dict[str, Any]:
+    """A task of Label Studio, annotated once, with keypoints in percent of the image."""
+    shapes = [
+        {
+            "id": f"kp{number}",
+            "type": "keypointlabels",
+            "from_name": "kp-1",
+            "to_name": "img-1",
+            "origin": "manual",
+            "image_rotation": 0,
+            "original_width": WIDTH,
+            "original_height": HEIGHT,
+            "value": {"x": x / WIDTH * 100, "y": y / HEIGHT * 100, "width": 0.75, "keypointlabels": ["Head"]},
+        }
+        for number, (x, y) in enumerate(heads)
+    ]
+    done = {
+        "id": 1001,
+        "completed_by": 1,
+        "result": [*shapes, *result],
+        "was_cancelled": False,
+        "ground_truth": False,
+        "created_at": "2026-03-09T22:16:08.728353Z",
+        "updated_at": "2026-03-09T22:16:08.728378Z",
+        "lead_time": 4.288,
+        **annotation,
+    }
+    data = {"image": f"/data/upload/1/0a1b2c3d-{image}"}
+    return {"id": 1, "annotations": [done], "drafts": [], "predictions": [], "data": data, "meta": {}, "project": 1}
+
+
+def write_label_studio(folder: Path) -> Path:
+    """The export called JSON of a project to which the photos were uploaded."""
+    write_images(folder)
+    write_json(folder / "project-1-at-2026-03-09.json", [task(name, heads) for name, heads in HEADS.items()])
+    return folder
+
+
+def cvat_xml(images: str) -> str:
+    return f"""<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta><task><id>1</id><name>market</name><size>3</size><mode>annotation</mode><overlap>0</overlap>
+    <labels><label><name>head</name><color>#ff0000</color><type>points</type><attributes></attributes></label></labels>
+  </task><dumped>2026-03-09 22:16:08.728378+00:00</dumped></meta>
+{images}
+</annotations>
+"""
+
+
+def cvat_image(name: str, shapes: str, more: str = "") -> str:
+    return f'  <image id="0" name="{name}" {more} width="{WIDTH}" height="{HEIGHT}">\n{shapes}\n  </image>\n'
+
+
+def cvat_points(heads: Any, label: str = "head") -> str:
+    corners = ";".join(f"{x:.2f},{y:.2f}" for x, y in heads)
+    return f'    <points label="{label}" source="manual" occluded="0" points="{corners}" z_order="0">\n    </points>'
+
+
+def write_cvat(folder: Path) -> Path:
+    """A task exported as "CVAT for images 1.1"; the points of a photo are one shape."""
+    write_images(folder / "images")
+    images = [cvat_image(name, cvat_points(heads) if heads else "") for name, heads in HEADS.items()]
+    (folder / "annotations.xml").write_text(cvat_xml("".join(images)))
+    return folder
+
+
+def labelme(image: str, shapes: Any, **more: Any) -> dict[str, Any]:
+    """A file of LabelMe with shapes of (type, label, corners)."""
+    listed = [
+        {
+            "label": label,
+            "points": [list(corner) for corner in corners],
+            "group_id": None,
+            "description": "",
+            "shape_type": kind,
+            "flags": {},
+            "mask": None,
+        }
+        for kind, label, corners in shapes
+    ]
+    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+    return {"version": "5.5.0", "flags": {}, "shapes": listed, "imagePath": image, "imageData": None, **size, **more}
+
+
+def write_labelme(folder: Path) -> Path:
+    """A file beside each photo."""
+    write_images(folder)
+    for name, heads in HEADS.items():
+        shapes = [("point", "head", [head]) for head in heads]
+        write_json((folder / name).with_suffix(".json"), labelme(name, shapes))
+    return folder
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "csv": write_csv,
+    "coco": write_coco,
+    "label-studio": write_label_studio,
+    "cvat": write_cvat,
+    "labelme": write_labelme,
+}
+"""For each format what writes a small, valid folder."""
+
+
+def load(kind: str, folder: Path, **options: Any) -> dict[str, Sample]:
+    source = open_source(kind, str(folder), **options)
+    return {item.name: source.load(item) for item in source.items()}
+
+
+def heads(kind: str, folder: Path, **options: Any) -> dict[str, list[tuple[float, ...]]]:
+    return {name: [tuple(p) for p in sample.points.tolist()] for name, sample in load(kind, folder, **options).items()}
+
+
+def problem(kind: str, folder: Path, **options: Any) -> str:
+    """The one message of a folder that cannot be converted; nothing is published."""
+    made = folder.parent / f"made-{uuid.uuid4().hex}"
+    with pytest.raises(UserError) as caught:
+        conversion.convert(open_source(kind, str(folder), **options), str(made), strict=True)
+    assert not (made / "index.json").exists()
+    return str(caught.value)
+
+
+def csv_folder(folder: Path, text: str, images: Any = tuple(HEADS)) -> Path:
+    write_images(folder, images)
+    (folder / "heads.csv").write_text(text)
+    return folder

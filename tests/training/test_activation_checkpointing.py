@@ -1,0 +1,194 @@
+"""Laws of recomputing: the same training to the bit, in less memory, and the same number of operations told."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from crowdray.config import (
+    BACKBONES,
+    Config,
+    ConfigError,
+    ModelConfig,
+    NumericsConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    StageConfig,
+    StagesConfig,
+)
+from crowdray.data.shards import Dataset
+from crowdray.models.backbone import Backbone
+from crowdray.models.build import build_counter
+from crowdray.models.counter import TASKS
+from crowdray.presets import preset
+from crowdray.training.distributed import World
+from crowdray.training.flops import operations_per_window
+from crowdray.training.trainer import Trainer
+
+
+class Noisy(Backbone):
+    """A user's own: running statistics of both kinds, and dropout, in two segments."""
+
+    channels = 16
+    stride = 8
+    output_stride = 8
+    receptive_radius = 70
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.BatchNorm2d(after, momentum=momentum),
+                nn.ReLU(inplace=True),
+                nn.Dropout(0.3),
+            )
+            for before, after, momentum in ((3, 8, 0.1), (8, 16, None), (16, 16, 0.1))
+        ]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.blocks(image)
+        return features
+
+    def segments(self) -> Sequence[nn.Module]:
+        return [self.blocks[:1], self.blocks[1:]]
+
+
+class Whole(Noisy):
+    """The same in one segment, as of a class with `forward` alone."""
+
+    def segments(self) -> Sequence[nn.Module]:
+        return Backbone.segments(self)  # type: ignore[return-value]
+
+
+OWN = [f"{__name__}:{name}" for name in ("Noisy", "Whole")]
+
+
+def config_of(backbone: str, activation_checkpointing: bool = False) -> Config:
+    base, once = preset("debug"), StageConfig(1, 1e-2)
+    return replace(
+        base,
+        sampling=replace(base.sampling, context=16, validation_fraction=0.7),
+        model=ModelConfig(backbone, "pooled"),
+        optimizer=OptimizerConfig(name="sgd", grad_accumulation_steps=2),
+        stages=StagesConfig(once, once, once),
+        numerics=NumericsConfig(precision="fp32", activation_checkpointing=activation_checkpointing),
+    )
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES, *OWN])
+def test_segments_one_after_the_other_are_the_encoder(backbone: str) -> None:
+    encoder = build_counter(config_of(backbone), 1.0).encoder.eval()
+    image = torch.randn(1, 3, 50, 67)
+    with torch.no_grad():
+        features = image
+        for segment in encoder.segments():
+            features = segment(features)
+        assert torch.equal(features, encoder(image))
+
+
+@pytest.mark.parametrize("backbone", OWN)
+def test_all_stages_train_to_the_same_bits(discs: Dataset, backbone: str) -> None:
+    """Weights, running statistics and their counts, in a frozen encoder and a trained one, in parts of a batch."""
+    kept, computed = (
+        Trainer(config_of(backbone, activation_checkpointing), discs, world=World(), device=torch.device("cpu"))
+        for activation_checkpointing in (False, True)
+    )
+    for training in (kept, computed):
+        training.run()
+    assert computed.counter.activation_checkpointing and not computed.shipped("joint").activation_checkpointing
+    state = computed.counter.state_dict()
+    assert any("num_batches_tracked" in name for name in state)
+    for name, value in kept.counter.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize(("backbone", "bf16"), [("cfcn", False), ("csrnet", True), ("convnext", False)])
+def test_gradients_are_the_same_bits(backbone: str, bf16: bool) -> None:
+    gradients = []
+    for activation_checkpointing in (False, True):
+        counter = build_counter(config_of(backbone), 1.0)
+        counter.activation_checkpointing = activation_checkpointing
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = counter(image, TASKS)
+        torch.stack([output.float().square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: parameter.grad for name, parameter in counter.named_parameters()})
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert gradient is not None and other is not None and torch.equal(gradient, other), name
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of all tensors that operations have made and nobody has dropped, at their most."""
+
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most: int = 0
+        self._live: int = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (address := tensor.untyped_storage()._cdata) not in self._known:
+                self._known.add(address)
+                self._live += tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self._gone, address, tensor.untyped_storage().nbytes())
+        self.most = max(self.most, self._live)
+        return made
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._live -= size
+
+
+def peak(backbone: str, activation_checkpointing: bool) -> int:
+    """Most bytes of an update's activations and their gradients; gradients of parameters lie there before."""
+    config = replace(config_of(backbone), sampling=SamplingConfig(crop=96, context=0))
+    counter = build_counter(config, 1.0)
+    counter.activation_checkpointing = activation_checkpointing
+    there: list[Tensor] = []
+    for parameter in counter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        there += [parameter, parameter.grad]
+    image = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
+    counted = LiveBytes(there)
+    with counted:
+        outputs = counter(image, TASKS)
+        torch.stack([output.square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    return counted.most
+
+
+@pytest.mark.parametrize(("backbone", "share"), [("csrnet", 0.65), ("convnext", 0.3)])
+def test_less_memory_is_taken(backbone: str, share: float) -> None:
+    assert peak(backbone, activation_checkpointing=True) < share * peak(backbone, activation_checkpointing=False)
+
+
+def test_operations_are_those_of_the_network_alone() -> None:
+    counter = build_counter(config_of("csrnet"), 1.0)
+    told = []
+    for counter.activation_checkpointing in (False, True):
+        told.append(operations_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
+    assert told[0] == told[1] and counter.activation_checkpointing
+
+
+def test_a_compiler_that_recomputes_itself_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"numerics.activation_checkpointing is True and numerics.compile graphs.*set one of them"
+    ):
+        Config(numerics=NumericsConfig(activation_checkpointing=True, compile="graphs"))
+
+
+def test_graphs_are_recorded_for_one_size_of_windows() -> None:
+    with pytest.raises(ConfigError, match=r"numerics.compile is graphs and sampling.scale 0.25; .*compile yes"):
+        Config(sampling=SamplingConfig(scale=0.25), numerics=NumericsConfig(compile="graphs"))

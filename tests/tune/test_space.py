@@ -1,0 +1,387 @@
+"""The search space: what it draws is inside and valid, its points come back, and each mistake has its message."""
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from crowdray.config import Config, ConfigError, LossConfig, StageConfig, StagesConfig
+from crowdray.presets import PRESETS, preset
+from crowdray.training.loss_balancing import PAPER_WEIGHTS
+from crowdray.tune.space import (
+    FIELDS,
+    FIXED,
+    PAPER,
+    Dimension,
+    Space,
+    SpaceError,
+    default_space,
+    first_points,
+    load_space,
+)
+
+WIDE = [
+    'target.sigma={"low": 2, "high": 6}',
+    'optimizer.name=["sgd", "adamw", "muon"]',
+    'optimizer.warmup={"low": 10, "high": 110, "step": 20}',
+    'optimizer.plateau_patience={"low": 1, "high": 32, "log": true}',
+    'optimizer.clip={"low": 0.1, "high": 10, "log": true, "zero": true}',
+    'stages.joint.learning_rate={"low": 1e-4, "high": 1e-2, "log": true}',
+    'stages.joint.patience={"low": 2, "high": 4, "zero": true}',
+    "sampling.crop=[96, 64]",
+]
+"""One dimension of every kind beside the default ones."""
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def random_study(seed: int = 0) -> optuna.Study:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+
+
+def problems_of(vary: list[str], base: Config | None = None, place: str | None = None) -> list[str]:
+    with pytest.raises(SpaceError) as caught:
+        load_space(place, vary, base or preset("demo"))
+    return caught.value.problems
+
+
+def test_the_weights_it_centres_on_are_those_that_calibration_gives_a_meaning_to() -> None:
+    assert {f"loss.{task}": weight for task, weight in PAPER_WEIGHTS.items()} == PAPER
+
+
+def inside(dimension: Any, value: Any) -> bool:
+    if dimension.choices is not None:
+        return value in dimension.choices
+    on_step = not dimension.step or (value - dimension.low) % dimension.step == 0
+    return (dimension.zero and value == 0) or (dimension.low <= value <= dimension.high and on_step)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_draw_is_inside_and_a_valid_configuration(name: str) -> None:
+    base = preset(name)
+    space = load_space(None, WIDE if base.sampling.crop >= 96 else WIDE[:-1], base)
+    study = random_study()
+    for _ in range(200):
+        values = space.suggest(study.ask())
+        config = space.configure(base, values)
+        for field in FIELDS:
+            value, own = attrgetter(field)(config), attrgetter(field)(base)
+            assert value == values.get(field, own) and type(value) is type(own)
+            assert field not in space.dimensions or inside(space.dimensions[field], value), (field, value)
+
+
+def test_an_enqueued_configuration_comes_back_exactly() -> None:
+    base = preset("demo")
+    space = load_space(None, WIDE, base)
+    study = random_study()
+    drawn = [space.configure(base, space.suggest(study.ask())) for _ in range(100)]
+    again = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
+    for config in drawn:
+        again.enqueue_trial(space.parameters(config))
+    for config in drawn:
+        trial = again.ask()
+        assert space.configure(base, space.suggest(trial)) == config
+        assert trial.params == space.parameters(config)
+        again.tell(trial, 1.0)
+
+
+def test_a_finished_trial_gives_back_its_point() -> None:
+    base = preset("demo")
+    space = load_space(None, WIDE, base)
+    study = random_study()
+    points = []
+    for number in range(20):
+        trial = study.ask()
+        points.append(space.suggest(trial))
+        study.tell(trial, float(number))
+    assert [space.suggest(trial) for trial in study.trials] == points
+    with_switches = points[0] | study.trials[0].params
+    assert space.configure(base, with_switches) == space.configure(base, points[0])
+
+
+def test_tpe_searches_the_space_without_a_warning() -> None:
+    base = preset("demo")
+    space = load_space(None, WIDE, base)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
+    study.optimize(lambda trial: space.configure(base, space.suggest(trial)).target.sigma, n_trials=15)
+
+
+def test_drawn_at_random_each_subset_of_tasks_is_equally_likely() -> None:
+    space = default_space(preset("demo"))
+    study = random_study(seed=3)
+    points = [space.suggest(study.ask()) for _ in range(800)]
+    subsets = [tuple(name for name in PAPER if point[name] > 0) for point in points]
+    chi_square = sum((subsets.count(subset) - 100) ** 2 / 100 for subset in set(subsets))
+    assert len(set(subsets)) == 8
+    assert chi_square < 24.3  # the 99.9th percentile for 7 degrees of freedom
+
+
+def test_the_middle_of_a_weight_is_the_papers() -> None:
+    for name, paper in PAPER.items():
+        dimension: Any = default_space(preset("demo")).dimensions[name]
+        assert (dimension.low * dimension.high) ** 0.5 == pytest.approx(paper)
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("demo", [(2, 3, 5), (1, 2), (3, 5, 8)]),
+        ("mall-cfcn", [(2, 3, 5), (1, 2), (8, 16, 24)]),
+        ("cfcn", [(20, 40, 60), (2, 4, 6), (10, 20, 30)]),
+        ("debug", [(1, 2, 3), (1, 2), (1, 2, 3)]),
+    ],
+)
+def test_lengths_are_a_half_one_and_one_and_a_half_times_the_presets(name: str, lengths: list[Any]) -> None:
+    space = default_space(preset(name))
+    assert [space.quanta(stage) for stage in ("baseline", "decoders", "joint")] == lengths
+
+
+def test_the_presets_own_point_is_inside_wherever_its_weights_lie() -> None:
+    for weights in (LossConfig(), LossConfig(depth=50.0, count=0.0), LossConfig(segmentation=1e-5)):
+        base = dataclasses.replace(preset("mall-cfcn"), loss=weights)
+        space = default_space(base)
+        trial = optuna.trial.FixedTrial(space.parameters(base))
+        assert space.configure(base, space.suggest(trial)) == base
+
+
+def test_a_stage_that_is_left_out_stays_out() -> None:
+    rate = StageConfig(epochs=0, learning_rate=1e-3)
+    stages = StagesConfig(baseline=StageConfig(epochs=4, learning_rate=1e-3), decoders=rate, joint=rate)
+    space = default_space(dataclasses.replace(preset("demo"), stages=stages))
+    assert space.quanta("baseline") == (2, 4, 6)
+    assert space.quanta("decoders") == space.quanta("joint") == ()
+
+
+def test_quanta_of_a_range() -> None:
+    vary = ['stages.joint.epochs={"low": 4, "high": 12, "step": 4, "zero": true}', "stages.decoders.epochs=null"]
+    space = load_space(None, vary, preset("demo"))
+    assert space.quanta("joint") == (0, 4, 8, 12)
+    assert space.quanta("decoders") == ()
+
+
+def test_a_configuration_outside_has_no_parameters() -> None:
+    space = default_space(preset("demo"))
+    config = dataclasses.replace(preset("demo"), loss=LossConfig(depth=60.0, count=0.01))
+    with pytest.raises(SpaceError) as caught:
+        space.parameters(config)
+    assert caught.value.problems == [
+        "loss.depth is 60.0; give 0.06 to 6.0 on a log scale, or 0, or widen it",
+        "loss.count is 0.01; give 0.1 to 10.0 on a log scale, or 0, or widen it",
+    ]
+
+
+def points_of(space: Space, base: Config) -> list[Config]:
+    """The configurations that a study would start with."""
+    points = first_points(space, base)
+    return [space.configure(base, space.suggest(optuna.trial.FixedTrial(point))) for point in points]
+
+
+def test_a_study_starts_with_the_papers_weights_and_without_tasks() -> None:
+    base = preset("demo")
+    none = dataclasses.replace(base, loss=dataclasses.replace(base.loss, segmentation=0.0, depth=0.0, count=0.0))
+    assert points_of(default_space(base), base) == [base, none]
+
+
+def test_weights_of_ones_own_come_before_the_papers() -> None:
+    paper = preset("demo")
+    base = dataclasses.replace(paper, loss=dataclasses.replace(paper.loss, depth=2.0))
+    first, second, third = points_of(default_space(base), base)
+    assert (first, second) == (base, paper)
+    assert third.loss == LossConfig(0.0, 0.0, 0.0, gradient_share=paper.loss.gradient_share)
+
+
+def test_first_points_take_the_nearest_of_other_fields() -> None:
+    base = preset("demo")
+    vary = [
+        "stages.baseline.epochs=[8, 4]",
+        'target.sigma={"low": 5, "high": 9}',
+        'optimizer.warmup={"low": 10, "high": 110, "step": 50}',
+        'optimizer.name=["sgd", "adamw"]',
+    ]
+    for config in points_of(load_space(None, vary, base), base):
+        assert config.stages.baseline.epochs == 4
+        assert config.target.sigma == 5.0
+        assert config.optimizer.warmup == 10
+        assert config.optimizer.name == "adamw"
+
+
+def test_points_that_the_space_does_not_hold_are_left_out() -> None:
+    base = preset("demo")
+    always = load_space(None, ['loss.depth={"low": 0.06, "high": 6}'], base)
+    assert points_of(always, base) == [base]
+    still = load_space(None, ["loss.depth=null", 'loss.count={"low": 2, "high": 4, "zero": true}'], base)
+    assert points_of(still, base) == []
+
+
+def test_the_saved_form_gives_the_same_space_back(tmp_path: Path) -> None:
+    base, other = preset("demo"), preset("mall-cfcn")
+    file = tmp_path / "space.json"
+    for vary in ([], WIDE, ["loss.count=null", "stages.joint.epochs=null", *WIDE]):
+        space = load_space(None, vary, base)
+        file.write_text(space.to_json())
+        for again in (load_space(str(file), [], base), load_space(str(file), [], other)):
+            assert again == space
+            assert list(again.dimensions) == list(space.dimensions)
+        assert pickle.loads(pickle.dumps(space)) == space
+
+
+def test_a_file_changes_the_default_and_the_command_line_changes_both(tmp_path: Path) -> None:
+    base = preset("demo")
+    file = tmp_path / "space.json"
+    file.write_text('{"loss.depth": {"low": 1, "high": 2}, "loss.count": null, "target.sigma": [3, 2.5]}')
+    space = load_space(str(file), ["loss.depth=[0.5, 0]", " target.threshold = [0.2, 0.3]"], base)
+    kept = {name: item for name, item in default_space(base).dimensions.items() if name.startswith("stages")}
+    assert space.dimensions == kept | {
+        "loss.segmentation": Dimension(low=0.004, high=0.4, log=True, zero=True),
+        "loss.depth": Dimension(choices=(0.0, 0.5)),
+        "target.sigma": Dimension(choices=(2.5, 3.0)),
+        "target.threshold": Dimension(choices=(0.2, 0.3)),
+    }
+    assert "target.sigma" not in load_space(str(file), ["target.sigma=null"], base).dimensions
+
+
+def test_equal_spaces_are_equal_however_they_are_written() -> None:
+    one = Space({"target.sigma": Dimension(low=2, high=6), "loss.depth": Dimension(choices=(1, 0))})
+    other = Space({"loss.depth": Dimension(choices=(0.0, 1.0)), "target.sigma": Dimension(low=2.0, high=6.0)})
+    assert one == other
+    assert one.to_json() == other.to_json()
+    assert one.suggest(random_study(5).ask()) == other.suggest(random_study(5).ask())
+
+
+MISTAKES = [
+    ("los.depth=[0, 1]", "los.depth in --vary is no field; is it loss.depth?"),
+    ("sigma=null", "sigma in --vary is no field; is it target.sigma?"),
+    ("sampling.cache_gib=[1, 2]", "sampling.cache_gib in --vary cannot vary: it changes memory and time, no result"),
+    ("sampling.gpu_cache_gib=[0, 4]", "sampling.gpu_cache_gib in --vary cannot vary: it changes memory and time"),
+    ("zzz=[1, 2]", "zzz in --vary is no field; see --help"),
+    ("loss.depth", "--vary 'loss.depth' has no =; write --vary 'loss.depth={\"low\": 0.06, \"high\": 6}'"),
+    ("loss.depth={low: 1}", "--vary loss.depth is no JSON: Expecting property name enclosed in double quotes"),
+    ("loss.depth=0.6", "loss.depth in --vary is 0.6; give a range"),
+    ('loss.depth={"lo": 1, "high": 2}', "lo of loss.depth in --vary is no key; is it low?"),
+    ('loss.depth={"0": 1}', "0 of loss.depth in --vary is no key; keys are low, high, log, zero, step, choices"),
+    ('loss.depth={"choices": 0}', "choices of loss.depth in --vary are 0; give a list"),
+    ("loss.depth={}", "loss.depth in --vary has no low; give low and high, or choices"),
+    ('loss.depth={"low": 1}', "loss.depth in --vary has no high; give low and high, or choices"),
+    ('loss.depth={"low": 1, "choices": [1]}', "loss.depth in --vary has choices and low; give a range, or choices"),
+    ('loss.depth={"choices": [1], "zero": true}', "has choices and zero; give a range, or choices with 0 among them"),
+    ('loss.depth={"low": 6, "high": 1}', "low of loss.depth in --vary is 6 and high is 1; give a low below high"),
+    ('loss.depth={"low": "1", "high": 2}', "low of loss.depth in --vary is '1': input should be a valid number"),
+    ('loss.depth={"low": true, "high": 2}', "low of loss.depth in --vary is True: input should be a valid number"),
+    ('loss.depth={"low": [1], "high": 2}', "low of loss.depth in --vary is (1,): input should be a valid number"),
+    ('loss.depth={"low": 1, "high": NaN}', "high of loss.depth in --vary is nan; give at least 0.0"),
+    ('loss.depth={"low": 0, "high": 2, "log": true}', 'is 0, but a log scale has no 0; raise low and add "zero": true'),
+    ('loss.depth={"low": 1, "high": 2, "log": 1}', "log of loss.depth in --vary is 1; give true or false"),
+    ('loss.depth={"low": 1, "high": 2, "zero": "no"}', "zero of loss.depth in --vary is 'no'; give true or false"),
+    (
+        'loss.depth={"low": 1, "high": 2, "step": 1}',
+        "step of loss.depth in --vary is 1; only whole numbers on a linear",
+    ),
+    ('optimizer.name={"low": 1, "high": 2}', "optimizer.name in --vary is a range, but the field holds no numbers"),
+    (
+        'sampling.batch={"low": 2, "high": 8, "step": 2, "log": true}',
+        "step of sampling.batch in --vary is 2; only whole",
+    ),
+    ('sampling.batch={"low": 2, "high": 8, "step": 0}', "step of sampling.batch in --vary is 0; give a whole number"),
+    ('sampling.batch={"low": 2, "high": 8, "step": "2"}', "step of sampling.batch in --vary is '2'; give a whole"),
+    ('sampling.batch={"low": 2, "high": 9, "step": 4}', "is 4 and does not lead from 2 to 9; give high 6"),
+    ('sampling.batch={"low": 2, "high": 4, "step": 8}', "is 8 and does not lead from 2 to 4; give high 10"),
+    ("loss.depth=[]", "choices of loss.depth in --vary are empty; give at least one value"),
+    ("loss.depth=[1, 2, 1.0]", "choices of loss.depth in --vary hold 1.0 twice; give each value once"),
+    (
+        "stages.joint.epochs=[2, 2.5]",
+        "a choice of stages.joint.epochs in --vary is 2.5: input should be a valid integer",
+    ),
+    ("stages.joint.epochs=[2, true]", "a choice of stages.joint.epochs in --vary is True: input should be a valid"),
+    (
+        'optimizer.name=["sgd", "adam"]',
+        "a choice of optimizer.name in --vary is 'adam': input should be 'sgd', 'adamw'",
+    ),
+    ('loss.depth={"low": -1, "high": 1}', "low of loss.depth in --vary is -1.0; give at least 0.0"),
+    ("target.sigma=[4, 65]", "a choice of target.sigma in --vary is 65.0; give a number from 0.25 to 64.0"),
+    ('target.sigma={"low": 2, "high": 6, "zero": true}', "zero of target.sigma in --vary allows 0.0; give a number"),
+    (
+        'stages.baseline.epochs={"low": 2, "high": 6, "zero": true}',
+        "zero of stages.baseline.epochs in --vary allows 0;",
+    ),
+    ('sampling.crop={"low": 32, "high": 64}', "step of sampling.crop in --vary leads to 33; the model's stride of 4"),
+    ("stages.decoders.epochs=[0, 1]", "in --vary is 0; stages.decoders.epochs is 0 but stages.joint.epochs is not"),
+]
+
+
+@pytest.mark.parametrize(("vary", "said"), MISTAKES, ids=[vary for vary, _ in MISTAKES])
+def test_a_mistake_is_told_with_name_value_place_and_mend(vary: str, said: str) -> None:
+    found = problems_of([vary])
+    assert any(said in problem for problem in found), found
+
+
+YARDSTICK = ["seed", "sampling.validation", "sampling.validation_fraction", "sampling.downsample", "sampling.roi"]
+
+
+@pytest.mark.parametrize("name", YARDSTICK)
+def test_what_would_change_the_yardstick_cannot_vary(name: str) -> None:
+    assert problems_of([f"{name}=[1, 2]"]) == [f"{name} in --vary cannot vary: {FIXED[name]}"]
+    assert load_space(None, [f"{name}=null"], preset("demo")) == default_space(preset("demo"))
+
+
+def test_all_problems_come_at_once_each_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    entries = {"loss.depth": {"low": 6, "high": -1}, "seed": [1, 2], "sampling.crop": [30], "loss.count": 2}
+    file.write_text(json.dumps(entries))
+    found = problems_of(["target.sigm=[1]", "loss.count=[1, 1]", "flip"], place=str(file))
+    for part in (
+        "--vary 'flip' has no =",
+        f"low of loss.depth in {file} is 6 and high is -1",
+        f"high of loss.depth in {file} is -1.0; give at least 0.0",
+        f"seed in {file} cannot vary",
+        f"a choice of sampling.crop in {file} is 30; the model's stride of 4 must divide it: try 28",
+        "choices of loss.count in --vary hold 1 twice",
+        "target.sigm in --vary is no field; is it target.sigma?",
+    ):
+        assert any(problem.startswith(part) for problem in found), (part, found)
+    assert len(found) == 7
+
+
+def test_values_that_do_not_go_together_are_told() -> None:
+    left_out = StageConfig(epochs=0, learning_rate=1e-3)
+    stages = StagesConfig(decoders=StageConfig(epochs=1, learning_rate=1e-3), joint=left_out)
+    base = dataclasses.replace(preset("demo"), stages=stages)
+    (problem,) = problems_of(["stages.decoders.epochs=[0, 1]", "stages.joint.epochs=[0, 5]"], base)
+    assert problem.startswith("stages.decoders.epochs 0 with stages.joint.epochs 5: stages.decoders.epochs is 0 but")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("[1]", "is [1]; give an object"), ("{", "is no JSON"), ("\xff", "no JSON")]
+)
+def test_a_file_that_holds_no_fields_is_one_clear_error(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "space.json"
+    file.write_bytes(text.encode("latin-1"))
+    (problem,) = problems_of([], place=str(file))
+    assert problem.startswith(str(file)) and said in problem
+
+
+def test_a_space_of_nothing_or_of_one_point_is_refused() -> None:
+    nothing = [f"{name}=null" for name in default_space(preset("demo")).dimensions]
+    assert problems_of(nothing)[0].startswith("it is empty; let a field vary: --vary 'loss.depth=")
+    assert problems_of([*nothing, "loss.depth=[1]"]) == [
+        "loss.depth is one of 1 alone, and so the space is one point; add a choice"
+    ]
+
+
+def test_a_space_made_in_code_is_judged_as_well() -> None:
+    with pytest.raises(SpaceError) as caught:
+        Space({"seed": Dimension(choices=(1, 2)), "loss.dept": Dimension(), "loss.depth": Dimension(low=2, high=1)})
+    assert len(caught.value.problems) == 3
+    with pytest.raises(ConfigError):
+        Space({"loss.depth": Dimension(low=-2, high=1)}).configure(Config(), {"loss.depth": -1.0})
