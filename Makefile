@@ -7,10 +7,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint bench ui clean
+.PHONY: help setup train test quick lint bench ui clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
+# Two test files at a time: end-to-end tests mostly wait for processes to start.
+PARALLEL := -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip --quiet install --no-compile --constraint constraints.txt
 
 help: ## say what each target does
@@ -21,13 +23,17 @@ setup: .venv/.dev ## build .venv with everything in it, development tools too
 train: .venv/.run data/demo/index.json ## make the demo's data, train, register the model, draw what it sees
 	$(BIN)/python jobs/train.py --preset demo --data data/demo --workers $(WORKERS)
 
-test: .venv/.dev ## run all tests, those through Ray and MLflow too
-	$(BIN)/python -m pytest
+test: .venv/.dev ## run all tests, including those that start Ray and MLflow
+	$(BIN)/python -m pytest $(PARALLEL)
 
-lint: .venv/.dev ## check style, format and types
+quick: .venv/.dev ## run the tests that need neither Ray nor minutes
+	$(BIN)/python -m pytest $(PARALLEL) -m "not end_to_end and not slow"
+
+lint: .venv/.dev ## check style, format, types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=platform $(BIN)/lint-imports
 
 bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
