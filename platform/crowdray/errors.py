@@ -1,15 +1,17 @@
-"""The kinds of mistakes that are the user's: jobs print their message and exit with status 2, without a
-traceback."""
+"""Expected errors: a job prints their message without a traceback and exits with status 2 or 1."""
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong; the message shows the value, its place and the mend."""
+    """Invalid input from the user; the message shows the value, its location and the fix (exit status 2)."""
 
 
 class InfeasibleConfigError(UserError):
-    """Settings that cannot be trained as they are; of a search they cost the trial that drew them."""
+    """A configuration that cannot be trained; a search fails the trial that sampled it and continues."""
 
 
 class DataError(UserError):
-    """Data that cannot be used as it is: a broken file, a wrong hash, an annotation that does not fit its
-    image."""
+    """Unusable data: a corrupt file, a wrong hash, an annotation that does not fit its image."""
+
+
+class JobFailed(RuntimeError):
+    """A job that could not finish although its input was valid (exit status 1)."""

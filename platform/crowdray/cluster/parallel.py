@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from crowdray.cluster.runtime import connect
 from crowdray.console.progress import counting
 from crowdray.datasets.sources import Item, Source
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
 
 if TYPE_CHECKING:
     import ray
@@ -26,7 +26,7 @@ Work = Callable[[Source, Sequence[Item], int], Result]
 """Told the source, the items of a slice and its number."""
 
 
-class WorkStopped(RuntimeError):
+class WorkStopped(JobFailed):
     """Workers died over one slice time and again."""
 
 

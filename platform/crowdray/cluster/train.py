@@ -11,7 +11,7 @@ from crowdray import storage
 from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
 from crowdray.console.progress import TrainingDisplay, numbers_of_workers
 from crowdray.data.shards import Dataset
-from crowdray.errors import InfeasibleConfigError, UserError
+from crowdray.errors import InfeasibleConfigError, JobFailed, UserError
 from crowdray.pipeline.publish import Outcome, publish_run, tracked_rows
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.registry.provenance import git_revision
@@ -38,7 +38,7 @@ Follow = Callable[[Sequence[Row]], None]
 """Told the whole history of a training after each of its epochs."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(JobFailed):
     """Workers were lost more often than they are brought back, or the cluster was; the same command goes on
     where they stopped."""
 

@@ -19,35 +19,33 @@ from rich.console import Console
 from crowdray import storage
 from crowdray.config import Config, ConfigError, from_json
 from crowdray.datasets.sources import SOURCES
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
 from crowdray.presets import preset
 
 Job = TypeVar("Job")
 
-DONE, FAILED, MISTAKEN = 0, 1, 2
-"""Exit statuses: done, failed, the user's mistake."""
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+"""Exit status of a job: done, failed, invalid input, Ctrl-C."""
 
 
 def run_job(main: Callable[[list[str]], None]) -> None:
-    """Run a job with the command line's arguments and leave Python with its status.
+    """Run a job with the command line's arguments and exit with its status.
 
-    A UserError is one message and status 2; a `Failure` or a full disk one message and status 1; anything
-    else is our own mistake, so it keeps its traceback, and status 1.
+    UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
+    traceback.
     """
-    sys.path.append(os.getcwd())  # a backbone of one's own lies where the job is started; Ray's workers look there too
+    sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(_tell(error, MISTAKEN))
+        sys.exit(_print_error(error, EXIT_USAGE))
+    except JobFailed as error:
+        sys.exit(_print_error(error, EXIT_FAILED))
     except KeyboardInterrupt:
-        sys.exit(_tell("interrupted; the same command goes on where it stopped", 130))
-    except RuntimeError as error:
-        if type(error) is RuntimeError:
-            raise
-        sys.exit(_tell(error, FAILED))
+        sys.exit(_print_error("interrupted; run the same command again to resume", EXIT_INTERRUPTED))
 
 
-def _tell(message: object, status: int) -> int:
+def _print_error(message: object, status: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return status
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray.datasets.statistics import SPACING_EDGES, DatasetStats, ImageFacts, Unusable
+from crowdray.errors import JobFailed
 
 MOST_LISTED = 20
 """How many images a message lists before it only counts; Soundness.content lists all."""
@@ -17,7 +18,7 @@ MOST_LISTED = 20
 _LINE = "\n  "
 
 
-class InvalidDatasetError(RuntimeError):
+class InvalidDatasetError(JobFailed):
     """A source has problems, and was to have none."""
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from crowdray import storage
 from crowdray.cluster.runtime import Device
 from crowdray.data.sample import decode_image
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
 from crowdray.evaluation.inference import image_input
 from crowdray.evaluation.tiles import in_tiles
 from crowdray.plots.overlay import draw_overlay
@@ -50,7 +50,7 @@ _UPRIGHT = {
 }
 
 
-class PredictionError(RuntimeError):
+class PredictionError(JobFailed):
     """Some photos could not be counted; the message names each of them. The others are done."""
 
 

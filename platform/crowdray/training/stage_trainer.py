@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crowdray.data.batch import Batch
-from crowdray.errors import InfeasibleConfigError
+from crowdray.errors import InfeasibleConfigError, JobFailed
 from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.checkpoint import Best, Checkpoint, Row
 from crowdray.training.flops import operations_per_window, peak_matmul_flops, peak_memory
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from crowdray.training.trainer import Trainer
 
 
-class DivergedError(RuntimeError):
+class DivergedError(JobFailed):
     """A loss or a gradient stopped being a finite number; raised on all ranks, before anything of it is saved."""
 
 

@@ -17,7 +17,7 @@ from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_
 from crowdray.cluster.train import RETRIES, run_training
 from crowdray.console.study_display import StudyDisplay
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
 from crowdray.pipeline.publish import Outcome, publish_run
 from crowdray.pipeline.run import RESULT
 from crowdray.registry.provenance import git_revision
@@ -45,7 +45,7 @@ _SETTINGS = {
 }
 
 
-class StudyFailed(RuntimeError):
+class StudyFailed(JobFailed):
     """No trial of a study came to its end."""
 
 

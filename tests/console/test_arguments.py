@@ -1,0 +1,60 @@
+"""Exit status and message of a job, by the kind of its error."""
+
+import sys
+
+import pytest
+import torch
+
+from crowdray.cluster.parallel import WorkStopped
+from crowdray.cluster.train import TrainingStopped
+from crowdray.console.arguments import EXIT_FAILED, EXIT_USAGE, run_job
+from crowdray.datasets.validation import InvalidDatasetError
+from crowdray.errors import DataError, JobFailed, UserError
+from crowdray.pipeline.predict import PredictionError
+from crowdray.training.stage_trainer import DivergedError
+from crowdray.tune.driver import StudyFailed
+
+
+def run_raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["job"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    run_job(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("x"), NotImplementedError("x"), RecursionError("x"), torch.OutOfMemoryError("x"), ValueError("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_run_job_on_an_unexpected_error_keeps_the_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(type(error)) as caught:
+        run_raising(error, monkeypatch)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((kind("what happened"), EXIT_USAGE) for kind in (UserError, DataError)),
+        *(
+            (kind("what happened"), EXIT_FAILED)
+            for kind in (
+                JobFailed, TrainingStopped, StudyFailed, WorkStopped, DivergedError, PredictionError,
+                InvalidDatasetError,
+            )
+        ),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_run_job_on_an_expected_error_prints_one_line_and_exits(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_raising(error, monkeypatch)
+    assert exit_.value.code == status
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
