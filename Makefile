@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test quick lint bench ui clean
+.PHONY: help setup train test quick lint bench ui docs clean
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
@@ -45,8 +45,11 @@ ui: .venv/.run ## show runs, curves, figures and models at http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$$store"
 
+docs: .venv/.dev ## show the documentation at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8000
+
 clean: ## remove .venv, caches and the demo's data; trained runs and models stay
-	rm -rf .venv data/demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis platform/*.egg-info
+	rm -rf .venv data/demo build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis platform/*.egg-info
 	find platform jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 data/demo/index.json: | .venv/.run
@@ -65,5 +68,5 @@ data/demo/index.json: | .venv/.run
 
 .venv/.dev: .venv/.run
 	@echo "Adding the development tools to .venv"
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,docs]'
 	touch $@
