@@ -71,7 +71,7 @@ def main() -> None:
                 axes.step(*best_so_far(record), where="post", color=SAMPLERS[sampler], label=sampler)
             axes.axvline(seconds, color=style.FAINT, linewidth=0.8)
             axes.set(title=f"seed {seed}", xlabel="worker-seconds")
-            style.plain(axes)
+            style.style_axes(axes)
     print(f"tpe is lower on {won} of {len(arguments.seeds)} seeds (goal: at least 4 of 5)")
     panels[0].set_ylabel("best validation MAE, heads")
     panels[-1].legend(frameon=False)

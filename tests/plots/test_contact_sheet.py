@@ -64,7 +64,7 @@ def test_heads_and_maps_lie_where_the_photo_has_them(size: tuple[int, int], draw
     page, (photo, depth, crowd) = pixels_at(uri), drawn[0].axes
     scale = 1 / round(width / np.ptp(photo.get_xlim()))
     for x, y in inside:
-        np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.HEADS), atol=0.02)
+        np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.HEAD_COLOUR), atol=0.02)
         assert colour_at(page, crowd, x * scale, y * scale).min() > 0.5
     x, y = stray[0]
     np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.VERMILION), atol=0.02)

@@ -58,7 +58,7 @@ def draw_contact_sheet(
     `target`, in cells as large as they are shown. Photos are decoded one at a time. Without samples it says so.
     """
     if not samples:
-        return style.say(title, "no image can be shown", path)
+        return style.text_figure(title, "no image can be shown", path)
     target = target or TargetConfig()
     rows = [
         [*group[start : start + COLUMNS]]
@@ -130,9 +130,9 @@ def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tupl
     axes, under = place(beside, top, narrow, low), place(beside, top + low + _INSIDE, narrow, low)
     depth = tile.picture.depth
     stretched = None if depth is None else map_part(depth, tile.picture.size, slice(rows), slice(columns))
-    _draw_map(axes, stretched, style.DEPTH_COLOURS, tile.picture.size)
+    _draw_map(axes, stretched, style.DEPTH_CMAP, tile.picture.size)
     cell = -(-rows // int(low * style.DPI))
-    _draw_map(under, _coarser(tile.crowd, cell), style.CROWD_COLOURS, tile.picture.size, cell)
+    _draw_map(under, _coarser(tile.crowd, cell), style.SEGMENTATION_CMAP, tile.picture.size, cell)
 
 
 def _shortened(name: str, room: int) -> str:
@@ -156,11 +156,11 @@ def _draw_photo(axes: Axes, tile: _Tile, scale: float) -> None:
     height, width = tile.picture.size
     axes.imshow(tile.picture.image, extent=(0, width, height, 0), interpolation="antialiased", aspect="auto")
     if tile.picture.roi is not None:
-        style.region(axes, tile.picture.roi)
+        style.draw_roi(axes, tile.picture.roi)
     spacing = nearest_neighbours(tile.heads)
     apart = float(np.median(spacing)) * scale * 72 if len(spacing) else 8.0
     side = float(np.clip(0.6 * apart, 1.3, 4.5))
-    for chosen, colour in ((~tile.stray, style.HEADS), (tile.stray, _STRAY)):
+    for chosen, colour in ((~tile.stray, style.HEAD_COLOUR), (tile.stray, _STRAY)):
         x, y = tile.heads[chosen].T
         look: dict[str, Any] = {"edgecolors": "black", "linewidths": min(0.4, 0.12 * side), "clip_on": False}
         axes.scatter(x, y, s=side**2, color=colour, **look)
@@ -178,6 +178,6 @@ def _draw_map(axes: Axes, values: NDArray[Any] | None, colours: str, size: tuple
         return
     rows, columns = (side * cell for side in values.shape)  # cells at the rim may reach beyond it
     look: dict[str, Any] = {"extent": (0, columns, rows, 0), "interpolation": "nearest", "aspect": "auto"}
-    axes.imshow(values.astype(np.float32), cmap=style.from_black(colours), vmin=0, vmax=1, **look)
+    axes.imshow(values.astype(np.float32), cmap=style.fade_to_black(colours), vmin=0, vmax=1, **look)
     axes.set(xlim=(0, size[1]), ylim=(size[0], 0))
     axes.set_axis_off()

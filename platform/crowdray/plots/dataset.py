@@ -74,14 +74,14 @@ def draw_histograms(found: ValidationReport, path: str | os.PathLike[str]) -> No
     """
     splits = [split for split, facts in found.splits.items() if facts.images]
     if not splits:
-        return style.say(found.source, "no image can be used", path)
+        return style.text_figure(found.source, "no image can be used", path)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
     figure = Figure(figsize=(9.6, 3.7), dpi=style.DPI, layout=layout, facecolor="white")
     counts, spacing = figure.subplots(1, 2)
     _draw_counts(counts, {s: np.array([i.heads for i in found.images if i.split == s]) for s in splits})
     _draw_spacing(spacing, {split: found.splits[split] for split in splits})
     for axes in (counts, spacing):
-        style.plain(axes)
+        style.style_axes(axes)
     images, heads = len(found.images), sum(facts.heads for facts in found.splits.values())
     figure.suptitle(f"{found.source}: {images:,} images, {heads:,} heads", size=10, color=style.INK)
     style.save_figure(figure, path)

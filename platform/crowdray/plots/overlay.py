@@ -7,7 +7,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crowdray.plots.style import GAMMA, badge, heat, save_figure
+from crowdray.plots.style import GAMMA, badge, density_colormap, save_figure
 
 _SIDES = (640, 1280)
 """Pixels of an overlay's longer side: smaller photos are enlarged, larger ones reduced."""
@@ -34,7 +34,7 @@ def draw_overlay(image: NDArray[np.uint8], density: NDArray[np.float32], path: s
     top = max(float(density.max()), _FAINTEST_PEAK)
     axes.imshow(
         density,
-        cmap=heat(),
+        cmap=density_colormap(),
         norm=PowerNorm(GAMMA, 0, top),
         extent=(0, columns * cell, rows * cell, 0),
         interpolation="bilinear",

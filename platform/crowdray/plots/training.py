@@ -114,7 +114,7 @@ def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str])
     title = f"{metrics.images:,} images: MAE {metrics.mae:.2f}, RMSE {metrics.rmse:.2f}"
     axes.set_title(title, size=9, color=style.INK)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    style.plain(axes)
+    style.style_axes(axes)
     style.save_figure(figure, path)
 
 
@@ -142,7 +142,7 @@ def draw_density_levels(
         axes.plot(place, means, marker, color=colour, markersize=6, alpha=0.9, label=label)
     axes.set(xlabel="groups of images by true count", ylabel="mean heads of an image", xticks=place)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    style.plain(axes)
+    style.style_axes(axes)
     style.save_figure(figure, path)
 
 
@@ -171,7 +171,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     for axes in (above, below):
         if axes.lines:
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        style.plain(axes)
+        style.style_axes(axes)
     style.save_figure(figure, path)
 
 
@@ -236,16 +236,16 @@ def _panels(
     top = max(float((values * roi).max()) for values in (truth, *predicted.values())) or 1.0
     panels = [
         _Panel("Photo and heads", picture.image, heads=picture.points),
-        _Panel("Ground truth", truth, stride, style.DENSITY_COLOURS, top, f"{len(picture.points)}"),
+        _Panel("Ground truth", truth, stride, style.DENSITY_CMAP, top, f"{len(picture.points)}"),
     ]
     for title, values in predicted.items():
         count = f"{(values * roi).sum(dtype=np.float64):.1f}"
-        panels.append(_Panel(title, values, stride, style.DENSITY_COLOURS, top, count))
+        panels.append(_Panel(title, values, stride, style.DENSITY_CMAP, top, count))
     if SEGMENTATION in maps:
         crowd = targets.segmentation[0, 0].numpy()
-        panels.append(_Panel("Crowd segmentation", maps[SEGMENTATION], stride, style.CROWD_COLOURS, outline=crowd))
+        panels.append(_Panel("Crowd segmentation", maps[SEGMENTATION], stride, style.SEGMENTATION_CMAP, outline=crowd))
     if DEPTH in maps:
-        panels.append(_Panel("Distilled depth", maps[DEPTH], stride, style.DEPTH_COLOURS))
+        panels.append(_Panel("Distilled depth", maps[DEPTH], stride, style.DEPTH_CMAP))
     return panels
 
 
@@ -272,19 +272,19 @@ def _draw_panel(axes: Axes, panel: _Panel, picture: DecodedImage) -> None:
     if panel.colours is None:
         axes.imshow(panel.values, extent=extent, interpolation="antialiased")
     else:
-        norm = PowerNorm(style.GAMMA if panel.colours == style.DENSITY_COLOURS else 1.0, 0, panel.top)
-        colours = style.from_black(panel.colours)
+        norm = PowerNorm(style.GAMMA if panel.colours == style.DENSITY_CMAP else 1.0, 0, panel.top)
+        colours = style.fade_to_black(panel.colours)
         rows, columns = (side * panel.cell for side in panel.values.shape)  # cells at the rim may reach beyond it
         covered = (0, columns, rows, 0)
         axes.imshow(panel.values, cmap=colours, norm=norm, extent=covered, interpolation="antialiased")
     if picture.roi is not None:
-        style.region(axes, picture.roi)
+        style.draw_roi(axes, picture.roi)
     if panel.heads is not None and len(panel.heads):
         x, y = panel.heads.T
         size = float(np.clip(600 / len(panel.heads), 3, 14))
-        axes.scatter(x, y, s=size, color=style.HEADS, edgecolors="black", linewidths=0.4)
+        axes.scatter(x, y, s=size, color=style.HEAD_COLOUR, edgecolors="black", linewidths=0.4)
     if panel.outline is not None:
-        style.outline(axes, panel.outline, style.HEADS, 0.6, cell=panel.cell)
+        style.draw_outline(axes, panel.outline, style.HEAD_COLOUR, 0.6, cell=panel.cell)
     if panel.count is not None:
         style.badge(axes, panel.count, 9)
     axes.set(xlim=(0, width), ylim=(height, 0))

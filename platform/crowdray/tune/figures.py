@@ -49,7 +49,7 @@ def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     A dashed line says when the search would have been as far without the stage store.
     """
     if not study.trials:
-        return style.say(study.name, "no trial has started yet", path)
+        return style.text_figure(study.name, "no trial has started yet", path)
     figure = Figure(figsize=(9.6, 3.9), dpi=style.DPI, layout="constrained", facecolor="white")
     over_trials, over_time = figure.subplots(1, 2, sharey=True)
     scale = MaeScale(study.trials)
@@ -68,7 +68,7 @@ def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     over_trials.xaxis.set_major_locator(MaxNLocator(integer=True) if len(numbers) > 8 else FixedLocator(numbers))
     over_time.set(xlabel=f"worker-{unit} of all trials so far", xlim=(0, 1.03 * alone[-1] or 1.0))
     for axes in (over_trials, over_time):
-        style.plain(axes)
+        style.style_axes(axes)
     lines = [Line2D([], [], color=style.INK, linewidth=1.3, label="best so far")]
     if study.saved > 0:
         label = "the same without the stage store"
@@ -83,7 +83,9 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
     complete = sum(trial.state == "complete" for trial in study.trials)
     if not importances:
         reason = f"what matters is not known from {complete} complete trials:\n"
-        return style.say(study.name, reason + f"it takes {FEWEST}, of different fields and different MAEs", path)
+        return style.text_figure(
+            study.name, reason + f"it takes {FEWEST}, of different fields and different MAEs", path
+        )
     names = sorted(importances, key=lambda name: importances[name])
     figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(names)), dpi=style.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -94,7 +96,7 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
         axes.annotate(f"{share:.0f}%" if share >= 1 else "<1%", (share, place), color=style.INK, **note)
     axes.set(xlim=(0, 1.12 * max(shares)), ylim=(-0.6, len(names) - 0.4))
     axes.set_xlabel(f"share of what fields explain of the validation MAE, %\nfANOVA over {complete} complete trials")
-    style.plain(axes)
+    style.style_axes(axes)
     axes.grid(visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=style.INK, labelsize=8.5)
     axes.set_title(f"{study.name}: what decides the error", size=10, color=style.INK)
@@ -108,7 +110,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """
     names = study.fields()
     if not names or not any(trial.scored for trial in study.trials):
-        return style.say(study.name, "no trial has been validated yet", path)
+        return style.text_figure(study.name, "no trial has been validated yet", path)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     size = (max(6.6, 3.3 * columns), 0.9 + 2.55 * rows)
@@ -252,7 +254,7 @@ def _draw_slice(axes: Axes, study: StudyRecord, name: str, scale: MaeScale) -> N
     scatter(axes, trials, places, scale, c=[_YOUNG_TO_OLD(number / last) for number in done])
     axes.axhspan(scale.edge, scale.top, color=style.PAPER, alpha=0.4, linewidth=0, zorder=0)
     axes.set_ylim(scale.bottom, scale.top)
-    style.plain(axes)
+    style.style_axes(axes)
 
 
 def _log_axis(axes: Axes, values: Sequence[float], paper: float | None) -> list[float]:

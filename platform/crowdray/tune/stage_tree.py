@@ -33,7 +33,7 @@ def draw_stage_tree(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """
     layout = arrange(grow(study))
     if not layout.families:
-        return style.say(study.name, "no trial has trained yet", path)
+        return style.text_figure(study.name, "no trial has trained yet", path)
     height = layout.height + _HEAD + _FOOT
     figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=style.DPI, facecolor="white")
     tree, dots = (
@@ -56,7 +56,7 @@ def _draw_tree(axes: Axes, layout: Layout, best: TrialRecord | None) -> None:
     axes.set(xlim=(0, end), ylim=(layout.height, 0))
     axes.set_xlabel("epochs of a training")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    style.plain(axes)
+    style.style_axes(axes)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False)
     axes.grid(axis="x", color="#eaeef2", linewidth=0.6)
@@ -161,7 +161,7 @@ def _draw_dots(axes: Axes, study: StudyRecord, layout: Layout) -> None:
     axes.axvspan(scale.edge, scale.top, color=style.PAPER, alpha=0.4, linewidth=0, zorder=0)
     axes.set_xlabel(MAE)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    style.plain(axes)
+    style.style_axes(axes)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color="#eaeef2", linewidth=0.6)
