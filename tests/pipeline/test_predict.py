@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from crowdray import storage
@@ -25,7 +25,7 @@ from crowdray.errors import UserError
 from crowdray.evaluation.report import evaluate_images, summarise_images
 from crowdray.models.build import build_counter
 from crowdray.models.export import PackagedCounter
-from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images, upright
+from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images
 from crowdray.presets import debug
 from crowdray.registry.packaging import package_counter
 
@@ -125,23 +125,6 @@ def test_photos_that_cannot_be_counted_are_named_and_the_others_done(photos: Pat
         strict=True,
     ):
         assert all(word in reason for word in words)
-
-
-@pytest.mark.parametrize("orientation", [None, *range(1, 10)])
-@pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_photos_are_turned_upright_as_pillow_turns_them(orientation: int | None, form: str) -> None:
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[ExifTags.Base.Orientation] = orientation
-    buffer = io.BytesIO()
-    photo(0, (16, 24)).save(buffer, form, exif=exif)
-    content = buffer.getvalue()
-    stored = decode_image(content)
-    with Image.open(io.BytesIO(content)) as opened:
-        tagged = Image.fromarray(stored)
-        tagged.getexif().update(opened.getexif())
-        wanted = np.asarray(ImageOps.exif_transpose(tagged))
-    np.testing.assert_array_equal(upright(stored, content), wanted)
 
 
 def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from typing import Any, Self
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from scipy.spatial import cKDTree
 
+from crowdray.data.orientation import exif_orientation
 from crowdray.data.sample import Encoded, Sample, decode_depth, decode_roi, points_outside
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import UserError
@@ -24,7 +25,6 @@ SPACING_EDGES: NDArray[np.float64] = 2.0 ** (np.arange(-8, 105) / 8)
 """(113,) edges in pixels of the histogram of spacings: eight bins to the octave, from half a pixel to 8192."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
-_UPRIGHT = (None, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +166,7 @@ def _said_by_its_head(image: Encoded) -> tuple[str, bool]:
         with Image.open(io.BytesIO(image)) as opened:
             mode = opened.mode
             # Of a PNG all pixels would be decoded for it.
-            exif = opened.getexif() if opened.format in ("JPEG", "MPO") else {}
-            turned = exif.get(ExifTags.Base.Orientation) not in _UPRIGHT
+            turned = opened.format in ("JPEG", "MPO") and exif_orientation(opened) != 1
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no head for Pillow, though pixels were
         mode = simplejpeg.decode_jpeg_header(image)[2] if simplejpeg.is_jpeg(image) else ""
         mode, turned = {"Gray": "L", "YCCK": "CMYK"}.get(mode, mode), False

@@ -17,7 +17,6 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from crowdray import storage
 from crowdray.cluster.runtime import Device
+from crowdray.data.orientation import encoded_orientation, turn_upright
 from crowdray.data.sample import decode_image
 from crowdray.errors import JobFailed, UserError
 from crowdray.evaluation.inference import image_input
@@ -37,17 +37,6 @@ COUNTS = "counts.csv"
 """The file of all counts: written last, it stands for the whole."""
 _LISTED = 30
 """Rows of the table; a larger folder's counts are in the file."""
-
-# How to turn pixels upright: what a camera wrote in EXIF's orientation tag, as Pillow's own transposition.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class PredictionError(JobFailed):
@@ -131,7 +120,7 @@ def predict_images(
     for uri, stem in zip(images, _stems(images), strict=True):
         try:
             content = storage.read_bytes(uri)
-            image = upright(decode_image(content), content)
+            image = turn_upright(decode_image(content), encoded_orientation(content))
             cells = _count(density, image)
         except UserError as error:
             failed[uri] = str(error)
@@ -141,18 +130,6 @@ def predict_images(
     counts = storage.join(output, COUNTS)
     storage.write_bytes(counts, _csv(counted))
     return Prediction(counted, failed, counts)
-
-
-def upright(image: NDArray[np.uint8], content: bytes) -> NDArray[np.uint8]:
-    """The pixels (H, W, 3) of an encoded photo, turned as its EXIF tag says: phones do not turn them."""
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            orientation = opened.getexif().get(ExifTags.Base.Orientation)
-    except (OSError, SyntaxError, ValueError):
-        orientation = None  # no tag can be read, though the pixels could
-    if orientation not in _UPRIGHT:
-        return image
-    return np.array(Image.fromarray(image).transpose(_UPRIGHT[orientation]))
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:

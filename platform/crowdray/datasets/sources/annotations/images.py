@@ -7,9 +7,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from crowdray import storage
+from crowdray.data.orientation import SIDEWAYS, exif_orientation, turn_upright
 from crowdray.datasets.sources.layout import IMAGES
 from crowdray.errors import DataError
 
@@ -22,8 +23,6 @@ JPEG_QUALITY = 95
 _LONGEST = 65_500
 """Pixels along a side of a JPEG, as the library writes it."""
 _SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:\d{4})?", re.IGNORECASE)
-_SIDEWAYS = (5, 6, 7, 8)
-"""EXIF's orientations that exchange height and width."""
 _STORES = ("images",)
 """Folders whose name says nothing of the place where images were taken."""
 
@@ -92,10 +91,11 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            turn = _turn(image)
-            if turn == 1 or (turn in _SIDEWAYS and image.height != image.width and size == (image.height, image.width)):
+            orientation, stored_size = exif_orientation(image), (image.height, image.width)
+            as_stored = orientation in SIDEWAYS and image.height != image.width and size == stored_size
+            if orientation == 1 or as_stored:
                 return content
-            turned = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            turned = turn_upright(np.asarray(image.convert("RGB")), orientation)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return content  # whoever decodes it will say what is wrong
     if max(turned.shape) > _LONGEST:
@@ -112,15 +112,11 @@ def upright_size(uri: str) -> tuple[int, int]:
     with storage.open_read(uri) as file:
         try:
             with Image.open(file) as image:
-                return (image.width, image.height) if _turn(image) in _SIDEWAYS else (image.height, image.width)
+                return (
+                    (image.width, image.height) if exif_orientation(image) in SIDEWAYS else (image.height, image.width)
+                )
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{uri} is no image: {error}") from error
-
-
-def _turn(image: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none: upright."""
-    turn: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return turn if turn in range(2, 9) else 1
 
 
 def _shared_end(left: Sequence[str], right: Sequence[str]) -> int:
