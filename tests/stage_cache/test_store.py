@@ -67,7 +67,7 @@ def test_a_state_comes_back_bit_for_bit(place: str) -> None:
     assert same(at.load(state), checkpoint(3))
     at.publish(CHAIN, 3, refuse)
     assert at.load(StateId(CHAIN.key, CHAIN.stage, 4)) is None
-    assert at.size() == sum(f.bytes for f in storage.find_files(storage.join(place, "states"))) > 0
+    assert at.size() == sum(f.size for f in storage.find_files(storage.join(place, "states"))) > 0
     assert not files(at, "leases")
 
 
@@ -166,16 +166,16 @@ def test_one_that_is_removed_while_it_is_read_is_gone_without_a_warning(
 ) -> None:
     at = StageStore(place, PLENTY)
     state = publish(at, CHAIN, 1)
-    read = storage.read_if_there
+    read = storage.read_bytes_or_none
 
     def removed_after(uri: str) -> bytes | None:
         content = read(uri)
         if uri.endswith(MANIFEST):
-            monkeypatch.setattr(storage, "read_if_there", read)
-            storage.retract_directory(storage.join(place, "states", CHAIN.key, "00001"), MANIFEST)
+            monkeypatch.setattr(storage, "read_bytes_or_none", read)
+            storage.unpublish_directory(storage.join(place, "states", CHAIN.key, "00001"), MANIFEST)
         return content
 
-    monkeypatch.setattr(storage, "read_if_there", removed_after)
+    monkeypatch.setattr(storage, "read_bytes_or_none", removed_after)
     assert at.load(state) is None and not caplog.records
 
 

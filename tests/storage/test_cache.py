@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache with room for two and a half files."""
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CROWDRAY_CACHE_GIB", str(2.5 * SIZE / 2**30))
-    monkeypatch.setattr(paths, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (0.0, 0.0))
     return tmp_path / "cache"
 
 
@@ -106,7 +106,9 @@ def test_what_a_living_process_reads_stays_and_what_a_killed_one_read_does_not(c
     fetched_by_one_that_ended(c)
     assert kept(cache) == {"a", "c"}
     fetch(d)
-    with pytest.raises(storage.NoRoomError, match=rf"{b} .*{SIZE} bytes.* 25000 bytes, and 20000.*CROWDRAY_CACHE_GIB"):
+    with pytest.raises(
+        storage.CacheFullError, match=rf"{b} .*{SIZE} bytes.* 25000 bytes, and 20000.*CROWDRAY_CACHE_GIB"
+    ):
         fetch(b)
     assert kept(cache) == {"a", "d"}
     os.kill(reader.pid, signal.SIGKILL)
@@ -175,7 +177,7 @@ def test_a_fault_that_passes_is_read_over_and_one_that_stays_is_told(
 
 
 def test_a_missing_file_is_not_asked_for_twice(cache: Path, uris: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "PAUSES_S", (1e9,))
+    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (1e9,))
     storage.remove(uris[0])
     with pytest.raises(DataError, match=rf"{uris[0]} is missing though the index names it"):
         fetch(uris[0])
@@ -201,7 +203,7 @@ def test_the_bound_is_half_of_what_the_disk_can_give_where_none_is_set(
     monkeypatch.delenv("CROWDRAY_CACHE_GIB")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * SIZE))
     fetch(uris[0])
-    with pytest.raises(storage.NoRoomError, match=r"15000 bytes"):
+    with pytest.raises(storage.CacheFullError, match=r"15000 bytes"):
         fetch(uris[1])
 
 

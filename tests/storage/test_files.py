@@ -24,7 +24,7 @@ from crowdray.storage import files, paths
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(paths, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (0.0, 0.0))
     return tmp_path / "cache"
 
 
@@ -163,7 +163,7 @@ def test_a_published_folder_is_taken_back_and_then_is_gone(place: str, tmp_path:
     storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
     storage.write_bytes(storage.join(place, "folder-2"), b"a neighbour")
     for _ in range(2):
-        storage.retract_directory(uri, "a_complete.json")
+        storage.unpublish_directory(uri, "a_complete.json")
         assert [file.name for file in storage.find_files(place)] == ["folder-2"]
     storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
 
@@ -175,7 +175,7 @@ def test_taken_back_remotely_the_last_file_goes_first(tmp_path: Path, monkeypatc
     fs = fsspec.filesystem("memory")
     gone: list[str] = []
     monkeypatch.setattr(type(fs), "rm_file", lambda self, path: gone.append(path.rsplit("/", 1)[1]))
-    storage.retract_directory(place, "a_complete.json")
+    storage.unpublish_directory(place, "a_complete.json")
     assert gone[0] == "a_complete.json" and len(gone) == 3
 
 
@@ -185,7 +185,7 @@ def test_all_files_below_a_folder_are_found_with_size_and_time(place: str) -> No
     for name in ("b", "a/deep/c", "a/d"):
         storage.write_bytes(storage.join(place, name), name.encode())
     found = storage.find_files(place)
-    assert {file.name: file.bytes for file in found} == {"b": 1, "a/deep/c": 8, "a/d": 3}
+    assert {file.name: file.size for file in found} == {"b": 1, "a/deep/c": 8, "a/d": 3}
     assert all(before - 1 < file.modified < time.time() + 1 for file in found)
     assert {file.name for file in storage.find_files(storage.join(place, "a"))} == {"deep/c", "d"}
 
@@ -198,10 +198,10 @@ def test_each_file_systems_time_is_understood(name: str, value: object) -> None:
 
 def test_a_file_is_created_once(place: str) -> None:
     uri = storage.join(place, "deep", "file")
-    assert storage.read_if_there(uri) is None
+    assert storage.read_bytes_or_none(uri) is None
     assert storage.create_bytes(uri, b"first")
     assert not storage.create_bytes(uri, b"second")
-    assert storage.read_if_there(uri) == b"first"
+    assert storage.read_bytes_or_none(uri) == b"first"
 
 
 def test_a_refusal_in_any_words_means_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:

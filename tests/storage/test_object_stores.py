@@ -50,7 +50,7 @@ def store(
     chosen = stores[request.param]
     for name, value in {**chosen.environment, "CROWDRAY_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(paths, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (0.0, 0.0))
     s3fs.S3FileSystem.clear_instance_cache()
     files._exclusive.clear()
     yield chosen
@@ -90,8 +90,8 @@ def test_a_dataset_lives_on_a_store(store: Store, place: str, tmp_path: Path) ->
         assert bytes(ours.image) == bytes(theirs.image) and ours.points.tobytes() == theirs.points.tobytes()
     there.verify()
     assert [store.proxy.count("GET", uri) for uri in shards_of(there)] == [1, 1, 1]
-    names = {file.name: file.bytes for file in storage.find_files(place)}
-    assert names == {file.name: file.bytes for file in storage.find_files(str(tmp_path / "here"))}
+    names = {file.name: file.size for file in storage.find_files(place)}
+    assert names == {file.name: file.size for file in storage.find_files(str(tmp_path / "here"))}
     assert all(abs(time.time() - file.modified) < 600 for file in storage.find_files(place))
 
 
@@ -247,20 +247,20 @@ def test_a_folder_is_published_whole_or_taken_back(store: Store, place: str, tmp
     assert storage.find_files(place) == []
     store.proxy.plan("lost", r"z\.bin", method="PUT")
     storage.publish_directory(made, place, "a.json")
-    there = {file.name: file.bytes for file in storage.find_files(place)}
+    there = {file.name: file.size for file in storage.find_files(place)}
     assert there == {"a.json": 600, "deep/b.bin": 1000, "z.bin": 500}
     puts = [path.rpartition("/")[2] for method, path in store.proxy.seen if method == "PUT" and place[5:] in path]
     assert puts[-1] == "a.json"
     store.proxy.plan("short", r"z\.bin")
-    with storage.local_folder(place) as copy:
+    with storage.local_copy(place) as copy:
         assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
             "a.json": b"a.json" * 100,
             "z.bin": b"z.bin" * 100,
         }
     assert not copy.exists()
-    storage.retract_directory(place, "a.json")
+    storage.unpublish_directory(place, "a.json")
     assert storage.find_files(place) == []
-    with pytest.raises(UserError, match=f"cannot copy {place}: it does not exist"), storage.local_folder(place):
+    with pytest.raises(UserError, match=f"cannot copy {place}: it does not exist"), storage.local_copy(place):
         pass
 
 

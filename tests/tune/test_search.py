@@ -346,7 +346,7 @@ def test_a_question_costs_the_store_two_listings_however_many_trials_wait(
     listings: list[str] = []
     find_files = storage.find_files
 
-    def listed(uri: str) -> list[storage.Found]:
+    def listed(uri: str) -> list[storage.FileInfo]:
         listings.append(uri)
         return find_files(uri)
 

@@ -120,11 +120,11 @@ def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.C
     fails. What a killed epoch left there gives way."""
     place = storage.join(run, name)
     try:
-        storage.retract_directory(place, last=STATE)
+        storage.unpublish_directory(place, last=STATE)
         storage.publish_directory(Path(checkpoint.path), place, last=STATE)
     except UserError as error:
         cause = error.__cause__
-        if isinstance(cause, OSError) and storage.may_pass(error):
+        if isinstance(cause, OSError) and storage.is_transient(error):
             raise cause from None  # worth another start
         raise UserError(f"{error}; {GOES_ON}") from error
     there = ray.train.get_context().get_storage()
@@ -135,7 +135,7 @@ def _own(task: Task) -> Checkpoint | None:
     """The checkpoint of its own that this run goes on from."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        with storage.local_folder(storage.join(task.run, PurePosixPath(checkpoint.path).name)) as folder:
+        with storage.local_copy(storage.join(task.run, PurePosixPath(checkpoint.path).name)) as folder:
             return load_checkpoint(folder)
     return None if task.resume is None else load_checkpoint(Path(task.resume))
 

@@ -149,7 +149,7 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
     """
     runs: list[tuple[str, int]] = []
     heads: Counter[str] = Counter()
-    with storage.local_scratch(storage.join(storage.resolve(dest), f"shard-{number:05d}.arrow")) as scratch:
+    with storage.staging_file(storage.join(storage.resolve(dest), f"shard-{number:05d}.arrow")) as scratch:
         with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for rows in _batches(samples):
                 writer.write_batch(_record_batch(rows))
@@ -163,7 +163,7 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
         size = scratch.stat().st_size
         if storage.is_local(dest):
             _sync(scratch)
-        storage.write_file(scratch, storage.join(dest, name))
+        storage.publish_file(scratch, storage.join(dest, name))
     return ShardInfo(name, sum(n for _, n in runs), size, sha256, _merge(runs), dict(heads))
 
 
@@ -281,7 +281,7 @@ class Dataset:
             uri = storage.join(self.uri, info.path)
             try:
                 path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
-            except storage.NoRoomError as error:
+            except storage.CacheFullError as error:
                 if not any(isinstance(shard, RemoteShard) for shard in list(self._open.values())):
                     _log.warning("%s. Until then such shards are read from afar, row by row", error)
                 self._open[number] = RemoteShard(uri, info.bytes, info.rows)

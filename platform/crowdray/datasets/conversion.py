@@ -254,7 +254,7 @@ def _clean(dest: str, index: Index) -> None:
 
 def _check_shards(dest: str, shards: Sequence[ShardInfo]) -> None:
     """Nodes with a disk of their own each would leave shards that only they can see."""
-    there = {file.name: file.bytes for file in storage.find_files(dest, depth=1)}
+    there = {file.name: file.size for file in storage.find_files(dest, depth=1)}
     if lost := [shard.path for shard in shards if there.get(shard.path) != shard.bytes]:
         raise UserError(
             f"{dest} lacks {len(lost)} shards that workers wrote there, such as {lost[0]}: with several nodes --dest "

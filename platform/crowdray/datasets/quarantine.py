@@ -67,7 +67,7 @@ def write_quarantine(dest: str, items: Sequence[Quarantined], digest: str) -> No
 def read_quarantine(dest: str, digest: str) -> list[Quarantined]:
     """The items that the conversion into the dataset with this digest left out; none when it has no such list."""
     place = storage.join(dest, QUARANTINE)
-    if (text := storage.read_if_there(place)) is None:
+    if (text := storage.read_bytes_or_none(place)) is None:
         return []
     try:
         content = json.loads(text)

@@ -104,7 +104,7 @@ def claimed(dest: str, tell: Callable[[str], None]) -> Iterator[Lease]:
 def _lease(folder: str, owner: str, tell: Callable[[str], None]) -> Lease | None:
     try:
         return leases.take(folder, _WRITER, owner)
-    except storage.CannotCreateOnce as error:
+    except storage.ExclusiveCreateUnsupportedError as error:
         tell(f"{error}. Until then see to it that nobody else converts to the same place")
         return leases.share(folder, _WRITER, owner)
 
@@ -131,7 +131,7 @@ def record(dest: str, key: str, result: SliceResult) -> None:
 
 def finished(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
     """Results of the slices that have a record under their key, and their whole shard at `dest`."""
-    sizes = {file.name: file.bytes for file in storage.find_files(dest, depth=2)}
+    sizes = {file.name: file.size for file in storage.find_files(dest, depth=2)}
     found = {}
     for number, key in enumerate(keys):
         if (name := _record_name(number, key)) in sizes:
@@ -149,7 +149,7 @@ def seal(dest: str, keys: Sequence[str], digest: str) -> None:
 
 def sealed(dest: str, keys: Sequence[str]) -> str:
     """Digest of the index that ended, or was about to end, the conversion of these slices; "" when there is none."""
-    return (storage.read_if_there(storage.join(dest, FOLDER, _seal_name(keys))) or b"").decode()
+    return (storage.read_bytes_or_none(storage.join(dest, FOLDER, _seal_name(keys))) or b"").decode()
 
 
 def is_there(dest: str) -> bool:
@@ -184,7 +184,7 @@ def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:
         with suppress(UserError):
             for file in storage.find_files(folder, depth=1):
                 if (uri := storage.join(folder, file.name)) in uris:
-                    stamps[uri] = (file.bytes, file.modified)
+                    stamps[uri] = (file.size, file.modified)
     return stamps
 
 

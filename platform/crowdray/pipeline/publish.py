@@ -88,7 +88,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
     tags: where it comes from; they go with the model.
     """
     dataset = Dataset.open(run.data)
-    with storage.local_folder(run.trained) as folder:
+    with storage.local_copy(run.trained) as folder:
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
     tracker.sync_history(tracked_rows(checkpoint.progress.history))
@@ -106,7 +106,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
         for picture in pictures:
             tracker.log_figure(picture, "figures")
         figure = storage.join(run.uri, pictures[0].name)
-        storage.write_file(pictures[0], figure)
+        storage.publish_file(pictures[0], figure)
     return Outcome(
         run.uri, result, run.model, figure, version.uri if version else None, version.alias if version else None,
         tracking_uri, tracker.run_id, tracker.url,

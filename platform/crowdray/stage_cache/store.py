@@ -111,7 +111,7 @@ class StageStore:
         with self.hold(state) as lease, Keeper() as keeper:
             keeper.add(lease)
             place = self._place(state.chain, state.epoch)
-            content = storage.read_if_there(storage.join(place, MANIFEST))
+            content = storage.read_bytes_or_none(storage.join(place, MANIFEST))
             if content is None:
                 return None
             try:
@@ -119,12 +119,16 @@ class StageStore:
                     checkpoint = load_checkpoint(folder)
             except (DataError, ConfigError) as error:  # a state may be of a time when there were other fields
                 # One that was removed meanwhile, or removed and published again, looks the same from here.
-                if storage.read_if_there(storage.join(place, MANIFEST)) == content:
+                if storage.read_bytes_or_none(storage.join(place, MANIFEST)) == content:
                     _log.warning("%s cannot be used and will be trained again: %s", place, error)
                     self._remove(state.chain, state.epoch)
                 return None
-            storage.write_bytes(self._mark(state.chain, state.epoch), b"")
+            self.touch(state)
             return checkpoint
+
+    def touch(self, state: StateId) -> None:
+        """Mark a state as used now, which protects it from eviction for an hour."""
+        storage.write_bytes(self._mark(state.chain, state.epoch), b"")
 
     def publish(self, chain: StageKey, epoch: int, save: Callable[[Path], None]) -> None:
         """Store the state after an epoch of a chain, which `save` writes into an empty folder, and make room.
@@ -161,7 +165,7 @@ class StageStore:
 
     def size(self) -> int:
         """Bytes of all states, whole or not."""
-        return sum(file.bytes for file in storage.find_files(self._states))
+        return sum(file.size for file in storage.find_files(self._states))
 
     def _place(self, chain: str, epoch: int) -> str:
         return storage.join(self._states, chain, f"{epoch:05d}")
@@ -170,7 +174,7 @@ class StageStore:
         return storage.join(self._used, f"{chain}-{epoch:05d}")
 
     def _remove(self, chain: str, epoch: int) -> None:
-        storage.retract_directory(self._place(chain, epoch), MANIFEST)
+        storage.unpublish_directory(self._place(chain, epoch), MANIFEST)
         storage.remove(self._mark(chain, epoch))
 
     def _evict(self, chain: str, epoch: int) -> None:
@@ -206,7 +210,7 @@ class StageStore:
 
     def _listed(self) -> list[_Stored]:
         used = {file.name: file.modified for file in storage.find_files(self._used)}
-        folders: defaultdict[tuple[str, str], list[storage.Found]] = defaultdict(list)
+        folders: defaultdict[tuple[str, str], list[storage.FileInfo]] = defaultdict(list)
         for file in storage.find_files(self._states):
             chain, folder, inside = (*file.name.split("/", 2), "", "")[:3]
             if inside:  # a file anywhere else is none of ours
@@ -215,7 +219,7 @@ class StageStore:
             _Stored(
                 chain,
                 folder,
-                sum(file.bytes for file in files),
+                sum(file.size for file in files),
                 max(used.get(f"{chain}-{folder}", 0.0), *(file.modified for file in files)),
                 any(_WHOLE.fullmatch(file.name.removeprefix(f"{chain}/")) for file in files),
             )
@@ -230,7 +234,7 @@ class StageStore:
             if entry.whole or entry.used > old:
                 left.append(entry)
             else:
-                storage.retract_directory(storage.join(self._states, entry.chain, entry.folder), MANIFEST)
+                storage.unpublish_directory(storage.join(self._states, entry.chain, entry.folder), MANIFEST)
         known = {f"{entry.chain}-{entry.folder}" for entry in left}
         for mark in storage.find_files(self._used):
             if mark.name not in known and mark.modified < old:
@@ -248,7 +252,7 @@ def _publish(local: Path, place: str, again: bool = True) -> None:
         if not (again and storage.is_local(place) and storage.exists(place)):
             raise
         # Remains without a manifest, which no rename can replace.
-        storage.retract_directory(place, MANIFEST)
+        storage.unpublish_directory(place, MANIFEST)
         _publish(local, place, again=False)
 
 

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from crowdray.errors import DataError, UserError
 from crowdray.storage.files import open_read
-from crowdray.storage.paths import PARTIAL, filesystem, is_local, persistently, resolve, translated_errors
+from crowdray.storage.paths import PARTIAL, filesystem, is_local, resolve, retry, translated_errors
 
 _SHARE_OF_THE_DISK = 0.5
 _BLOCK = 2**22
@@ -40,7 +40,7 @@ _verified: set[tuple[str, int, int, int]] = set()
 """Hash, inode, size and time of files whose content this process has checked."""
 
 
-class NoRoomError(UserError):
+class CacheFullError(UserError):
     """A copy that fits into the cache only beside nothing, or not at all; whoever can reads the file from afar."""
 
 
@@ -55,7 +55,7 @@ def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
     `size` is in bytes and always checked. The hash is checked once per process: always for a remote file, and with
     `verify` for a local one. A copy stays while this process lives; others go, least recently used first, where the
     cache would outgrow $CROWDRAY_CACHE_GIB, by default half of what its disk has to give. Raises DataError when the
-    content is not what the index says or there is none, and NoRoomError when there is no room for the copy.
+    content is not what the index says or there is none, and CacheFullError when there is no room for the copy.
     """
     if is_local(uri):
         path = Path(resolve(uri))
@@ -78,7 +78,7 @@ def verify(uri: str, *, sha256: str, size: int) -> None:
     """Check a file against its size in bytes and its hash, wherever it lies; raises DataError."""
     try:
         fetch(uri, sha256=sha256, size=size)
-    except NoRoomError:
+    except CacheFullError:
         found, there = hashlib.sha256(), 0
         with open_read(uri) as file:
             while block := file.read(_BLOCK):
@@ -142,7 +142,7 @@ def _bring(uri: str, cached: Path, size: int) -> None:
         partial.touch()
         _use(folder, cached.name)
     try:
-        persistently(download)
+        retry(download)
         partial.replace(cached)
     except FileNotFoundError as error:
         raise DataError(f"{uri} is missing though the index names it; copy it back, or convert again") from error
@@ -173,7 +173,7 @@ def _make_room(folder: Path, partial: Path, uri: str, size: int) -> None:
             path.unlink()
             total -= freed
     if total + size > limit:
-        raise NoRoomError(
+        raise CacheFullError(
             f"{uri} with its {size} bytes does not fit into the cache {folder}: it may have {limit} bytes, and {total} "
             "are in use; raise CROWDRAY_CACHE_GIB, or set CROWDRAY_CACHE to a folder on a larger disk"
         )

@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 
 from crowdray.errors import DataError, UserError
-from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, persistently, resolve, translated_errors
+from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve, retry, translated_errors
 
 _PART = 2**26
 """Bytes of a file that are held in memory while it is copied."""
@@ -28,7 +28,7 @@ def exists(uri: str) -> bool:
     with translated_errors("look for", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
-        return bool(persistently(lambda: fs.exists(path)))
+        return bool(retry(lambda: fs.exists(path)))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -37,12 +37,12 @@ def read_bytes(uri: str) -> bytes:
         if is_local(uri):  # a file system object costs more than a small file
             return Path(resolve(uri)).read_bytes()
         fs, path = filesystem(uri)
-        content = persistently(lambda: fs.cat_file(path))
+        content = retry(lambda: fs.cat_file(path))
         assert isinstance(content, bytes)
         return content
 
 
-def read_if_there(uri: str) -> bytes | None:
+def read_bytes_or_none(uri: str) -> bytes | None:
     """The whole content of a file, None when there is no such file."""
     try:
         return read_bytes(uri)
@@ -70,7 +70,7 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
     with translated_errors("read", uri):
         fs, path = filesystem(uri)
-        parts = iter(persistently(read) if some else [])
+        parts = iter(retry(read) if some else [])
     return [next(parts) if start < end else b"" for start, end in ranges]
 
 
@@ -100,29 +100,29 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file somewhere below a folder."""
+class FileInfo:
+    """A file below a listed folder."""
 
     name: str
-    """Its path from the folder on, with slashes."""
-    bytes: int
-    """Its size."""
+    """Path relative to the folder, with slashes."""
+    size: int
+    """Size in bytes."""
     modified: float
-    """Seconds since 1970."""
+    """Modification time, in seconds since 1970."""
 
 
-def find_files(uri: str, depth: int | None = None) -> list[Found]:
+def find_files(uri: str, depth: int | None = None) -> list[FileInfo]:
     """All files below a folder, at most `depth` levels deep, in one listing; none when the folder is not there."""
     with translated_errors("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
-        entries = persistently(lambda: fs.find(path, maxdepth=depth, detail=True))
-    found = [Found(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
+        entries = retry(lambda: fs.find(path, maxdepth=depth, detail=True))
+    found = [FileInfo(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
     return [file for file in found if file.name]
 
 
 @contextlib.contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
+def local_copy(uri: str) -> Iterator[Path]:
     """The files directly in a folder, locally: the folder itself, or a copy for the length of the block, each file as
     long as the listing says. One that is not there is a UserError."""
     if is_local(uri):
@@ -134,21 +134,24 @@ def local_folder(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
         for file in found:
             with translated_errors("copy", join(uri, file.name)), (Path(folder) / file.name).open("wb") as copy:
-                for start in range(0, file.bytes, _PART):
-                    part = (start, min(start + _PART, file.bytes))
+                for start in range(0, file.size, _PART):
+                    part = (start, min(start + _PART, file.size))
                     copy.writelines(read_ranges(join(uri, file.name), [part]))
         yield Path(folder)
 
 
-class CannotCreateOnce(UserError):
-    """The store writes over what is there even when it is told not to."""
+class ExclusiveCreateUnsupportedError(UserError):
+    """The object store overwrites a file even when asked to create it exclusively."""
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Write a file that is not there yet: of many who try, each with other data, one gets True.
+    """Create a file that does not exist yet; of several processes with different data, exactly one gets True.
 
-    A reader may meet a local file before its content. Raises CannotCreateOnce where the store writes over what is there
-    even when it is told not to, as no reading and writing alone can say who was first.
+    A reader may see a local file before its content.
+
+    Raises:
+        ExclusiveCreateUnsupportedError: The store ignores the condition, so plain reads and writes could not decide
+            which process was first.
     """
     with translated_errors("create", uri):
         fs, path = filesystem(uri)
@@ -156,15 +159,15 @@ def create_bytes(uri: str, data: bytes) -> bool:
             if is_local(uri):
                 _create_locally(Path(path), data)
             elif _creates_once(fs, path):
-                persistently(lambda: fs.pipe_file(path, data, mode="create"))
+                retry(lambda: fs.pipe_file(path, data, mode="create"))
             else:
-                raise CannotCreateOnce(
+                raise ExclusiveCreateUnsupportedError(
                     f"cannot create {uri}: its store ignores `If-None-Match: *`, so two could both believe to be "
                     "first; use a store that keeps it, as AWS S3 does, or a folder that all nodes reach"
                 )
         except OSError:
             # Object stores say "taken" in several ways, and a put that was sent twice is refused though it is ours.
-            if (there := read_if_there(uri)) is None:
+            if (there := read_bytes_or_none(uri)) is None:
                 raise
             return there == data
     return True
@@ -175,7 +178,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
-            persistently(lambda: fs.pipe_file(path, data))
+            retry(lambda: fs.pipe_file(path, data))
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +193,12 @@ def write_bytes(uri: str, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def write_file(local: Path, uri: str) -> None:
+def publish_file(local: Path, uri: str) -> None:
     """Move a finished local file to its URI, where it appears whole: by one rename or one put."""
     with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
-            persistently(lambda: fs.put_file(str(local), path))
+            retry(lambda: fs.put_file(str(local), path))
             local.unlink()
             return
         target = Path(path)
@@ -209,8 +212,8 @@ def write_file(local: Path, uri: str) -> None:
 
 
 @contextlib.contextmanager
-def local_scratch(uri: str) -> Iterator[Path]:
-    """A local file name to write before write_file publishes it at the URI: beside a local target, else in temp.
+def staging_file(uri: str) -> Iterator[Path]:
+    """A local file name to write before publish_file publishes it at the URI: beside a local target, else in temp.
 
     Whatever is left there at the end is removed, and a full disk becomes a UserError that names the URI.
     """
@@ -228,7 +231,7 @@ def remove(uri: str) -> None:
     """Remove one file; one that is gone already is no error."""
     with translated_errors("remove", uri), contextlib.suppress(FileNotFoundError):
         fs, path = filesystem(uri)
-        persistently(lambda: fs.rm_file(path))
+        retry(lambda: fs.rm_file(path))
 
 
 def publish_directory(local: Path, uri: str, last: str) -> None:
@@ -250,7 +253,7 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
             _publish_remotely(local, uri, sorted(names, key=lambda name: name == last))
 
 
-def retract_directory(uri: str, last: str) -> None:
+def unpublish_directory(uri: str, last: str) -> None:
     """Take back what publish_directory published: at once locally, elsewhere `last` first; if gone, no error."""
     with translated_errors("remove", uri):
         fs, path = filesystem(uri)
@@ -291,7 +294,7 @@ def _creates_once(fs: fsspec.AbstractFileSystem, path: str) -> bool:
             fs.pipe_file(probe, b"second", mode="create")
             _exclusive[root] = False
         except OSError:
-            _exclusive[root] = persistently(lambda: fs.cat_file(probe)) == b"first"
+            _exclusive[root] = retry(lambda: fs.cat_file(probe)) == b"first"
         finally:
             fs.rm_file(probe)
     return _exclusive[root]
@@ -322,7 +325,7 @@ def _publish_remotely(local: Path, uri: str, names: Sequence[str]) -> None:
     try:
         for name in names:
             done.append(join(root, name))
-            persistently(functools.partial(fs.put_file, str(local / name), done[-1]))
+            retry(functools.partial(fs.put_file, str(local / name), done[-1]))
     except BaseException:
         for path in done:
             with contextlib.suppress(Exception):

@@ -76,7 +76,7 @@ class Lease:
         return json.dumps(said).encode()
 
     def _is_ours(self) -> bool:
-        content = storage.read_if_there(self.uri)
+        content = storage.read_bytes_or_none(self.uri)
         return content is not None and _parsed(content, 0.0)[0] == self.token
 
     def __enter__(self) -> Self:
@@ -200,7 +200,7 @@ def _notes(folder: str, name: str = "") -> Iterator[_Note]:
         if match is None or name not in ("", match["name"]):
             continue
         uri = storage.join(folder, file.name)
-        if (content := storage.read_if_there(uri)) is not None:
+        if (content := storage.read_bytes_or_none(uri)) is not None:
             _, owner, expires = _parsed(content, file.modified)
             yield _Note(uri, match["name"], int(match["number"]), owner, expires)
 

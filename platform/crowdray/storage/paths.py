@@ -17,9 +17,9 @@ T = TypeVar("T")
 PARTIAL = ".partial-"
 """Start of the names that half-written files and folders carry until their one rename."""
 
-PAUSES_S = (0.2, 1.0, 4.0)
+RETRY_DELAYS_S = (0.2, 1.0, 4.0)
 """Seconds before each further attempt."""
-PATIENCE_S = 120.0
+RETRY_DEADLINE_S = 120.0
 """Seconds after whose end there is no further attempt: below this, clients have their own retries and timeouts."""
 
 _PASSING = {
@@ -74,37 +74,37 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
-def persistently(attempt: Callable[[], T]) -> T:
+def retry(attempt: Callable[[], T]) -> T:
     """What a read, or a write of something whole, gives; tried again a few times where the fault may pass.
 
     A timeout, a cut connection, an answer with 500 or 503 and content that is not what it should be may pass. A
     missing object and refused credentials do not.
     """
-    end = time.monotonic() + PATIENCE_S
-    for pause in PAUSES_S:
+    end = time.monotonic() + RETRY_DEADLINE_S
+    for pause in RETRY_DELAYS_S:
         try:
             return attempt()
         except Exception as error:
-            if time.monotonic() > end or not _may_pass(error):
+            if time.monotonic() > end or not _is_transient(error):
                 raise
         time.sleep(pause)
     return attempt()
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     if isinstance(status := getattr(error, "status", None), int):  # aiohttp: an answer that is a refusal
         return status in (408, 429) or status >= 500
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, (DataError, TimeoutError, ConnectionError)) or not names.isdisjoint(_PASSING)
 
 
-def may_pass(error: UserError) -> bool:
+def is_transient(error: UserError) -> bool:
     """Whether the fault behind an error may pass by itself: the network's or a shared disk's, not refused credentials
     nor a full disk."""
     cause = error.__cause__
     if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return False
-    return isinstance(cause, OSError) or (isinstance(cause, Exception) and _may_pass(cause))
+    return isinstance(cause, OSError) or (isinstance(cause, Exception) and _is_transient(cause))
 
 
 @contextlib.contextmanager

@@ -303,7 +303,7 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
         for path in paths:
             tracker.log_figure(path, "figures")
             places.append(storage.join(study.uri, path.name))
-            storage.write_file(path, places[-1])
+            storage.publish_file(path, places[-1])
     storage.write_bytes(storage.join(study.uri, "record.json"), record.to_json().encode())
     best = record.best()
     if best is not None and best.mae is not None:

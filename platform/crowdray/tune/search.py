@@ -202,7 +202,7 @@ class StageTreeSearch(OptunaSearch):
             yield
         except UserError as error:
             self._away = time.monotonic() if self._away is None else self._away
-            if not storage.may_pass(error) or time.monotonic() - self._away > PATIENCE_S:
+            if not storage.is_transient(error) or time.monotonic() - self._away > PATIENCE_S:
                 raise
             _log.warning("%s; it will be asked again", error)
         else:

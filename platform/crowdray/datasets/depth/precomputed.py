@@ -41,7 +41,7 @@ class Precomputed(DepthTeacher):
         if any(file.name.endswith(".exr") for file in listed):
             _openexr()
         self._names = frozenset(file.name for file in listed)
-        told = sorted((file.name, file.bytes, file.modified) for file in listed)
+        told = sorted((file.name, file.size, file.modified) for file in listed)
         self.name = arguments.identity(1, hashlib.sha256(repr(told).encode()).hexdigest())
 
     def depth(self, view: View) -> NDArray[np.float32]:
