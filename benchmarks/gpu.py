@@ -28,13 +28,14 @@ from benchmarks.reading import lay_out, render
 
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
 from crowdray.training.distributed import World, pick_device
 from crowdray.training.flops import peak_matmul_flops, wait
 from crowdray.training.stage_trainer import StageTrainer
-from crowdray.training.trainer import Trainer, split_rows
+from crowdray.training.trainer import Trainer
 
 BASELINE, JOINT = 0, -1
 STEPS = 40

@@ -37,7 +37,7 @@ from crowdray.pipeline.run import RAY_LIST, Run, Workers, default_name, open_as_
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
-from crowdray.training.stage_trainer import DivergedError
+from crowdray.training.errors import DivergedError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -287,7 +287,7 @@ def test_other_numbers_of_workers_are_refused(said: str) -> None:
 @pytest.mark.parametrize("workers", ["9", "1:9"])
 def test_a_batch_has_a_window_for_each_worker_that_may_come(data: str, tmp_path: Path, workers: str) -> None:
     told = ["--preset", "debug", "--data", data, "--workers", workers, "--storage", str(tmp_path)]
-    with pytest.raises(UserError, match="a batch has 4 windows, too few for 9 workers"):
+    with pytest.raises(UserError, match="a batch of 4 windows is too small for 9 workers"):
         job("train")(told)
     assert not list(tmp_path.iterdir())
 

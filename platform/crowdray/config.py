@@ -146,15 +146,19 @@ class ModelConfig:
             yield f"model.weights_sha256 is {self.weights_sha256!r}; a SHA-256 has 64 hexadecimal digits, small letters"
 
 
+PAPER_WEIGHTS = {"segmentation": 0.04, "depth": 0.6, "count": 1.0}
+"""Loss weights of the auxiliary tasks in the paper (Section 5.2)."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the auxiliary losses in the joint stage (eq. 5), in the paper's units."""
 
-    segmentation: float = 0.04
+    segmentation: float = PAPER_WEIGHTS["segmentation"]
     """Weight of the crowd segmentation's cross-entropy (eq. 1); 0 drops the task."""
-    depth: float = 0.6
+    depth: float = PAPER_WEIGHTS["depth"]
     """Weight of the distilled depth's squared error (eq. 2); 0 drops the task."""
-    count: float = 1.0
+    count: float = PAPER_WEIGHTS["count"]
     """Weight of the count's squared error (eq. 3); 0 drops the task."""
     gradient_share: float = 0.1
     """What the paper's weights (0.04, 0.6, 1) mean here: at the start of the joint stage each auxiliary loss

@@ -11,7 +11,7 @@ from crowdray.console.arguments import EXIT_FAILED, EXIT_USAGE, run_job
 from crowdray.datasets.validation import InvalidDatasetError
 from crowdray.errors import DataError, JobFailed, UserError
 from crowdray.pipeline.predict import PredictionError
-from crowdray.training.stage_trainer import DivergedError
+from crowdray.training.errors import DivergedError
 from crowdray.tune.driver import StudyFailed
 
 

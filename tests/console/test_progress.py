@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from crowdray.config import StageConfig, StagesConfig
-from crowdray.console.progress import TrainingDisplay, numbers_of_workers
+from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
@@ -51,4 +51,3 @@ def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[st
     lines = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     epochs = [f"baseline {number}/2" for number in range(1, 6)]
     assert lines == [*epochs[:2], "going on with 1 worker", *epochs[2:4], "going on with 3 workers", epochs[4]]
-    assert numbers_of_workers(rows) == "2, 1 from epoch 3, 3 from epoch 5"

@@ -18,7 +18,8 @@ from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.training.batch_size_finder import largest_batch
 from crowdray.training.distributed import World
-from crowdray.training.stage_trainer import DivergedError, StageTrainer
+from crowdray.training.errors import DivergedError
+from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.trainer import Trainer
 
 GPU = torch.device("cuda", 0)

@@ -34,8 +34,9 @@ from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
 from crowdray.presets import preset
 from crowdray.training.checkpoint import CLOCKED, Row, load_checkpoint
 from crowdray.training.distributed import World, local_world
+from crowdray.training.errors import DivergedError
 from crowdray.training.result import TrainingResult, final_result
-from crowdray.training.stage_trainer import DivergedError, StageTrainer
+from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.stages import module_of, stages_of
 from crowdray.training.trainer import Trainer
 

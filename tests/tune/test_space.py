@@ -13,11 +13,10 @@ import pytest
 
 from crowdray.config import Config, ConfigError, LossConfig, StageConfig, StagesConfig
 from crowdray.presets import PRESETS, preset
-from crowdray.training.loss_balancing import PAPER_WEIGHTS
 from crowdray.tune.space import (
     FIELDS,
     FIXED,
-    PAPER,
+    PAPER_POINT,
     Dimension,
     Space,
     SpaceError,
@@ -55,10 +54,6 @@ def problems_of(vary: list[str], base: Config | None = None, place: str | None =
     with pytest.raises(SpaceError) as caught:
         load_space(place, vary, base or preset("demo"))
     return caught.value.problems
-
-
-def test_the_weights_it_centres_on_are_those_that_calibration_gives_a_meaning_to() -> None:
-    assert {f"loss.{task}": weight for task, weight in PAPER_WEIGHTS.items()} == PAPER
 
 
 def inside(dimension: Any, value: Any) -> bool:
@@ -122,14 +117,14 @@ def test_drawn_at_random_each_subset_of_tasks_is_equally_likely() -> None:
     space = default_space(preset("demo"))
     study = random_study(seed=3)
     points = [space.suggest(study.ask()) for _ in range(800)]
-    subsets = [tuple(name for name in PAPER if point[name] > 0) for point in points]
+    subsets = [tuple(name for name in PAPER_POINT if point[name] > 0) for point in points]
     chi_square = sum((subsets.count(subset) - 100) ** 2 / 100 for subset in set(subsets))
     assert len(set(subsets)) == 8
     assert chi_square < 24.3  # the 99.9th percentile for 7 degrees of freedom
 
 
 def test_the_middle_of_a_weight_is_the_papers() -> None:
-    for name, paper in PAPER.items():
+    for name, paper in PAPER_POINT.items():
         dimension: Any = default_space(preset("demo")).dimensions[name]
         assert (dimension.low * dimension.high) ** 0.5 == pytest.approx(paper)
 

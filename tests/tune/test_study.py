@@ -160,7 +160,7 @@ def test_what_no_trial_could_do_is_said_before_the_study_begins(
 ) -> None:
     study = study_in(tmp_path, workers=99, data=discs.uri, digest=discs.digest)
     stage_cache = StageCacheConfig(str(tmp_path / "stages"), 2**30)
-    with StudyDisplay(Console()) as display, pytest.raises(UserError, match="too few for 99 workers"):
+    with StudyDisplay(Console()) as display, pytest.raises(UserError, match="too small for 99 workers"):
         tune(study, display, trials=1, concurrent=None, tracking_uri=None, stage_cache=stage_cache)
     assert not (tmp_path / "study").exists()
     space = load_space(None, ["sampling.batch=[128, 256]"], study.config)

@@ -6,7 +6,7 @@ from crowdray.cluster.runtime import Device, choose_gpu, connect
 from crowdray.console.progress import TrainingDisplay
 from crowdray.errors import UserError
 from crowdray.pipeline.run import Run
-from crowdray.training.stage_trainer import DivergedError
+from crowdray.training.errors import DivergedError
 
 
 def find_batch_size(run: Run, display: TrainingDisplay, *, device: Device = "auto") -> Run:

@@ -7,7 +7,7 @@ from ray.train import UserCallback
 from ray.train.v2._internal.exceptions import RayTrainError
 
 from crowdray.cluster.worker import ROWS
-from crowdray.training.stage_trainer import DivergedError, is_out_of_memory
+from crowdray.training.errors import DivergedError, is_out_of_memory
 
 
 class ReportCallback(UserCallback):

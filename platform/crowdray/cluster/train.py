@@ -9,8 +9,9 @@ from typing import Any
 
 from crowdray import storage
 from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
-from crowdray.console.progress import TrainingDisplay, numbers_of_workers
+from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
 from crowdray.errors import InfeasibleConfigError, JobFailed, UserError
 from crowdray.pipeline.publish import Outcome, publish_run, tracked_rows
 from crowdray.pipeline.run import RESULT, Run
@@ -18,8 +19,8 @@ from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Row
-from crowdray.training.stage_trainer import DivergedError, is_out_of_memory
-from crowdray.training.trainer import split_rows
+from crowdray.training.errors import DivergedError, is_out_of_memory
+from crowdray.training.result import describe_workers
 
 RETRIES = 3
 """Times that a group of workers is started again after one of them was lost."""
@@ -86,7 +87,7 @@ def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
         tracker.sync_history(tracked_rows(history))
         last = history[-1]
         marks = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
-        tracker.set_tags(marks | {"crowdray.workers": numbers_of_workers(history)})
+        tracker.set_tags(marks | {"crowdray.workers": describe_workers(history)})
 
     return follow
 

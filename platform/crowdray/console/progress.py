@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import pairwise
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -182,13 +181,6 @@ class TrainingDisplay(LiveDisplay):
                 pace = sum(times) / len(times) if times else overall
                 left += max(0, stage.schedule.epochs - len(times)) * pace
         return f"{timedelta(seconds=round(left))} left"
-
-
-def numbers_of_workers(history: Sequence[Row]) -> str:
-    """How many trained, in words: "2, 1 from epoch 9"."""
-    known = [row for row in history if "workers" in row]
-    changed = [row for before, row in pairwise(known) if before["workers"] != row["workers"]]
-    return ", ".join([f"{known[0]['workers']}", *(f"{row['workers']} from epoch {row['epoch']}" for row in changed)])
 
 
 def _workers(row: Row) -> str:

@@ -16,8 +16,9 @@ from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.training.distributed import World
+from crowdray.training.errors import is_out_of_memory
 from crowdray.training.flops import peak_memory, wait
-from crowdray.training.stage_trainer import StageTrainer, is_out_of_memory
+from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.trainer import Trainer
 
 SHARE = 0.9

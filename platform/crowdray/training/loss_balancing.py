@@ -7,13 +7,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from crowdray.config import Config, LossConfig
+from crowdray.config import PAPER_WEIGHTS, Config, LossConfig
 from crowdray.data.batch import Batch
-from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
+from crowdray.models.counter import AUXILIARY, DENSITY, Counter
 from crowdray.training.losses import Scales, targets_of, task_losses
-
-PAPER_WEIGHTS = {SEGMENTATION: 0.04, DEPTH: 0.6, COUNT: 1.0}
-"""The weights that the paper chose (Section 5.2)."""
 
 CALIBRATION_BATCHES = 8
 """Batches whose gradients are measured."""

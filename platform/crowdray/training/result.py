@@ -2,7 +2,9 @@
 which of them ships."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Self
 
 from crowdray.errors import DataError
@@ -93,3 +95,10 @@ def final_result(training: Trainer) -> TrainingResult:
         mean,
         summarise(naive) if naive else None,
     )
+
+
+def describe_workers(history: Sequence[Row]) -> str:
+    """Numbers of workers over the epochs, for example "2, 1 from epoch 9"."""
+    known = [row for row in history if "workers" in row]
+    changed = [row for before, row in pairwise(known) if before["workers"] != row["workers"]]
+    return ", ".join([f"{known[0]['workers']}", *(f"{row['workers']} from epoch {row['epoch']}" for row in changed)])

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crowdray.data.batch import Batch
-from crowdray.errors import InfeasibleConfigError, JobFailed
+from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import DENSITY, DEPTH, Counter
 from crowdray.training.checkpoint import Best, Checkpoint, Row
+from crowdray.training.errors import DivergedError, is_out_of_memory
 from crowdray.training.flops import operations_per_window, peak_matmul_flops, peak_memory
 from crowdray.training.loss_balancing import calibrated_weights, measured_norms
 from crowdray.training.losses import targets_of, task_losses
@@ -30,10 +31,6 @@ from crowdray.training.stages import ENCODER, Stage, module_of
 
 if TYPE_CHECKING:
     from crowdray.training.trainer import Trainer
-
-
-class DivergedError(JobFailed):
-    """A loss or a gradient stopped being a finite number; raised on all ranks, before anything of it is saved."""
 
 
 class _Seen(NamedTuple):
@@ -354,12 +351,3 @@ def _shipped_numbers(counter: Counter) -> dict[str, Tensor]:
     """Parameters and running statistics of what ships, as they change."""
     shipped = {name: value for name, value in counter.state_dict().items() if module_of(name) in (ENCODER, DENSITY)}
     return {name: value for name, value in shipped.items() if value.is_floating_point()}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, or a library below it, could not get memory, of a GPU or of the machine."""
-    words = (
-        *("can't allocate memory", "could not create a primitive", "could not create a memory"),  # a CPU's
-        *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory"),
-    )
-    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in words)

@@ -15,10 +15,11 @@ from crowdray.config import Config
 from crowdray.data.gpu_cache import keep_on
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.loader import Loader
-from crowdray.data.sampling import WindowRule, split_validation
+from crowdray.data.sampling import WindowRule
 from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
 from crowdray.data.targets import REACH
-from crowdray.errors import DataError, InfeasibleConfigError, UserError
+from crowdray.errors import DataError
 from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.evaluation.tiles import TILE, in_tiles
@@ -200,20 +201,6 @@ class Trainer:
         self.counter.load_state_dict(weights, strict=False)
 
 
-def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and to validate on, each ascending.
-
-    Raises UserError where one of them has none, and where a batch is too small for so many workers.
-    """
-    sampling = config.sampling
-    training, validation = split_validation(
-        dataset.rows("train"), sampling.validation_fraction, sampling.validation, config.seed
-    )
-    _check_sizes(dataset, len(training), len(validation))
-    _check_share(config, len(training), workers)
-    return training, validation
-
-
 def _window_rule(config: Config, counter: Counter) -> WindowRule:
     sampling, backbone = config.sampling, counter.encoder
     return WindowRule(
@@ -228,27 +215,6 @@ def _window_rule(config: Config, counter: Counter) -> WindowRule:
         scale=sampling.scale,
         reach=REACH * config.target.sigma,
     )
-
-
-def _check_sizes(dataset: Dataset, training: int, validation: int) -> None:
-    if training == 0 or validation == 0:
-        raise UserError(
-            f"{dataset.uri} leaves {training} images for training and {validation} for validation; both need at "
-            "least one: change sampling.validation_fraction or convert more images"
-        )
-
-
-def _check_share(config: Config, images: int, workers: int) -> None:
-    """Every worker has at least one window of each batch, and one for each part in which it takes its share."""
-    batch, parts = (
-        min(config.sampling.batch, images * config.sampling.crops_per_image),
-        config.optimizer.grad_accumulation_steps,
-    )
-    if batch < workers * parts:
-        raise InfeasibleConfigError(
-            f"a batch has {batch} windows, too few for {workers} workers in {parts} parts each: give another "
-            "--workers, --sampling.batch or --optimizer.grad_accumulation_steps"
-        )
 
 
 def _check_same(progress: Progress, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_
 from crowdray.cluster.train import RETRIES, run_training
 from crowdray.console.study_display import StudyDisplay
 from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
 from crowdray.pipeline.publish import Outcome, publish_run
 from crowdray.pipeline.run import RESULT
@@ -26,7 +27,6 @@ from crowdray.stage_cache.keys import numerics_of
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lease import LEASE_S, Keeper, Lease, take
 from crowdray.training.checkpoint import Row
-from crowdray.training.trainer import split_rows
 from crowdray.tune.figures import draw_importance, draw_optimisation, draw_slices
 from crowdray.tune.record import StudyRecord, TrialRecord, importances
 from crowdray.tune.stage_tree import draw_stage_tree

@@ -19,9 +19,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from crowdray.plots import style
 from crowdray.tune.record import FEWEST, StudyRecord, TrialRecord, Value, is_weight
+from crowdray.tune.space import PAPER_POINT
 
-PAPER_POINT = {"loss.segmentation": 0.04, "loss.depth": 0.6, "loss.count": 1.0}
-"""The paper's weights."""
 MARKS: dict[str, dict[str, Any]] = {
     "complete": {"marker": "o", "color": style.BLUE, "s": 20, "linewidths": 0.4, "edgecolors": "white"},
     "pruned": {"marker": "v", "facecolors": "none", "edgecolors": style.ORANGE, "s": 20, "linewidths": 1.0},

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from crowdray import storage
-from crowdray.config import Config, ConfigError
+from crowdray.config import PAPER_WEIGHTS, Config, ConfigError
 from crowdray.errors import UserError
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-PAPER = {"loss.segmentation": 0.04, "loss.depth": 0.6, "loss.count": 1.0}
-"""The weights that the paper chose (Section 5.2)."""
+PAPER_POINT = {f"loss.{task}": weight for task, weight in PAPER_WEIGHTS.items()}
+"""The paper's loss weights by field."""
 
 LENGTHS = ("stages.baseline.epochs", "stages.decoders.epochs", "stages.joint.epochs")
 
@@ -222,7 +222,7 @@ class Space:
 
     def to_json(self) -> str:
         """The space as JSON text, which `load_space` takes as a file and gives this space back."""
-        removed = dict.fromkeys((*PAPER, *LENGTHS))
+        removed = dict.fromkeys((*PAPER_POINT, *LENGTHS))
         return json.dumps(removed | {name: _given(item) for name, item in self.dimensions.items()}, indent=1) + "\n"
 
 
@@ -235,7 +235,7 @@ def default_space(base: Config) -> Space:
     a trial costs in the middle what `base` costs. A stage that `base` leaves out stays out.
     """
     dimensions = {}
-    for name, paper in PAPER.items():
+    for name, paper in PAPER_POINT.items():
         own = attrgetter(name)(base) or paper
         dimensions[name] = Dimension(low=min(paper / 10, own), high=max(paper * 10, own), log=True, zero=True)
     for name in LENGTHS:
@@ -271,7 +271,11 @@ def first_points(space: Space, base: Config) -> list[dict[str, Any]]:
     are left out, equal points are given once.
     """
     points: list[dict[str, Any]] = []
-    for weights in ({name: attrgetter(name)(base) for name in PAPER}, PAPER, dict.fromkeys(PAPER, 0.0)):
+    for weights in (
+        {name: attrgetter(name)(base) for name in PAPER_POINT},
+        PAPER_POINT,
+        dict.fromkeys(PAPER_POINT, 0.0),
+    ):
         config = space.configure(base, space.nearest(_with(base, weights)))
         if all(attrgetter(name)(config) == weight for name, weight in weights.items()):
             points.append(space.parameters(config))

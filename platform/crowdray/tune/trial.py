@@ -22,7 +22,7 @@ from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.stage_cache.store import StateId
 from crowdray.training.checkpoint import Row
 from crowdray.training.distributed import World, pick_device
-from crowdray.training.stage_trainer import DivergedError
+from crowdray.training.errors import DivergedError
 from crowdray.training.trainer import Trainer
 from crowdray.tune.record import StageCost
 
