@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cluster.runtime import Device
+from crowdray.config import Device
 from crowdray.console.arguments import console, parse, run_job, tracking_uri
 from crowdray.console.progress import counting
 from crowdray.evaluation.tiles import TILE

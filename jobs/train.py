@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
 from crowdray.cluster.batch_size import find_batch_size
-from crowdray.cluster.runtime import Device
 from crowdray.cluster.train import train
-from crowdray.config import Config
+from crowdray.config import Config, Device
 from crowdray.console.arguments import console, parse_with_config, run_job, tracking_uri, write_json
 from crowdray.console.progress import TrainingDisplay
 from crowdray.console.summary import show_outcome

@@ -11,8 +11,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT / "platform"))
 
-from crowdray.cluster.runtime import Device
-from crowdray.config import Config
+from crowdray.config import Config, Device
 from crowdray.console.arguments import console, parse_with_config, run_job, tracking_uri, write_json
 from crowdray.console.study_display import StudyDisplay
 from crowdray.console.summary import show_study

@@ -1,27 +1,37 @@
-"""Configuration: presets are valid, all problems come together, and the saved form is accepted back."""
+"""Configuration: valid presets, all problems in one error, and a JSON form that is read back."""
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
-from crowdray.config import Config, ConfigError, LossConfig, SamplingConfig, TargetConfig, from_json, to_json
+from crowdray.config import (
+    RENAMED_FIELDS,
+    Config,
+    ConfigError,
+    LossConfig,
+    SamplingConfig,
+    TargetConfig,
+    from_json,
+    to_json,
+)
 from crowdray.errors import UserError
 from crowdray.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_its_saved_form(name: str) -> None:
+def test_from_json_restores_every_preset(name: str) -> None:
     config = preset(name)
-    assert from_json(to_json(config), "here") == config
+    assert from_json(to_json(config), "config.json") == config
 
 
-def test_an_unknown_preset_names_those_there_are() -> None:
+def test_preset_with_unknown_name_lists_the_presets() -> None:
     with pytest.raises(UserError, match=r"'mal-cfcn'; choose one of demo, mall-cfcn"):
         preset("mal-cfcn")
 
 
-def test_all_problems_are_reported_together_with_value_and_mend() -> None:
+def test_config_reports_all_problems_with_value_and_fix() -> None:
     with pytest.raises(ConfigError) as caught:
         Config(
             seed=-1,
@@ -42,7 +52,7 @@ def test_all_problems_are_reported_together_with_value_and_mend() -> None:
         assert part in message
 
 
-def test_a_file_with_wrong_types_and_unknown_fields_reports_each() -> None:
+def test_from_json_reports_each_wrong_type_and_unknown_field() -> None:
     content = json.loads(to_json(preset("debug")))
     content["sampling"]["crop"] = "wide"
     content["optimizer"]["nam"] = "sgd"
@@ -52,30 +62,53 @@ def test_a_file_with_wrong_types_and_unknown_fields_reports_each() -> None:
     message = str(caught.value)
     for part in (
         "sampling.crop in config.json is 'wide'",
-        "optimizer.nam in config.json is no field",
+        "unknown field optimizer.nam in config.json",
         "loss.depth",
     ):
         assert part in message
 
 
-def test_problems_of_a_file_are_those_of_the_configuration() -> None:
+def test_from_json_reports_invalid_values() -> None:
     content = json.loads(to_json(preset("debug")))
     content["sampling"]["batch"] = 0
     with pytest.raises(ConfigError, match=r"sampling\.batch is 0; give at least 1"):
         from_json(json.dumps(content), "config.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "value"),
+    [
+        ("loss.share", 0.25),
+        ("optimizer.accumulate", 3),
+        ("optimizer.average", 0.5),
+        ("numerics.recompute", True),
+        ("numerics.exchange", "bf16"),
+    ],
+)
+def test_from_json_accepts_previous_field_names(old: str, value: Any) -> None:
+    group, name = old.split(".")
+    config = from_json(json.dumps({group: {name: value}}), "config.json")
+    new_group, new_name = RENAMED_FIELDS[old].split(".")
+    assert getattr(getattr(config, new_group), new_name) == value
+
+
+def test_from_json_with_both_names_of_a_field_keeps_the_present_one() -> None:
+    assert from_json('{"loss": {"share": 0.2, "gradient_share": 0.4}}', "config.json").loss.gradient_share == 0.4
+
+
 @pytest.mark.parametrize(("before", "now"), [(True, "yes"), (False, "no")])
-def test_a_file_from_when_compiling_was_a_switch_is_read(before: bool, now: str) -> None:
+def test_from_json_accepts_boolean_compile(before: bool, now: str) -> None:
     content = json.loads(to_json(preset("debug")))
     content["numerics"]["compile"] = before
-    assert from_json(json.dumps(content), "old.json").numerics.compile == now
+    assert from_json(json.dumps(content), "config.json").numerics.compile == now
 
 
-def test_fields_left_out_keep_their_defaults() -> None:
-    assert from_json('{"seed": 3}', "x") == dataclasses.replace(Config(), seed=3)
+def test_from_json_fills_missing_fields_with_defaults() -> None:
+    assert from_json('{"seed": 3}', "config.json") == dataclasses.replace(Config(), seed=3)
 
 
-def test_no_json_is_one_clear_error() -> None:
-    with pytest.raises(ConfigError, match=r"x\.json is no JSON"):
-        from_json("seed: 3", "x.json")
+@pytest.mark.parametrize(("text", "problem"), [("seed: 3", "is not valid JSON"), ("[1]", "is [1]")])
+def test_from_json_rejects_text_that_is_not_a_json_object(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(text, "x.json")
+    assert "x.json" in str(caught.value) and problem in str(caught.value)

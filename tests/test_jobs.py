@@ -25,10 +25,10 @@ from crowdray.cluster import batch_size
 from crowdray.cluster.batch_size import find_batch_size
 from crowdray.cluster.callbacks import is_worker_loss
 from crowdray.cluster.convert import convert
-from crowdray.cluster.runtime import Device, Resources, choose_gpu
+from crowdray.cluster.runtime import Resources, choose_gpu
 from crowdray.cluster.train import TrainingStopped, run_training, translated_errors
 from crowdray.cluster.worker import upload
-from crowdray.config import Config, ConfigError, NumericsConfig, to_json
+from crowdray.config import Config, ConfigError, Device, NumericsConfig, to_json
 from crowdray.console.arguments import load_preset, parse_with_config
 from crowdray.console.progress import TrainingDisplay
 from crowdray.datasets.sources import SOURCES, open_source
@@ -102,7 +102,7 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "train.py"), "--preset", "dem", "--data", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: there is no preset 'dem'; choose one of demo, ")
+    assert done.stderr.startswith("error: unknown preset 'dem'; choose one of demo, ")
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 

@@ -1,5 +1,4 @@
-"""Typed configuration of a training: groups of fields with their meaning and unit, validated together, and
-its JSON form."""
+"""Configuration of a training run: typed groups of fields, validated together, and their JSON form."""
 
 import dataclasses
 import json
@@ -13,57 +12,68 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from crowdray.errors import InfeasibleConfigError
 
+Device = Literal["auto", "cpu", "gpu"]
+"""Where to compute; auto takes a GPU where there is one."""
+
+RENAMED_FIELDS = {
+    "loss.share": "loss.gradient_share",
+    "optimizer.accumulate": "optimizer.grad_accumulation_steps",
+    "optimizer.average": "optimizer.ema_decay",
+    "numerics.recompute": "numerics.activation_checkpointing",
+    "numerics.exchange": "numerics.grad_allreduce_dtype",
+}
+"""Fields that files and command lines may still call by their previous names, until the next version."""
+
 
 class ConfigError(InfeasibleConfigError):
-    """All problems of a configuration together: each with its field, the value given, and the mend."""
+    """All problems of a configuration, each with field, value and fix."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("the configuration cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
+        super().__init__("invalid configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
         self.problems = problems
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Which pixels a training step sees."""
+    """Validation split, crops, batches and augmentation."""
 
     validation: Literal["random", "run"] = "random"
-    """How validation images are taken from the training split: drawn at random (the paper), or one run of
-    neighbours at a place drawn at random (video, where frames seconds apart show the same people)."""
+    """How validation images are chosen from the training split: random takes them one by one (the paper), run takes
+    consecutive images from a random start (for video, where frames seconds apart show the same people)."""
     validation_fraction: float = 1 / 6
-    """Share of the training split that is kept for validation."""
+    """Fraction of the training split held out for validation."""
     downsample: int = 1
-    """Images are averaged over squares of this many pixels before anything else, in training, evaluation and
-    the shipped model."""
+    """Factor by which images are average-pooled first: in training, evaluation and the exported model."""
     crop: int = 160
-    """Side in pixels (after downsampling) of the square whose heads the count decoder regresses."""
+    """Side in pixels (after downsampling) of the square crop whose heads the count decoder regresses."""
     context: int = 36
-    """Real pixels around the crop that the network sees as well. Map losses count every pixel of this window
-    whose receptive field the window does not cut, so that a pixel is trained as it will be used: inside a
-    whole image. CFCN reaches 34 pixels."""
+    """Image pixels around the crop that the network sees too: crop and context form the window. The losses of the maps
+    cover every pixel whose receptive field the window does not cut, which is how it is used on whole
+    images. CFCN's receptive field reaches 34 pixels."""
     batch: int = 8
-    """Windows of one update, over all workers together."""
+    """Global batch size: windows per update over all workers."""
     crops_per_image: int = 1
-    """Windows drawn from one decoded image in an epoch."""
+    """Windows drawn from each decoded image per epoch."""
     flip: float = 0.5
-    """Probability of a horizontal mirror."""
+    """Probability of a horizontal flip."""
     brightness: float = 0.0
-    """Largest shift of all pixels, as a share of the full range."""
+    """Maximum brightness shift, as a fraction of the full range."""
     contrast: float = 0.0
-    """Largest relative change of contrast."""
+    """Maximum relative change of contrast."""
     colour: float = 0.0
-    """Largest relative change of each of the three colours."""
+    """Maximum relative change of each colour channel."""
     scale: float = 0.0
-    """Largest relative change of size: a batch is shown at one size between 1 / (1 + scale) and 1 + scale."""
+    """Maximum relative change of size: each batch is resized by one factor from 1 / (1 + scale) to 1 + scale."""
     roi: bool = True
-    """Keep losses and counts inside the dataset's region of interest, where it has one."""
+    """Restrict losses and counts to the dataset's region of interest, where it has one."""
     cache_gib: float = 2.0
-    """Memory in GiB of each worker for decoded images."""
+    """Memory in GiB per worker for decoded images."""
     gpu_cache_gib: float = 0.0
-    """Memory in GiB of each worker's GPU for all decoded training images, of which windows are then cut there; where
-    they might take more, as with 0, and where scale varies their size, the CPU cuts them."""
+    """GPU memory in GiB per worker for all decoded training images, so that windows are cut on the GPU. The CPU cuts
+    them when the images do not fit (always with 0) or when scale is not 0."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         yield from _within("sampling.validation_fraction", self.validation_fraction, 0.0, 0.9)
         yield from _at_least("sampling.downsample", self.downsample, 1)
         yield from _at_least("sampling.batch", self.batch, 1)
@@ -77,7 +87,7 @@ class SamplingConfig:
 
 
 def crop_problems(sampling: SamplingConfig, stride: int) -> Iterator[str]:
-    """What does not fit a backbone of this stride."""
+    """Crop and context that are not multiples of the backbone's stride, one message each."""
     for name in ("crop", "context"):
         if (value := getattr(sampling, name)) % stride:
             nearest = max(stride, value // stride * stride)
@@ -86,28 +96,28 @@ def crop_problems(sampling: SamplingConfig, stride: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """How annotated points become targets."""
+    """Training targets made from annotated points."""
 
     sigma: float = 4.0
-    """Deviation in pixels of the Gaussian that stands for one head in the density map."""
+    """Standard deviation (pixels) of the Gaussian kernel of one head in the density map."""
     threshold: float = 0.3
-    """A pixel is crowd where the density exceeds this fraction of one head's peak."""
+    """A pixel is foreground where the density exceeds this fraction of the peak of one head's kernel."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         yield from _within("target.sigma", self.sigma, 0.25, 64.0)
         if not 0 < self.threshold < 1:
-            yield f"target.threshold is {self.threshold}; it is a fraction of one head's peak: give one between 0 and 1"
+            yield f"target.threshold is {self.threshold}; give a fraction of one head's peak, between 0 and 1"
 
 
 @dataclass(frozen=True)
 class KnownBackbone:
-    """A backbone with a name of its own."""
+    """A built-in backbone."""
 
     path: str
-    """Where its class is: module:Class."""
+    """Its class, as module:Class."""
     stride: int
-    """Its stride in pixels, so that crops can be checked before anything is imported."""
+    """Its stride in pixels, so that crops are checked without importing it."""
 
 
 BACKBONES = {
@@ -116,34 +126,34 @@ BACKBONES = {
     "csrnet-table1": KnownBackbone("crowdray.models.csrnet:CSRNetTable1", 16),
     "convnext": KnownBackbone("crowdray.models.convnext:ConvNeXt", 16),
 }
-"""Backbones by their names on the command line."""
+"""Built-in backbones by the name that model.backbone takes."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """Network and pretrained weights."""
 
     backbone: str = "cfcn"
-    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper prints it), convnext (modern; needs
-    transformers), or a class of your own as package.module:Class (docs/backbone.md)."""
+    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper's Table 1 prints it), convnext (modern;
+    needs transformers), or your own class as package.module:Class (docs/backbone.md)."""
     count_decoder: Literal["paper", "pooled"] = "paper"
-    """Auxiliary decoder of the count: the paper's, whose first layer spans the whole crop (13 million parameters for
-    cfcn, 206 million for csrnet), or one that averages over it. Both are stripped before the model ships."""
+    """Auxiliary count decoder: paper has a first layer that spans the whole crop (13 million parameters for cfcn, 206
+    million for csrnet), pooled averages over the crop. The exported model contains neither."""
     weights: str = ""
-    """Path or URI of published weights of the encoder to begin with, .safetensors or .pth: for csrnet those of VGG-16
-    on ImageNet in torchvision's layout."""
+    """Path or URI of pretrained encoder weights, .safetensors or .pth: for csrnet, VGG-16 on ImageNet in torchvision's
+    layout. Empty: random initialization."""
     weights_sha256: str = ""
-    """Hash that this file must have; without it the one that it has is written down."""
+    """Expected SHA-256 of that file; empty: the actual one is recorded."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         if self.backbone not in BACKBONES and ":" not in self.backbone:
             yield (
-                f"model.backbone is {self.backbone!r}; choose one of {', '.join(BACKBONES)}, or give a class of your "
-                "own as package.module:Class"
+                f"model.backbone is {self.backbone!r}; choose one of {', '.join(BACKBONES)}, or give your own "
+                "class as package.module:Class"
             )
         if self.weights_sha256 and not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
-            yield f"model.weights_sha256 is {self.weights_sha256!r}; a SHA-256 has 64 hexadecimal digits, small letters"
+            yield f"model.weights_sha256 is {self.weights_sha256!r}; a SHA-256 has 64 lower-case hexadecimal digits"
 
 
 PAPER_WEIGHTS = {"segmentation": 0.04, "depth": 0.6, "count": 1.0}
@@ -152,53 +162,51 @@ PAPER_WEIGHTS = {"segmentation": 0.04, "depth": 0.6, "count": 1.0}
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the auxiliary losses in the joint stage (eq. 5), in the paper's units."""
+    """Weights of the auxiliary losses in the joint stage (eq. 5), on the paper's scale."""
 
     segmentation: float = PAPER_WEIGHTS["segmentation"]
-    """Weight of the crowd segmentation's cross-entropy (eq. 1); 0 drops the task."""
+    """Weight of the segmentation's cross-entropy (eq. 1); 0 removes the task."""
     depth: float = PAPER_WEIGHTS["depth"]
-    """Weight of the distilled depth's squared error (eq. 2); 0 drops the task."""
+    """Weight of the distilled depth's squared error (eq. 2); 0 removes the task."""
     count: float = PAPER_WEIGHTS["count"]
-    """Weight of the count's squared error (eq. 3); 0 drops the task."""
+    """Weight of the count's squared error (eq. 3); 0 removes the task."""
     gradient_share: float = 0.1
-    """What the paper's weights (0.04, 0.6, 1) mean here: at the start of the joint stage each auxiliary loss
-    is scaled so that, at the paper's weight, its gradient at the encoder's features is this share of the
-    density loss's gradient."""
+    """Loss balancing: at the start of the joint stage each auxiliary loss is scaled so that, at the paper's weight, the
+    norm of its gradient at the encoder's features is this fraction of the density loss's."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         for name in ("segmentation", "depth", "count", "gradient_share"):
             yield from _at_least(f"loss.{name}", getattr(self, name), 0.0)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights are updated."""
+    """Optimizer, learning-rate schedule and weight averaging."""
 
     name: Literal["sgd", "adamw", "muon"] = "muon"
-    """sgd is the paper's; muon needs a quarter of adamw's epochs here (docs/lab-notes.md)."""
+    """sgd is the paper's; muon needed a quarter of adamw's epochs here (docs/lab-notes.md)."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 5e-4
-    """L2 penalty of sgd, decoupled decay of adamw and muon."""
+    """L2 penalty for sgd, decoupled weight decay for adamw and muon."""
     warmup: int = 100
-    """Updates over which a stage's learning rate rises from 0; fresh Adam moments at full rate can kill ReLUs
-    for good."""
+    """Updates of linear warmup at the start of each stage: fresh Adam moments at the full rate can kill ReLUs."""
     plateau_patience: int = 5
-    """Epochs without a better validation error before the learning rate falls."""
+    """Epochs without a better validation error before the learning rate is reduced."""
     plateau_factor: float = 0.1
-    """What the learning rate is multiplied with then."""
+    """Factor of that reduction."""
     clip: float = 1.0
-    """Largest norm of all gradients together; larger ones are scaled down to it. 0 leaves them."""
+    """Maximum norm of all gradients together; 0 disables clipping."""
     grad_accumulation_steps: int = 1
-    """Parts in which a worker takes its share of a batch, to save memory: the update is the same, up to rounding,
-    but for networks with BatchNorm or dropout."""
+    """Microbatches per update on each worker, to save memory: the update is the same up to rounding, except with
+    BatchNorm or dropout."""
     ema_decay: float = 0.99
-    """Decay per update of the running average of the weights, which is what is validated and shipped; 0 ships
-    the last weights."""
+    """Decay per update of the exponential moving average of the weights, which is validated and exported; 0 uses the
+    weights of the last update."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         yield from _within("optimizer.momentum", self.momentum, 0.0, 0.9999)
         yield from _at_least("optimizer.weight_decay", self.weight_decay, 0.0)
         yield from _at_least("optimizer.warmup", self.warmup, 0)
@@ -211,35 +219,35 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Length and pace of one stage."""
+    """Length and learning rate of one stage."""
 
     epochs: int
-    """Passes over the training images; 0 leaves the stage out."""
+    """Passes over the training images; 0 skips the stage."""
     learning_rate: float
-    """First learning rate; it falls on plateaus only, so that it never looks ahead to the stage's length."""
+    """Initial learning rate; only plateaus reduce it, so the schedule does not depend on the stage's length."""
     patience: int = 0
-    """Epochs without a better validation error after which the stage ends; 0 goes on to its full length."""
+    """Early stopping: epochs without a better validation error before the stage ends; 0 disables it."""
 
-    def problems(self, place: str) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
-        yield from _at_least(f"{place}.epochs", self.epochs, 0)
-        yield from _at_least(f"{place}.patience", self.patience, 0)
-        yield from _within(f"{place}.learning_rate", self.learning_rate, 1e-9, 10.0)
+    def problems(self, name: str) -> Iterator[str]:
+        """Invalid values, one message each."""
+        yield from _at_least(f"{name}.epochs", self.epochs, 0)
+        yield from _at_least(f"{name}.patience", self.patience, 0)
+        yield from _within(f"{name}.learning_rate", self.learning_rate, 1e-9, 10.0)
 
 
 @dataclass(frozen=True)
 class StagesConfig:
-    """The three stages of Section 3.3."""
+    """The three training stages (Section 3.3)."""
 
     baseline: StageConfig = field(default_factory=lambda: StageConfig(epochs=40, learning_rate=3e-4))
-    """Encoder and density decoder, density loss only."""
+    """Trains encoder and density decoder on the density loss."""
     decoders: StageConfig = field(default_factory=lambda: StageConfig(epochs=4, learning_rate=1e-3))
-    """The auxiliary decoders on frozen features, side by side."""
+    """Trains the auxiliary decoders on frozen features."""
     joint: StageConfig = field(default_factory=lambda: StageConfig(epochs=20, learning_rate=3e-4))
-    """Everything, end to end."""
+    """Trains everything end to end."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         for name in ("baseline", "decoders", "joint"):
             stage: StageConfig = getattr(self, name)
             yield from stage.problems(f"stages.{name}")
@@ -252,47 +260,47 @@ class StagesConfig:
             )
 
 
-def _once_a_switch(value: Any) -> Any:
-    """Files from when `compile` was true or false."""
+def _from_bool(value: Any) -> Any:
+    """Accept files from when `compile` was a bool."""
     return {False: "no", True: "yes"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
 class NumericsConfig:
-    """How numbers are computed."""
+    """Precision, compilation and memory of the computation."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the convolutions; auto takes bf16 where the processor multiplies it natively. Weights,
-    losses, targets and evaluation stay fp32 either way."""
+    """Autocast dtype; auto chooses bf16 where the processor supports it natively. Weights, losses, targets and
+    evaluation are always fp32."""
     tf32: bool = False
-    """Let a GPU round the factors of fp32 products to 10 bits (TensorFloat-32): faster where precision is fp32."""
-    compile: Annotated[Literal["no", "yes", "graphs"], BeforeValidator(_once_a_switch)] = "no"
-    """Compile the network with torch.compile: faster steps after minutes of compiling; on a CPU it needs g++. graphs
-    records CUDA graphs too: less waiting between small kernels, for memory of their own."""
+    """Use TensorFloat-32 on GPUs: faster fp32 products with 10-bit mantissas."""
+    compile: Annotated[Literal["no", "yes", "graphs"], BeforeValidator(_from_bool)] = "no"
+    """Use torch.compile: faster steps after minutes of compilation; on a CPU it needs g++. graphs also records CUDA
+    graphs: less launch overhead of small kernels for more memory."""
     activation_checkpointing: bool = False
-    """Compute the activations of the encoder again in the backward pass instead of keeping them: less memory for
-    about a third more time, and the same results."""
+    """Recompute the encoder's activations in the backward pass instead of storing them: less memory, about a third
+    more time, same results."""
     threads: int = 0
-    """CPU threads of each worker; 0 shares the machine's cores between the workers."""
+    """CPU threads per worker; 0 divides the machine's cores among the workers."""
     grad_allreduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic in which workers sum their gradients: bf16 moves half the bytes, and rounds them."""
+    """Dtype of the gradient all-reduce: bf16 halves the bytes sent, and rounds the gradients."""
 
     def problems(self) -> Iterator[str]:
-        """What cannot be used, one sentence each."""
+        """Invalid values, one message each."""
         yield from _at_least("numerics.threads", self.threads, 0)
         if self.activation_checkpointing and self.compile != "no":
             yield (
-                f"numerics.activation_checkpointing is True and numerics.compile is {self.compile}; the compiler decides "
-                "itself what it recomputes: set only one of them"
+                f"numerics.activation_checkpointing is True and numerics.compile is {self.compile}; "
+                "the compiler decides itself what to recompute: set only one of them"
             )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a training computes; where it runs is no part of it."""
+    """Everything that decides the result of a training run, but not where it runs."""
 
     seed: int = 0
-    """Of the weights, the validation split, the order of samples and their augmentation."""
+    """Random seed of initial weights, validation split, sample order and augmentation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -302,22 +310,14 @@ class Config:
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        groups = (
-            self.sampling,
-            self.target,
-            self.model,
-            self.loss,
-            self.optimizer,
-            self.stages,
-            self.numerics,
-        )
+        groups = (self.sampling, self.target, self.model, self.loss, self.optimizer, self.stages, self.numerics)
         problems = [problem for group in groups for problem in group.problems()]
         if known := BACKBONES.get(self.model.backbone):
             problems += crop_problems(self.sampling, known.stride)
         if self.numerics.compile == "graphs" and self.sampling.scale:
             problems.append(
-                f"numerics.compile is graphs and sampling.scale {self.sampling.scale}; each size of window would have "
-                "a graph and memory of its own: give --numerics.compile yes, or --sampling.scale 0"
+                f"numerics.compile is graphs and sampling.scale {self.sampling.scale}; every window size would "
+                "record its own CUDA graph: give --numerics.compile yes or --sampling.scale 0"
             )
         if not 0 <= self.seed < 2**31:
             problems.insert(0, f"seed is {self.seed}; give a number from 0 to {2**31 - 1}")
@@ -326,53 +326,69 @@ class Config:
 
 
 def to_json(config: Config) -> str:
-    """The configuration as JSON text, which `from_json` takes back unchanged."""
+    """The configuration as JSON text; the inverse of `from_json`."""
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 
 
-def deciding(config: Config) -> dict[str, Any]:
-    """The fields that decide what a training computes: all but the memory given to images, which decides its pace."""
+def result_fields(config: Config) -> dict[str, Any]:
+    """The fields that decide the result of a training run: all except cache sizes, which only affect its speed."""
     sampling = {name: value for name, value in dataclasses.asdict(config.sampling).items() if "cache_gib" not in name}
     return dataclasses.asdict(config) | {"sampling": sampling}
 
 
-def from_json(text: str | bytes, place: str) -> Config:
-    """Parse and validate a configuration; `place` names it in messages. Raises ConfigError with all problems
-    together.
+def from_json(text: str | bytes, source: str) -> Config:
+    """Parse and validate a configuration.
 
-    Fields that are left out keep their defaults; unknown ones are an error.
+    Fields that are left out have their defaults; those of RENAMED_FIELDS are accepted by their previous names.
+
+    Args:
+        text: A JSON object.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ConfigError: With all problems together: no JSON, unknown fields, wrong types and invalid values.
     """
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ConfigError([f"{place} is no JSON: {error}"]) from error
+        raise ConfigError([f"{source} is not valid JSON: {error}"]) from error
+    _rename_fields(content)
     unknown = [
-        f"{name} in {place} is no field; look at the fields of the configuration with --help"
-        for name in _unknown(content, Config)
+        f"unknown field {name} in {source}; --help lists the fields of the configuration"
+        for name in _unknown_fields(content, Config)
     ]
     try:
         config = TypeAdapter(Config).validate_python(content)
     except ConfigError as error:
         raise ConfigError(unknown + error.problems) from None
     except ValidationError as error:
-        raise ConfigError(unknown + _readable(error, place)) from None
+        raise ConfigError(unknown + _problems(error, source)) from None
     if unknown:
         raise ConfigError(unknown)
     return config
 
 
-def _readable(error: ValidationError, place: str) -> list[str]:
+def _rename_fields(content: Any) -> None:
+    """Give the fields of parsed JSON their present names, in place; a field that has both names keeps the present."""
+    for old, new in RENAMED_FIELDS.items():
+        group, before = old.split(".")
+        fields = content.get(group) if isinstance(content, dict) else None
+        if isinstance(fields, dict) and before in fields:
+            fields.setdefault(new.split(".")[1], fields.pop(before))
+
+
+def _problems(error: ValidationError, source: str) -> list[str]:
     problems = []
     for item in error.errors(include_url=False):
         if isinstance(cause := item.get("ctx", {}).get("error"), ConfigError):
             problems += cause.problems
         else:
-            where = ".".join(str(part) for part in item["loc"])
-            problems.append(f"{where} in {place} is {item['input']!r}: {item['msg'].lower()}")
+            name = ".".join(map(str, item["loc"]))
+            problems.append(f"{name} in {source} is {item['input']!r}: {item['msg'].lower()}")
     return problems
 
 
-def _unknown(content: Any, group: Any, prefix: str = "") -> Iterator[str]:
+def _unknown_fields(content: Any, group: Any, prefix: str = "") -> Iterator[str]:
     if not isinstance(content, dict):
         return
     known = {item.name: item.type for item in dataclasses.fields(group)}
@@ -380,7 +396,7 @@ def _unknown(content: Any, group: Any, prefix: str = "") -> Iterator[str]:
         if name not in known:
             yield prefix + name
         elif dataclasses.is_dataclass(known[name]):
-            yield from _unknown(value, known[name], f"{prefix}{name}.")
+            yield from _unknown_fields(value, known[name], f"{prefix}{name}.")
 
 
 def _at_least(name: str, value: float, lowest: float) -> Iterator[str]:

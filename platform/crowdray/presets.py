@@ -1,4 +1,4 @@
-"""Presets: each a function that returns a whole configuration, found by its name on the command line."""
+"""Presets: functions that return a complete configuration, by the name that --preset takes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from crowdray.errors import UserError
 
 
 def demo() -> Config:
-    """Synthetic scenes of 320x240, minutes on two CPU cores; whole images as context, small crops for the count."""
+    """Synthetic scenes of 320x240: minutes on two CPU cores, whole images as windows, small crops for the count."""
     return Config(
         sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
         loss=LossConfig(gradient_share=0.3),
@@ -31,11 +31,11 @@ def demo() -> Config:
 
 
 def mall_cfcn() -> Config:
-    """Mall at 320x240 as in the paper, whole frames as context; a run of training frames validates, since
-    neighbours show the same people.
+    """Mall at 320x240 as in the paper, whole frames as windows, validated on consecutive frames.
 
-    Sizes and colours vary much: the few people who stay for hundreds of frames are not to be learnt by heart. The
-    tasks pay where the encoder still learns, so the joint stage is the long one.
+    Neighbouring frames show the same people, some for hundreds of frames: strong augmentation of size and colour keeps
+    the network from memorizing them. The auxiliary tasks help while the encoder still learns, so the joint stage is
+    the longest.
     """
     return Config(
         sampling=SamplingConfig(
@@ -59,20 +59,20 @@ def mall_cfcn() -> Config:
 
 
 def shb_cfcn() -> Config:
-    """ShanghaiTech B with the light network, 160-pixel crops."""
+    """ShanghaiTech B with CFCN and crops of 160 pixels."""
     return Config(sampling=SamplingConfig(crops_per_image=4, brightness=0.1, contrast=0.1))
 
 
 def cfcn() -> Config:
-    """The light network on data of one's own."""
+    """CFCN, the light network, on your own data."""
     return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
 
 
 def csrnet() -> Config:
-    """CSRNet, AT-CSRNet with its tasks, on data of one's own; --model.weights names VGG-16's on ImageNet.
+    """CSRNet with the auxiliary tasks (AT-CSRNet) on your own data; --model.weights takes ImageNet's VGG-16.
 
-    The paper's count decoder has 206 million parameters here, ten times all others, and is thrown away: the pooled one
-    is the default (docs/lab-notes.md).
+    The paper's count decoder would have 206 million parameters, ten times all the others, for a model that is exported
+    without it: the pooled one is used instead (docs/lab-notes.md).
     """
     return Config(
         sampling=SamplingConfig(crop=224, context=0, crops_per_image=2, brightness=0.1, contrast=0.1),
@@ -86,25 +86,25 @@ def csrnet() -> Config:
 
 
 def shb_csrnet() -> Config:
-    """ShanghaiTech B with CSRNet, the paper's crops of 224 pixels; four of each photo of 1024x768."""
+    """ShanghaiTech B with CSRNet and the paper's crops of 224 pixels, four per image of 1024x768."""
     config = csrnet()
     return replace(config, sampling=replace(config.sampling, crops_per_image=4))
 
 
 def sha_csrnet() -> Config:
-    """ShanghaiTech A with CSRNet: photos of many sizes, heads closer together."""
+    """ShanghaiTech A with CSRNet: images of many sizes, heads closer together."""
     config = csrnet()
     return replace(config, target=TargetConfig(sigma=3.0))
 
 
 def worldexpo_csrnet() -> Config:
-    """WorldExpo'10 with CSRNet: scenes of video, so a run of frames validates."""
+    """WorldExpo'10 with CSRNet, validated on consecutive frames because the scenes are video."""
     config = csrnet()
     return replace(config, sampling=replace(config.sampling, validation="run", crops_per_image=1))
 
 
 def debug() -> Config:
-    """The whole way in seconds: what the tests use."""
+    """All stages in seconds, for tests."""
     return Config(
         sampling=SamplingConfig(crop=32, context=36, batch=4),
         target=TargetConfig(sigma=2.0),
@@ -130,9 +130,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The configuration of a preset; a UserError names those there are."""
+    """The configuration of a preset. Raises UserError, listing the presets, for an unknown name."""
     if name not in PRESETS:
         raise UserError(
-            f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}, or give the path of a config.json"
+            f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}, or give the path of a config.json"
         )
     return PRESETS[name]()

@@ -203,7 +203,7 @@ def test_a_wrong_file_and_a_wrong_hash_say_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("vgg", r"'vgg'; choose one of cfcn, csrnet, csrnet-table1, .*or give a class of your own"),
+        ("vgg", r"'vgg'; choose one of cfcn, csrnet, csrnet-table1, .*or give your own class"),
         ("no_such_module:Thin", r"No module named 'no_such_module'"),
         ("torch.nn:NoSuchClass", r"has no attribute 'NoSuchClass'"),
         ("torch.nn:Linear", r"no subclass of crowdray.models.backbone.Backbone"),

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from crowdray.cluster.runtime import Device, choose_gpu, connect
+from crowdray.cluster.runtime import choose_gpu, connect
+from crowdray.config import Device
 from crowdray.console.progress import TrainingDisplay
 from crowdray.errors import UserError
 from crowdray.pipeline.run import Run

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from crowdray.config import Device
 from crowdray.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The package's own folder: it is sent to the workers, who need to have nothing but its dependencies."""
-
-Device = Literal["auto", "cpu", "gpu"]
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Room for objects of a local Ray: ours are small, while Ray's default takes a third of the memory."""

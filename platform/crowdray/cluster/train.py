@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
+from crowdray.cluster.runtime import PACKAGE, Resources, beside, choose_gpu, connect, passing_with_job
+from crowdray.config import Device
 from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows

@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from crowdray import storage
-from crowdray.cluster.runtime import Device
+from crowdray.config import Device
 from crowdray.data.orientation import encoded_orientation, turn_upright
 from crowdray.data.sample import decode_image
 from crowdray.errors import JobFailed, UserError

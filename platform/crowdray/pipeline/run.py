@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crowdray import storage
-from crowdray.config import Config, deciding, from_json, to_json
+from crowdray.config import Config, from_json, result_fields, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_of
@@ -111,7 +111,7 @@ class Run:
         Raises UserError with what differs. The number of workers may differ: a training goes on with another
         one.
         """
-        identity: dict[str, Any] = {"config": deciding(self.config), "data": {"digest": self.digest}}
+        identity: dict[str, Any] = {"config": result_fields(self.config), "data": {"digest": self.digest}}
         if self.backbone:
             identity["backbone"] = self.backbone
         if not storage.exists(self.identity):

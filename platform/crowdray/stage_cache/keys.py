@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import crowdray
-from crowdray.config import Config, deciding
+from crowdray.config import Config, result_fields
 from crowdray.models.backbone import Backbone
 from crowdray.models.build import backbone_of
 from crowdray.models.counter import AUXILIARY, COUNT, DEPTH, SEGMENTATION
@@ -115,7 +115,7 @@ def _facts(config: Config, stage: Stage) -> Facts:
     if stage.name == "baseline":
         # All targets and windows that later stages see are made by these too.
         return {
-            "sampling": deciding(config)["sampling"],
+            "sampling": result_fields(config)["sampling"],
             "sigma": config.target.sigma,
             "backbone": config.model.backbone,
             "source": source_of(backbone_of(config)),

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Device, Resources, beside, choose_gpu, connect, passing_with_job
+from crowdray.cluster.runtime import PACKAGE, Resources, beside, choose_gpu, connect, passing_with_job
 from crowdray.cluster.train import RETRIES, run_training
+from crowdray.config import Device
 from crowdray.console.study_display import StudyDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from crowdray import storage
-from crowdray.config import Config, deciding, to_json
+from crowdray.config import Config, result_fields, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.build import backbone_of
@@ -101,7 +101,7 @@ class Study:
     def claim(self) -> None:
         """Write down what the study is, or check that its folder belongs to this very study."""
         identity = {
-            "config": deciding(self.config),
+            "config": result_fields(self.config),
             "space": json.loads(self.space.to_json()),
             "objectives": list(self.objectives),
             "sampler": self.sampler,

@@ -12,9 +12,9 @@ import torch
 from ray import tune
 
 from crowdray.cluster.callbacks import is_worker_loss
-from crowdray.cluster.runtime import Device, Resources
+from crowdray.cluster.runtime import Resources
 from crowdray.cluster.train import run_training
-from crowdray.config import from_json
+from crowdray.config import Device, from_json
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.pipeline.run import Run, open_as_begun
 from crowdray.stage_cache.keys import StageKey
