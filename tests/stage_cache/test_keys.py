@@ -1,32 +1,37 @@
-"""Laws of the keys: a field changes the keys from the first stage whose states depend on it, and no earlier one."""
+"""Stage keys: a field changes the keys from the first stage whose states depend on it, and no earlier one."""
 
 import dataclasses
 import importlib
 import linecache
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import crowdray
 from crowdray.config import Config, LossConfig, ModelConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.cfcn import CFCN
 from crowdray.presets import preset
-from crowdray.stage_cache.keys import digest_of, numerics_of, stage_keys
+from crowdray.stage_cache import keys as stage_cache_keys
+from crowdray.stage_cache.keys import HASHED_CODE, numerics_facts, package_digest, stage_keys
 from crowdray.training.checkpoint import Checkpoint, Row, load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+PACKAGE = Path(crowdray.__file__).parent
 STAGES = ("baseline", "decoders", "joint")
 
-# Every field of the configuration: another value, and the first stage whose states it changes. None: no stage's.
-FIRST: dict[str, tuple[object, str | None]] = {
+# Every configuration field: another value, and the first stage whose states it changes (None: no stage).
+FIELDS: dict[str, tuple[object, str | None]] = {
     "seed": (1, "baseline"),
     "sampling.validation": ("run", "baseline"),
     "sampling.validation_fraction": (0.25, "baseline"),
@@ -71,80 +76,82 @@ FIRST: dict[str, tuple[object, str | None]] = {
     "stages.joint.epochs": (7, None),
     "stages.joint.learning_rate": (1e-4, "joint"),
     "stages.joint.patience": (3, "joint"),
-    "numerics.precision": ("bf16", None),  # by way of numerics_of
-    "numerics.compile": ("yes", None),  # likewise
-    "numerics.tf32": (True, None),  # likewise
+    "numerics.precision": ("bf16", None),  # enters through numerics_facts
+    "numerics.compile": ("yes", None),  # enters through numerics_facts
+    "numerics.tf32": (True, None),  # enters through numerics_facts
     "numerics.activation_checkpointing": (True, None),
-    "numerics.threads": (3, None),  # likewise
-    "numerics.grad_allreduce_dtype": ("bf16", None),  # of one worker, who exchanges nothing
+    "numerics.threads": (3, None),  # enters through numerics_facts
+    "numerics.grad_allreduce_dtype": ("bf16", None),  # one worker reduces nothing
 }
 
-TOGETHER = sorted(FIRST.keys() - {"numerics.activation_checkpointing"})
-"""Those that may all be changed at once: a compiler recomputes by itself."""
+COMBINABLE = sorted(FIELDS.keys() - {"numerics.activation_checkpointing"})
+"""Fields that may change together: compilation excludes activation checkpointing."""
 
 
 class Other(CFCN):
-    """A backbone that is not the default."""
+    """A backbone other than the default."""
 
 
-def leaves(group: object, prefix: str = "") -> Iterator[str]:
+def field_paths(group: object, prefix: str = "") -> Iterator[str]:
     for item in dataclasses.fields(group):  # type: ignore[arg-type]
         value = getattr(group, item.name)
         if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{item.name}.")
+            yield from field_paths(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name
 
 
-def changed(group: Any, path: str, value: object) -> Any:
+def with_field(group: Any, path: str, value: object) -> Any:
     name, _, rest = path.partition(".")
-    return dataclasses.replace(group, **{name: changed(getattr(group, name), rest, value) if rest else value})
+    return dataclasses.replace(group, **{name: with_field(getattr(group, name), rest, value) if rest else value})
 
 
 def keys(config: Config, data: str = "d", world: int = 1, numerics: dict[str, str | int] | None = None) -> list[str]:
-    return [chain.key for chain in stage_keys(config, data, world, numerics or {"threads": 1})]
+    return [key.key for key in stage_keys(config, data, world, numerics or {"threads": 1})]
 
 
-def test_every_field_has_its_stage_and_another_value() -> None:
-    assert set(FIRST) == set(leaves(Config())), "decide which stage's states a new field changes, in prefix.py and here"
-    for path, (value, _) in FIRST.items():
-        assert changed(Config(), path, value) != Config()
+def differing_stages(one: Config, other: Config) -> list[str]:
+    return [stage for stage, a, b in zip(STAGES, keys(one), keys(other), strict=False) if a != b]
 
 
-@pytest.mark.parametrize("path", FIRST)
-def test_a_field_changes_the_keys_from_its_stage_on(path: str) -> None:
-    value, first = FIRST[path]
-    earlier = STAGES.index(first) if first else len(STAGES)
-    equal = [one == other for one, other in zip(keys(Config()), keys(changed(Config(), path, value)), strict=True)]
-    assert equal == [stage < earlier for stage in range(len(STAGES))]
+def stages_from(first: str | None) -> list[str]:
+    return list(STAGES[STAGES.index(first) :]) if first else []
+
+
+def test_fields_table_lists_every_config_field_with_another_value() -> None:
+    assert set(FIELDS) == set(field_paths(Config())), "decide in keys.py and here which stage a new field changes"
+    for path, (value, _) in FIELDS.items():
+        assert with_field(Config(), path, value) != Config()
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_stage_keys_change_from_the_first_stage_that_depends_on_a_field(path: str) -> None:
+    value, first = FIELDS[path]
+    assert differing_stages(Config(), with_field(Config(), path, value)) == stages_from(first)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sets(st.sampled_from(TOGETHER)), st.sets(st.sampled_from(TOGETHER)))
-def test_keys_are_equal_just_where_all_that_matters_is(one: set[str], other: set[str]) -> None:
+@given(st.sets(st.sampled_from(COMBINABLE)), st.sets(st.sampled_from(COMBINABLE)))
+def test_stage_keys_of_two_configs_are_equal_up_to_the_first_difference(one: set[str], other: set[str]) -> None:
     def build(paths: set[str]) -> Config:
         config = Config()
         for path in paths:
-            config = changed(config, path, FIRST[path][0])
+            config = with_field(config, path, FIELDS[path][0])
         return config
 
-    firsts = {first for path in one ^ other if (first := FIRST[path][1])}
-    apart = min((STAGES.index(first) for first in firsts), default=len(STAGES))
-    equal = [a == b for a, b in zip(keys(build(one)), keys(build(other)), strict=True)]
-    assert equal == [stage < apart for stage in range(len(STAGES))]
+    first = min((stage for path in one ^ other if (stage := FIELDS[path][1])), key=STAGES.index, default=None)
+    assert differing_stages(build(one), build(other)) == stages_from(first)
 
 
-def test_a_chain_tells_its_stage_and_length_and_no_two_are_alike() -> None:
-    chains = stage_keys(Config(), "d", 1, {})
-    assert [(chain.stage, chain.epochs) for chain in chains] == [("baseline", 40), ("decoders", 4), ("joint", 20)]
-    assert len({chain.key for chain in chains}) == 3
-    assert all(len(chain.key) == 32 and int(chain.key, 16) >= 0 for chain in chains)
-    assert chains == stage_keys(Config(), "d", 1, {})
-    with_sgd = changed(Config(), "optimizer.name", "sgd")
-    assert not {chain.key for chain in chains} & set(keys(with_sgd))
+def test_stage_keys_are_distinct_and_deterministic() -> None:
+    found = stage_keys(Config(), "d", 1, {})
+    assert [(key.stage, key.epochs) for key in found] == [("baseline", 40), ("decoders", 4), ("joint", 20)]
+    assert len({key.key for key in found}) == 3
+    assert all(len(key.key) == 32 and int(key.key, 16) >= 0 for key in found)
+    assert found == stage_keys(Config(), "d", 1, {})
 
 
-def test_what_is_no_field_changes_all_keys() -> None:
+def test_stage_keys_depend_on_data_world_size_and_numerics() -> None:
     usual = keys(Config())
     for other in (
         keys(Config(), data="e"),
@@ -153,57 +160,80 @@ def test_what_is_no_field_changes_all_keys() -> None:
         keys(Config(), numerics={"threads": 1, "torch": "3"}),
     ):
         assert not set(usual) & set(other)
-    exchanging = changed(Config(), "numerics.grad_allreduce_dtype", "bf16")
-    assert not set(keys(Config(), world=2)) & set(keys(exchanging, world=2))
+    reduced = with_field(Config(), "numerics.grad_allreduce_dtype", "bf16")
+    assert not set(keys(Config(), world=2)) & set(keys(reduced, world=2))
     assert keys(Config(), numerics={"a": 1, "b": 2}) == keys(Config(), numerics={"b": 2, "a": 1})
 
 
-def test_a_dropped_task_changes_the_decoders_and_its_threshold_no_longer_counts() -> None:
-    def differ(loss: LossConfig, path: str, value: object) -> list[bool]:
+def test_stage_keys_without_a_task_ignore_its_fields() -> None:
+    def differing(loss: LossConfig, path: str, value: object) -> list[str]:
         config = dataclasses.replace(Config(), loss=loss)
-        return [a != b for a, b in zip(keys(config), keys(changed(config, path, value)), strict=True)]
+        return differing_stages(config, with_field(config, path, value))
 
-    assert differ(LossConfig(), "loss.count", 0.0) == [False, True, True]
-    # The mask of the distilled depth is the segmentation's target: the threshold counts for either.
+    assert differing(LossConfig(), "loss.count", 0.0) == ["decoders", "joint"]
+    # Depth is masked by the segmentation target, so the threshold decides either task.
     for loss in (LossConfig(depth=0), LossConfig(segmentation=0)):
-        assert differ(loss, "target.threshold", 0.5) == [False, True, True]
-    assert differ(LossConfig(segmentation=0, depth=0), "target.threshold", 0.5) == [False, False, False]
-    alone = LossConfig(segmentation=0, depth=0, count=0)
+        assert differing(loss, "target.threshold", 0.5) == ["decoders", "joint"]
+    assert differing(LossConfig(segmentation=0, depth=0), "target.threshold", 0.5) == []
+    density_only = LossConfig(segmentation=0, depth=0, count=0)
     for path, value in (("target.threshold", 0.5), ("loss.gradient_share", 0.5)):
-        assert differ(alone, path, value) == [False, False]
+        assert differing(density_only, path, value) == []
 
 
-def test_numerics_are_those_of_the_machine() -> None:
-    fp32 = changed(Config(), "numerics.precision", "fp32")
-    bf16 = changed(Config(), "numerics.precision", "bf16")
-    told = numerics_of(fp32, CPU, 2)
-    assert told["precision"] == "fp32" and told["device"] == "cpu" and told["threads"] == 2
-    assert {name for name in told if told[name] != numerics_of(bf16, CPU, 2)[name]} == {"precision"}
-    assert {name for name in told if told[name] != numerics_of(fp32, CPU, 3)[name]} == {"threads"}
-    assert numerics_of(Config(), CPU, 2)["precision"] in ("fp32", "bf16")
+def test_numerics_facts_depend_on_precision_and_threads() -> None:
+    fp32 = with_field(Config(), "numerics.precision", "fp32")
+    bf16 = with_field(Config(), "numerics.precision", "bf16")
+    facts = numerics_facts(fp32, CPU, 2)
+    assert facts["precision"] == "fp32" and facts["device"] == "cpu" and facts["threads"] == 2
+    assert {name for name in facts if facts[name] != numerics_facts(bf16, CPU, 2)[name]} == {"precision"}
+    assert {name for name in facts if facts[name] != numerics_facts(fp32, CPU, 3)[name]} == {"threads"}
+    assert numerics_facts(Config(), CPU, 2)["precision"] in ("fp32", "bf16")
 
 
-def test_code_that_decides_changes_the_digest_and_other_code_does_not(tmp_path: Path) -> None:
-    for name in ("training/trainer.py", "datasets/sources/mall.py", "cluster/train.py", "models/notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n")
-    before = digest_of(tmp_path)
-    for name in ("cluster/train.py", "models/notes.txt"):
-        (tmp_path / name).write_text("x = 2\n")
-    assert digest_of(tmp_path) == before
-    for name in ("training/trainer.py", "datasets/sources/mall.py", "evaluation/new.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x = 2\n")
-        assert digest_of(tmp_path) != before
-        before = digest_of(tmp_path)
+PLANTED = {
+    **{f"{folder}/": True for folder in ("models", "data", "training")},
+    **{f"evaluation/{name}.py": True for name in ("inference", "metrics")},
+    **{f"{folder}/": False for folder in ("plots", "console", "tune", "datasets", "registry", "cluster", "pipeline")},
+    **{f"{folder}/": False for folder in ("stage_cache", "storage", "scenes")},
+    **{name: False for name in ("evaluation/report.py", "presets.py", "errors.py", "config.py")},
+}
+"""Part of the package, and whether a change there must change every stage key."""
 
 
-def test_the_source_of_a_users_backbone_is_part_of_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("part", "decides"), PLANTED.items())
+def test_stage_keys_change_only_with_code_that_decides_training(
+    part: str, decides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = shutil.copytree(PACKAGE, tmp_path / "crowdray", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stage_cache_keys, "code_digest", lambda: package_digest(package))
+    before = keys(Config())
+    path = package / part
+    changes = [*sorted(path.rglob("*.py"))[:1], path / "new.py", path / "notes.txt"] if path.is_dir() else [path]
+    for changed in changes:
+        with changed.open("a") as file:
+            file.write("\nPLANTED = 1\n")
+        after = keys(Config())
+        expected = decides and changed.suffix == ".py"
+        assert (not set(before) & set(after)) if expected else before == after, changed
+        before = after
+
+
+def test_hashed_code_covers_all_modules_that_training_imports() -> None:
+    """Config fields enter the keys by value; storage moves bytes whose digest is in the keys."""
+    graph = grimp.build_graph("crowdray", cache_dir=None)
+    imported = graph.find_upstream_modules("crowdray.training", as_package=True)
+    allowed = {name.removesuffix(".py").replace("/", ".") for name in HASHED_CODE} | {"config", "errors", "storage"}
+    modules = {name.removeprefix("crowdray.") for name in imported if not graph.find_children(name)}
+    assert {name for name in modules if not any(f"{name}.".startswith(f"{part}.") for part in allowed)} == set()
+
+
+def test_stage_keys_depend_on_the_code_of_a_users_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    config = dataclasses.replace(Config(), model=ModelConfig("homemade:Own"))
+    config = dataclasses.replace(Config(), model=ModelConfig("homemade:Custom"))
 
     def keys_with(code: str) -> list[str]:
-        (tmp_path / "homemade.py").write_text(f"from crowdray.models.cfcn import CFCN\n\n\nclass Own(CFCN):\n{code}")
+        source = f"from crowdray.models.cfcn import CFCN\n\n\nclass Custom(CFCN):\n{code}"
+        (tmp_path / "homemade.py").write_text(source)
         sys.modules.pop("homemade", None)
         importlib.invalidate_caches()
         linecache.clearcache()
@@ -214,38 +244,38 @@ def test_the_source_of_a_users_backbone_is_part_of_the_keys(tmp_path: Path, monk
     assert keys_with("    first = 1\n") == first
 
 
-class _Enough(Exception):
-    """A training has come as far as a test wants it."""
+class _Reached(Exception):
+    """The training run has reached the requested epoch."""
 
 
-def state(discs: Dataset, config: Config, epoch: int, folder: Path) -> Checkpoint:
-    """The checkpoint after a global epoch, where the training ends."""
+def checkpoint_after(epoch: int, discs: Dataset, config: Config, folder: Path) -> Checkpoint:
+    """The checkpoint after a global epoch, where training stops."""
 
-    def keep(row: Row, save: Callable[[Path], None]) -> None:
+    def on_epoch(row: Row, save: Callable[[Path], None]) -> None:
         if row["epoch"] == epoch:
             folder.mkdir()
             save(folder)
-            raise _Enough
+            raise _Reached
 
-    with pytest.raises(_Enough):
-        Trainer(config, discs, world=World(), device=CPU).run(keep)
+    with pytest.raises(_Reached):
+        Trainer(config, discs, world=World(), device=CPU).run(on_epoch)
     return load_checkpoint(folder)
 
 
-def test_trainings_with_equal_keys_pass_through_the_same_states(discs: Dataset, tmp_path: Path) -> None:
-    """What the table says does not matter does not: bit for bit, in the midst of the decoders stage."""
+def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_path: Path) -> None:
+    """Fields that the table calls irrelevant do not change the state in the middle of the decoders stage."""
     stages = StagesConfig(StageConfig(1, 3e-4), StageConfig(2, 1e-3), StageConfig(1, 3e-4))
     debug = preset("debug")
-    few = dataclasses.replace(debug.sampling, context=16, validation_fraction=0.7)
-    one = other = dataclasses.replace(debug, sampling=few, stages=stages)
-    for path, (value, first) in FIRST.items():
+    small = dataclasses.replace(debug.sampling, context=16, validation_fraction=0.7)
+    one = other = dataclasses.replace(debug, sampling=small, stages=stages)
+    for path, (value, first) in FIELDS.items():
         if path == "stages.decoders.epochs" or (first in (None, "joint") and not path.startswith("numerics.")):
-            other = changed(other, path, value)
-    assert [a == b for a, b in zip(keys(one), keys(other), strict=True)] == [True, True, False]
+            other = with_field(other, path, value)
+    assert differing_stages(one, other) == ["joint"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        a, b = (state(discs, config, 2, tmp_path / name) for name, config in (("one", one), ("other", other)))
+        a, b = (checkpoint_after(2, discs, config, tmp_path / name) for name, config in (("one", one), ("b", other)))
     finally:
         torch.set_num_threads(threads)
     for left, right in ((a.weights, b.weights), (a.average, b.average), (a.optimizer, b.optimizer)):

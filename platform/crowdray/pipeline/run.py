@@ -25,7 +25,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_of
 from crowdray.models.pretrained import pin_weights
-from crowdray.stage_cache.keys import source_of
+from crowdray.stage_cache.keys import backbone_digest
 from crowdray.training.checkpoint import load_checkpoint
 
 IDENTITY = "run.json"
@@ -185,7 +185,7 @@ def plan(
     weights that are not there.
     """
     check_name(name)
-    source, config = source_of(backbone_of(config)), pin_weights(config)
+    source, config = backbone_digest(backbone_of(config)), pin_weights(config)
     dataset = Dataset.open(data)
     further = filter(None, [source, "batch auto" if measured else ""])
     chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *further)

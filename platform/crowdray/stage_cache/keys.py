@@ -1,4 +1,4 @@
-"""Which trainings begin alike: a key for each stage, made of all that its states depend on and of nothing else."""
+"""Keys of training stages: a hash of everything that decides a stage's states, and of nothing else."""
 
 import hashlib
 import inspect
@@ -21,36 +21,39 @@ from crowdray.training.precision import resolve_precision
 from crowdray.training.stages import Stage, stages_of
 
 FORMAT = 1
-"""Enters every key: a higher number forgets all stored states."""
+"""Part of every key: a higher number invalidates all stored states."""
 
-DECIDING = ("data", "models", "training", "evaluation")
-"""Folders of this package whose code decides what a training computes."""
+HASHED_CODE = ("data", "models", "training", *(f"evaluation/{name}.py" for name in ("inference", "metrics", "tiles")))
+"""Folders and modules that decide a training run; validation, which picks the best epoch, uses those of evaluation/."""
 
 LIBRARIES = ("torch", "pytorch-optimizer", "numpy", "pillow", "simplejpeg")
-"""Distributions whose code does so too."""
-
-Facts = dict[str, object]
+"""Distributions whose versions decide a training run."""
 
 
 @dataclass(frozen=True)
 class StageKey:
-    """One stage after a fixed beginning. Trainings whose chains have equal keys pass through the same states,
-    epoch by epoch."""
+    """A stage of a training run; runs with equal keys pass through the same states, epoch by epoch."""
 
     key: str
     """32 hexadecimal digits."""
     stage: str
     """baseline, decoders or joint."""
     epochs: int
-    """Epochs that this training spends here at most."""
+    """Maximum number of epochs of this stage, which is not part of its own key."""
 
 
 def stage_keys(
     config: Config, data_digest: str, world_size: int, numerics: Mapping[str, str | int]
 ) -> tuple[StageKey, ...]:
-    """The chains of a training, one for each of its stages; `numerics` is what `numerics_of` gives.
+    """Compute the key of each stage of a training run.
 
-    A stage's own length is not in its key: a training of 20 epochs is the beginning of one of 40.
+    A stage's length enters the keys of later stages only, since 20 epochs are a prefix of 40.
+
+    Args:
+        config: The configuration.
+        data_digest: Digest of the dataset.
+        world_size: Number of workers.
+        numerics: Result of `numerics_facts` on a worker's device.
     """
     key = _hash(
         {
@@ -58,23 +61,22 @@ def stage_keys(
             "code": code_digest(),
             "data": data_digest,
             "world_size": world_size,
-            "exchange": config.numerics.grad_allreduce_dtype if world_size > 1 else None,
+            "grad_allreduce_dtype": config.numerics.grad_allreduce_dtype if world_size > 1 else None,
             "numerics": dict(numerics),
             "seed": config.seed,
         }
     )
-    chains = []
+    keys = []
     for stage in stages_of(config):
-        pace = {"learning_rate": stage.schedule.learning_rate, "patience": stage.schedule.patience}
-        key = _hash({"after": key, "stage": stage.name, **pace, **_facts(config, stage)})
-        chains.append(StageKey(key, stage.name, stage.schedule.epochs))
-        key = _hash({"end of": key, "epochs": stage.schedule.epochs})
-    return tuple(chains)
+        schedule = {"learning_rate": stage.schedule.learning_rate, "patience": stage.schedule.patience}
+        key = _hash({"prefix": key, "stage": stage.name, **schedule, **_stage_facts(config, stage)})
+        keys.append(StageKey(key, stage.name, stage.schedule.epochs))
+        key = _hash({"prefix": key, "epochs": stage.schedule.epochs})
+    return tuple(keys)
 
 
-def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str, str | int]:
-    """What decides how a sum is rounded: libraries, processor, precision and, on a CPU, the threads that share
-    it."""
+def numerics_facts(config: Config, device: torch.device, threads: int) -> dict[str, str | int]:
+    """Collect what decides rounding: libraries, processor, precision and, on a CPU, the number of threads."""
     on_gpu = device.type == "cuda"
     able = [f"{name}={value}" for name, value in torch.cpu.get_capabilities().items() if not name.startswith("num_")]
     return {
@@ -90,40 +92,47 @@ def numerics_of(config: Config, device: torch.device, threads: int) -> dict[str,
 
 @cache
 def code_digest() -> str:
-    """The digest of this package's code, read once: states of other code are never used."""
-    return digest_of(Path(crowdray.__file__).parent)
+    """The digest of the installed package's result_fields code, read once per process."""
+    return package_digest(Path(crowdray.__file__).parent)
 
 
-def source_of(backbone: type[Backbone]) -> str:
-    """A hash of the code that a backbone brings: its libraries, and the modules that define a user's own and what it
-    derives from; "" where it brings none. The package's own modules are in its digest."""
-    modules = {base.__module__ for base in backbone.__mro__}
-    users = sorted(name for name in modules if name.partition(".")[0] not in (crowdray.__name__, "torch", "builtins"))
-    brought = {name: inspect.getsource(sys.modules[name]) for name in users}
-    brought |= {name: version(name) for name in backbone.libraries}
-    return _hash(brought) if brought else ""
-
-
-def digest_of(package: Path) -> str:
-    """A hash of the names and contents of all modules that decide what a training computes."""
-    files = sorted(file for folder in DECIDING for file in (package / folder).rglob("*.py"))
+def package_digest(package: Path) -> str:
+    """Hash the names and contents of the modules below `package` that HASHED_CODE lists."""
+    paths = [package / name for name in HASHED_CODE]
+    files = sorted(
+        file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]) if file.is_file()
+    )
     return _hash({file.relative_to(package).as_posix(): file.read_text() for file in files})
 
 
-def _facts(config: Config, stage: Stage) -> Facts:
-    """What a stage's states depend on beside its beginning and its pace."""
+def backbone_digest(backbone: type[Backbone]) -> str:
+    """Hash the code of a user's backbone: its modules, those of its bases, and its required libraries.
+
+    Returns "" for a backbone of this package without further libraries: `code_digest` covers it.
+    """
+    modules = {base.__module__ for base in backbone.__mro__}
+    external = sorted(
+        name for name in modules if name.partition(".")[0] not in (crowdray.__name__, "torch", "builtins")
+    )
+    facts = {name: inspect.getsource(sys.modules[name]) for name in external}
+    facts |= {name: version(name) for name in backbone.libraries}
+    return _hash(facts) if facts else ""
+
+
+def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
+    """Facts that decide a stage's states, besides its prefix and its schedule."""
     if stage.name == "baseline":
-        # All targets and windows that later stages see are made by these too.
+        # These also decide the crops and targets that later stages see.
         return {
             "sampling": result_fields(config)["sampling"],
             "sigma": config.target.sigma,
             "backbone": config.model.backbone,
-            "source": source_of(backbone_of(config)),
+            "backbone_code": backbone_digest(backbone_of(config)),
             "weights": config.model.weights_sha256 or config.model.weights,
             "optimizer": asdict(config.optimizer),
         }
     if stage.name == "decoders":
-        # Depth is distilled where the segmentation's target is 1. The joint stage has it from here.
+        # Depth is distilled where the segmentation target is 1, so the threshold decides both tasks.
         masked = SEGMENTATION in stage.tasks or DEPTH in stage.tasks
         return {
             "tasks": stage.tasks,
@@ -131,7 +140,7 @@ def _facts(config: Config, stage: Stage) -> Facts:
             "count_decoder": config.model.count_decoder if COUNT in stage.tasks else None,
         }
     weights = {task: getattr(config.loss, task) for task in stage.tasks if task in AUXILIARY}
-    return {"weights": weights, "share": config.loss.gradient_share if weights else None}
+    return {"weights": weights, "gradient_share": config.loss.gradient_share if weights else None}
 
 
 def _hash(facts: Mapping[str, object]) -> str:

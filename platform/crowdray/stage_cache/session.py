@@ -12,7 +12,7 @@ from crowdray import storage
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.stage_cache.keys import StageKey, numerics_of, stage_keys
+from crowdray.stage_cache.keys import StageKey, numerics_facts, stage_keys
 from crowdray.stage_cache.store import StageStore
 from crowdray.storage.lease import Keeper, Lease
 from crowdray.training.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ class StageCacheSession:
         threads: int,
     ) -> None:
         self.chains: tuple[StageKey, ...] = stage_keys(
-            config, dataset.digest, world.size, numerics_of(config, device, threads)
+            config, dataset.digest, world.size, numerics_facts(config, device, threads)
         )
         self._shelf, self._world = stage_cache, world
         self._pure = True

@@ -24,7 +24,7 @@ from crowdray.pipeline.publish import Outcome, publish_run
 from crowdray.pipeline.run import RESULT
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
-from crowdray.stage_cache.keys import numerics_of
+from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lease import LEASE_S, Keeper, Lease, take
 from crowdray.training.checkpoint import Row
@@ -247,7 +247,7 @@ def _numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
     config = study.config
 
     def ask() -> dict[str, str | int]:
-        return numerics_of(config, trial_device(use_gpu), config.numerics.threads)
+        return numerics_facts(config, trial_device(use_gpu), config.numerics.threads)
 
     asked = ray.remote(ask).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
     found: dict[str, str | int] = ray.get(asked)
