@@ -10,9 +10,10 @@ sys.path.insert(1, str(ROOT / "platform"))
 from crowdray.config import Device
 from crowdray.console.arguments import console, parse, run_job, tracking_uri, write_json
 from crowdray.console.progress import counting
+from crowdray.console.tables import evaluation_table
 from crowdray.data.shards import Dataset
-from crowdray.evaluation.report import evaluate_images, evaluation_table, summarise_images
-from crowdray.evaluation.tiles import TILE
+from crowdray.evaluation.inference import TILE
+from crowdray.evaluation.report import evaluate_images, summarise_images
 from crowdray.pipeline.predict import choose_device, tiled
 from crowdray.registry.loading import Precision, load_counter
 
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
     evaluation = summarise_images(images)
     screen.print(evaluation_table(evaluation, f"{job.model} on {job.split} of {job.data}"))
     about = {"model": job.model, "data": dataset.uri, "digest": dataset.digest, "split": job.split}
-    write_json(job.json, evaluation.content(**about))
+    write_json(job.json, evaluation.to_dict(**about))
 
 
 if __name__ == "__main__":

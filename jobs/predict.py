@@ -10,7 +10,7 @@ sys.path.insert(1, str(ROOT / "platform"))
 from crowdray.config import Device
 from crowdray.console.arguments import console, parse, run_job, tracking_uri
 from crowdray.console.progress import counting
-from crowdray.evaluation.tiles import TILE
+from crowdray.evaluation.inference import TILE
 from crowdray.pipeline.predict import choose_device, find_images, predict_images, show_prediction, tiled
 from crowdray.registry.loading import Precision, load_counter
 

@@ -57,10 +57,10 @@ def test_what_may_be_rounded_is_never_a_target_nor_what_is_told_of_a_counter(
         set_products(True, torch.device("cuda"))
         run = training(discs)
         run.run()
-        seen.pop("count_pictures")  # validation may be in bf16
+        seen.pop("count_images")  # validation may be in bf16
         run.evaluate("joint", discs.rows("test"))
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
     full, rounded = {("highest", False)}, {("high", True)}
-    assert seen == {"targets_of": full, "task_losses": rounded, "count_pictures": full}
+    assert seen == {"targets_of": full, "task_losses": rounded, "count_images": full}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from crowdray.evaluation.metrics import ImageCount, grid_error, scene_mean, summarise
+from crowdray.evaluation.metrics import ImageCount, game_error, scene_mae, summarise
 
 TRUTHS = [0, 3, 17, 5, 240, 0, 1]
 
@@ -49,19 +49,19 @@ def test_the_order_of_images_does_not_matter_to_the_last_bit(order: list[int]) -
 
 
 def test_nothing_to_evaluate_is_said() -> None:
-    with pytest.raises(ValueError, match="no image"):
+    with pytest.raises(ValueError, match="no images"):
         summarise([])
 
 
 def test_each_scene_counts_once_however_many_images_it_has() -> None:
     # Errors of 3, 3, 3 in one scene and 1 in another: 2 over the scenes, 2.5 over the images.
     counted = {"S1": [(0, 3.0), (7, 10.0), (4, 1.0)], "S2": [(5, 6.0)]}
-    errors = {
-        scene: summarise([ImageCount(row, truth, said, said) for row, (truth, said) in enumerate(pairs)]).mae
+    scenes = {
+        scene: summarise([ImageCount(row, truth, count, count) for row, (truth, count) in enumerate(pairs)])
         for scene, pairs in counted.items()
     }
-    assert scene_mean(errors) == 2.0
-    assert scene_mean({"S1": 3.0}) is None and scene_mean({}) is None
+    assert scene_mae(scenes) == 2.0
+    assert scene_mae({"S1": scenes["S1"]}) is None and scene_mae({}) is None
 
 
 @st.composite
@@ -79,7 +79,7 @@ def test_grid_error_is_the_counting_error_at_level_0_and_never_falls(
     scene: tuple[NDArray[np.float64], NDArray[np.float32]],
 ) -> None:
     density, points = scene
-    errors = [grid_error(density, points, level) for level in range(6)]
+    errors = [game_error(density, points, level) for level in range(6)]
     assert errors[0] == pytest.approx(abs(density.sum() - len(points)), abs=1e-9)
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(errors))
 
@@ -103,14 +103,14 @@ def test_grid_error_is_that_of_counting_cell_by_cell(
     for px, py in points.tolist():
         x, y = min(max(math.floor(px), 0), width - 1), min(max(math.floor(py), 0), height - 1)
         left[region(y, height), region(x, width)] -= 1
-    assert grid_error(density, points, level) == pytest.approx(np.abs(left).sum(), abs=1e-9)
+    assert game_error(density, points, level) == pytest.approx(np.abs(left).sum(), abs=1e-9)
 
 
 @pytest.mark.parametrize("level", range(5))
 def test_no_cell_is_dropped_and_a_perfect_map_has_no_error(level: int) -> None:
     rng = np.random.default_rng(level)
     density = rng.random((23, 41))
-    assert grid_error(density, np.zeros((0, 2), np.float32), level) == pytest.approx(density.sum())
+    assert game_error(density, np.zeros((0, 2), np.float32), level) == pytest.approx(density.sum())
     points = rng.uniform(0, [41, 23], (60, 2)).astype(np.float32)
     exact, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=(23, 41), range=((0, 23), (0, 41)))
-    assert grid_error(exact, points, level) == 0
+    assert game_error(exact, points, level) == 0

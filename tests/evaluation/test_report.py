@@ -17,18 +17,18 @@ from rich.console import Console
 from torch import Tensor
 
 from crowdray.config import ModelConfig
+from crowdray.console.tables import evaluation_table
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import count_images
-from crowdray.evaluation.metrics import GAME_LEVELS, grid_error
+from crowdray.evaluation.metrics import GAME_LEVELS, game_error
 from crowdray.evaluation.report import (
     EvaluatedImage,
     RegionCount,
-    downsampling,
+    density_stride,
     evaluate_images,
-    evaluation_table,
     summarise_images,
 )
 from crowdray.models.build import build_counter
@@ -91,7 +91,7 @@ def test_counts_are_those_of_plain_recomputation(mixed: Dataset, factor: int) ->
         assert (image.inside.truth, image.whole.truth) == (len(inside), len(sample.points))
         assert image.whole.predicted == pytest.approx(cells.sum(), rel=1e-6)
         assert image.inside.predicted == pytest.approx(below.sum(), rel=1e-6)
-        wanted = [grid_error(below, inside / factor, level) for level in GAME_LEVELS]
+        wanted = [game_error(below, inside / factor, level) for level in GAME_LEVELS]
         assert image.inside.game == pytest.approx(wanted, rel=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_the_mean_of_scenes_weighs_each_scene_once() -> None:
     assert (evaluation.scenes["S1"].mae, evaluation.scenes["S2"].mae) == (2.0, 6.0)
     assert (evaluation.scene_mae, evaluation.scene_mae_without_roi) == (4.0, 6.5)
     assert evaluation.overall.mae == 3.0
-    content = evaluation.content()
+    content = evaluation.to_dict()
     assert (content["scene_mae"], content["scene_mae_without_roi"]) == (4.0, 6.5)
     screen = Console(width=100, record=True, file=io.StringIO())
     screen.print(evaluation_table(evaluation, "it"))
@@ -170,7 +170,7 @@ def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, backbo
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9))
 def test_a_density_of_a_share_of_the_photo_fits(height: int, width: int, factor: int) -> None:
     cells = (math.ceil(height / factor), math.ceil(width / factor))
-    found = downsampling((height, width), (1, 1, *cells), "it")
+    found = density_stride((height, width), (1, 1, *cells), "it")
     assert (math.ceil(height / found), math.ceil(width / found)) == cells
     if min(height, width) >= factor**2:
         assert found == factor
@@ -178,7 +178,7 @@ def test_a_density_of_a_share_of_the_photo_fits(height: int, width: int, factor:
 
 @pytest.mark.parametrize("shape", [(1, 1, 31, 44), (1, 1, 15, 44), (1, 3, 30, 44), (30, 44), (2, 1, 30, 44)])
 def test_a_density_that_fits_no_photo_is_refused(mixed: Dataset, shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="0 of 30x44 pixels"):
+    with pytest.raises(UserError, match="output for 0 of 30x44 pixels"):
         list(evaluate_images(lambda image: torch.zeros(shape), mixed, [0]))
 
 
@@ -193,7 +193,7 @@ def test_a_damaged_photo_is_named(tmp_path: Path) -> None:
 def test_what_is_written_is_json_also_where_there_are_no_heads(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path / "d", [png_sample(0, heads=0, roi=True, scene="one")])
     evaluation = summarise_images(evaluated(dataset, 1))
-    content = json.loads(json.dumps(evaluation.content(split="test"), allow_nan=False))
+    content = json.loads(json.dumps(evaluation.to_dict(split="test"), allow_nan=False))
     assert content["split"] == "test"
     assert content["overall"]["nae"] is None
     assert content["images"][0]["inside"]["truth"] == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crowdray.config import BACKBONES, Config, ModelConfig, SamplingConfig
-from crowdray.evaluation.tiles import in_tiles
+from crowdray.evaluation.inference import tiled_density
 from crowdray.models.build import build_counter
 from crowdray.models.export import PackagedCounter
 
@@ -37,7 +37,7 @@ def test_tiles_give_the_whole_photos_density(backbone: str, downsample: int, siz
         return density
 
     with torch.inference_mode():
-        whole, ours = counter(photo), in_tiles(watched, counter.geometry, 64)(photo)
+        whole, ours = counter(photo), tiled_density(watched, counter.geometry, 64)(photo)
     assert ours.shape == whole.shape
     torch.testing.assert_close(ours, whole, atol=1e-6 * float(whole.abs().max()), rtol=1e-4)
     assert ours.sum().item() == pytest.approx(whole.sum().item(), rel=1e-5)
@@ -50,7 +50,7 @@ def test_with_less_around_them_tiles_would_differ() -> None:
     counter, photo = packaged("cfcn", 1), noise(64, 250)
     known = counter.geometry
     with torch.inference_mode():
-        whole, short = counter(photo), in_tiles(counter, replace(known, reach=known.grid), 64)(photo)
+        whole, short = counter(photo), tiled_density(counter, replace(known, reach=known.grid), 64)(photo)
     assert not torch.allclose(short, whole, atol=1e-6 * float(whole.abs().max()), rtol=1e-4)
 
 

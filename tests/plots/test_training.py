@@ -12,7 +12,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.image_cache import DecodedImage, ImageCache
 from crowdray.data.shards import Dataset
-from crowdray.evaluation.inference import to_input
+from crowdray.evaluation.inference import image_to_tensor
 from crowdray.evaluation.metrics import ImageCount
 from crowdray.models.build import build_counter
 from crowdray.models.counter import Counter
@@ -60,7 +60,7 @@ def test_the_overview_shows_counts_inside_the_region_on_one_scale(
     wanted = []
     for picture in pictures:
         with torch.no_grad():
-            density = counter.density(to_input(picture, torch.device("cpu")))[0, 0].double().numpy()
+            density = counter.density(image_to_tensor(picture.image, torch.device("cpu")))[0, 0].double().numpy()
         inside = density if picture.roi is None else density[picture.roi]
         wanted += [f"{len(picture.points)}", f"{inside.sum():.1f}"]
     assert corners(drawn[0]) == wanted

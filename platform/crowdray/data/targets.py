@@ -51,7 +51,7 @@ def density_map(
     """
     height, width = size
     if extent is None:
-        extent = whole_window(points, size)
+        extent = window_extent(points, size)
     x = torch.minimum(torch.maximum(points[..., 0], extent[:, None, 0]), extent[:, None, 2])
     y = torch.minimum(torch.maximum(points[..., 1], extent[:, None, 1]), extent[:, None, 3])
     along_x = _cell_mass(x, _cell_edges(width, stride, extent[:, 0::2]), sigma)
@@ -89,7 +89,7 @@ def make_targets(
     density; the rest as in `density_map`.
     """
     if roi is not None:
-        roi = cell_mask(roi, whole_window(points, size) if extent is None else extent, stride)
+        roi = cell_mask(roi, window_extent(points, size) if extent is None else extent, stride)
     density = density_map(points, present, size, sigma=sigma, stride=stride, extent=extent, roi=roi)
     segmentation = (density > threshold * peak_density(sigma, stride)).to(density.dtype)
     depth = F.avg_pool2d(raw_depth, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else raw_depth
@@ -113,7 +113,7 @@ def cell_mask(mask: Tensor, extent: Tensor, stride: int) -> Tensor:
     return ((F.avg_pool2d(padded, stride) >= inside / 2) & (inside > 0)).to(mask.dtype)
 
 
-def whole_window(batch: Tensor, size: tuple[int, int]) -> Tensor:
+def window_extent(batch: Tensor, size: tuple[int, int]) -> Tensor:
     """The edges (B, 4) of images that are their windows' own size (H, W), as numbers like those of any tensor of the
     batch."""
     return batch.new_tensor([0, 0, size[1], size[0]]).expand(len(batch), 4)

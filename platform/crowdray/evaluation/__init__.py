@@ -1,1 +1,1 @@
-"""Metrics, reports and figures of counters; torch and numpy only."""
+"""Counting on whole images and the errors of counts; torch and numpy only."""

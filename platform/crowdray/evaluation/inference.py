@@ -1,47 +1,97 @@
-"""Count the heads of whole images with a counter."""
+"""Inference on whole images, in overlapping tiles where they are large.
+
+Shape legend: H W image, h w density.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.image_cache import DecodedImage, ImageCache
-from crowdray.data.targets import cell_mask, whole_window
+from crowdray.data.image_cache import ImageCache
+from crowdray.data.targets import cell_mask, window_extent
 from crowdray.evaluation.metrics import ImageCount
+from crowdray.models.export import Geometry
+
+TILE = 2048
+"""Default side of a tile in pixels."""
 
 
-def to_input(picture: DecodedImage, device: torch.device) -> Tensor:
-    """The picture's image as uint8 (1, 3, H, W), channels last in memory."""
-    return image_input(picture.image, device)
+def image_to_tensor(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """An image (H, W, 3) as uint8 (1, 3, H, W) on a device, channels last in memory."""
+    writable = image if image.flags.writeable else image.copy()  # torch has no read-only tensors
+    return torch.from_numpy(writable).to(device).permute(2, 0, 1)[None]
 
 
-def image_input(image: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """An image (H, W, 3) as uint8 (1, 3, H, W), channels last in memory."""
-    # Pillow's arrays are read-only, which torch has no notion of.
-    owned = image if image.flags.writeable else image.copy()
-    return torch.from_numpy(owned).to(device).permute(2, 0, 1)[None]
-
-
-def cells_that_count(roi: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:
+def roi_cells(roi: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:
     """A region of interest (H, W) in cells of `stride` pixels, (ceil(H / stride), ceil(W / stride)), as in training."""
     mask = torch.from_numpy(roi.astype(np.float32))[None, None]
-    extent = whole_window(mask, (roi.shape[0], roi.shape[1]))
-    counted: NDArray[np.bool_] = cell_mask(mask, extent, stride)[0, 0].numpy() > 0
-    return counted
+    extent = window_extent(mask, (roi.shape[0], roi.shape[1]))
+    cells: NDArray[np.bool_] = cell_mask(mask, extent, stride)[0, 0].numpy() > 0
+    return cells
 
 
 def count_images(
-    density: Callable[[Tensor], Tensor], store: ImageCache, rows: Iterable[int], device: torch.device, stride: int = 1
+    density: Callable[[Tensor], Tensor], cache: ImageCache, rows: Iterable[int], device: torch.device, stride: int = 1
 ) -> Iterator[ImageCount]:
-    """Count whole images one at a time, so that no result depends on its neighbours in a batch.
+    """Count whole images one at a time, so that no result depends on the other images of a batch.
 
     `density` maps uint8 RGB (1, 3, H, W) to heads per cell of `stride` x `stride` pixels.
     """
     for row in rows:
-        picture = store[int(row)]
+        image = cache[int(row)]
         with torch.inference_mode():
-            cells = density(to_input(picture, device))[0, 0].float().cpu().numpy().astype(np.float64)
-        masked = cells if picture.roi is None else cells * cells_that_count(picture.roi, stride)
-        yield ImageCount(int(row), len(picture.points), float(masked.sum()), float(cells.sum()))
+            cells = density(image_to_tensor(image.image, device))[0, 0].float().cpu().numpy().astype(np.float64)
+        masked = cells if image.roi is None else cells * roi_cells(image.roi, stride)
+        yield ImageCount(int(row), len(image.points), float(masked.sum()), float(cells.sum()))
+
+
+def tiled_density(density: Callable[[Tensor], Tensor], geometry: Geometry, side: int) -> Callable[[Tensor], Tensor]:
+    """A density function that processes an image in overlapping tiles of about `side` pixels, to bound memory.
+
+    The result equals `density` of the whole image up to the rounding of sums: each tile is padded with all the pixels
+    that can change the cells kept from it.
+    """
+    step = max(1, side // geometry.grid) * geometry.grid
+    padding = -(-geometry.reach // geometry.grid) * geometry.grid
+
+    def tiled(image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        if height <= step and width <= step:
+            return density(image)
+        columns = [_TileSpan(left, step, padding, width) for left in range(0, width, step)]
+        strips = []
+        for top in range(0, height, step):
+            row = _TileSpan(top, step, padding, height)
+            tiles = [
+                density(image[..., row.pixels, column.pixels])[..., row.kept(geometry.cell), column.kept(geometry.cell)]
+                for column in columns
+            ]
+            strips.append(torch.cat(tiles, dim=-1))
+        return torch.cat(strips, dim=-2)
+
+    return tiled
+
+
+@dataclass(frozen=True)
+class _TileSpan:
+    """A tile along one axis of an image of `length` pixels."""
+
+    start: int
+    step: int
+    padding: int
+    length: int
+
+    @property
+    def pixels(self) -> slice:
+        """The pixels of the padded tile."""
+        return slice(max(0, self.start - self.padding), min(self.length, self.start + self.step + self.padding))
+
+    def kept(self, cell: int) -> slice:
+        """The cells of the padded tile that belong to the tile itself."""
+        first = self.pixels.start
+        end = min(self.length, self.start + self.step)
+        return slice((self.start - first) // cell, -(-(end - first) // cell))

@@ -1,4 +1,4 @@
-"""Counting errors from per-image counts: sums first, one division last."""
+"""Errors of counts over a set of images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAME_LEVELS = (0, 1, 2, 3)
-"""Levels of the grid average mean absolute error that reports give."""
+"""Levels of the grid average mean absolute error (GAME) in reports."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageCount:
-    """One evaluated image."""
+    """True and predicted count of one image."""
 
     row: int
     """Row in the dataset."""
     truth: int
-    """Number of annotated heads that count."""
+    """Number of annotated heads, inside the region of interest where there is one."""
     predicted: float
-    """Sum of the predicted density, inside the region of interest where there is one."""
+    """Sum of the predicted density there."""
     unmasked: float
     """Sum of the predicted density over the whole image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Errors over a set of images, in heads."""
+    """Errors over a set of images, in heads per image."""
 
     images: int
     """Number of images."""
@@ -38,22 +38,36 @@ class Metrics:
     bias: float
     """Mean of prediction minus truth."""
     nae: float
-    """Mean absolute error relative to the truth, over images with heads; nan when there is none."""
+    """Mean absolute error relative to the truth, over images with heads; nan without any."""
     mae_unmasked: float
-    """Mean absolute error of the whole-image sum, the region of interest ignored."""
+    """Mean absolute error when the predicted density is summed over whole images."""
+
+
+@dataclass(frozen=True, slots=True)
+class GridMetrics(Metrics):
+    """Metrics with the grid average mean absolute error, which needs the density and not only its sum."""
+
+    heads: int
+    """Annotated heads in all images."""
+    game: tuple[float, ...]
+    """GAME at GAME_LEVELS; GAME(0) is the mean absolute error."""
 
 
 def summarise(counts: Sequence[ImageCount]) -> Metrics:
-    """Metrics of per-image counts, whatever their order and whoever evaluated them; ValueError for none."""
+    """Metrics of per-image counts; equal to the last bit for any order of the images.
+
+    Raises:
+        ValueError: If there is no image.
+    """
     if not counts:
-        raise ValueError("there is no image to evaluate; the split is empty")
+        raise ValueError("no images to evaluate; the split is empty")
     ordered = sorted(counts, key=lambda count: count.row)
     truth = np.array([count.truth for count in ordered], dtype=np.float64)
     predicted = np.array([count.predicted for count in ordered], dtype=np.float64)
     unmasked = np.array([count.unmasked for count in ordered], dtype=np.float64)
     error = predicted - truth
-    inhabited = truth > 0
-    nae = float(np.mean(np.abs(error[inhabited]) / truth[inhabited])) if inhabited.any() else float("nan")
+    nonempty = truth > 0
+    nae = float(np.mean(np.abs(error[nonempty]) / truth[nonempty])) if nonempty.any() else float("nan")
     return Metrics(
         images=len(ordered),
         mae=float(np.mean(np.abs(error))),
@@ -64,32 +78,33 @@ def summarise(counts: Sequence[ImageCount]) -> Metrics:
     )
 
 
-def scene_mean(errors: Mapping[str, float]) -> float | None:
-    """The unweighted mean of the scenes' mean absolute errors, each scene counting once: WorldExpo'10's score.
-
-    None for fewer than two scenes, which have nothing to be averaged over.
-    """
-    return float(np.mean([errors[scene] for scene in sorted(errors)])) if len(errors) > 1 else None
+def scene_mae(scenes: Mapping[str, Metrics]) -> float | None:
+    """Unweighted mean over scenes of their mean absolute errors, WorldExpo'10's score; None below two scenes."""
+    return float(np.mean([scenes[name].mae for name in sorted(scenes)])) if len(scenes) > 1 else None
 
 
-def grid_error(density: NDArray[Any], points: NDArray[Any], level: int) -> float:
-    """GAME(level) of one image, in heads: the absolute error of each of 4**level regions, summed.
+def game_error(density: NDArray[Any], points: NDArray[Any], level: int) -> float:
+    """GAME(level) of one image: the sum of the absolute errors of 4**level regions, in heads.
 
-    density (h, w) heads per cell; points (N, 2) heads, x y in cells, those outside count in the nearest one.
-    Region edges lie at floor(i h / 2**level), so that every cell belongs to one region and each level splits
-    the regions of the one before it: the error never falls from a level to the next, and level 0 is the
-    image's absolute error. The mean over images is the GAME of Guerrero-Gómez-Olmedo et al., IbPRIA 2015.
+    The mean over images is the GAME of Guerrero-Gómez-Olmedo et al., IbPRIA 2015. Region edges lie at
+    floor(i h / 2**level), so that every cell belongs to one region and each level splits the regions of the previous
+    one: the error never decreases with the level, and at level 0 it is the absolute error of the count.
+
+    Args:
+        density: (h, w) heads per cell.
+        points: (N, 2) heads, x y in cells; those outside count in the nearest cell.
+        level: The image is divided into 2**level by 2**level regions.
     """
     height, width = density.shape
     parts = 2**level
     rows, columns = (np.arange(parts + 1) * side // parts for side in (height, width))
-    # Integrals at the edges: regions without any cell, on maps smaller than the grid, come out as 0.
+    # Differences of integrals: regions without a cell, on maps smaller than the grid, come out as 0.
     integral = np.pad(np.cumsum(np.cumsum(density, axis=0, dtype=np.float64), axis=1), ((1, 0), (1, 0)))
     predicted = np.diff(np.diff(integral[np.ix_(rows, columns)], axis=0), axis=1)
-    line = np.clip(points[:, 1].astype(np.int64), 0, height - 1)
+    row = np.clip(points[:, 1].astype(np.int64), 0, height - 1)
     column = np.clip(points[:, 0].astype(np.int64), 0, width - 1)
-    # The last edge at or below a cell opens its region, also where empty regions share that edge.
-    held = (np.searchsorted(rows, line, "right") - 1, np.searchsorted(columns, column, "right") - 1)
+    # A cell belongs to the region that starts at the last edge at or below it; empty regions share that edge.
+    region = (np.searchsorted(rows, row, "right") - 1, np.searchsorted(columns, column, "right") - 1)
     truth = np.zeros((parts, parts))
-    np.add.at(truth, held, 1)
+    np.add.at(truth, region, 1)
     return float(np.abs(predicted - truth).sum())

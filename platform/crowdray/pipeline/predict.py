@@ -27,8 +27,7 @@ from crowdray.config import Device
 from crowdray.data.orientation import encoded_orientation, turn_upright
 from crowdray.data.sample import decode_image
 from crowdray.errors import JobFailed, UserError
-from crowdray.evaluation.inference import image_input
-from crowdray.evaluation.tiles import in_tiles
+from crowdray.evaluation.inference import image_to_tensor, tiled_density
 from crowdray.plots.overlay import draw_overlay
 from crowdray.registry.loading import LoadedCounter
 
@@ -137,7 +136,7 @@ def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
     lie, or `side` is 0."""
     if side < 0:
         raise UserError(f"--tile is {side}; give the side of a tile in pixels, or 0 for whole photos")
-    return in_tiles(counter, counter.geometry, side) if side and counter.geometry else counter
+    return tiled_density(counter, counter.geometry, side) if side and counter.geometry else counter
 
 
 def choose_device(device: Device) -> torch.device:
@@ -170,7 +169,7 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
 def _count(density: Callable[[Tensor], Tensor], image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Density (h, w) of a photo (H, W, 3)."""
     with torch.inference_mode():
-        cells: NDArray[np.float32] = density(image_input(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
+        cells: NDArray[np.float32] = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
     return cells
 
 

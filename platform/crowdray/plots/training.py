@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from crowdray.data.image_cache import DecodedImage
 from crowdray.data.targets import Targets, make_targets
-from crowdray.evaluation.inference import cells_that_count, to_input
+from crowdray.evaluation.inference import image_to_tensor, roi_cells
 from crowdray.evaluation.metrics import ImageCount, summarise
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 from crowdray.plots import style
@@ -226,7 +226,7 @@ def _panels(
     counter: Counter, picture: DecodedImage, sigma: float, threshold: float, baseline: Counter | None
 ) -> list[_Panel]:
     stride = counter.encoder.output_stride
-    roi = cells_that_count(np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi, stride)
+    roi = roi_cells(np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi, stride)
     targets = image_targets(picture, sigma, threshold, stride)
     maps = _predict(counter, picture)
     predicted = {"Density" if baseline is None else "Joint model": maps[DENSITY]}
@@ -252,7 +252,7 @@ def _panels(
 def _predict(counter: Counter, picture: DecodedImage) -> dict[str, NDArray[np.float32]]:
     """The counter's maps (h, w) of a picture: heads per cell, probability of crowd, distilled depth."""
     tasks = [task for task in (DENSITY, SEGMENTATION, DEPTH) if task in counter.decoders]
-    image = to_input(picture, next(counter.parameters()).device)
+    image = image_to_tensor(picture.image, next(counter.parameters()).device)
     trains = counter.training
     counter.eval()
     try:

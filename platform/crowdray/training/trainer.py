@@ -20,9 +20,8 @@ from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.data.targets import REACH
 from crowdray.errors import DataError
-from crowdray.evaluation.inference import count_images
+from crowdray.evaluation.inference import TILE, count_images, tiled_density
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
-from crowdray.evaluation.tiles import TILE, in_tiles
 from crowdray.models.build import backbone_of, build_counter
 from crowdray.models.counter import DEPTH, Counter
 from crowdray.models.export import geometry_of
@@ -175,7 +174,7 @@ class Trainer:
     def _count(self, density: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> list[ImageCount]:
         share = rows[self.world.rank :: self.world.size].tolist()
         geometry = geometry_of(self.counter)  # pictures are downsampled already
-        tiled = in_tiles(density, geometry, TILE)
+        tiled = tiled_density(density, geometry, TILE)
         return self.world.all_gather(list(count_images(tiled, self.store, share, self.device, geometry.cell)))
 
     def _first_progress(self) -> Progress:
