@@ -1,4 +1,4 @@
-"""What is written down about machines agrees with itself: ranges, pins, worker image and cluster file."""
+"""Dependency ranges, pins, worker image and cluster file agree with each other."""
 
 import importlib.metadata
 import importlib.util
@@ -27,37 +27,37 @@ def pins() -> dict[str, str]:
 
 
 def stated_requirements() -> list[Requirement]:
-    """All dependencies of pyproject.toml, those of the extras too."""
+    """All dependencies of pyproject.toml, including the extras."""
     project = PROJECT["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     return [Requirement(text) for group in groups for text in group]
 
 
 def ray_schema() -> dict[str, Any]:
-    """The schema against which Ray's launcher checks a cluster file; found without importing Ray."""
+    """The JSON schema of Ray's cluster launcher, found without importing Ray."""
     spec = importlib.util.find_spec("ray")
     assert spec is not None and spec.origin is not None
     schema: dict[str, Any] = json.loads((Path(spec.origin).parent / "autoscaler/ray-schema.json").read_text())
     return schema
 
 
-def test_an_image_that_compiles_has_a_compiler() -> None:
-    """torch.compile calls one, on GPUs too."""
+def test_dockerfile_installs_compiler() -> None:
+    """torch.compile needs a compiler, on GPUs too."""
     assert re.search(r"apt-get install [^\n]* g\+\+ ", DOCKERFILE)
 
 
-def test_a_pin_is_one_exact_public_version() -> None:
+def test_constraints_pin_exact_public_versions() -> None:
     for name, version in pins().items():
         # A local tag like +cpu would tie everybody to one build of torch.
         assert re.fullmatch(r"\d+(\.\w+)*", version), f"{name}=={version}"
 
 
 @pytest.mark.parametrize("requirement", stated_requirements(), ids=lambda requirement: requirement.name)
-def test_each_dependency_has_a_pin_within_its_range(requirement: Requirement) -> None:
+def test_dependency_pin_is_within_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), requirement
 
 
-def test_what_the_pinned_packages_need_is_pinned_too() -> None:
+def test_constraints_pin_transitive_dependencies() -> None:
     known, waiting, unpinned = pins(), [(r.name, r.extras) for r in stated_requirements()], set()
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
@@ -68,7 +68,7 @@ def test_what_the_pinned_packages_need_is_pinned_too() -> None:
         try:
             needs = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra that is not installed here (aws): its pin is checked above
+            continue  # an extra that is not installed (aws): its pin is checked above
         for need in map(Requirement, needs):
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append((need.name, need.extras))
@@ -77,28 +77,28 @@ def test_what_the_pinned_packages_need_is_pinned_too() -> None:
     assert not unpinned
 
 
-def test_the_cluster_file_keeps_rays_own_schema() -> None:
+def test_cluster_file_matches_ray_schema() -> None:
     jsonschema.validate(CLUSTER, ray_schema())
     assert CLUSTER["head_node_type"] in CLUSTER["available_node_types"]
     groups = [group for name, group in CLUSTER["available_node_types"].items() if name != CLUSTER["head_node_type"]]
     assert all(group["min_workers"] == 0 for group in groups), "an idle cluster keeps only its head"
 
 
-def test_the_schema_refuses_a_misspelt_field() -> None:
+def test_ray_schema_rejects_unknown_field() -> None:
     with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
         jsonschema.validate({**CLUSTER, "idle_minutes": 5}, ray_schema())
 
 
-def test_the_cluster_is_closed_to_strangers() -> None:
+def test_cluster_requires_token() -> None:
     start_head, start_worker = CLUSTER["head_start_ray_commands"], CLUSTER["worker_start_ray_commands"]
     assert "--dashboard-host=127.0.0.1" in " ".join(start_head)
     assert "--env RAY_AUTH_MODE=token" in CLUSTER["docker"]["run_options"]
     assert "ENV RAY_AUTH_MODE=token" in DOCKERFILE
     assert any(remote.endswith(".ray/auth_token") for remote in CLUSTER["file_mounts"])
-    assert "ray stop" not in " ".join(start_head + start_worker), "it ends every Ray on a machine, not only ours"
+    assert "ray stop" not in " ".join(start_head + start_worker), "it stops every Ray on a machine, not only ours"
 
 
-def test_the_image_holds_the_pinned_versions() -> None:
+def test_image_tag_states_pinned_versions() -> None:
     tag = re.search(r"--tag (\S+)", DOCKERFILE)
     base = re.search(r"^FROM python:(3\.\d+)\.\d+-", DOCKERFILE, re.M)
     assert tag and base
@@ -111,7 +111,7 @@ def test_the_image_holds_the_pinned_versions() -> None:
     assert not re.search(r"\blatest\b", DOCKERFILE)
 
 
-def test_the_image_is_built_from_files_that_docker_may_see() -> None:
+def test_dockerignore_allows_copied_files() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = re.search(r"^COPY (?:--\S+ )*(.+) \S+$", DOCKERFILE, re.M)
     assert copied and set(copied[1].split()) == allowed

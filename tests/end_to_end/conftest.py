@@ -1,4 +1,4 @@
-"""A small dataset, and one training of it that nobody disturbed."""
+"""A small dataset and one uninterrupted training run on it."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pytest
 from ..support.processes import Job
 
 LENGTH = ("--stages.decoders.epochs", "20")
-"""Long enough to be caught in the middle of the second stage."""
+"""Long enough to kill the job in the middle of the second stage."""
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where the jobs of these tests work."""
+class Workspace:
+    """Folder, data and environment of the jobs under test."""
 
     folder: Path
     data: Path
@@ -30,45 +30,44 @@ class Workplace:
         return self.folder / "mlflow.db"
 
     def train(self, name: str, *overrides: str, workers: int = 2) -> Job:
-        """Start a training under a name of its own, with a stage store of its own; without overrides it is the one that
-        all tests here compare."""
+        """Start a training run with its own stage cache; without overrides, the run that the tests compare with."""
         arguments = ["--preset", "debug", "--data", str(self.data), "--workers", str(workers), "--name", name]
         arguments += ["--store", f"stages-{name}", "--json", f"{name}.json", *(overrides or LENGTH)]
         self.started.append(Job("train.py", arguments, self.environment, self.folder))
         return self.started[-1]
 
     def tune(self, name: str, trials: int) -> Job:
-        """Start a study of its own, one trial at a time, with a stage store of its own."""
+        """Start a study with a stage cache of its own, one trial at a time."""
         arguments = ["--preset", "debug", "--data", str(self.data), "--trials", str(trials), "--name", name]
         arguments += ["--concurrent", "1", "--prune", "False", "--store", f"stages-{name}", "--json", f"{name}.json"]
         self.started.append(Job("tune.py", arguments, self.environment, self.folder))
         return self.started[-1]
 
     def outcome(self, name: str) -> dict[str, Any]:
-        """What a training wrote for machines."""
+        """The JSON result of a job."""
         content: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text())
         return content
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    folder = tmp_path_factory.mktemp("workplace")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    folder = tmp_path_factory.mktemp("workspace")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
     environment = {**inherited, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     data = folder / "data"
     arguments = ["synthetic", "--dest", str(data), "--train", "24", "--test", "6", "--width", "128"]
     job = Job("convert.py", [*arguments, "--height", "96"], environment, folder)
     assert job.end() == 0, job.output
-    place = Workplace(folder, data, environment)
-    yield place
-    for started in place.started:
-        if started.running:  # a test failed while it waited
+    created = Workspace(folder, data, environment)
+    yield created
+    for started in created.started:
+        if started.running:  # a test failed before the job ended
             started.kill()
 
 
 @pytest.fixture(scope="session")
-def unbroken(workplace: Workplace) -> Job:
-    """The training from its start to its end."""
-    job = workplace.train("unbroken")
+def reference_run(workspace: Workspace) -> Job:
+    """The uninterrupted training run."""
+    job = workspace.train("reference")
     assert job.end() == 0, job.output
     return job

@@ -1,4 +1,4 @@
-"""A batch measured by a process of a cluster."""
+"""The batch size that a worker process measures."""
 
 import io
 from pathlib import Path
@@ -16,9 +16,7 @@ from crowdray.presets import preset
 pytestmark = pytest.mark.end_to_end
 
 
-def test_a_batch_has_a_share_for_each_worker_and_no_more_than_an_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_size_auto_divides_by_workers_within_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     source = open_source("synthetic", train=12, test=2, width=96, height=96)
     data, config = str(tmp_path / "data"), preset("debug")

@@ -1,4 +1,4 @@
-"""What is spread over the CPUs of a cluster is what one process that nobody disturbed does."""
+"""Parallel conversion and validation equal a single process."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(autouse=True)
-def spreading(monkeypatch: pytest.MonkeyPatch) -> None:
+def always_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "WORTH_RAY_S", 0.0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -29,35 +29,35 @@ def files(dest: Path) -> dict[str, bytes]:
     return {file.name: (dest / file.name).read_bytes() for file in storage.find_files(str(dest))}
 
 
-def test_a_killed_worker_costs_a_conversion_time_alone(
+def test_convert_after_killed_worker_equals_single_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 10)
     source = open_source("synthetic", train=70, test=0, width=320, height=240)
     killed: list[int] = []
-    ended = threading.Event()
+    stop = threading.Event()
 
     def kill_one() -> None:
-        while not ended.wait(0.02):
+        while not stop.wait(0.02):
             if workers := named(descendants(os.getpid()), "ray::slice"):
                 os.kill(workers[0], signal.SIGKILL)
                 killed.append(workers[0])
                 return
 
-    hunter = threading.Thread(target=kill_one)
-    hunter.start()
+    killer = threading.Thread(target=kill_one)
+    killer.start()
     try:
         index = convert(source, str(tmp_path / "cluster"))
     finally:
-        ended.set()
-        hunter.join()
+        stop.set()
+        killer.join()
     assert len(killed) == 1 and "70/70 images" in capsys.readouterr().out
-    assert conversion.convert(source, str(tmp_path / "alone")) == index
-    assert files(tmp_path / "cluster") == files(tmp_path / "alone")
+    assert conversion.convert(source, str(tmp_path / "single")) == index
+    assert files(tmp_path / "cluster") == files(tmp_path / "single")
 
 
-def test_a_check_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_parallel_equals_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("synthetic", train=130, test=2, width=96, height=64)
-    there = check(source, str(tmp_path / "there")).content()
+    parallel_report = check(source, str(tmp_path / "parallel")).content()
     monkeypatch.setattr(parallel, "WORTH_RAY_S", float("inf"))
-    assert check(source, str(tmp_path / "here")).content() == there
+    assert check(source, str(tmp_path / "single")).content() == parallel_report

@@ -1,4 +1,4 @@
-"""A training whose data, checkpoints and artifacts lie on an object store that fails now and then."""
+"""A training run on an object store with injected faults equals one on a local disk."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from ..support.stores import Kind, Store, moto
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
 
-PASSING: tuple[tuple[Kind, str, str], ...] = (
+TRANSIENT_FAULTS: tuple[tuple[Kind, str, str], ...] = (
     ("cut", "/data/shard", "GET"),
     ("short", "/data/shard", "GET"),
     ("error", "/data/index", "GET"),
@@ -48,7 +48,7 @@ PASSING: tuple[tuple[Kind, str, str], ...] = (
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    """A store that this process uses too."""
+    """An S3 store that this process can reach too."""
     with moto() as made, pytest.MonkeyPatch.context() as patch:
         for name, value in made.environment.items():
             patch.setenv(name, value)
@@ -57,14 +57,14 @@ def store() -> Iterator[Store]:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-def uploaded(dataset: Dataset, place: str) -> str:
-    """A copy of a dataset at another place."""
+def uploaded(dataset: Dataset, uri: str) -> str:
+    """Copy a dataset to another URI."""
     for shard in dataset.index.shards:
         content = storage.read_bytes(storage.join(dataset.uri, shard.path))
-        storage.write_bytes(storage.join(place, shard.path), content)
+        storage.write_bytes(storage.join(uri, shard.path), content)
     index = dataset.index
-    write_index(place, index.shards, source=index.name, depth_teacher=index.depth_teacher, notes=index.notes)
-    return place
+    write_index(uri, index.shards, source=index.name, depth_teacher=index.depth_teacher, notes=index.notes)
+    return uri
 
 
 @pytest.fixture
@@ -74,19 +74,19 @@ def tracking(tmp_path: Path) -> str:
 
 @pytest.fixture
 def train(store: Store, tmp_path: Path, tracking: str) -> Iterator[Callable[..., Job]]:
-    """Starts trainings that know of the store."""
+    """Function that starts a training job with access to the store."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
-    told = {"MLFLOW_TRACKING_URI": tracking, "CROWDRAY_CACHE": str(tmp_path / "cache")}
+    settings = {"MLFLOW_TRACKING_URI": tracking, "CROWDRAY_CACHE": str(tmp_path / "cache")}
     started: list[Job] = []
 
-    def begin(*arguments: str) -> Job:
-        environment = {**inherited, **store.environment, **told}
+    def start(*arguments: str) -> Job:
+        environment = {**inherited, **store.environment, **settings}
         started.append(Job("train.py", ["--preset", "debug", *arguments], environment, tmp_path))
         return started[-1]
 
-    yield begin
+    yield start
     for job in started:
-        if job.running:  # the test failed while it waited
+        if job.running:  # the test failed before the job ended
             job.kill()
 
 
@@ -104,41 +104,41 @@ def without_clocks(result: TrainingResult) -> dict[str, Any]:
     return content
 
 
-def test_a_training_on_a_failing_store_ends_as_one_on_a_disk(
+def test_train_on_faulty_store_equals_local_run(
     discs: Dataset, store: Store, tmp_path: Path, tracking: str, train: Callable[..., Job]
 ) -> None:
     data = uploaded(discs, f"{store.uri}/data")
     connect(tracking, 60).create_experiment("crowdray-discs", artifact_location=f"{store.uri}/artifacts")
-    where = ["--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty", "--json", "out.json"]
-    where += ["--numerics.threads", "1"]
+    arguments = ["--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty", "--json", "out.json"]
+    arguments += ["--numerics.threads", "1"]
 
-    gone = store.proxy.plan("gone", "/data/shard", times=1000)
-    job = train(*where)
+    missing = store.proxy.plan("gone", "/data/shard", times=1000)
+    job = train(*arguments)
     assert_refused(job, "/data/shard-00000.* is missing though the index names it")
-    gone.times = 0
+    missing.times = 0
     assert storage.find_files(f"{store.uri}/runs/faulty/trained") == []
 
     expired = store.proxy.plan("expired", "/runs/faulty/checkpoint-00002", method="PUT", times=1000)
-    for kind, path, method in PASSING:
+    for kind, path, method in TRANSIENT_FAULTS:
         store.proxy.plan(kind, path, method=method)
     slow = store.proxy.plan("slow", "/data/shard")
-    job = train(*where)
+    job = train(*arguments)
     assert slow.held.wait(120), job.output
     time.sleep(2)
     slow.go_on.set()
     assert_refused(job, "token has expired.*renew your credentials")
     expired.times = 0
 
-    job = train(*where)
+    job = train(*arguments)
     assert job.end() == 0, job.output
     assert [(fault.kind, fault.path) for fault in store.proxy.faults if fault.times] == []
 
     outcome = json.loads((tmp_path / "out.json").read_text())
     found = TrainingResult.from_json(json.dumps(outcome["result"]), "out.json")
     config = dataclasses.replace(preset("debug"), numerics=NumericsConfig(threads=1))
-    undisturbed = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    undisturbed.run(lambda row, save: None)
-    assert without_clocks(found) == without_clocks(final_result(undisturbed))
+    local_run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
+    local_run.run(lambda row, save: None)
+    assert without_clocks(found) == without_clocks(final_result(local_run))
 
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     registered = load_counter(outcome["registered"], tracking_uri=tracking)
@@ -147,7 +147,7 @@ def test_a_training_on_a_failing_store_ends_as_one_on_a_disk(
     stage_cache = StageStore(f"{store.uri}/runs/stages", 10**9)
     stored = {file.name.split("/")[0] for file in storage.find_files(f"{store.uri}/runs/stages/states")}
     assert len(stored) == 3 and storage.find_files(f"{store.uri}/runs/stages/leases") == []
-    for chain in stored:
-        names = storage.find_files(f"{store.uri}/runs/stages/states/{chain}")
+    for key in stored:
+        names = storage.find_files(f"{store.uri}/runs/stages/states/{key}")
         for epoch in {int(file.name.split("/")[0]) for file in names}:
-            assert stage_cache.load(StateId(chain, "", epoch)) is not None
+            assert stage_cache.load(StateId(key, "", epoch)) is not None

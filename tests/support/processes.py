@@ -1,4 +1,4 @@
-"""A job as a user starts it, watched line by line, and the processes below it."""
+"""Jobs started as a user starts them, read line by line, and their child processes."""
 
 import os
 import signal
@@ -12,14 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Job:
-    """A job that runs in a process of its own."""
+    """A job in a process of its own."""
 
     def __init__(self, script: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *arguments],
             env=dict(environment),
-            cwd=folder,  # not the repository: nothing may depend on where a job is started
+            cwd=folder,  # not the repository: jobs must not depend on the working directory
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -38,13 +38,13 @@ class Job:
         return "\n".join(self.lines)
 
     def wait_for(self, start: str) -> str:
-        """Read up to the first line that begins so; fails when the job ends before."""
+        """Read up to the first line that starts with `start`; fail when the job ends before."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.lines.append(line.rstrip("\n"))
             if line.startswith(start):
                 return line
-        raise AssertionError(f"no line began with {start!r}:\n{self.output}")
+        raise AssertionError(f"no line started with {start!r}:\n{self.output}")
 
     def end(self) -> int:
         """Read the rest; returns the exit status."""
@@ -53,7 +53,7 @@ class Job:
         return self._process.returncode
 
     def kill(self) -> None:
-        """SIGKILL the job's own process, and see that nothing trains on; Ray's agents, which idle on, are killed."""
+        """SIGKILL the job's own process and wait until its children are gone; Ray's idle agents are killed too."""
         below = descendants(self.pid)
         agents = named(below, "ray::DashboardAgent") + named(below, "ray::RuntimeEnvAgent")
         os.kill(self.pid, signal.SIGKILL)
@@ -66,7 +66,7 @@ class Job:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that a process started, and those that they started."""
+    """Ids of all direct and indirect child processes."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(entry)) is not None:
@@ -80,12 +80,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def named(pids: Sequence[int], name: str) -> list[int]:
-    """Those whose command line begins with a name."""
+    """Ids of the processes whose command line starts with a name."""
     return [pid for pid in pids if _command(pid).startswith(name)]
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that waits to be reaped does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -93,7 +93,7 @@ def alive(pid: int) -> bool:
 
 
 def until(condition: Callable[[], bool], seconds: float, failure: str) -> None:
-    """Wait for a condition, or fail with a sentence."""
+    """Wait until a condition holds; fail with a message after some seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, failure
