@@ -62,18 +62,8 @@ class Cluster:
     def submit(self, job: Sequence[str], tracking_uri: str) -> subprocess.Popen[str]:
         """Submit a job from the working tree."""
         runtime_env = json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri}})
-        submit = [
-            RAY,
-            "job",
-            "submit",
-            "--address",
-            self.jobs,
-            "--working-dir",
-            ".",
-            "--runtime-env-json",
-            runtime_env,
-            "--",
-        ]
+        submit = [RAY, "job", "submit", "--address", self.jobs, "--working-dir", "."]
+        submit += ["--runtime-env-json", runtime_env, "--"]
         return subprocess.Popen(
             [*submit, *job], env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
