@@ -24,16 +24,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A URI that nothing lies at yet: a folder, and the stand-in for an object store."""
+def root_uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A URI at which nothing exists yet: a local folder, or fsspec's memory in place of an object store."""
     if request.param == "local":
-        yield str(tmp_path / "place")
+        yield str(tmp_path / "root")
         return
     root = f"memory://{uuid.uuid4().hex}"
     yield root
     fs = fsspec.filesystem("memory")
     if fs.exists(root):
         fs.rm(root, recursive=True)
+
+
+@pytest.fixture
+def place(root_uri: str) -> str:
+    """Previous name of `root_uri`."""
+    return root_uri
 
 
 def disc_sample(number: int, split: str) -> Sample:
