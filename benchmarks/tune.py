@@ -72,7 +72,7 @@ def search(folder: Path, name: str, varied: Sequence[str], trials: int, *options
     """A study of its own store, through the job; gives its record."""
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--preset", str(folder / "config.json")]
     command += ["--data", str(folder / "data"), "--trials", str(trials), "--name", name, *options]
-    command += ["--storage", str(folder / "runs"), "--store", str(folder / f"stages-{name}"), "--vary", *varied]
+    command += ["--storage", str(folder / "runs"), "--stage-cache", str(folder / f"stages-{name}"), "--vary", *varied]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,7 +1,7 @@
 """The jobs' command lines, the folder of a run, and what is told of mistakes and faults; none of it starts Ray."""
 
 import errno
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -30,6 +30,7 @@ from crowdray.cluster.train import TrainingStopped, run_training, translated_err
 from crowdray.cluster.worker import upload
 from crowdray.config import Config, ConfigError, Device, NumericsConfig, to_json
 from crowdray.console.arguments import load_preset, parse_with_config
+from crowdray.console.commands.train import TrainJob
 from crowdray.console.progress import TrainingDisplay
 from crowdray.datasets.sources import SOURCES, open_source
 from crowdray.errors import InfeasibleConfigError, UserError
@@ -42,21 +43,9 @@ from crowdray.training.errors import DivergedError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_job(name: str) -> Any:
-    """A job as a module; it is a script, so its folder is no package."""
-    spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / "jobs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
 def job(name: str) -> Callable[[list[str]], None]:
-    """The main function of a job."""
-    main: Callable[[list[str]], None] = load_job(name).main
+    """The main function of a command."""
+    main: Callable[[list[str]], None] = importlib.import_module(f"crowdray.console.commands.{name}").main
     return main
 
 
@@ -77,7 +66,7 @@ def test_all_problems_of_a_command_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         job("train")(["--preset", "debug", "--data", "x", *mistaken, "--los.count", "1"])
     told = "\n".join(caught.value.problems)
-    for part in ("loss.depth", "'much'", "stages.joint.epochs", "'few'", "seed is -3", "'adam'", "is it --loss.count?"):
+    for part in ("loss.depth", "'much'", "stages.joint.epochs", "'few'", "seed is -3", "'adam'", "use --loss.count"):
         assert part in told
     assert len(caught.value.problems) == 5
 
@@ -94,7 +83,7 @@ def test_all_problems_of_a_command_are_told_at_once() -> None:
 def test_an_option_that_is_given_twice_is_refused_and_none_of_its_values_dropped(
     name: str, arguments: list[str], option: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"^{option} is given twice; give it once, with all its values"):
+    with pytest.raises(UserError, match=rf"^{option} is given twice; give it once, followed by all its values"):
         job(name)(arguments)
 
 
@@ -132,9 +121,9 @@ def test_data_that_is_none_names_the_mend(tmp_path: Path) -> None:
 
 def test_options_of_another_source_are_refused(tmp_path: Path) -> None:
     dest = str(tmp_path / "d")
-    with pytest.raises(UserError, match="mall knows no --seed, no --train; leave that out"):
+    with pytest.raises(UserError, match="unknown option for mall: --seed, --train; remove it"):
         job("convert")(["mall", "--source", "x", "--dest", dest, "--train", "3", "--seed", "1"])
-    with pytest.raises(UserError, match="ucf-qnrf knows no --fold; leave that out; its own options are --longest"):
+    with pytest.raises(UserError, match="unknown option for ucf-qnrf: --fold; remove it; its options are --longest"):
         job("convert")(["--fold=3", "--dest", "mall", "ucf-qnrf", "--source", "x"])
     with pytest.raises(UserError, match="'mal'; choose one of synthetic, mall, "):
         job("convert")(["mal", "--dest", dest])
@@ -181,7 +170,7 @@ def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
     del written["config"]["optimizer"]["grad_accumulation_steps"]  # as by a version that had no such field
     storage.write_bytes(f"{run.uri}/run.json", json.dumps(written).encode())
     run.claim()
-    with pytest.raises(UserError, match=r"optimizer\.accumulate is 1 there, 2 here"):
+    with pytest.raises(UserError, match=r"optimizer\.grad_accumulation_steps is 1 there, 2 here"):
         replace(
             run, config=replace(run.config, optimizer=replace(run.config.optimizer, grad_accumulation_steps=2))
         ).claim()
@@ -390,10 +379,20 @@ def test_a_node_that_sees_another_folder_or_dataset_says_so(run: Run) -> None:
 
 def test_overrides_change_the_preset() -> None:
     given = ["--preset", "debug", "--data", "d", "--sampling.roi", "False", "--optimizer.weight-decay=0"]
-    parsed = parse_with_config(load_job("train").TrainJob, given, "jobs/train.py")
+    parsed = parse_with_config(TrainJob, given, "train")
     expected = preset("debug")
     assert parsed.config == replace(
         expected,
         sampling=replace(expected.sampling, roi=False),
         optimizer=replace(expected.optimizer, weight_decay=0.0),
+    )
+
+
+def test_options_by_their_previous_names_are_accepted() -> None:
+    previous = ["--optimizer.accumulate", "2", "--loss.share=0.5", "--store", "stages", "--store_gib=3"]
+    current = ["--optimizer.grad-accumulation-steps", "2", "--loss.gradient-share=0.5"]
+    current += ["--stage-cache", "stages", "--stage-cache-gib=3"]
+    given = ["--preset", "debug", "--data", "d"]
+    assert parse_with_config(TrainJob, given + previous, "train") == parse_with_config(
+        TrainJob, given + current, "train"
     )

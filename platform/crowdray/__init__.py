@@ -1,1 +1,3 @@
-"""Train, tune and ship crowd counters on a Ray cluster."""
+"""Train, tune and publish crowd counters on a Ray cluster."""
+
+__version__ = "0.1.0"

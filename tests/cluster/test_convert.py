@@ -11,7 +11,8 @@ from rich.console import Console
 from scipy.io import savemat
 
 from crowdray.cluster.convert import _check_reach, convert
-from crowdray.console.summary import show_dataset
+from crowdray.console.progress import image_progress
+from crowdray.console.tables import show_dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import open_source
@@ -50,7 +51,7 @@ def test_an_interrupted_conversion_says_how_it_goes_on_and_what_it_left_out(
     said = capsys.readouterr().out
     assert f"2 of 4 slices are finished and stay in {dest}: the same command goes on" in said
 
-    index = convert(source, dest)
+    index = convert(source, dest, progress=image_progress)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "going on after 2 of 4 slices"
     assert lines[-1].startswith("8/8 images, ") and lines[-1].endswith(" per second, 1 quarantined, 2 slices resumed")

@@ -50,4 +50,4 @@ def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[st
     display.history(rows)
     lines = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     epochs = [f"baseline {number}/2" for number in range(1, 6)]
-    assert lines == [*epochs[:2], "going on with 1 worker", *epochs[2:4], "going on with 3 workers", epochs[4]]
+    assert lines == [*epochs[:2], "continuing with 1 worker", *epochs[2:4], "continuing with 3 workers", epochs[4]]

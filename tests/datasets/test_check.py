@@ -58,7 +58,7 @@ def test_the_job_looks_without_converting_and_is_strict_when_asked(
     job("convert")([*command[:-1], "--split", "train"])
     assert f"jobs/convert.py crowdray --source {dest} --check" in capsys.readouterr().out
     job("convert")(["crowdray", "--source", str(dest), "--check", "--strict", "--report", str(tmp_path / "elsewhere")])
-    assert "sound: " in capsys.readouterr().out and (tmp_path / "elsewhere" / SHEET).exists()
+    assert "valid: " in capsys.readouterr().out and (tmp_path / "elsewhere" / SHEET).exists()
 
 
 def test_nothing_to_check_is_said(part: Path) -> None:

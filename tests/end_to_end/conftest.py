@@ -32,14 +32,15 @@ class Workspace:
     def train(self, name: str, *overrides: str, workers: int = 2) -> Job:
         """Start a training run with its own stage cache; without overrides, the run that the tests compare with."""
         arguments = ["--preset", "debug", "--data", str(self.data), "--workers", str(workers), "--name", name]
-        arguments += ["--store", f"stages-{name}", "--json", f"{name}.json", *(overrides or LENGTH)]
+        arguments += ["--stage-cache", f"stages-{name}", "--json", f"{name}.json", *(overrides or LENGTH)]
         self.started.append(Job("train.py", arguments, self.environment, self.folder))
         return self.started[-1]
 
     def tune(self, name: str, trials: int) -> Job:
         """Start a study with a stage cache of its own, one trial at a time."""
         arguments = ["--preset", "debug", "--data", str(self.data), "--trials", str(trials), "--name", name]
-        arguments += ["--concurrent", "1", "--prune", "False", "--store", f"stages-{name}", "--json", f"{name}.json"]
+        arguments += ["--concurrent", "1", "--prune", "False"]
+        arguments += ["--stage-cache", f"stages-{name}", "--json", f"{name}.json"]
         self.started.append(Job("tune.py", arguments, self.environment, self.folder))
         return self.started[-1]
 

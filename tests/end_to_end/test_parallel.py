@@ -11,6 +11,7 @@ from crowdray import storage
 from crowdray.cluster import parallel
 from crowdray.cluster.check import check
 from crowdray.cluster.convert import convert
+from crowdray.console.progress import image_progress
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
 @pytest.fixture(autouse=True)
 def always_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "WORTH_RAY_S", 0.0)
+    monkeypatch.setattr(parallel, "MIN_RAY_S", 0.0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -47,7 +48,7 @@ def test_convert_after_killed_worker_equals_single_process(
     killer = threading.Thread(target=kill_one)
     killer.start()
     try:
-        index = convert(source, str(tmp_path / "cluster"))
+        index = convert(source, str(tmp_path / "cluster"), progress=image_progress)
     finally:
         stop.set()
         killer.join()
@@ -59,5 +60,5 @@ def test_convert_after_killed_worker_equals_single_process(
 def test_check_parallel_equals_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("synthetic", train=130, test=2, width=96, height=64)
     parallel_report = check(source, str(tmp_path / "parallel")).content()
-    monkeypatch.setattr(parallel, "WORTH_RAY_S", float("inf"))
+    monkeypatch.setattr(parallel, "MIN_RAY_S", float("inf"))
     assert check(source, str(tmp_path / "single")).content() == parallel_report

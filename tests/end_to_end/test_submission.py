@@ -196,7 +196,7 @@ def test_train_elastic_follows_cluster_size(workspace: Workspace, cluster: Clust
 
     job.wait_for("baseline 1/")
     kill(cluster.running_nodes[-1])
-    job.wait_for("going on with ")
+    job.wait_for("continuing with ")
     workers = [pid for node in cluster.running_nodes for pid in named(descendants(node.pid), "ray::RayTrainWorker")]
     for pid in workers:  # so that the run does not end before the node joins
         os.kill(pid, signal.SIGSTOP)
@@ -204,7 +204,7 @@ def test_train_elastic_follows_cluster_size(workspace: Workspace, cluster: Clust
     job.wait_for(f"{most} nodes")
     for pid in workers:
         os.kill(pid, signal.SIGCONT)
-    job.wait_for("going on with ")
+    job.wait_for("continuing with ")
     assert job.end() == 0, job.output
 
     history = workspace.outcome("elastic")["result"]["history"]

@@ -67,7 +67,7 @@ def test_train_after_kills_equals_uninterrupted_run(workspace: Workspace, refere
     job.kill()
 
     resumed = workspace.train("interrupted")
-    resumed.wait_for("going on after epoch ")
+    resumed.wait_for("resuming after epoch ")
     resumed.wait_for("decoders ")
     workers = named(descendants(resumed.pid), "ray::RayTrainWorker")
     assert len(workers) == 2
@@ -82,7 +82,7 @@ def test_train_finished_run_returns_result_without_ray(workspace: Workspace, ref
     before = workspace.outcome("reference")
     job = workspace.train("reference")
     assert job.end() == 0, job.output
-    assert "has ended already" in job.output and "starting Ray" not in job.output
+    assert "is already finished" in job.output and "starting Ray" not in job.output
     assert workspace.outcome("reference") == before | {"alias": None}  # the alias may have moved
 
 

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from crowdray.config import ModelConfig
-from crowdray.console.tables import evaluation_table
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
@@ -128,10 +126,6 @@ def test_the_mean_of_scenes_weighs_each_scene_once() -> None:
     assert evaluation.overall.mae == 3.0
     content = evaluation.to_dict()
     assert (content["scene_mae"], content["scene_mae_without_roi"]) == (4.0, 6.5)
-    screen = Console(width=100, record=True, file=io.StringIO())
-    screen.print(evaluation_table(evaluation, "it"))
-    lines = [line.split() for line in screen.export_text().splitlines()]
-    assert ["mean", "of", "scenes,", "ROI", "4.00"] in lines and ["mean", "of", "scenes,", "images", "6.50"] in lines
 
 
 def test_images_that_are_scenes_of_their_own_are_not_listed() -> None:
@@ -197,13 +191,3 @@ def test_what_is_written_is_json_also_where_there_are_no_heads(tmp_path: Path) -
     assert content["split"] == "test"
     assert content["overall"]["nae"] is None
     assert content["images"][0]["inside"]["truth"] == 0
-
-
-def test_the_table_shows_regions_and_scenes_and_fits_a_terminal(mixed: Dataset) -> None:
-    screen = Console(width=80, record=True, file=io.StringIO())
-    screen.print(evaluation_table(summarise_images(evaluated(mixed, 1)), "a [bold]model[/] on test"))
-    text = screen.export_text()
-    assert "a [bold]model[/] on test" in text
-    assert "…" not in text
-    for word in ("ROI", "images", "east", "west", "GAME3", "print as MSE"):
-        assert word in text

@@ -1,15 +1,12 @@
 """Prediction and evaluation as jobs: what is written agrees, and each mistake has its message."""
 
 import csv
-import importlib.util
 import io
 import json
 import shutil
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from crowdray import storage
-from crowdray.console.arguments import run_job
+from crowdray.console.commands import evaluate, predict
+from crowdray.console.main import run_job
 from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
@@ -144,24 +142,13 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackagedCounter, 
     return counter, str(folder)
 
 
-def job(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"jobs.{name}", ROOT / "jobs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path.copy()
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module
-
-
-def status(main: Callable[[list[str]], None], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["job", *arguments])
+def status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Exit status of a job."""
     try:
-        run_job(main)
-    except SystemExit as left:
-        assert isinstance(left.code, int)
-        return left.code
+        run_job(main, arguments)
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        return exit_.code
     return 0
 
 
@@ -169,13 +156,12 @@ def test_the_predict_job_prints_what_the_model_counts(
     package: tuple[PackagedCounter, str],
     photos: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     counter, model = package
-    main, output = job("predict").main, tmp_path / "out"
+    main, output = predict.main, tmp_path / "out"
     arguments = ["--model", model, "--input", str(photos), "--output", str(output), "--device", "cpu"]
-    assert status(main, arguments, monkeypatch) == 0
+    assert status(main, arguments) == 0
     printed = capsys.readouterr().out
     for name, stem in (("a.PNG", "a"), ("b.jpg", "b.jpg")):
         image = torch.from_numpy(decode_image((photos / name).read_bytes()).copy()).permute(2, 0, 1)[None]
@@ -187,10 +173,10 @@ def test_the_predict_job_prints_what_the_model_counts(
     assert str(output / "counts.csv") in printed
 
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
-    assert status(main, arguments, monkeypatch) == 1
+    assert status(main, arguments) == 1
     assert "1 of 4 images could not be counted" in capsys.readouterr().err
     shutil.rmtree(photos)
-    assert status(main, arguments, monkeypatch) == 2
+    assert status(main, arguments) == 2
     assert capsys.readouterr().err.startswith("error: cannot list")
 
 
@@ -198,13 +184,12 @@ def test_the_evaluate_job_writes_what_evaluation_finds(
     package: tuple[PackagedCounter, str],
     discs: Dataset,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     counter, model = package
-    main, result = job("evaluate").main, tmp_path / "result.json"
+    main, result = evaluate.main, tmp_path / "result.json"
     arguments = ["--model", model, "--data", discs.uri, "--split", "test", "--device", "cpu"]
-    assert status(main, [*arguments, "--json", str(result)], monkeypatch) == 0
+    assert status(main, [*arguments, "--json", str(result)]) == 0
     content = json.loads(result.read_text())
     wanted = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
     assert content["digest"] == discs.digest
@@ -212,5 +197,5 @@ def test_the_evaluate_job_writes_what_evaluation_finds(
     for name in ("mae", "rmse", "bias", "nae", "game"):
         assert content["overall"][name] == pytest.approx(getattr(wanted.overall, name), rel=1e-5)
     assert f"{wanted.overall.mae:.2f}" in capsys.readouterr().out
-    assert status(main, [*arguments[:-3], "holidays"], monkeypatch) == 2
+    assert status(main, [*arguments[:-3], "holidays"]) == 2
     assert "has no split 'holidays'; it has" in capsys.readouterr().err

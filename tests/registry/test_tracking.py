@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from crowdray.errors import UserError
 from crowdray.registry import tracking
-from crowdray.registry.connection import connect, request_timeout, shown, sqlite_path
+from crowdray.registry.connection import connect, redacted, request_timeout, sqlite_path
 from crowdray.registry.tracking import MlflowTracker, NullTracker, Tracker, flatten, open_tracker
 
 
@@ -160,7 +160,7 @@ def test_files_lie_beside_the_database_wherever_the_process_runs(
     figure = tmp_path / "figure.png"
     figure.write_bytes(b"png")
     tracker = _open(store, "files")
-    tracker.log_figure(figure, "figures/epoch-001")
+    tracker.log_file(figure, "figures/epoch-001")
     assert list(tmp_path.iterdir()) == [figure]
     kept = sqlite_path(store).parent / "mlartifacts" / "tracking" / str(tracker.run_id)
     assert (kept / "artifacts/figures/epoch-001/figure.png").read_bytes() == b"png"
@@ -211,7 +211,7 @@ def test_other_file_is_no_database(tmp_path: Path) -> None:
 
 
 def test_passwords_are_not_shown() -> None:
-    assert shown("http://me:secret@host:5000/x") == "http://me:***@host:5000/x"
+    assert redacted("http://me:secret@host:5000/x") == "http://me:***@host:5000/x"
 
 
 def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

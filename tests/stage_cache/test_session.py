@@ -163,12 +163,10 @@ def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) ->
 
 
 def test_the_store_lies_beside_the_runs_unless_it_is_named(tmp_path: Path) -> None:
-    assert StageCacheOptions().stage_cache(str(tmp_path)) == StageCacheConfig(str(tmp_path / "stages"), 20 * 2**30)
-    assert StageCacheOptions("memory://stages", 0.5).stage_cache(str(tmp_path)) == StageCacheConfig(
-        "memory://stages", 2**29
-    )
-    with pytest.raises(UserError, match=r"--store-gib is -1; give at least 0"):
-        StageCacheOptions(store_gib=-1).stage_cache(str(tmp_path))
+    assert StageCacheOptions().config(str(tmp_path)) == StageCacheConfig(str(tmp_path / "stages"), 20 * 2**30)
+    assert StageCacheOptions("memory://stages", 0.5).config(str(tmp_path)) == StageCacheConfig("memory://stages", 2**29)
+    with pytest.raises(UserError, match=r"--stage-cache-gib is -1; give at least 0"):
+        StageCacheOptions(stage_cache_gib=-1).config(str(tmp_path))
 
 
 class Apart(World):
@@ -184,5 +182,5 @@ def test_a_store_that_is_not_the_same_for_all_workers_is_told(discs: Dataset, tm
     session = StageCacheSession(stage_cache, config, discs, world=Apart(0, 2), device=CPU, threads=1)
     training = Trainer(config, discs, world=World(), device=CPU)
     training.run(lambda row, save: session.keep(training, save))
-    with pytest.raises(UserError, match=r"stages is not the same folder for all workers; give --store"):
+    with pytest.raises(UserError, match=r"stages is not the same folder for all workers; give --stage-cache"):
         session.restore()

@@ -33,14 +33,14 @@ CHAINS = (StageKey("b", "baseline", 2), StageKey("d", "decoders", 1), StageKey("
 @pytest.mark.parametrize(
     ("resources", "workers", "threads", "concurrent", "places"),
     [
-        (Resources(8, 0, True, nodes=(8,)), 1, 1, None, 8),
-        (Resources(8, 0, True, nodes=(8,)), 1, 3, None, 2),
-        (Resources(8, 0, True, nodes=(8,)), 2, 1, 3, 3),
-        (Resources(8, 0, False, nodes=(2, 2, 2, 2)), 1, 2, None, 4),
-        (Resources(8, 4, True, nodes=(8,)), 2, 1, None, 2),
-        (Resources(64, 0, False, nodes=(4,), further=(4,) * 16), 2, 1, None, 32),
-        (Resources(64, 0, False, nodes=(0,), further=(8,) * 8), 1, 5, None, 8),
-        (Resources(12, 0, False, nodes=(8, 2), further=(2,) * 2), 1, 4, None, 2),
+        (Resources(8, 0, True, node_cpus=(8,)), 1, 1, None, 8),
+        (Resources(8, 0, True, node_cpus=(8,)), 1, 3, None, 2),
+        (Resources(8, 0, True, node_cpus=(8,)), 2, 1, 3, 3),
+        (Resources(8, 0, False, node_cpus=(2, 2, 2, 2)), 1, 2, None, 4),
+        (Resources(8, 4, True, node_cpus=(8,)), 2, 1, None, 2),
+        (Resources(64, 0, False, node_cpus=(4,), max_node_cpus=(4,) * 16), 2, 1, None, 32),
+        (Resources(64, 0, False, node_cpus=(0,), max_node_cpus=(8,) * 8), 1, 5, None, 8),
+        (Resources(12, 0, False, node_cpus=(8, 2), max_node_cpus=(2,) * 2), 1, 4, None, 2),
     ],
 )
 def test_as_many_trials_run_as_fit(
@@ -55,8 +55,8 @@ def test_a_trial_that_fits_on_no_node_is_refused_in_words(tmp_path: Path) -> Non
     study = study_in(tmp_path)
     config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=3))
     with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2.*--numerics.threads"):
-        places_of(dataclasses.replace(study, config=config), Resources(4, 0, False, nodes=(2, 2)), None, "auto")
-    growing = Resources(16, 0, False, nodes=(0,), further=(2, 2, 2))
+        places_of(dataclasses.replace(study, config=config), Resources(4, 0, False, node_cpus=(2, 2)), None, "auto")
+    growing = Resources(16, 0, False, node_cpus=(0,), max_node_cpus=(2, 2, 2))
     with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2 and 2: "):
         places_of(dataclasses.replace(study, config=config), growing, None, "auto")
 

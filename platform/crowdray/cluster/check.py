@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from crowdray import storage
-from crowdray.cluster.parallel import map_slices
+from crowdray.cluster.parallel import Progress, map_slices, no_progress
 from crowdray.config import TargetConfig
 from crowdray.data.sample import Sample
 from crowdray.datasets.conversion import slices
@@ -22,7 +22,9 @@ _SHOWN_OF_SPLIT, _SHOWN = 6, 24
 """Images on the contact sheet: of a split where there are few of them, and of all together."""
 
 
-def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> ValidationReport:
+def check(
+    source: Source, report: str, *, splits: Sequence[str] = (), progress: Progress = no_progress
+) -> ValidationReport:
     """Look at every image of a source, or of some of its splits, and leave figures and pictures at the URI `report`.
 
     Nothing is converted, and what is wrong with an image does not end it: everything found is in the result. What it
@@ -32,7 +34,7 @@ def check(source: Source, report: str, *, splits: Sequence[str] = ()) -> Validat
     items = source.items(splits)
     if not items:
         raise DataError(f"{source.name}: there is nothing to check; check --source and --split")
-    found = dict(map_slices(_inspect, source, list(enumerate(slices(items)))))
+    found = dict(map_slices(_inspect, source, list(enumerate(slices(items))), progress=progress))
     everything = sum((found[number] for number in sorted(found)), DatasetStats())
     sound = validate(source.name, source.depth_teacher, everything, source.notes(splits))
     content = json.dumps(sound.content(), indent=1) + "\n"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from crowdray import storage
-from crowdray.cluster.parallel import map_slices
+from crowdray.cluster.parallel import Progress, map_slices, no_progress
 from crowdray.data.shards import Index
 from crowdray.datasets.conversion import Conversion, begun, convert_slice
 from crowdray.datasets.resume import SliceResult
@@ -12,7 +12,13 @@ from crowdray.errors import UserError
 
 
 def convert(
-    source: Source, dest: str, *, splits: Sequence[str] = (), overwrite: bool = False, strict: bool = False
+    source: Source,
+    dest: str,
+    *,
+    splits: Sequence[str] = (),
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: Progress = no_progress,
 ) -> Index:
     """Convert a source into a dataset at `dest` and publish it; returns its index.
 
@@ -23,7 +29,7 @@ def convert(
     with begun(source, dest, splits=splits, overwrite=overwrite, tell=_say) as work:
         try:
             if work.waiting:
-                _convert(work)
+                _convert(work, progress)
             return work.publish(strict=strict)
         except BaseException:
             if work.finished:
@@ -32,7 +38,7 @@ def convert(
             raise
 
 
-def _convert(work: Conversion) -> None:
+def _convert(work: Conversion, progress: Progress) -> None:
     """Bring all slices of a conversion to their end, and show how far it is."""
     resumed = len(work.parts) - len(work.waiting)
     if resumed:
@@ -49,7 +55,7 @@ def _convert(work: Conversion) -> None:
 
     parts = [(part.number, part.items) for part in work.waiting]
     done = sum(len(part.items) for part in work.parts if part.number not in keys)
-    for _, result in map_slices(convert_part, work.source, parts, done=done, note=note):
+    for _, result in map_slices(convert_part, work.source, parts, done=done, note=note, progress=progress):
         _check_reach(result)
         work.add(result)
 

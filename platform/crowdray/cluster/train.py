@@ -8,13 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Resources, beside, choose_gpu, connect, passing_with_job
+from crowdray.cluster.runtime import PACKAGE, Resources, choose_gpu, connect, deletion_warning, run_in_thread
 from crowdray.config import Device
 from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import InfeasibleConfigError, JobFailed, UserError
-from crowdray.pipeline.publish import Outcome, publish_run, tracked_rows
+from crowdray.pipeline.outcome import Outcome
+from crowdray.pipeline.publish import metric_rows, publish_run
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
@@ -61,11 +62,11 @@ def train(
     dataset = Dataset.open(run.data)
     split_rows(run.config, dataset, run.most)  # what is wrong with that is told now, and leaves no folder
     run.claim()
-    if outcome := Outcome.of_earlier(run, tracking_uri):
-        display.status(f"the run {run.uri} has ended already; this is what it gave")
+    if outcome := Outcome.of_finished(run, tracking_uri):
+        display.status(f"run {run.uri} is already finished; showing its results")
         return outcome
-    if passing := passing_with_job(run.uri):
-        display.status(passing)
+    if warning := deletion_warning(run.uri):
+        display.status(warning)
     with closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
         tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
         tracker.log_config(asdict(run.config), tags)
@@ -85,7 +86,7 @@ def train(
 def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
     def follow(history: Sequence[Row]) -> None:
         display.history(history)
-        tracker.sync_history(tracked_rows(history))
+        tracker.sync_history(metric_rows(history))
         last = history[-1]
         marks = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
         tracker.set_tags(marks | {"crowdray.workers": describe_workers(history)})
@@ -169,7 +170,7 @@ def run_training(
                 if ray.is_initialized():
                     rows.put(None)
 
-    waiting, errors = beside(fit)
+    waiting, errors = run_in_thread(fit)
     try:
         _read(rows, follow)
     except RayError as error:

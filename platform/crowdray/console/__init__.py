@@ -1,1 +1,1 @@
-"""The command line: arguments, progress and tables."""
+"""Command line: arguments, progress, tables and the `crowdray` command."""

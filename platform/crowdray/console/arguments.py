@@ -1,5 +1,4 @@
-"""The command line of the jobs: their arguments as dataclasses, their mistakes as one message and a
-status."""
+"""Command-line arguments as dataclasses, with overrides of single configuration fields."""
 
 import dataclasses
 import difflib
@@ -8,8 +7,7 @@ import json
 import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,56 +15,39 @@ import tyro
 from rich.console import Console
 
 from crowdray import storage
-from crowdray.config import Config, ConfigError, from_json
-from crowdray.datasets.sources import SOURCES
-from crowdray.errors import JobFailed, UserError
+from crowdray.config import RENAMED_FIELDS, Config, ConfigError, from_json
+from crowdray.errors import UserError
 from crowdray.presets import preset
 
 Job = TypeVar("Job")
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-"""Exit status of a job: done, failed, invalid input, Ctrl-C."""
+RENAMED_OPTIONS = {"--store": "--stage-cache", "--store-gib": "--stage-cache-gib"} | {
+    f"--{old}".replace("_", "-"): f"--{new}" for old, new in RENAMED_FIELDS.items()
+}
+"""Options that may still be given by their previous names, until the next version."""
 
 
-def run_job(main: Callable[[list[str]], None]) -> None:
-    """Run a job with the command line's arguments and exit with its status.
+def parse(job: type[Job], arguments: Sequence[str], command: str, description: str | None = None) -> Job:
+    """Parse arguments into the dataclass `job`; print help or a usage error and exit where asked.
 
-    UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
-    traceback.
+    Args:
+        command: Name of the command, for the usage line.
+        description: First paragraph of the help; the docstring of `job` by default.
     """
-    sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(_print_error(error, EXIT_USAGE))
-    except JobFailed as error:
-        sys.exit(_print_error(error, EXIT_FAILED))
-    except KeyboardInterrupt:
-        sys.exit(_print_error("interrupted; run the same command again to resume", EXIT_INTERRUPTED))
+    _check_repeated(arguments)
+    return tyro.cli(job, args=list(arguments), prog=_program(command), description=description)
 
 
-def _print_error(message: object, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return status
+def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) -> Job:
+    """Parse arguments into a dataclass with a field `config`, whose defaults are those of --preset.
 
+    Each field of the configuration is an option by its dotted name: --stages.joint.epochs 20.
 
-def parse(job: type[Job], arguments: Sequence[str], prog: str, description: str | None = None) -> Job:
-    """Arguments as an instance of the dataclass `job`; prints help or what is wrong and exits as usual.
-
-    The help opens with `description`, else with the docstring of the job.
+    Raises:
+        ConfigError: All problems of all overrides.
     """
-    _refuse_repeated(arguments)
-    return tyro.cli(job, args=list(arguments), prog=prog, description=description)
-
-
-def parse_with_config(job: type[Job], arguments: Sequence[str], prog: str) -> Job:
-    """Like `parse` for a dataclass with a field `config`, whose defaults come from the preset that --preset
-    names.
-
-    Any field of the configuration can be overridden by its dotted name: --stages.joint.epochs 20. Raises
-    ConfigError with all problems of all overrides together.
-    """
-    _refuse_repeated(arguments)
+    arguments = _with_current_names(arguments)
+    _check_repeated(arguments)
     chosen = next(_values("--preset", arguments), None)
     base = Config() if chosen is None else load_preset(chosen)
     if problems := list(dict.fromkeys(_override_problems(base, arguments))):
@@ -77,75 +58,77 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], prog: str) -> Jo
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     default: Job = cast(Any, job)(**required, config=base)
-    return tyro.cli(job, args=list(arguments), prog=prog, default=default, config=(tyro.conf.FlagConversionOff,))
+    flags = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(job, args=list(arguments), prog=_program(command), default=default, config=flags)
 
 
-def named_source(job: type, arguments: Sequence[str]) -> str | None:
-    """The source that a conversion names, the first such word that is no option's value; None when it names none."""
-    valued = {f"--{field.name}" for field in dataclasses.fields(job) if field.type is not bool}
-    words = (word for before, word in pairwise(["", *arguments]) if before not in valued)
-    return next((word for word in words if word in SOURCES), None)
+def load_preset(name: str) -> Config:
+    """Return the preset `name`, or the configuration in a JSON file such as the config.json of a run."""
+    if name.endswith(".json"):
+        return from_json(storage.read_bytes(name), name)
+    return preset(name)
 
 
-def refuse_strange_options(job: type, source: str | None, own: Collection[str], arguments: Sequence[str]) -> None:
-    """Raise UserError for options that are neither the job's nor among the source's `own`."""
-    known = {field.name for field in dataclasses.fields(job)} | {*own, "help"}
-    names = (word.partition("=")[0].removeprefix("--no-").removeprefix("--") for word in arguments if word[:2] == "--")
-    strange = sorted({name for name in names if name.replace("-", "_") not in known})
-    if source and strange:
-        more = f"; its own options are --{', --'.join(own)}" if own else ""
-        raise UserError(f"{source} knows no --{', no --'.join(strange)}; leave that out{more}")
+def tracking_uri() -> str:
+    """Return MLFLOW_TRACKING_URI, else mlflow.db at the root of the repository or in the working directory."""
+    root = Path(__file__).resolve().parents[3]
+    folder = root if (root / "pyproject.toml").is_file() else Path.cwd()
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def load_preset(choice: str) -> Config:
-    """The preset of that name, or the configuration in a JSON file, such as the config.json beside trained
-    weights."""
-    if choice.endswith(".json"):
-        return from_json(storage.read_bytes(choice), choice)
-    return preset(choice)
-
-
-def tracking_uri(root: Path) -> str:
-    """Where MLflow keeps its record: MLFLOW_TRACKING_URI, else a file at the repository's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-
-
-def write_json(place: str | None, content: Mapping[str, Any]) -> None:
-    """Write a job's result for machines where --json asks for it."""
-    if place is not None:
-        storage.write_bytes(place, (json.dumps(content, indent=1) + "\n").encode())
+def write_json(uri: str | None, content: Mapping[str, Any]) -> None:
+    """Write the result of a job to the URI of --json, if given."""
+    if uri is not None:
+        storage.write_bytes(uri, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def console() -> Console:
-    """Where jobs draw: a terminal's own width, a wide page in a log so that no table is cut."""
-    found = Console()
-    return found if found.is_terminal else Console(width=140)
+    """Return a console as wide as the terminal; in a log, wide enough for every table."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=140)
+
+
+def _program(command: str) -> str:
+    return f"jobs/{command}.py" if sys.argv[0].endswith(f"{command}.py") else f"crowdray {command}"
+
+
+def option_name(argument: str) -> str:
+    """Return the name of an option, with "-" for "_": tyro accepts both."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def _with_current_names(arguments: Sequence[str]) -> list[str]:
+    """Replace option names of the previous version."""
+    renamed = []
+    for argument in arguments:
+        current = RENAMED_OPTIONS.get(option_name(argument)) if argument.startswith("--") else None
+        renamed.append(argument if current is None else current + argument[len(argument.partition("=")[0]) :])
+    return renamed
 
 
 def _values(option: str, arguments: Sequence[str]) -> Iterator[str]:
-    """What follows an option, as in --option value and --option=value; - and _ are the same in names."""
+    """Yield each value of an option, given as --option value or --option=value."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == option.replace("_", "-"):
+        if option_name(argument) == option_name(option):
+            _, equals, value = argument.partition("=")
             yield value if equals else following
 
 
-def _refuse_repeated(arguments: Sequence[str]) -> None:
-    """Raise UserError for an option that is there twice: tyro would take its last mention and drop the others."""
-    names = [word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
-    if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise UserError(f"{repeated[0]} is given twice; give it once, with all its values behind it")
+def _check_repeated(arguments: Sequence[str]) -> None:
+    """Raise UserError for a repeated option: tyro would use the last one and drop the others."""
+    names = [option_name(word) for word in arguments if word.startswith("--")]
+    if repeated := [name for position, name in enumerate(names) if name in names[:position]]:
+        raise UserError(f"{repeated[0]} is given twice; give it once, followed by all its values")
 
 
 def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
-    """What is wrong with each override alone: a name that is no field, a value of another type, or out of
-    range."""
+    """Yield the problems of each override alone: an unknown field, a wrong type, a value out of range."""
     fields = dict(_leaves(dataclasses.asdict(base)))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and "." in name and name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            yield f"--{name} is no field of the configuration; " + (f"is it --{near[0]}?" if near else "see --help")
+            close = difflib.get_close_matches(name, fields, n=1)
+            yield f"--{name} is not a field of the configuration; " + (f"use --{close[0]}" if close else "see --help")
     for name in fields:
         for text in _values(f"--{name}", arguments):
             content = dataclasses.asdict(base)

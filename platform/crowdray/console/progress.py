@@ -1,80 +1,69 @@
-"""What a job shows while it works: a live display on a terminal, plain lines in a log."""
+"""Progress of a job: a live display on a terminal, plain lines in a log."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from crowdray.cluster.parallel import Advance
 from crowdray.training.checkpoint import Row
 from crowdray.training.stages import Stage
 
-PLAIN_EVERY_S = 10.0
-"""Seconds between two lines of a count in a log."""
-
-
-class Advance(Protocol):
-    """Told of each number of new things that are done, and of what is to be said beside it."""
-
-    def __call__(self, number: int, note: str = "") -> None:
-        """Count `number` more."""
-        ...
+LOG_INTERVAL_S = 10.0
+"""Seconds between two progress lines in a log."""
 
 
 @contextmanager
-def counting(what: str, total: int, console: Console | None = None, done: int = 0) -> Iterator[Advance]:
-    """Show how many of `total` things are done; the block calls what it gets with each number of new ones.
-
-    done: things that an earlier start has done; they are no part of the pace.
-    """
+def image_progress(total: int, done: int = 0, console: Console | None = None) -> Iterator[Advance]:
+    """Show how many of `total` images are done; `done` of them by an earlier run, which the rate leaves out."""
     console = console or Console()
     if not console.is_terminal:
-        yield _plain_count(what, total, done)
+        yield _log_progress(total, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[said]}"), console=console, transient=True) as progress:
-        task, pace = progress.add_task(what, total=total, completed=done, said=""), _pace_since_now()
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
+        task, rate = progress.add_task("images", total=total, completed=done, note=""), _rate_since_now()
 
         def advance(number: int, note: str = "") -> None:
-            progress.update(task, advance=number, said=", ".join(filter(None, (pace(number), note))))
+            progress.update(task, advance=number, note=", ".join(filter(None, (rate(number), note))))
 
         yield advance
 
 
-def _plain_count(what: str, total: int, done: int) -> Advance:
-    told, pace = time.monotonic(), _pace_since_now()
+def _log_progress(total: int, done: int) -> Advance:
+    printed_at, rate = time.monotonic(), _rate_since_now()
 
     def advance(number: int, note: str = "") -> None:
-        nonlocal done, told
+        nonlocal done, printed_at
         done += number
-        said = pace(number)
-        if done == total or time.monotonic() - told >= PLAIN_EVERY_S:
-            told = time.monotonic()
-            print(", ".join(filter(None, (f"{done}/{total} {what}", said, note))), flush=True)
+        images_per_s = rate(number)
+        if done == total or time.monotonic() - printed_at >= LOG_INTERVAL_S:
+            printed_at = time.monotonic()
+            print(", ".join(filter(None, (f"{done}/{total} images", images_per_s, note))), flush=True)
 
     return advance
 
 
-def _pace_since_now() -> Callable[[int], str]:
+def _rate_since_now() -> Callable[[int], str]:
     done, started = 0, time.monotonic()
 
-    def pace(number: int) -> str:
+    def rate(number: int) -> str:
         nonlocal done
         done += number
         return f"{done / max(time.monotonic() - started, 1e-9):.0f} per second"
 
-    return pace
+    return rate
 
 
 class LiveDisplay:
-    """What a subclass draws as `__rich__`, redrawn on a terminal; in a log only lines are told."""
+    """Base of displays: a terminal redraws `__rich__`, a log gets lines only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -94,50 +83,49 @@ class LiveDisplay:
             self._live.stop()
 
     def status(self, text: str) -> None:
-        """Say what is going on now."""
+        """Show what the job is doing now."""
         self._status = text
         if not self._live:
-            print(text, file=sys.stdout, flush=True)
+            print(text, flush=True)
 
     def __rich__(self) -> Table:
-        """The table that a terminal shows."""
+        """Return the table for a terminal."""
         raise NotImplementedError
 
 
 class TrainingDisplay(LiveDisplay):
-    """The stages of a training as they pass: a table that is redrawn on a terminal, a line per epoch in a
-    log."""
+    """Progress of a training run: a table of its stages on a terminal, a line per epoch in a log."""
 
     def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
         super().__init__(console)
         self._stages = stages
         self._history: Sequence[Row] = ()
-        self._told = 0
+        self._shown = 0
 
     def history(self, rows: Sequence[Row]) -> None:
-        """Show a training's whole history; in a log, what is new of it."""
+        """Show the whole history of a run; a log gets only its new epochs."""
         self._history = rows
         self._status = f"training with {_workers(rows[-1])}"
         if not self._live:
-            if self._told == 0 and len(rows) > 1:
-                print(f"going on after epoch {len(rows) - 1}", flush=True)
-                self._told = len(rows) - 1
-            for before, row in zip([rows[0], *rows][self._told :], rows[self._told :], strict=False):
+            if self._shown == 0 and len(rows) > 1:
+                print(f"resuming after epoch {len(rows) - 1}", flush=True)
+                self._shown = len(rows) - 1
+            for before, row in zip([rows[0], *rows][self._shown :], rows[self._shown :], strict=False):
                 if before.get("workers") != row.get("workers"):
-                    print(f"going on with {_workers(row)}", flush=True)
+                    print(f"continuing with {_workers(row)}", flush=True)
                 print(self._line(row), flush=True)
-        if any(_is_dead(row) for row in rows[self._told :]):
+        if any(_is_dead(row) for row in rows[self._shown :]):
             self._console.print(
                 "warning: the density map is dead, every validation image counts 0 heads; dead ReLUs do not "
-                "recover: start anew with a lower learning rate or a longer optimizer.warmup",
+                "recover: start a new run with a lower learning rate or a longer optimizer.warmup",
                 style="yellow",
                 soft_wrap=True,
             )
-        self._told = len(rows)
+        self._shown = len(rows)
 
     def __rich__(self) -> Table:
-        """The table that a terminal shows."""
-        table = Table(title=self._status, title_justify="left", title_style="bold", caption=self._outlook())
+        """Return the table for a terminal."""
+        table = Table(title=self._status, title_justify="left", title_style="bold", caption=self._time_left())
         for name in ("stage", "epoch", "loss", "val MAE", "RMSE", "best", "images/s"):
             table.add_column(name, justify="left" if name in ("stage", "loss") else "right")
         for stage in self._stages:
@@ -157,29 +145,28 @@ class TrainingDisplay(LiveDisplay):
 
     def _line(self, row: Row) -> str:
         stage = next(stage for stage in self._stages if stage.name == row["stage"])
-        done = sum(1 for seen in self._history[: int(row["epoch"])] if seen["stage"] == stage.name)
+        done = sum(1 for earlier in self._history[: int(row["epoch"])] if earlier["stage"] == stage.name)
         parts = [f"{stage.name} {done}/{stage.schedule.epochs}", _losses(row)]
         if "val/mae" in row:
             parts.append(f"val MAE {row['val/mae']:.2f} RMSE {row['val/rmse']:.2f}")
-        parts.append(_pace(row))
-        return "  ".join([*parts, self._outlook()])
+        parts.append(_throughput(row))
+        return "  ".join([*parts, self._time_left()])
 
-    def _outlook(self) -> str:
-        """Time left, from the epochs seen: a stage of which nothing is known is taken to go like the
-        others."""
+    def _time_left(self) -> str:
+        """Estimate the time left from finished epochs; a stage without any counts at the mean of the others."""
         if not self._history:
             return ""
-        seen: dict[str, list[float]] = {}
+        seconds: dict[str, list[float]] = {}
         for row in self._history:
-            seen.setdefault(str(row["stage"]), []).append(float(row["seconds"]))
-        overall = sum(map(sum, seen.values())) / len(self._history)
+            seconds.setdefault(str(row["stage"]), []).append(float(row["seconds"]))
+        overall = sum(map(sum, seconds.values())) / len(self._history)
         left, reached = 0.0, False
         for stage in self._stages:
             reached = reached or stage.name == self._history[-1]["stage"]
             if reached:
-                times = seen.get(stage.name, [])
-                pace = sum(times) / len(times) if times else overall
-                left += max(0, stage.schedule.epochs - len(times)) * pace
+                finished = seconds.get(stage.name, [])
+                per_epoch = sum(finished) / len(finished) if finished else overall
+                left += max(0, stage.schedule.epochs - len(finished)) * per_epoch
         return f"{timedelta(seconds=round(left))} left"
 
 
@@ -189,22 +176,23 @@ def _workers(row: Row) -> str:
 
 
 def _is_dead(row: Row) -> bool:
-    """Is every count nothing, where there are heads?"""
+    """Whether every count is 0 although images have heads: NAE is 1, and the bias is minus the MAE."""
     return float(row.get("val/nae", 0)) > 0.999 and float(row["val/mae"]) == -float(row["val/bias"])
 
 
-def _pace(row: Row) -> str:
-    """Windows trained per second, what of the time was spent waiting for them, and what of the device was used."""
-    share = f"{float(row['mfu']):.0%} of the matrix rate" if "mfu" in row else ""
-    parts = [f"{row['images_per_s']:.1f} images/s", f"{float(row.get('data_wait_fraction', 0)):.1%} waiting", share]
+def _throughput(row: Row) -> str:
+    """Images per second, fraction of time spent waiting for data, model FLOP utilization and memory."""
+    parts = [f"{row['images_per_s']:.1f} images/s", f"{float(row.get('data_wait_fraction', 0)):.1%} waiting for data"]
+    if "mfu" in row:
+        parts.append(f"{float(row['mfu']):.0%} MFU")
     if "memory_gib" in row:
         parts.append(f"{row['memory_gib']:.1f} GiB")
-    return ", ".join(filter(None, parts))
+    return ", ".join(parts)
 
 
 def _losses(row: Row) -> str:
     return " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
 
 
-def _number(row: Row, key: str, form: str = "{:.2f}") -> str:
-    return form.format(row[key]) if key in row else ""
+def _number(row: Row, key: str, template: str = "{:.2f}") -> str:
+    return template.format(row[key]) if key in row else ""

@@ -1,17 +1,173 @@
-"""Tables for the terminal."""
+"""Tables at the end of a job: the results, and where they are stored."""
 
 import math
+import shlex
+from collections.abc import Callable
+from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics
+from crowdray import storage
+from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET
+from crowdray.console.study_display import trial_table
+from crowdray.data.shards import Index
+from crowdray.datasets.quarantine import MOST_LISTED, QUARANTINE, read_quarantine
+from crowdray.datasets.validation import SplitFacts, Spread, ValidationReport
+from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics, Metrics
 from crowdray.evaluation.report import Evaluation
+from crowdray.pipeline.outcome import Outcome
+from crowdray.pipeline.predict import COUNTS, Prediction
+from crowdray.tune.driver import StudyOutcome
+
+_MAX_ROWS = 30
+"""Photos in the table of a prediction; counts.csv lists all of them."""
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def show_dataset(index: Index, dest: str, console: Console) -> None:
+    """Print the splits of a converted dataset, notes on its conversion, and the items left out."""
+    table = Table(title=f"{index.name}, depth: {index.depth_teacher}", title_justify="left")
+    table.add_column("split")
+    for name in ("images", "heads", "heads per image"):
+        table.add_column(name, justify="right")
+    for split, total in index.splits.items():
+        rows, heads = total["rows"], total["heads"]
+        table.add_row(split, f"{rows:,}", f"{heads:,}", f"{heads / rows:.1f}")
+    console.print(table)
+    for note in index.notes:
+        console.print(f"note: {note}", **_PLAIN)
+    left_out = read_quarantine(dest, index.digest)
+    for item in left_out[:MOST_LISTED]:
+        console.print(f"left out: {item}", **_PLAIN)
+    if more := len(left_out[MOST_LISTED:]):
+        console.print(f"left out: {more} more, see {storage.join(dest, QUARANTINE)}", **_PLAIN)
+    _print_fields(
+        console,
+        {
+            "dataset": dest,
+            "digest": index.digest[:12],
+            "check it": f"python jobs/convert.py crowdray --source {shlex.quote(dest)} --check",
+            "train on it": f"python jobs/train.py --preset NAME --data {shlex.quote(dest)}",
+        },
+    )
+
+
+def show_check(report: ValidationReport, folder: str, console: Console, *, strict: bool = False) -> None:
+    """Print the statistics and problems of a checked source, and the paths of its figures.
+
+    Raises:
+        InvalidDatasetError: `strict` is set and there are problems.
+    """
+    console.print(validation_table(report))
+    for note in report.notes:
+        console.print(f"note: {note}", **_PLAIN)
+    for problem in report.problems:
+        console.print(f"PROBLEM: {problem}", style="bold red", **_PLAIN)
+    if not report.problems:
+        console.print("valid: every image is usable, no two splits share one", style="green", **_PLAIN)
+    names = {"images": SHEET, "histograms": HISTOGRAMS, "statistics": REPORT}
+    _print_fields(console, {what: storage.join(storage.resolve(folder), name) for what, name in names.items()})
+    if strict:
+        report.require()
+
+
+def validation_table(report: ValidationReport) -> Table:
+    """Return a column per split and a row per statistic."""
+    table = Table(
+        title=Text(f"{report.source}, depth: {report.depth_teacher}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAVY,
+        pad_edge=False,
+        caption="Three numbers are minimum / median / maximum.",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for split in report.splits:
+        table.add_column(Text(split), justify="right", no_wrap=True)
+    rows: dict[str, Callable[[SplitFacts], str]] = {
+        "images": lambda facts: f"{facts.images:,}",
+        "unusable": lambda facts: f"{facts.unusable:,}",
+        "without heads": lambda facts: f"{facts.empty:,}",
+        "grey / CMYK": lambda facts: f"{facts.colours.get('grey', 0):,} / {facts.colours.get('CMYK', 0):,}",
+        "height": lambda facts: _spread(facts.heights),
+        "width": lambda facts: _spread(facts.widths),
+        "heads": lambda facts: f"{facts.heads:,}",
+        "per image": lambda facts: _spread(facts.counts),
+        "per image, mean": lambda facts: f"{facts.counts.mean:,.1f}" if facts.counts else "-",
+        "outside the image": lambda facts: f"{facts.outside:,}",
+        "on the same pixel": lambda facts: f"{facts.crowded:,}",
+        "pixels to the nearest, median": lambda facts: f"{facts.spacing:.1f}" if facts.spacing else "-",
+        "images with region of interest": lambda facts: f"{facts.with_roi:,}",
+        "fraction of the pixels": lambda facts: f"{facts.roi:.1%}" if facts.roi is not None else "-",
+        "heads outside it": lambda facts: f"{facts.outside_roi:,}",
+        "images with depth": lambda facts: f"{facts.with_depth:,}",
+        "range": lambda facts: f"{facts.depth[0]:.2f} to {facts.depth[1]:.2f}" if facts.depth else "-",
+    }
+    for name, cell in rows.items():
+        group = name in ("images", "heads", "images with region of interest", "images with depth")
+        ends = name in ("width", "pixels to the nearest, median", "heads outside it")
+        label = Text(name if group else f"  {name}", style="bold" if group else "")
+        table.add_row(label, *(cell(facts) for facts in report.splits.values()), end_section=ends)
+    return table
+
+
+def show_outcome(outcome: Outcome, console: Console) -> None:
+    """Print the stages of a training run, the registered version, all paths, and how to use the counter."""
+    result = outcome.result
+    table = Table(title=f"{outcome.run.rpartition('/')[2]} (* exported)", title_justify="left")
+    for name in ("stage", "epochs", "last losses"):
+        table.add_column(name, justify="right" if name == "epochs" else "left")
+    for name in ("val MAE", "val RMSE", "test MAE", "test RMSE"):
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(str(row["stage"]) for row in result.history):
+        rows = [row for row in result.history if row["stage"] == name]
+        losses = "\n".join(
+            f"{key.removeprefix('loss/')} {value:.4g}" for key, value in rows[-1].items() if key.startswith("loss/")
+        )
+        stage = result.stages.get(name)
+        errors = [*_mae_rmse(stage.validation), *_mae_rmse(stage.test)] if stage else [""] * 4
+        mark = "*" if name == result.shipped else ""
+        table.add_row(f"{name}{mark}", str(len(rows)), losses, *errors)
+    if result.mean_predictor is not None:
+        errors = ["", "", *_mae_rmse(result.mean_predictor)]
+        table.add_row(f"always {result.mean_count:.1f}", "", "the mean of the training images", *errors)
+    console.print(table)
+    version = (outcome.registered or "not registered") + (f" ({outcome.alias})" if outcome.alias else "")
+    uri = shlex.quote(outcome.model_uri)
+    _print_fields(
+        console,
+        {
+            "registered": version,
+            "overview": outcome.figure,
+            "model": outcome.model,
+            "run": outcome.run,
+            "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
+            "use it": f"python jobs/predict.py --model {uri} --input IMAGE --output predictions",
+        },
+    )
+
+
+def show_study(outcome: StudyOutcome, console: Console) -> None:
+    """Print the trials of a study, what prefix caching saved, its figures, and its exported best trial."""
+    record = outcome.record
+    console.print(trial_table(record, f"{record.name} (* exported)"))
+    _print_fields(
+        console,
+        {
+            "stage cache": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.factor:.2f} "
+            f"times faster than without it, at most {record.bound:.2f} if no epoch were ever repeated",
+            "figures": ", ".join(outcome.figures),
+            "study": outcome.study,
+        },
+    )
+    show_outcome(outcome.outcome, console)
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """Metrics of a split, its regions of interest and its scenes."""
+    """Return the errors of an evaluation: overall, without ROI, and scene by scene."""
     table = Table(
         title=Text(title),
         title_justify="left",
@@ -24,16 +180,36 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     table.add_column("where")
     for name in ("images", "heads", "MAE", "RMSE", "bias", "NAE", *(f"GAME{n}" for n in GAME_LEVELS if n)):
         table.add_column(name, justify="right", no_wrap=True)
-    region = "images" if evaluation.without_roi is None else "ROI"
-    table.add_row(region, *_metric_cells(evaluation.overall), style="bold", end_section=True)
+    first = "images" if evaluation.without_roi is None else "ROI"
+    table.add_row(first, *_metric_cells(evaluation.overall), style="bold", end_section=True)
     if evaluation.without_roi is not None:
         table.add_row("images", *_metric_cells(evaluation.without_roi), end_section=True)
     for scene, metrics in evaluation.scenes.items():
         table.add_row(Text(scene), *_metric_cells(metrics))
-    for area, mae in ((region, evaluation.scene_mae), ("images", evaluation.scene_mae_without_roi)):
+    for region, mae in ((first, evaluation.scene_mae), ("images", evaluation.scene_mae_without_roi)):
         if mae is not None:
-            table.add_row(f"mean of scenes, {area}", "", "", f"{mae:.2f}")
+            table.add_row(f"mean of scenes, {region}", "", "", f"{mae:.2f}")
     return table
+
+
+def show_prediction(prediction: Prediction, console: Console) -> None:
+    """Print the counts of photos, and the paths of the results."""
+    table = Table(title="heads", title_justify="left")
+    table.add_column("image")
+    for name in ("size", "count"):
+        table.add_column(name, justify="right")
+    for photo in prediction.counted[:_MAX_ROWS]:
+        table.add_row(Text(photo.image), f"{photo.width}x{photo.height}", f"{photo.count:.2f}")
+    if (more := len(prediction.counted) - _MAX_ROWS) > 0:
+        table.add_row(f"and {more:,} more", "", "")
+    console.print(table)
+    folder = prediction.counts.rpartition("/")[0]
+    names = {"counts": COUNTS, "overlays": "*.overlay.png", "densities": "*.density.npy"}
+    _print_fields(console, {name: storage.join(folder, pattern) for name, pattern in names.items()})
+
+
+def _mae_rmse(metrics: Metrics | None) -> list[str]:
+    return ["", ""] if metrics is None else [f"{metrics.mae:.2f}", f"{metrics.rmse:.2f}"]
 
 
 def _metric_cells(metrics: GridMetrics) -> list[str]:
@@ -41,3 +217,14 @@ def _metric_cells(metrics: GridMetrics) -> list[str]:
     errors = [f"{metrics.mae:.2f}", f"{metrics.rmse:.2f}", f"{metrics.bias:+.2f}", nae]
     games = [f"{value:.2f}" for level, value in zip(GAME_LEVELS, metrics.game, strict=True) if level]
     return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return " / ".join(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most))
+
+
+def _print_fields(console: Console, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        console.print(f"{name + ':':<13}{value}", **_PLAIN)

@@ -17,9 +17,6 @@ from pathlib import PurePosixPath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from crowdray import storage
@@ -34,8 +31,6 @@ from crowdray.registry.loading import LoadedCounter
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 COUNTS = "counts.csv"
 """The file of all counts: written last, it stands for the whole."""
-_LISTED = 30
-"""Rows of the table; a larger folder's counts are in the file."""
 
 
 class PredictionError(JobFailed):
@@ -145,25 +140,6 @@ def choose_device(device: Device) -> torch.device:
     if device == "gpu" and not there:
         raise UserError("--device gpu: torch finds no GPU here; give --device cpu")
     return torch.device("cuda" if there and device != "cpu" else "cpu")
-
-
-def show_prediction(prediction: Prediction, console: Console) -> None:
-    """The counts, and where everything lies."""
-    table = Table(title="heads", title_justify="left")
-    table.add_column("image")
-    for name in ("size", "count"):
-        table.add_column(name, justify="right")
-    for one in prediction.counted[:_LISTED]:
-        table.add_row(Text(one.image), f"{one.width}x{one.height}", f"{one.count:.2f}")
-    more = len(prediction.counted) - _LISTED
-    if more > 0:
-        table.add_row(f"and {more:,} more", "", "")
-    console.print(table)
-    folder = prediction.counts.rpartition("/")[0]
-    places = {"counts": COUNTS, "pictures": "*.overlay.png", "densities": "*.density.npy"}
-    for name, place in places.items():
-        line = f"{name + ':':<12}{storage.join(folder, place)}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _count(density: Callable[[Tensor], Tensor], image: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""What a dataset is like, as a table for the terminal and as histograms."""
+"""Histograms of a dataset."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from crowdray.datasets.statistics import SPACING_EDGES
-from crowdray.datasets.validation import SplitFacts, Spread, ValidationReport
+from crowdray.datasets.validation import SplitFacts, ValidationReport
 from crowdray.plots import style
 
 _COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.SKY, style.VERMILION)
@@ -24,46 +21,6 @@ _WIDE = 50
 _BINS = 30
 _MERGED = 2
 """Bins of the recorded spacings in one that is drawn."""
-
-
-def soundness_table(found: ValidationReport) -> Table:
-    """A column for each split, a row for each figure."""
-    table = Table(
-        title=Text(f"{found.source}, depth: {found.depth_teacher}"),
-        title_justify="left",
-        box=box.SIMPLE_HEAVY,
-        pad_edge=False,
-        caption="Where there are three numbers: least / median / most.",
-        caption_justify="left",
-    )
-    table.add_column("")
-    for split in found.splits:
-        table.add_column(Text(split), justify="right", no_wrap=True)
-    rows: dict[str, Callable[[SplitFacts], str]] = {
-        "images": lambda facts: f"{facts.images:,}",
-        "that cannot be used": lambda facts: f"{facts.unusable:,}",
-        "without a head": lambda facts: f"{facts.empty:,}",
-        "in grey / in CMYK": lambda facts: f"{facts.colours.get('grey', 0):,} / {facts.colours.get('CMYK', 0):,}",
-        "height": lambda facts: _ends(facts.heights),
-        "width": lambda facts: _ends(facts.widths),
-        "heads": lambda facts: f"{facts.heads:,}",
-        "of an image": lambda facts: _ends(facts.counts),
-        "of an image, mean": lambda facts: f"{facts.counts.mean:,.1f}" if facts.counts else "-",
-        "outside the image": lambda facts: f"{facts.outside:,}",
-        "on another's pixel": lambda facts: f"{facts.crowded:,}",
-        "pixels to the nearest, median": lambda facts: f"{facts.spacing:.1f}" if facts.spacing else "-",
-        "images with region of interest": lambda facts: f"{facts.with_roi:,}",
-        "its share of the pixels": lambda facts: f"{facts.roi:.1%}" if facts.roi is not None else "-",
-        "heads outside it": lambda facts: f"{facts.outside_roi:,}",
-        "images with depth": lambda facts: f"{facts.with_depth:,}",
-        "its range": lambda facts: f"{facts.depth[0]:.2f} to {facts.depth[1]:.2f}" if facts.depth else "-",
-    }
-    for name, cell in rows.items():
-        group = name in ("images", "heads", "images with region of interest", "images with depth")
-        ends = name in ("width", "pixels to the nearest, median", "heads outside it")
-        label = Text(name if group else f"  {name}", style="bold" if group else "")
-        table.add_row(label, *(cell(facts) for facts in found.splits.values()), end_section=ends)
-    return table
 
 
 def draw_histograms(found: ValidationReport, path: str | os.PathLike[str]) -> None:
@@ -154,9 +111,3 @@ def _log(axes: Axes) -> None:
 
 def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2)
-
-
-def _ends(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return " / ".join(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most))

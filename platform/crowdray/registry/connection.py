@@ -40,7 +40,7 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
         _check_sqlite(sqlite_path(uri), uri)
     elif scheme in _DATABASES:
         _check_port(uri, _PORTS[scheme], timeout_s)
-    quiet()
+    disable_telemetry()
     from mlflow import MlflowClient
 
     with translated_errors(uri), request_timeout(timeout_s, retries=0):
@@ -49,7 +49,7 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
         return client
 
 
-def quiet() -> None:
+def disable_telemetry() -> None:
     """Keep MLflow from reporting usage to its makers and from chatting; call it before importing mlflow."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -62,7 +62,7 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
-def shown(uri: str) -> str:
+def redacted(uri: str) -> str:
     """A URI for messages: without its password."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
@@ -112,13 +112,13 @@ def translated_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"cannot use the MLflow tracking URI {shown(uri)}: {_reason(error)}; {_MEND}") from error
+        raise UserError(f"cannot use the MLflow tracking URI {redacted(uri)}: {_reason(error)}; {_MEND}") from error
     except Exception as error:
         # What a store of artifacts says comes as an error of its client, which shares no base class with others.
         if not isinstance(error, ImportError) and not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
             raise
         raise UserError(
-            f"cannot use the artifact store of the MLflow tracking URI {shown(uri)}: {_reason(error)}; check its "
+            f"cannot use the artifact store of the MLflow tracking URI {redacted(uri)}: {_reason(error)}; check its "
             "credentials, and that its client is installed (for s3://: pip install 'crowdray[aws]')"
         ) from error
 
@@ -138,16 +138,16 @@ def _check_form(uri: str) -> None:
     if "://" not in uri or scheme == "file":
         folder = uri.removeprefix("file://").rstrip("/") or "."
         raise UserError(
-            f"the tracking URI {shown(uri)!r} is a plain folder, which MLflow no longer writes; "
+            f"the tracking URI {redacted(uri)!r} is a plain folder, which MLflow no longer writes; "
             f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
         )
     if scheme not in ("http", "https", "sqlite", *_DATABASES) and not scheme.startswith("databricks"):
         raise UserError(
-            f"the tracking URI {shown(uri)!r} has the scheme {scheme!r}, which MLflow does not know; "
+            f"the tracking URI {redacted(uri)!r} has the scheme {scheme!r}, which MLflow does not know; "
             "use http://host:port, sqlite:////a/folder/mlflow.db or postgresql://..."
         )
     if scheme != "sqlite" and not scheme.startswith("databricks") and not urlsplit(uri).hostname:
-        raise UserError(f"the tracking URI {shown(uri)!r} names no host; write it as {scheme}://host:port")
+        raise UserError(f"the tracking URI {redacted(uri)!r} names no host; write it as {scheme}://host:port")
 
 
 def _check_sqlite(path: Path, uri: str) -> None:

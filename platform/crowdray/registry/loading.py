@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.models.export import Geometry
-from crowdray.registry.connection import connect, environment, quiet, request_timeout, shown, translated_errors
+from crowdray.registry.connection import (
+    connect,
+    disable_telemetry,
+    environment,
+    redacted,
+    request_timeout,
+    translated_errors,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,7 +108,7 @@ def load_counter(
 
     Raises UserError when there is no such model, or when it is not one of these packages.
     """
-    quiet()
+    disable_telemetry()
     with tempfile.TemporaryDirectory(prefix="crowdray-model-") as scratch:
         if urlsplit(uri).scheme in ("models", "runs"):
             folder = _download(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(scratch), timeout_s)
@@ -157,7 +164,7 @@ def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: floa
             place = _artifact_place(client, uri)
     except (MlflowException, ValueError) as error:
         raise UserError(
-            f"there is no model {uri} at {shown(tracking_uri)}: {error}; look there with `make ui`, and "
+            f"there is no model {uri} at {redacted(tracking_uri)}: {error}; look there with `make ui`, and "
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
         ) from error
     with translated_errors(tracking_uri), environment(_NO_BAR):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.errors import UserError
-from crowdray.registry.connection import quiet
+from crowdray.registry.connection import disable_telemetry
 from crowdray.registry.loading import LoadedCounter, load_counter, silence_mlflow
 
 # Larger and smaller than the example, odd, multiples of 4 and of 16 in one axis or both.
@@ -106,7 +106,7 @@ class _Density(nn.Module):
 
 
 def _export(plain: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, object]) -> None:
-    quiet()
+    disable_telemetry()
     import mlflow.pytorch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
 from crowdray.errors import UserError
-from crowdray.registry.connection import connect, is_server, request_timeout, shown, sqlite_path, translated_errors
+from crowdray.registry.connection import connect, is_server, redacted, request_timeout, sqlite_path, translated_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -346,7 +346,7 @@ def _experiment(client: "MlflowClient", uri: str, name: str) -> "Experiment":
     if found.artifact_location.startswith("mlflow-artifacts:") and not is_server(uri):
         raise UserError(
             f"the MLflow experiment {name!r} was made through a server, which keeps its files, but the "
-            f"tracking URI {shown(uri)} goes past it; set MLFLOW_TRACKING_URI to the server's address, "
+            f"tracking URI {redacted(uri)} goes past it; set MLFLOW_TRACKING_URI to the server's address, "
             "or choose another name"
         )
     return found

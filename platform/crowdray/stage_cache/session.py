@@ -40,21 +40,20 @@ class StageCacheConfig:
 
 @dataclass(frozen=True)
 class StageCacheOptions:
-    """Where the stage store lies: options of a job."""
+    """Location and size of the stage cache, as command-line options."""
 
-    store: str | None = None
-    """Folder or URI of the stage store, where trainings find the beginnings that others trained; without it `stages`
-    in --storage. On several nodes one that all of them reach."""
-    store_gib: float = 20.0
-    """Size in GiB that the stage store may have; what was not used for longest goes first."""
+    stage_cache: str | None = None
+    """Folder or URI of the stage cache, where runs reuse the stages that others trained; by default `stages` in
+    --storage. With several nodes, shared by all of them."""
+    stage_cache_gib: float = 20.0
+    """Maximum size of the stage cache in GiB; the least recently used states are evicted first."""
 
-    def stage_cache(self, folder: str) -> StageCacheConfig:
-        """The shelf of the trainings whose runs lie in `folder`."""
-        if not self.store_gib >= 0:
-            raise UserError(f"--store-gib is {self.store_gib}; give at least 0")
-        return StageCacheConfig(
-            storage.resolve(self.store or storage.join(folder, "stages")), int(self.store_gib * 2**30)
-        )
+    def config(self, folder: str) -> StageCacheConfig:
+        """Return the stage cache of the runs in `folder`."""
+        if not self.stage_cache_gib >= 0:
+            raise UserError(f"--stage-cache-gib is {self.stage_cache_gib}; give at least 0")
+        uri = storage.resolve(self.stage_cache or storage.join(folder, "stages"))
+        return StageCacheConfig(uri, int(self.stage_cache_gib * 2**30))
 
 
 class StageCacheSession:
@@ -97,8 +96,8 @@ class StageCacheSession:
             # It was evicted meanwhile, or damaged and therefore removed: the next longest, then.
             if any(loaded) and found in missed:
                 raise UserError(
-                    f"the stage store {self._shelf.uri} is not the same folder for all workers; give --store one that "
-                    "all nodes share, or a URI such as s3://bucket/stages"
+                    f"the stage store {self._shelf.uri} is not the same folder for all workers; give --stage-cache "
+                    "one that all nodes share, or a URI such as s3://bucket/stages"
                 )
             missed.add(found)
         return None

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Resources, beside, choose_gpu, connect, passing_with_job
+from crowdray.cluster.runtime import PACKAGE, Resources, choose_gpu, connect, deletion_warning, run_in_thread
 from crowdray.cluster.train import RETRIES, run_training
 from crowdray.config import Device
 from crowdray.console.study_display import StudyDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
-from crowdray.pipeline.publish import Outcome, publish_run
+from crowdray.pipeline.outcome import Outcome
+from crowdray.pipeline.publish import publish_run
 from crowdray.pipeline.run import RESULT
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
@@ -89,8 +90,8 @@ def tune(
     first = study.space.configure(study.config, study.space.nearest(study.config))
     split_rows(first, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
     study.claim()
-    if passing := passing_with_job(study.uri):
-        display.status(passing)
+    if warning := deletion_warning(study.uri):
+        display.status(warning)
     tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
     stage_cache = replace(
         stage_cache, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")}
@@ -145,10 +146,10 @@ def places_of(study: Study, resources: Resources, concurrent: int | None, device
     """
     use_gpu = choose_gpu(resources, study.workers, device)
     threads = study.config.numerics.threads
-    nodes = resources.nodes or (resources.cpus,)
-    fit = max(sum(cpus // threads for cpus in those) for those in (nodes, resources.further)) // study.workers
+    nodes = resources.node_cpus or (resources.cpus,)
+    fit = max(sum(cpus // threads for cpus in those) for those in (nodes, resources.max_node_cpus)) // study.workers
     if fit == 0:
-        there = " and ".join(str(cpus) for cpus in max(nodes, resources.further, key=sum))
+        there = " and ".join(str(cpus) for cpus in max(nodes, resources.max_node_cpus, key=sum))
         raise UserError(
             f"a trial needs {study.workers} times {threads} CPUs, each {threads} on one node, and the nodes have "
             f"{there}: lower --workers or --numerics.threads"
@@ -229,7 +230,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
                 verbose=0,
             ),
         )
-        waiting, errors = beside(tuner.fit)
+        waiting, errors = run_in_thread(tuner.fit)
         while waiting.is_alive():
             waiting.join(timeout=0.5)
     if search.mistake is not None:
@@ -277,7 +278,7 @@ def _ship(
     config = study.space.configure(study.config, best.values)
     run = study.trial(best.number, config)
     run.claim()
-    if outcome := Outcome.of_earlier(run, tracking_uri):
+    if outcome := Outcome.of_finished(run, tracking_uri):
         return outcome
     if not storage.exists(storage.join(run.trained, RESULT)):
 
@@ -302,7 +303,7 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
         draw_slices(record, paths[2])
         draw_stage_tree(record, paths[3])
         for path in paths:
-            tracker.log_figure(path, "figures")
+            tracker.log_file(path, "figures")
             places.append(storage.join(study.uri, path.name))
             storage.publish_file(path, places[-1])
     storage.write_bytes(storage.join(study.uri, "record.json"), record.to_json().encode())

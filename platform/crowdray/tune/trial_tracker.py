@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.pipeline.publish import tracked_rows
+from crowdray.pipeline.publish import metric_rows
 from crowdray.registry.tracking import Status, Tracker, open_tracker
 from crowdray.training.checkpoint import Row
 from crowdray.tune.record import StageCost, State, StudyRecord, TrialRecord
@@ -138,7 +138,7 @@ class _Running:
 
     def rows(self) -> list[dict[str, float]]:
         """The history as MLflow takes it."""
-        return tracked_rows([self.history[epoch] for epoch in sorted(self.history)])
+        return metric_rows([self.history[epoch] for epoch in sorted(self.history)])
 
 
 def _with_lost(legs: Sequence[StageCost], lost: Sequence[StageCost]) -> tuple[StageCost, ...]:

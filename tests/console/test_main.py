@@ -7,7 +7,7 @@ import torch
 
 from crowdray.cluster.parallel import WorkStopped
 from crowdray.cluster.train import TrainingStopped
-from crowdray.console.arguments import EXIT_FAILED, EXIT_USAGE, run_job
+from crowdray.console.main import EXIT_FAILED, EXIT_USAGE, run_job
 from crowdray.datasets.validation import InvalidDatasetError
 from crowdray.errors import DataError, JobFailed, UserError
 from crowdray.pipeline.predict import PredictionError
@@ -19,9 +19,8 @@ def run_raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def main(arguments: list[str]) -> None:
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["job"])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    run_job(main)
+    run_job(main, [])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""One module per command: its arguments as a dataclass, and main(arguments)."""

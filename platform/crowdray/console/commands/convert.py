@@ -1,0 +1,83 @@
+"""`crowdray convert`: convert a dataset from its official layout, or check its annotations."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
+
+import tyro
+
+from crowdray.cluster.check import check
+from crowdray.cluster.convert import convert
+from crowdray.console.arguments import console, option_name, parse
+from crowdray.console.progress import image_progress
+from crowdray.console.tables import show_check, show_dataset
+from crowdray.datasets.sources import SOURCES, open_source, source_options
+from crowdray.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """Convert a dataset into shards with an index; the same command resumes an interrupted conversion."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Layout of the dataset, one of those above; SOURCE --help lists the options of one."""
+    dest: str = ""
+    """Path or URI of the new dataset."""
+    source: str | None = None
+    """Folder or URI of the dataset in its official layout."""
+    split: tuple[str, ...] = ()
+    """Splits to convert; all by default."""
+    depth: str = "auto"
+    """Source of depth: perspective, points, own or none (auto picks the best that the dataset has), or, for any
+    dataset, precomputed:URI, onnx:URI or hf:MODEL, each with options after commas (docs/depth.md)."""
+    overwrite: bool = False
+    """Replace an existing dataset at --dest."""
+    check: bool = False
+    """Check every image instead of converting; --dest is not needed and not changed."""
+    report: str = ""
+    """Folder or URI for statistics and figures of --check (default: outputs/check/NAME)."""
+    strict: bool = False
+    """Fail if any item is unusable; by default such items are left out and listed in quarantine.json. With --check:
+    exit with status 1 if there is a problem."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command with its arguments."""
+    name = _source_name(arguments)
+    options = source_options(name) if name else {}
+    _check_options(name, options, arguments)
+    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.meaning)], o.default) for key, o in options.items()]
+    job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
+    listed = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
+    job = parse(job_type, arguments, "convert", f"{ConvertJob.__doc__}\n\nSOURCE is one of\n{listed}")
+    source = open_source(job.name, job.source, depth=job.depth, **{key: getattr(job, key) for key in options})
+    if job.check:
+        folder = job.report or f"outputs/check/{source.name}"
+        report = check(source, folder, splits=job.split, progress=image_progress)
+        show_check(report, folder, console(), strict=job.strict)
+        return
+    if not job.dest:
+        raise UserError("--dest is missing; give the path or URI of the new dataset, or --check to check the source")
+    index = convert(
+        source, job.dest, splits=job.split, overwrite=job.overwrite, strict=job.strict, progress=image_progress
+    )
+    show_dataset(index, job.dest, console())
+
+
+def _source_name(arguments: Sequence[str]) -> str | None:
+    """Return the first argument that names a source and is not the value of an option."""
+    with_value = {f"--{field.name}" for field in dataclasses.fields(ConvertJob) if field.type is not bool}
+    words = (word for before, word in pairwise(["", *arguments]) if before not in with_value)
+    return next((word for word in words if word in SOURCES), None)
+
+
+def _check_options(source: str | None, source_options: Collection[str], arguments: Sequence[str]) -> None:
+    """Raise UserError for options that neither the command nor the source has."""
+    known = {field.name for field in dataclasses.fields(ConvertJob)} | {*source_options, "help"}
+    names = (option_name(word).removeprefix("--no-").removeprefix("--") for word in arguments if word[:2] == "--")
+    unknown = sorted({name for name in names if name.replace("-", "_") not in known})
+    if source and unknown:
+        listed = f"; its options are --{', --'.join(source_options)}" if source_options else ""
+        raise UserError(f"unknown option for {source}: --{', --'.join(unknown)}; remove it{listed}")

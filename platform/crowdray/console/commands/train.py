@@ -1,0 +1,64 @@
+"""`crowdray train`: train the three stages on a dataset and register the counter."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from crowdray.cluster.batch_size import find_batch_size
+from crowdray.cluster.train import train
+from crowdray.config import Config, Device
+from crowdray.console.arguments import console, parse_with_config, tracking_uri, write_json
+from crowdray.console.progress import TrainingDisplay
+from crowdray.console.tables import show_outcome
+from crowdray.pipeline.run import plan, workers_of
+from crowdray.stage_cache.session import StageCacheOptions
+from crowdray.training.stages import stages_of
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train a crowd counter in three stages and register it without its auxiliary decoders.
+
+    The same command resumes an interrupted run. Options with a dot override the preset.
+    """
+
+    preset: str
+    """demo, mall-cfcn, shb-cfcn, shb-csrnet, sha-csrnet, worldexpo-csrnet, cfcn, csrnet, debug, or the path of a
+    config.json."""
+    data: str
+    """Path or URI of a dataset written by jobs/convert.py."""
+    workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 1
+    """Number of worker processes, each with a GPU or an equal part of the CPUs; MIN:MAX is elastic: workers are added
+    and removed with the nodes of the cluster."""
+    storage: str = "runs"
+    """Folder or URI for checkpoints and results; with several nodes, shared by all of them."""
+    name: str | None = None
+    """Name of the run; by default the preset and a hash of everything that determines the result."""
+    device: Device = "auto"
+    """Device of the workers: auto uses GPUs if there are enough."""
+    batch: Literal["given", "auto"] = "given"
+    """auto replaces --sampling.batch by a measured one: the number of windows above which a worker hardly gets faster,
+    or as many as fit into its memory. Learning rates are tuned for the batch of their preset."""
+    json: str | None = None
+    """Path or URI for the result as JSON."""
+    cache: Annotated[StageCacheOptions, tyro.conf.arg(name="")] = field(default_factory=StageCacheOptions)
+    """Cache of trained stages, shared by runs."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """Configuration of the training run."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command with its arguments."""
+    job = parse_with_config(TrainJob, arguments, "train")
+    workers, measured = workers_of(job.workers), job.batch == "auto"
+    run = plan(job.config, job.data, workers, job.storage, job.name, job.preset, measured=measured)
+    screen = console()
+    with TrainingDisplay(stages_of(run.config), screen) as display:
+        if measured:
+            run = find_batch_size(run, display, device=job.device)
+        stage_cache = job.cache.config(run.storage)
+        outcome = train(run, display, tracking_uri=tracking_uri(), stage_cache=stage_cache, device=job.device)
+    show_outcome(outcome, screen)
+    write_json(job.json, dataclasses.asdict(outcome))

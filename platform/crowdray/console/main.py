@@ -1,0 +1,59 @@
+"""The `crowdray` command; the scripts in jobs/ call it with their own name as the first argument."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from crowdray import __version__
+from crowdray.errors import JobFailed, UserError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+"""Exit status of a job: done, failed, invalid input, Ctrl-C."""
+
+COMMANDS = {
+    "convert": "convert a dataset into shards, or check its annotations",
+    "train": "train a counter in three stages and register it",
+    "tune": "search loss weights and stage lengths, and register the best counter",
+    "evaluate": "score a packaged counter on a split",
+    "predict": "count the people in photos",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command named by the first argument, sys.argv by default, and exit with its status."""
+    name, *rest = arguments or sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<10}{summary}" for command, summary in COMMANDS.items()]
+        print("usage: crowdray COMMAND [options]\n", *lines, "\ncrowdray COMMAND --help lists its options.", sep="\n")
+    elif name == "--version":
+        print(f"crowdray {__version__}")
+    elif name in COMMANDS:
+        module = importlib.import_module(f"crowdray.console.commands.{name}")  # late: --help stays fast
+        run_job(module.main, rest)
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1) or [", ".join(COMMANDS)]
+        sys.exit(_print_error(f"unknown command {name!r}; use {close[0]}", EXIT_USAGE))
+
+
+def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
+    """Call a job with its arguments; exit if it fails.
+
+    UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
+    traceback.
+    """
+    sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
+    try:
+        job(list(arguments))
+    except UserError as error:
+        sys.exit(_print_error(error, EXIT_USAGE))
+    except JobFailed as error:
+        sys.exit(_print_error(error, EXIT_FAILED))
+    except KeyboardInterrupt:
+        sys.exit(_print_error("interrupted; run the same command again to resume", EXIT_INTERRUPTED))
+
+
+def _print_error(message: object, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,61 @@
+"""Outcome of a run: outcome.json in its folder, written last."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from crowdray import storage
+from crowdray.errors import DataError
+from crowdray.pipeline.run import Run
+from crowdray.training.result import TrainingResult
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of a run, and the locations of its files."""
+
+    run: str
+    """Folder of the run."""
+    result: TrainingResult
+    """Errors and history."""
+    model: str
+    """Folder of the packaged counter."""
+    figure: str
+    """URI of the overview figure."""
+    registered: str | None
+    """Registered version as models:/NAME/VERSION; None without a tracking URI."""
+    alias: str | None
+    """Alias that the version received; None if it received none, or may have lost it since."""
+    tracking_uri: str | None
+    """MLflow tracking URI."""
+    run_id: str | None
+    """MLflow run id."""
+    run_url: str | None
+    """Web page of the MLflow run, if a server shows it."""
+
+    @property
+    def model_uri(self) -> str:
+        """URI that always loads this counter; an alias may move to another one."""
+        return self.registered or self.model
+
+    @classmethod
+    def of_finished(cls, run: Run, tracking_uri: str | None) -> Self | None:
+        """Return the outcome of a run that is finished and tracked at `tracking_uri`, without its alias."""
+        if not storage.exists(run.outcome):
+            return None
+        outcome = cls.from_json(storage.read_bytes(run.outcome), run.outcome)
+        return replace(outcome, alias=None) if outcome.tracking_uri == tracking_uri else None
+
+    def to_json(self) -> str:
+        """Return the outcome as JSON text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes, uri: str) -> Self:
+        """Parse the text of `to_json`; raise DataError naming `uri` if it is damaged."""
+        try:
+            content: dict[str, Any] = json.loads(text)
+            result = TrainingResult.from_json(json.dumps(content.pop("result")), uri)
+            return cls(result=result, **content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{uri} is damaged ({error}); delete it and run the same command again") from error
