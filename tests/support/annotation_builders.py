@@ -1,4 +1,4 @@
-"""The same three photos, annotated as each of the tools exports them: people's own data, for tests and fuzzing."""
+"""Builders of the same three annotated photos in the export format of every annotation tool."""
 
 import json
 import uuid
@@ -16,7 +16,7 @@ from crowdray.errors import UserError
 from .builders import HEIGHT, WIDTH, jpeg
 
 HEADS: dict[str, list[tuple[float, float]]] = {"a.jpg": [(3.5, 4.5), (16.0, 12.0)], "b.jpg": [(8.0, 6.0)], "c.jpg": []}
-"""Heads in continuous pixels; every coordinate is an exact percentage of 32x24 too."""
+"""Heads in continuous pixels; every coordinate is also an exact percentage of 32x24."""
 
 
 def write_images(folder: Path, names: Any = tuple(HEADS)) -> Path:
@@ -33,7 +33,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_csv(folder: Path) -> Path:
-    """A table by hand; the empty photo is a line without coordinates."""
+    """Write a CSV table; the empty photo is a row without coordinates."""
     lines = [f"{name},{x},{y}" for name, heads in HEADS.items() for x, y in heads]
     write_images(folder)
     (folder / "heads.csv").write_text("\n".join(["image,x,y", *lines, "c.jpg,,"]) + "\n")
@@ -41,7 +41,7 @@ def write_csv(folder: Path) -> Path:
 
 
 def coco(keypoints: Any = ("nose", "left_eye"), shift: float = 0.5) -> dict[str, Any]:
-    """COCO's keypoints: x, y and visibility of each, as indices of pixels."""
+    """COCO keypoints: x, y and visibility of each, as pixel indices."""
     images = [
         {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1, "coco_url": ""}
         for number, name in enumerate(HEADS, 397133)
@@ -72,14 +72,14 @@ def coco(keypoints: Any = ("nose", "left_eye"), shift: float = 0.5) -> dict[str,
 
 
 def write_coco(folder: Path) -> Path:
-    """Person keypoints in COCO's own layout."""
+    """Write person keypoints in COCO's layout."""
     write_images(folder)
     write_json(folder / "annotations" / "person_keypoints.json", coco())
     return folder
 
 
 def task(image: str, heads: Any, *, result: Any = (), **annotation: Any) -> dict[str, Any]:
-    """A task of Label Studio, annotated once, with keypoints in percent of the image."""
+    """A Label Studio task with one annotation of keypoints in percent of the image size."""
     shapes = [
         {
             "id": f"kp{number}",
@@ -110,7 +110,7 @@ def task(image: str, heads: Any, *, result: Any = (), **annotation: Any) -> dict
 
 
 def write_label_studio(folder: Path) -> Path:
-    """The export called JSON of a project to which the photos were uploaded."""
+    """Write the JSON export of a project with uploaded photos."""
     write_images(folder)
     write_json(folder / "project-1-at-2026-03-09.json", [task(name, heads) for name, heads in HEADS.items()])
     return folder
@@ -138,7 +138,7 @@ def cvat_points(heads: Any, label: str = "head") -> str:
 
 
 def write_cvat(folder: Path) -> Path:
-    """A task exported as "CVAT for images 1.1"; the points of a photo are one shape."""
+    """Write a task exported as "CVAT for images 1.1"; the points of a photo are one shape."""
     write_images(folder / "images")
     images = [cvat_image(name, cvat_points(heads) if heads else "") for name, heads in HEADS.items()]
     (folder / "annotations.xml").write_text(cvat_xml("".join(images)))
@@ -146,7 +146,7 @@ def write_cvat(folder: Path) -> Path:
 
 
 def labelme(image: str, shapes: Any, **more: Any) -> dict[str, Any]:
-    """A file of LabelMe with shapes of (type, label, corners)."""
+    """A LabelMe file with shapes of (type, label, corners)."""
     listed = [
         {
             "label": label,
@@ -164,7 +164,7 @@ def labelme(image: str, shapes: Any, **more: Any) -> dict[str, Any]:
 
 
 def write_labelme(folder: Path) -> Path:
-    """A file beside each photo."""
+    """Write a file next to each photo."""
     write_images(folder)
     for name, heads in HEADS.items():
         shapes = [("point", "head", [head]) for head in heads]
@@ -179,7 +179,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "cvat": write_cvat,
     "labelme": write_labelme,
 }
-"""For each format what writes a small, valid folder."""
+"""Writers of a small valid folder, by format."""
 
 
 def load(kind: str, folder: Path, **options: Any) -> dict[str, Sample]:
@@ -191,8 +191,8 @@ def heads(kind: str, folder: Path, **options: Any) -> dict[str, list[tuple[float
     return {name: [tuple(p) for p in sample.points.tolist()] for name, sample in load(kind, folder, **options).items()}
 
 
-def problem(kind: str, folder: Path, **options: Any) -> str:
-    """The one message of a folder that cannot be converted; nothing is published."""
+def conversion_error(kind: str, folder: Path, **options: Any) -> str:
+    """Return the error of a folder that cannot be converted; nothing may be published."""
     made = folder.parent / f"made-{uuid.uuid4().hex}"
     with pytest.raises(UserError) as caught:
         conversion.convert(open_source(kind, str(folder), **options), str(made), strict=True)

@@ -1,4 +1,4 @@
-"""MATLAB files: HDF5 is read as scipy reads the older kind; polygons become the pixels whose centres they hold."""
+"""MATLAB files: both formats load alike, damaged files are rejected; polygon masks equal matplotlib's."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ def variables(content: bytes) -> dict[str, Any]:
     return read_matlab(f"{in_bucket({'a.mat': content})}/a.mat", dict, "anything")
 
 
-def test_both_kinds_of_files_give_the_same_variables() -> None:
+def test_read_matlab_both_formats_return_equal_variables() -> None:
     rng = np.random.default_rng(0)
     matrix, empty = rng.normal(size=(3, 5)), np.zeros((0, 2))
     cell = np.empty((2, 1), dtype=object)
@@ -46,42 +46,42 @@ def test_both_kinds_of_files_give_the_same_variables() -> None:
         assert second.size == 0
 
 
-def test_points_are_shifted_by_their_base_and_further_columns_left_out() -> None:
+def test_read_points_shifts_by_base_and_drops_extra_columns() -> None:
     for write in (mat, hdf5):
-        place = f"{in_bucket({'a.mat': write(p=np.array([[1.0, 2.0, 9.0]]), c=np.ones((2, 1)))})}/a.mat"
-        np.testing.assert_array_equal(read_points(place, "p", 1.0), [[0.5, 1.5]])
-        np.testing.assert_array_equal(read_points(place, "p", 0.0), [[1.5, 2.5]])
-        with pytest.raises(DataError, match=r"a\.mat does not hold `c` with x and y .*\(2, 1\).*copy it again"):
-            read_points(place, "c", 1.0)
+        uri = f"{in_bucket({'a.mat': write(p=np.array([[1.0, 2.0, 9.0]]), c=np.ones((2, 1)))})}/a.mat"
+        np.testing.assert_array_equal(read_points(uri, "p", 1.0), [[0.5, 1.5]])
+        np.testing.assert_array_equal(read_points(uri, "p", 0.0), [[1.5, 2.5]])
+        with pytest.raises(DataError, match=r"a\.mat does not contain `c` with x and y .*\(2, 1\).*copy it again"):
+            read_points(uri, "c", 1.0)
 
 
 @pytest.mark.parametrize(
-    ("place", "written", "message"),
+    ("position", "written", "message"),
     [
-        # Unchecked, the first three can end the process in scipy, and the fourth keeps it for hours.
-        (145, b"\x08", r"class 6 and shape \(3, 2\) that holds 1 elements"),
+        # Unchecked, the first three can crash scipy, and the fourth can loop for hours.
+        (145, b"\x08", r"class 6 and shape \(3, 2\) with 1 elements"),
         (176, struct.pack("<I", 0), "an element of type 0 and 48 bytes"),
         (176, struct.pack("<I", 0x10809), "an element of type 2057 and 1 bytes"),
         (160, struct.pack("<ii", 2**30, 2), r"a matrix of shape \(1073741824, 2\)"),
         (160, struct.pack("<ii", -3, 2), r"a matrix of shape \(-3, 2\)"),
         (180, struct.pack("<I", 4000), "an element of type 9 and 4000 bytes"),
         (132, struct.pack("<I", 99), "an element of type 14 and 99 bytes"),
-        (124, b"\0\2", "no header of MATLAB"),
+        (124, b"\0\2", "no MATLAB header"),
     ],
 )
-def test_a_damaged_element_is_found_before_scipy_meets_it(place: int, written: bytes, message: str) -> None:
+def test_read_matlab_damaged_element_is_rejected_before_scipy(position: int, written: bytes, message: str) -> None:
     content = bytearray(mat(p=np.arange(6.0).reshape(3, 2)))
     assert struct.unpack_from("<ii", content, 160) == (3, 2) and struct.unpack_from("<II", content, 176) == (9, 48)
-    content[place : place + len(written)] = written
+    content[position : position + len(written)] = written
     with pytest.raises(DataError, match=message):
         variables(bytes(content))
 
 
-def test_compressed_and_big_endian_files_are_read() -> None:
+def test_read_matlab_compressed_and_big_endian_files_load() -> None:
     buffer = io.BytesIO()
     savemat(buffer, {"p": np.arange(6.0).reshape(3, 2), "s": {"a": np.zeros((0, 2))}}, do_compression=True)
     np.testing.assert_array_equal(variables(buffer.getvalue())["p"], np.arange(6.0).reshape(3, 2))
-    with pytest.raises(DataError, match="does not hold anything"):
+    with pytest.raises(DataError, match="does not contain anything"):
         variables(buffer.getvalue()[:-10] + bytes(10))
     big = b"MATLAB".ljust(124) + b"\x01\x00MI" + struct.pack(">IIIIIIIIiiHH", 14, 64, 6, 8, 6, 0, 5, 8, 2, 1, 1, 1)
     big += b"p\0\0\0" + struct.pack(">IIdd", 9, 16, 1.5, 2.5)
@@ -90,8 +90,8 @@ def test_compressed_and_big_endian_files_are_read() -> None:
 
 @given(st.integers(3, 9), st.integers(0, 2**32 - 1))
 @settings(max_examples=40, deadline=None)
-def test_a_polygon_holds_the_pixels_whose_centres_matplotlib_finds_inside(corners: int, seed: int) -> None:
-    # Sorted by their angle the corners make a star, so that nothing crosses itself.
+def test_polygon_mask_equals_matplotlib(corners: int, seed: int) -> None:
+    # Corners sorted by angle form a star-shaped polygon, which does not cross itself.
     rng = np.random.default_rng(seed)
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     x, y = (16 + rng.uniform(2, 20, corners) * wave(angles) for wave in (np.cos, np.sin))
@@ -100,14 +100,14 @@ def test_a_polygon_holds_the_pixels_whose_centres_matplotlib_finds_inside(corner
     np.testing.assert_array_equal(polygon_mask(x, y, 24, 32), closed.contains_points(centres).reshape(24, 32))
 
 
-def test_polygons_with_a_common_edge_share_no_pixel_and_lose_none() -> None:
-    # The edge goes through the centres of pixels.
+def test_polygon_mask_common_edge_assigns_each_pixel_once() -> None:
+    # The edge passes through pixel centres.
     left = polygon_mask(np.array([0, 4.5, 6.5, 0]), np.array([0, 0, 8, 8]), 8, 10)
     right = polygon_mask(np.array([4.5, 10, 10, 6.5]), np.array([0, 0, 8, 8]), 8, 10)
     assert (left ^ right).all() and left.any() and right.any()
 
 
 @pytest.mark.parametrize(("x", "y"), [([1, 2], [1, 2]), ([1, 2, np.nan], [1, 2, 3]), ([1, 2, 1e30], [1, 2, 3])])
-def test_what_is_no_polygon_is_refused(x: list[float], y: list[float]) -> None:
+def test_polygon_mask_invalid_vertices_raise(x: list[float], y: list[float]) -> None:
     with pytest.raises(ValueError, match=r"a polygon of 2 vertices|pixels from the image's corner"):
         polygon_mask(np.array(x), np.array(y), 8, 8)

@@ -1,1 +1,1 @@
-"""People's own data: a folder of images, annotated in one of the formats that annotation tools write."""
+"""Users' own data: a folder of images with annotations in a common export format."""

@@ -1,5 +1,4 @@
-"""What annotations say of one image: heads, regions of interest, and what was left aside, by the same rules for
-every format.
+"""The annotation of one image: heads, regions of interest and ignored shapes, by the same rules for every format.
 
 Coordinates are continuous pixels (x, y); the centre of the first pixel is (0.5, 0.5).
 """
@@ -19,104 +18,110 @@ from crowdray.errors import DataError
 
 Corner = tuple[float, float]
 
-REGION = "roi"
-"""A polygon with this label, in any case, encloses where heads are annotated."""
+ROI_LABEL = "roi"
+"""Label, in any case, of polygons inside which heads are annotated."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """Which shapes are heads."""
+class HeadRules:
+    """Which shapes count as heads."""
 
     labels: tuple[str, ...] = ()
-    """Labels that mark heads; shapes with another one are left aside. None given: every shape is a head."""
+    """Labels that mark heads; other shapes are ignored. Empty: every shape is a head."""
     boxes: str | None = None
-    """`centre` takes the centre of each box for a head; None refuses boxes."""
+    """`centre` makes the centre of each box a head; None rejects boxes."""
 
-    def want(self, label: str) -> bool:
-        """Whether shapes of this label are heads."""
+    def accepts(self, label: str) -> bool:
+        """Return whether shapes with this label are heads."""
         return not self.labels or label in self.labels
 
 
 @dataclass(slots=True)
 class ImageAnnotation:
-    """All that one annotation file says of one image."""
+    """Everything that one annotation file says about one image."""
 
-    file: str
-    """URI of the file."""
-    place: str
-    """Where in it the image is named, for messages."""
+    uri: str
+    """URI of the annotation file."""
+    location: str
+    """Position of the image's entry in the file, for messages."""
     image: str
-    """What the file calls the image."""
+    """Path or name of the image as the file writes it."""
     alias: str = ""
-    """What else the image may be called."""
+    """Alternative name of the image."""
     embedded: bool = False
-    """Whether the file holds the image itself."""
+    """Whether the file contains the image itself."""
     size: tuple[int, int] | None = None
-    """Height and width in pixels when it was annotated; None is unknown."""
+    """Size (H, W) of the image when it was annotated; None if unknown."""
     split: str = ""
-    """train, val, test, or "" when the file does not say."""
+    """train, val or test; "" if the file does not say."""
     scene: str = ""
-    """The camera or place, "" when the file does not say."""
+    """Camera or scene; "" if the file does not say."""
     heads: list[Corner] = field(default_factory=list)
     """Annotated heads."""
-    regions: list[list[Corner]] = field(default_factory=list)
-    """Polygons inside which heads are annotated; none means everywhere."""
+    roi_polygons: list[list[Corner]] = field(default_factory=list)
+    """Polygons inside which heads are annotated; empty means the whole image."""
     labels: Counter[str] = field(default_factory=Counter)
-    """How many heads have each label."""
-    aside: Counter[str] = field(default_factory=Counter)
-    """What was left aside, in words for a note, and how many of it."""
-    left_out: str = ""
-    """Why the image cannot be used though nothing is wrong, in words for a note."""
+    """Number of heads per label."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of ignored shapes per description."""
+    skip_reason: str = ""
+    """Description of images that are skipped although nothing is wrong, such as unfinished ones."""
     problem: str = ""
-    """What is wrong with its annotation, told when it is loaded."""
+    """What is wrong with the annotation; raised when the image is loaded."""
 
-    def take(self, rules: Rules, kind: str, label: str, corners: Sequence[Corner], place: str) -> None:
-        """Take a shape: each of `points`, or the centre of a `box`, is a head, a `polygon` may be a region.
+    def add_shape(self, rules: HeadRules, kind: str, label: str, corners: Sequence[Corner], location: str) -> None:
+        """Add a shape: each of `points` or the centre of a `box` is a head, a `polygon` may be a region of interest.
 
-        Raises DataError for a shape that should be a head by its label, but is none.
+        Raises:
+            DataError: for coordinates far outside the image, or a shape that `rules` accept but that is not a point.
         """
         for x, y in corners:
             if not (abs(x) <= FARTHEST and abs(y) <= FARTHEST):
-                raise DataError(f"{place}: ({x:g}, {y:g}) is no place in an image; correct it")
-        if kind == "polygon" and label.lower() == REGION:
+                raise DataError(f"{location}: ({x:g}, {y:g}) is far outside any image; correct it")
+        if kind == "polygon" and label.lower() == ROI_LABEL:
             if not 3 <= len(corners) <= MOST_VERTICES:
                 raise DataError(
-                    f"{place}: a region of interest has 3 to {MOST_VERTICES} corners, not {len(corners)}; draw it again"
+                    f"{location}: a region of interest has 3 to {MOST_VERTICES} corners, not {len(corners)}; redraw it"
                 )
-            self.regions.append(list(corners))
+            self.roi_polygons.append(list(corners))
             return
-        if not rules.want(label):
-            self.aside[f"shapes labelled {label!r}"] += 1
+        if not rules.accepts(label):
+            self.ignored[f"shapes labelled {label!r}"] += 1
             return
         if kind == "box" and rules.boxes == "centre":
             corners = [(sum(x for x, _ in corners) / len(corners), sum(y for _, y in corners) / len(corners))]
         elif kind != "points":
-            mend = "take the centres of boxes with --boxes centre, or name" if kind == "box" else "name"
+            fix = "use --boxes centre to count the centres of boxes, or select" if kind == "box" else "select"
             raise DataError(
-                f"{place}: a {kind} labelled {label!r} is no point; {mend} the labels of heads with --label"
+                f"{location}: a {kind} labelled {label!r} is not a point; {fix} the labels of heads with --label"
             )
         self.heads.extend(corners)
         self.labels[label] += len(corners)
 
     @contextlib.contextmanager
-    def checked(self) -> Iterator[None]:
-        """Keep the first DataError of the block as the image's problem, so that the other images are read too."""
+    def capture_error(self) -> Iterator[None]:
+        """Store the block's first DataError as the image's problem, so that reading continues with other images."""
         try:
             yield
         except DataError as error:
             self.problem = self.problem or str(error)
 
 
-def parse_number(text: str, place: str) -> float:
-    """A finite number from text; a DataError that shows the text and its place."""
+def known_size(height: float | None, width: float | None) -> tuple[int, int] | None:
+    """Return an image's size (H, W); None if it is missing or, as some tools write it, 0."""
+    return (round(height), round(width)) if height and width and min(height, width) >= 1 else None
+
+
+def parse_number(text: str, location: str) -> float:
+    """Parse a finite number; DataError with the text and its location."""
     with contextlib.suppress(ValueError):
         if "_" not in text and math.isfinite(value := float(text)):  # Python would read 1_0 as ten
             return value
-    raise DataError(f"{place}: {text[:60]!r} is no number; correct it")
+    raise DataError(f"{location}: {text[:60]!r} is not a number; correct it")
 
 
-def any_region(regions: Sequence[Sequence[Corner]], height: int, width: int) -> NDArray[np.bool_]:
-    """(H, W) mask of the pixels whose centres lie in any of the polygons."""
-    masks = [polygon_mask(x, y, height, width) for x, y in (np.transpose(corners) for corners in regions)]
+def roi_mask(polygons: Sequence[Sequence[Corner]], height: int, width: int) -> NDArray[np.bool_]:
+    """Return the mask (H, W) of the pixels whose centres lie in any of the polygons."""
+    masks = [polygon_mask(x, y, height, width) for x, y in (np.transpose(corners) for corners in polygons)]
     mask: NDArray[np.bool_] = np.logical_or.reduce(masks)
     return mask

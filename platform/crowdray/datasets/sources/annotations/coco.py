@@ -1,38 +1,88 @@
-"""COCO JSON with keypoints: one of each person, or of each point, is its head.
+"""COCO JSON with keypoints: one keypoint of each person, or each single point, is a head.
 
-COCO's keypoints are indices of pixels, counted from 0, so that 0.5 is added; its boxes are continuous. An image
-without annotation is an empty scene.
+COCO's keypoints are pixel indices from 0, so 0.5 is added; its boxes are continuous. An image without annotations is
+an empty scene.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from crowdray.datasets.sources.annotations.annotation import REGION, ImageAnnotation
+from pydantic import BaseModel, Field
+
+from crowdray.datasets.sources.annotations.annotation import ROI_LABEL, ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.json_reader import Node, read_json, size_of
+from crowdray.datasets.sources.annotations.json_reader import Id, Number, Text, location, read_json, validate
 from crowdray.errors import DataError
 
-HEADS = ("head", "nose")
-"""Keypoints that are taken for the head if none is named: the first of them that a category has."""
+DEFAULT_KEYPOINTS = ("head", "nose")
+"""Keypoints used as the head when none is named: the first one that a category has."""
 
 
-@dataclass(frozen=True, slots=True)
-class Category:
-    """One kind of thing that is annotated."""
+class CategoryEntry(BaseModel):
+    """An element of `categories`."""
+
+    id: Id
+    name: Text
+    keypoints: list[Text] | None = None
+
+
+class ImageEntry(BaseModel):
+    """An element of `images`."""
+
+    id: Id
+    file_name: Text
+    height: Number | None = None
+    width: Number | None = None
+
+
+class CocoFile(BaseModel):
+    """The parts of a file that are read; annotations are validated one by one, so a broken one costs one image."""
+
+    categories: list[CategoryEntry]
+    images: list[ImageEntry]
+    annotations: list[Any]
+
+
+class References(BaseModel):
+    """What every annotation has."""
+
+    image_id: Id
+    category_id: Id
+
+
+class Keypoints(BaseModel):
+    """An annotation that may have keypoints: x, y and visibility of each."""
+
+    keypoints: list[Number] | None = None
+    iscrowd: Any = None
+
+
+class Box(BaseModel):
+    """An annotation that is used for its box: x, y, width and height."""
+
+    bbox: Annotated[list[Number], Field(min_length=4, max_length=4)]
+
+
+class Polygons(BaseModel):
+    """An annotation that is used for its polygons, each x, y, x, y..."""
+
+    segmentation: list[list[Number]]
+
+
+class Category(NamedTuple):
+    """A category whose head is known."""
 
     name: str
-    """Its label."""
     keypoints: tuple[str, ...]
-    """Names of its keypoints; one, without a name, where the file says none."""
+    """Names of its keypoints; a single placeholder if the file names none."""
     head: int
-    """Which of them is the head."""
+    """Index of the head among them."""
 
 
 class Coco(AnnotatedFolder):
     """Keypoints in COCO's format; `base` is the coordinate of the first pixel's centre, 0 in COCO itself.
 
-    Tools that write fractions usually mean continuous pixels: base 0.5. `keypoint` names the one that is the head.
+    Tools that write fractions usually mean continuous pixels: base 0.5. `keypoint` names the head.
     """
 
     kind = "coco"
@@ -42,8 +92,8 @@ class Coco(AnnotatedFolder):
         self,
         source: str,
         *,
-        base: Annotated[float, "coordinate of the first pixel's centre; 0.5 where keypoints are continuous"] = 0.0,
-        keypoint: Annotated[str | None, "the keypoint that is the head; by default head, else nose"] = None,
+        base: Annotated[float, "coordinate of the first pixel's centre; 0.5 for continuous keypoints"] = 0.0,
+        keypoint: Annotated[str | None, "keypoint that is the head; default: head, else nose"] = None,
         **options: Any,
     ) -> None:
         self._shift = 0.5 - base
@@ -51,77 +101,83 @@ class Coco(AnnotatedFolder):
         super().__init__(source, **options)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        root = read_json(uri)
-        categories = {key: self._category(node) for key, node in _by_id(root.need("categories")).items()}
-        images = {
-            key: ImageAnnotation(uri, node.place, node.need("file_name").text(), size=size_of(node))
-            for key, node in _by_id(root.need("images")).items()
+        content = validate(CocoFile, read_json(uri), uri)
+        categories = {
+            entry.id: self._category(entry, where) for entry, where in _unique(content.categories, uri, "categories")
         }
-        for node in root.need("annotations").elements():
-            marks = _referred(images, node.need("image_id"), "images")
-            with marks.checked():
-                self._take(marks, node, _referred(categories, node.need("category_id"), "categories"))
+        images = {
+            entry.id: ImageAnnotation(uri, where, entry.file_name, size=known_size(entry.height, entry.width))
+            for entry, where in _unique(content.images, uri, "images")
+        }
+        for index, entry in enumerate(content.annotations):
+            path = ("annotations", index)
+            ids = validate(References, entry, uri, *path)
+            image = _lookup(images, ids.image_id, location(uri, *path, "image_id"), "images")
+            with image.capture_error():
+                category = _lookup(categories, ids.category_id, location(uri, *path, "category_id"), "categories")
+                self._add(image, entry, category, path)
         return list(images.values())
 
-    def _take(self, marks: ImageAnnotation, node: Node, category: Category) -> None:
-        keypoints = node.find("keypoints")
-        if category.name.lower() == REGION:
-            for polygon in node.need("segmentation").elements():
-                numbers = _numbers(polygon)
-                corners = list(zip(numbers[::2], numbers[1::2], strict=False))
-                marks.take(self._rules, "polygon", category.name, corners, polygon.place)
-        elif self._rules.want(category.name) and (crowd := node.find("iscrowd")) and crowd.value:
-            marks.left_out = "images with a region of people who were not marked one by one"
-        elif keypoints is None or self._rules.boxes:
-            x, y, width, height = _numbers(node.need("bbox"), 4)
-            marks.take(self._rules, "box", category.name, [(x, y), (x + width, y + height)], node.place)
+    def _add(self, image: ImageAnnotation, entry: Any, category: Category, path: tuple[str | int, ...]) -> None:
+        """Add one annotation of the category to its image."""
+        where, accepted = location(image.uri, *path), self._rules.accepts(category.name)
+        if category.name.lower() == ROI_LABEL:
+            for index, numbers in enumerate(validate(Polygons, entry, image.uri, *path).segmentation):
+                where = location(image.uri, *path, "segmentation", index)
+                if len(numbers) % 2:
+                    raise DataError(f"{where} has {len(numbers)} numbers, expected pairs of x and y; export it again")
+                corners = list(zip(numbers[::2], numbers[1::2], strict=True))
+                image.add_shape(self._rules, "polygon", category.name, corners, where)
+            return
+        found = validate(Keypoints, entry, image.uri, *path)
+        if accepted and found.iscrowd:
+            image.skip_reason = "images with a crowd region (iscrowd), whose people are not annotated one by one,"
+        elif found.keypoints is None or self._rules.boxes:
+            x, y, width, height = validate(Box, entry, image.uri, *path).bbox
+            image.add_shape(self._rules, "box", category.name, [(x, y), (x + width, y + height)], where)
         else:
-            triples = _numbers(keypoints, 3 * len(category.keypoints))
-            x, y, visible = triples[3 * category.head : 3 * category.head + 3]
-            if visible > 0 or not self._rules.want(category.name):
+            expected = 3 * len(category.keypoints)
+            if len(found.keypoints) != expected:
+                raise DataError(
+                    f"{where}.keypoints has {len(found.keypoints)} numbers, expected {expected}; export it again"
+                )
+            x, y, visibility = found.keypoints[3 * category.head : 3 * category.head + 3]
+            if visibility > 0 or not accepted:
                 head = [(x + self._shift, y + self._shift)]
-                marks.take(self._rules, "points", category.name, head, keypoints.place)
+                image.add_shape(self._rules, "points", category.name, head, f"{where}.keypoints")
             else:
-                marks.aside[f"{category.name!r} whose {category.keypoints[category.head]!r} is not marked"] += 1
+                image.ignored[f"{category.name!r} whose {category.keypoints[category.head]!r} is not marked"] += 1
 
-    def _category(self, node: Node) -> Category:
-        """A category with its head, which is found by name where it has several keypoints."""
-        name, listed = node.need("name").text(), node.find("keypoints")
-        keypoints = tuple(keypoint.text() for keypoint in listed.elements()) if listed else ()
+    def _category(self, entry: CategoryEntry, where: str) -> Category:
+        """Find the head of a category, by name if it has several keypoints."""
+        keypoints = tuple(entry.keypoints or ())
         lower = [keypoint.lower() for keypoint in keypoints]
-        wanted = HEADS if self._keypoint is None else (self._keypoint.lower(),)
+        wanted = DEFAULT_KEYPOINTS if self._keypoint is None else (self._keypoint.lower(),)
         known = [lower.index(head) for head in wanted if head in lower]
-        sure = known or (len(keypoints) < 2 and self._keypoint is None)
-        if not sure and self._rules.want(name) and not self._rules.boxes and name.lower() != REGION:
+        clear = known or (len(keypoints) < 2 and self._keypoint is None)
+        if not clear and self._rules.accepts(entry.name) and not self._rules.boxes and entry.name.lower() != ROI_LABEL:
             raise DataError(
-                f"{node.place}: {name!r} has the keypoints {', '.join(keypoints) or '(none)'}; "
-                "say which is the head with --keypoint, or name the categories of heads with --label"
+                f"{where}: {entry.name!r} has the keypoints {', '.join(keypoints) or '(none)'}; "
+                "name the one that is the head with --keypoint, or the categories of heads with --label"
             )
-        return Category(name, keypoints or ("point",), known[0] if known else 0)
+        return Category(entry.name, keypoints or ("point",), known[0] if known else 0)
 
 
-def _by_id(nodes: Node) -> dict[int | str, Node]:
-    found: dict[int | str, Node] = {}
-    for node in nodes.elements():
-        key = node.need("id").identity()
-        if (before := found.setdefault(key, node)) is not node:
-            raise DataError(f"{node.place} has the id {key!r} of {before.place}; export it again")
-    return found
-
-
+Entry = TypeVar("Entry", CategoryEntry, ImageEntry)
 T = TypeVar("T")
 
 
-def _referred(there: Mapping[int | str, T], node: Node, what: str) -> T:
-    key = node.identity()
-    if key not in there:
-        raise DataError(f"{node.place} is {key!r}, but no such id is among the {what}; export it again")
-    return there[key]
+def _unique(entries: Iterable[Entry], uri: str, key: str) -> Iterable[tuple[Entry, str]]:
+    """Yield the entries with their locations; DataError if two have the same id."""
+    seen: dict[int | str, str] = {}
+    for index, entry in enumerate(entries):
+        where = location(uri, key, index)
+        if (first := seen.setdefault(entry.id, where)) is not where:
+            raise DataError(f"{where} has the same id {entry.id!r} as {first}; export it again")
+        yield entry, where
 
 
-def _numbers(node: Node, count: int = 0) -> list[float]:
-    """A list of so many numbers, or of x and y of one corner after the other."""
-    numbers = [number.number() for number in node.elements()]
-    if len(numbers) != count if count else len(numbers) % 2:
-        raise node.wrong(f"{count} numbers" if count else "pairs of numbers")
-    return numbers
+def _lookup(known: Mapping[int | str, T], key: int | str, where: str, name: str) -> T:
+    if key not in known:
+        raise DataError(f"{where} is {key!r}, an id that is missing from {name}; export it again")
+    return known[key]

@@ -1,6 +1,6 @@
-"""CSV with a head on each line: image,x,y, and where they are known label, split and scene.
+"""CSV with one head per row: image,x,y and optionally label, split and scene.
 
-A line with an image and neither x nor y says that the image holds no head.
+A row with an image and neither x nor y marks an empty scene.
 """
 
 import csv
@@ -11,20 +11,20 @@ from typing import Annotated, Any
 from crowdray import storage
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, parse_number
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.images import split_called
+from crowdray.datasets.sources.annotations.images import parse_split
 from crowdray.errors import DataError
 
 IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "image_name", "path")
-"""Names of the column that names the image, in any case; the first of them that is there counts."""
+"""Accepted names of the image column, in any case; the first match is used."""
 
 OTHER_COLUMNS = ("x", "y", "label", "split", "scene")
-"""x and y must be there; columns with any other name are not looked at."""
+"""x and y are required; other columns are ignored."""
 
 SEPARATORS = ",;\t"
 
 
 class CsvTable(AnnotatedFolder):
-    """Heads in a table; `base` is the coordinate of the first pixel's centre, 0.5 for continuous pixels."""
+    """Heads in a CSV table; `base` is the coordinate of the first pixel's centre, 0.5 for continuous pixels."""
 
     kind = "csv"
     endings = (".csv", ".tsv")
@@ -33,7 +33,7 @@ class CsvTable(AnnotatedFolder):
         self,
         source: str,
         *,
-        base: Annotated[float, "coordinate of the first pixel's centre: 0 for indices, 1 for MATLAB's"] = 0.5,
+        base: Annotated[float, "coordinate of the first pixel's centre: 0 for indices, 1 for MATLAB"] = 0.5,
         **options: Any,
     ) -> None:
         self._shift = 0.5 - base
@@ -42,29 +42,29 @@ class CsvTable(AnnotatedFolder):
     def _read(self, uri: str) -> list[ImageAnnotation]:
         images: dict[str, ImageAnnotation] = {}
         empty: dict[str, str] = {}
-        for place, row in _rows(uri):
-            image = row["image"]
-            if not image:
-                raise DataError(f"{place}: the line names no image; write image,x,y")
-            marks = images.setdefault(image, ImageAnnotation(uri, place, image))
-            with marks.checked():
-                _describe(marks, row, place)
+        for where, row in _rows(uri):
+            name = row["image"]
+            if not name:
+                raise DataError(f"{where}: the image is missing; write image,x,y")
+            image = images.setdefault(name, ImageAnnotation(uri, where, name))
+            with image.capture_error():
+                _set_split_and_scene(image, row, where)
                 if row["x"] or row["y"]:
-                    x, y = (parse_number(row[name], f"{place}: {name}") + self._shift for name in ("x", "y"))
-                    marks.take(self._rules, "points", row["label"], [(x, y)], place)
+                    x, y = (parse_number(row[axis], f"{where}: {axis}") + self._shift for axis in ("x", "y"))
+                    image.add_shape(self._rules, "points", row["label"], [(x, y)], where)
                 else:
-                    empty[image] = place
-                if image in empty and (marks.heads or marks.aside):
-                    raise DataError(f"{empty[image]} says that {image!r} holds no head, but other lines give some")
+                    empty[name] = where
+                if name in empty and (image.heads or image.ignored):
+                    raise DataError(f"{empty[name]}: {name!r} has no coordinates here, but has some in other rows")
         return list(images.values())
 
 
 def _rows(uri: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines of a table with their place, the columns that count by name; "" for those that are not there."""
+    """Yield the location and the cells by column name of each row; missing columns are ""."""
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{uri} is not UTF-8 ({error}); save it again with that encoding") from error
+        raise DataError(f"{uri} is not UTF-8 ({error}); save it with that encoding") from error
     lines = text.splitlines()
     separator = max(SEPARATORS, key=lines[0].count) if lines else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -75,13 +75,13 @@ def _rows(uri: str) -> Iterator[tuple[str, dict[str, str]]]:
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
-            place = f"{uri}, line {reader.line_num}"
+            where = f"{uri}, line {reader.line_num}"
             if len(cells) != len(header):
-                raise DataError(f"{place} has {len(cells)} cells, the first line has {len(header)}; correct it")
+                raise DataError(f"{where} has {len(cells)} cells, the header has {len(header)}; correct it")
             found = {name: cells[column] if column is not None else "" for name, column in columns.items()}
-            if separator != ",":  # tables of countries with a decimal comma
+            if separator != ",":  # locales with a decimal comma
                 found |= {name: found[name].replace(",", ".") for name in ("x", "y")}
-            yield place, found
+            yield where, found
     except csv.Error as error:
         raise DataError(f"{uri}, line {reader.line_num}: {error}; correct it") from error
 
@@ -90,19 +90,17 @@ def _columns(header: list[str], uri: str) -> dict[str, int | None]:
     image = next((name for name in IMAGE_COLUMNS if name in header), "image")
     for name in (image, *OTHER_COLUMNS):
         if header.count(name) != 1 and (name in (image, "x", "y") or name in header):
-            raise DataError(
-                f"{uri}: its first line {header} has {header.count(name)} columns {name!r}; write image,x,y"
-            )
+            raise DataError(f"{uri}: the header {header} has {header.count(name)} columns {name!r}; write image,x,y")
     return {"image": header.index(image)} | {n: header.index(n) if n in header else None for n in OTHER_COLUMNS}
 
 
-def _describe(marks: ImageAnnotation, row: dict[str, str], place: str) -> None:
-    """Take the split and the scene of a line, which all lines of an image share."""
-    split = split_called(row["split"])
+def _set_split_and_scene(image: ImageAnnotation, row: dict[str, str], where: str) -> None:
+    """Set the split and the scene from a row; all rows of an image must agree."""
+    split = parse_split(row["split"])
     if row["split"] and not split:
-        raise DataError(f"{place}: there is no split {row['split']!r}; write train, val or test")
-    for name, said in (("split", split), ("scene", row["scene"])):
-        known = getattr(marks, name)
-        if said and known and said != known:
-            raise DataError(f"{place}: {marks.image!r} has the {name} {said!r}, but an earlier line says {known!r}")
-        setattr(marks, name, said or known)
+        raise DataError(f"{where}: unknown split {row['split']!r}; write train, val or test")
+    for field, value in (("split", split), ("scene", row["scene"])):
+        known = getattr(image, field)
+        if value and known and value != known:
+            raise DataError(f"{where}: {image.image!r} has the {field} {value!r}, but {known!r} in an earlier row")
+        setattr(image, field, value or known)

@@ -1,6 +1,6 @@
-"""CVAT's XML, "CVAT for images 1.1": points of images, and of skeletons when one of theirs is named the head.
+"""CVAT's XML, "CVAT for images 1.1": points, and the point of each skeleton that `keypoint` names.
 
-Coordinates are continuous pixels. The export lists every frame, so one without a shape is an empty scene.
+Coordinates are continuous pixels. The export lists every frame, so one without shapes is an empty scene.
 """
 
 import io
@@ -9,16 +9,16 @@ from typing import Annotated, Any
 from xml.etree.ElementTree import Element, ParseError
 
 from crowdray import storage
-from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, parse_number
+from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size, parse_number
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.images import split_called
+from crowdray.datasets.sources.annotations.images import parse_split
 from crowdray.errors import DataError, UserError
 
 EXPORT = "export the task as 'CVAT for images 1.1'"
 
 
 class Cvat(AnnotatedFolder):
-    """Images with points; `keypoint` names the one of a skeleton that is the head."""
+    """Images with points; `keypoint` names the point of a skeleton that is the head."""
 
     kind = "cvat"
     endings = (".xml",)
@@ -27,76 +27,76 @@ class Cvat(AnnotatedFolder):
         self,
         source: str,
         *,
-        keypoint: Annotated[str | None, "the point of a skeleton that is the head"] = None,
+        keypoint: Annotated[str | None, "point of a skeleton that is the head"] = None,
         **options: Any,
     ) -> None:
         self._keypoint = keypoint
         super().__init__(source, **options)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        return [self._marks_in(uri, image, number) for number, image in enumerate(_images(uri), 1)]
+        return [self._read_image(uri, element, number) for number, element in enumerate(_image_elements(uri), 1)]
 
-    def _marks_in(self, uri: str, image: Element, number: int) -> ImageAnnotation:
-        name = image.get("name")
+    def _read_image(self, uri: str, element: Element, number: int) -> ImageAnnotation:
+        name = element.get("name")
         if not name:
             raise DataError(f"{uri}: image {number} has no name; {EXPORT}")
-        place = f"{uri}: image {name!r}"
-        marks = ImageAnnotation(uri, place, name, split=split_called(image.get("subset", "")))
-        with marks.checked():
-            height, width = (parse_number(image.get(side, "0"), f"{place}: {side}") for side in ("height", "width"))
-            marks.size = (round(height), round(width)) if height >= 1 and width >= 1 else None
-            for shape in image:
-                if shape.tag != "tag":  # it says something of the whole image
-                    self._take(marks, shape, f"{place}: {shape.tag}")
-        return marks
+        where = f"{uri}: image {name!r}"
+        image = ImageAnnotation(uri, where, name, split=parse_split(element.get("subset", "")))
+        with image.capture_error():
+            height, width = (parse_number(element.get(side, "0"), f"{where}: {side}") for side in ("height", "width"))
+            image.size = known_size(height, width)
+            for shape in element:
+                if shape.tag != "tag":  # a tag describes the whole image
+                    self._add(image, shape, f"{where}: {shape.tag}")
+        return image
 
-    def _take(self, marks: ImageAnnotation, shape: Element, place: str) -> None:
+    def _add(self, image: ImageAnnotation, shape: Element, where: str) -> None:
         label = shape.get("label", "")
-        if shape.tag == "skeleton" and self._keypoint is not None and self._rules.want(label):
-            corners = self._heads_of(shape, place)
+        if shape.tag == "skeleton" and self._keypoint is not None and self._rules.accepts(label):
+            corners = self._head_of(shape, where)
             if corners:
-                marks.take(self._rules, "points", label, corners, place)
+                image.add_shape(self._rules, "points", label, corners, where)
             else:
-                marks.aside[f"skeletons {label!r} whose {self._keypoint!r} is not marked"] += 1
-        elif shape.tag == "skeleton" and self._rules.want(label):
-            raise DataError(f"{place} labelled {label!r}: say which of its points is the head with --keypoint")
+                image.ignored[f"skeletons {label!r} whose {self._keypoint!r} is not marked"] += 1
+        elif shape.tag == "skeleton" and self._rules.accepts(label):
+            raise DataError(f"{where} labelled {label!r}: name the point that is the head with --keypoint")
         elif shape.tag == "box":
-            sides = [parse_number(shape.get(side, ""), f"{place}: {side}") for side in ("xtl", "ytl", "xbr", "ybr")]
-            marks.take(self._rules, "box", label, [(sides[0], sides[1]), (sides[2], sides[3])], place)
+            sides = [parse_number(shape.get(side, ""), f"{where}: {side}") for side in ("xtl", "ytl", "xbr", "ybr")]
+            image.add_shape(self._rules, "box", label, [(sides[0], sides[1]), (sides[2], sides[3])], where)
         elif shape.tag in ("points", "polygon"):
-            marks.take(self._rules, shape.tag, label, _corners(shape.get("points", ""), place), place)
+            image.add_shape(self._rules, shape.tag, label, _corners(shape.get("points", ""), where), where)
         else:
-            marks.take(self._rules, shape.tag, label, [], place)
+            image.add_shape(self._rules, shape.tag, label, [], where)
 
-    def _heads_of(self, skeleton: Element, place: str) -> list[Corner]:
-        """The point of a skeleton that is the head; none when it lies outside of the image."""
+    def _head_of(self, skeleton: Element, where: str) -> list[Corner]:
+        """Return the point of a skeleton that is the head; empty if it is marked as outside the image."""
         named = [point for point in skeleton if point.get("label", "").lower() == str(self._keypoint).lower()]
         if not named:
             labels = ", ".join(sorted(point.get("label", "") for point in skeleton))
-            raise DataError(f"{place} has no point {self._keypoint!r}; it has {labels}; correct --keypoint")
+            raise DataError(f"{where} has no point {self._keypoint!r}; it has {labels}; correct --keypoint")
         marked = [point for point in named if point.get("outside", "0") == "0"]
-        return [corner for point in marked for corner in _corners(point.get("points", ""), place)]
+        return [corner for point in marked for corner in _corners(point.get("points", ""), where)]
 
 
-def _images(uri: str) -> Iterator[Element]:
-    """The <image> elements of a file, each dropped once it was used: exports can be large."""
+def _image_elements(uri: str) -> Iterator[Element]:
+    """Yield the <image> elements of a file and free each one after use: exports can be large."""
     content = io.BytesIO(storage.read_bytes(uri))
     depth = 0
     try:
         for event, element in _iterparse()(content, events=("start", "end")):
             depth += 1 if event == "start" else -1
             if event == "start" and depth == 1 and element.tag != "annotations":
-                raise DataError(f"{uri} begins with <{element.tag}>, not with <annotations>; {EXPORT}")
+                raise DataError(f"{uri} starts with <{element.tag}>, not with <annotations>; {EXPORT}")
             if event == "start" and depth == 2 and element.tag == "track":
-                raise DataError(f"{uri} holds tracks of a video; {EXPORT}")
+                raise DataError(f"{uri} contains video tracks; {EXPORT}")
             if event == "end" and depth == 1:
                 if element.tag == "image":
                     yield element
                 element.clear()
     except DataError:
         raise
-    except (ParseError, ValueError, LookupError) as error:  # entities, which can harm, and unknown encodings
-        raise DataError(f"{uri} is no XML that can be read ({error}); {EXPORT}") from error
+    except (ParseError, ValueError, LookupError) as error:  # forbidden entities and unknown encodings
+        raise DataError(f"{uri} is not readable XML ({error}); {EXPORT}") from error
 
 
 def _iterparse() -> Any:
@@ -107,9 +107,9 @@ def _iterparse() -> Any:
     return iterparse
 
 
-def _corners(text: str, place: str) -> list[Corner]:
-    """Corners from CVAT's own way to write them: x,y;x,y."""
+def _corners(text: str, where: str) -> list[Corner]:
+    """Parse CVAT's format of points: x,y;x,y."""
     pairs = [pair.split(",") for pair in text.split(";")]
     if any(len(pair) != 2 for pair in pairs):
-        raise DataError(f"{place}: points are {text[:60]!r}, expected x,y;x,y; {EXPORT}")
-    return [(parse_number(x, place), parse_number(y, place)) for x, y in pairs]
+        raise DataError(f"{where}: points are {text[:60]!r}, expected x,y;x,y; {EXPORT}")
+    return [(parse_number(x, where), parse_number(y, where)) for x, y in pairs]

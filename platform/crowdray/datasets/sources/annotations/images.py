@@ -1,4 +1,4 @@
-"""The images of a folder: found by what an annotation calls them, and turned upright as it saw them."""
+"""Images of a folder: lookup by the names that annotations use, and EXIF orientation."""
 
 import io
 import re
@@ -15,20 +15,20 @@ from crowdray.datasets.sources.layout import IMAGES
 from crowdray.errors import DataError
 
 ENDINGS = (*IMAGES, ".webp", ".tif", ".tiff")
-"""Endings of image files, in any case."""
+"""Suffixes of image files, in any case."""
 
 JPEG_QUALITY = 95
-"""Of an image that had to be turned; all others keep their own bytes."""
+"""Quality of rotated images; all others keep their original bytes."""
 
-_LONGEST = 65_500
-"""Pixels along a side of a JPEG, as the library writes it."""
+_MAX_JPEG_SIDE = 65_500
+"""Longest side in pixels that libjpeg writes."""
 _SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:\d{4})?", re.IGNORECASE)
-_STORES = ("images",)
-"""Folders whose name says nothing of the place where images were taken."""
+_GENERIC_FOLDERS = ("images",)
+"""Folder names that do not identify a scene."""
 
 
-class Names:
-    """Paths of images below a folder, to be found by a path, the end of a path, or a name without ending."""
+class ImageIndex:
+    """Image paths below a folder, found by a full path, the end of a path, or a name without suffix."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._by_name: dict[str, list[str]] = {}
@@ -37,10 +37,11 @@ class Names:
             self._by_name.setdefault(PurePosixPath(path).name, []).append(path)
             self._by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
 
-    def find(self, name: str, place: str) -> str | None:
-        """The path that shares most of its end with `name`, None when no file is called so.
+    def find(self, name: str, location: str) -> str | None:
+        """Return the path with the longest common end with `name`, None if no file has this name.
 
-        Raises DataError, with the place where the name was given, when several share as much.
+        Raises:
+            DataError: if several paths match equally well; `location` says where the name was read.
         """
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
         if not parts:
@@ -50,44 +51,48 @@ class Names:
             found = self._by_stem.get(parts[-1], [])
         if "/".join(parts) in found:
             return "/".join(parts)
-        shared = [_shared_end(parts[:-1], PurePosixPath(path).parts[:-1]) for path in found]
+        shared = [_common_suffix(parts[:-1], PurePosixPath(path).parts[:-1]) for path in found]
         best = [path for path, length in zip(found, shared, strict=True) if length == max(shared)]
         if len(best) > 1:
             raise DataError(
-                f"{place}: {name!r} may be {best[0]} or {best[1]}; name its folder too, or rename one of them"
+                f"{location}: {name!r} matches both {best[0]} and {best[1]}; include its folder, or rename one of them"
             )
         return best[0] if best else None
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path leads through what systems hide, such as .ipynb_checkpoints or macOS's own archives."""
+    """Return whether a path has a hidden part, such as .ipynb_checkpoints or __MACOSX."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
 
 
-def split_called(text: str) -> str:
-    """train, val or test when a word says so in one of its usual spellings, else ""."""
-    said = _SPLIT.fullmatch(text.strip())
-    return said.group(1).lower() if said else ""
+def parse_split(word: str) -> str:
+    """Return train, val or test for one of its usual spellings, else ""."""
+    match = _SPLIT.fullmatch(word.strip())
+    return match.group(1).lower() if match else ""
 
 
-def split_among(path: str) -> str:
-    """The first word in the names of a path that says a split, such as person_keypoints_train2017.json, else ""."""
-    return next((split for word in re.split(r"[^A-Za-z0-9]+", path) if (split := split_called(word))), "")
+def split_in_path(path: str) -> str:
+    """Return the first split named in a path, such as person_keypoints_train2017.json, else ""."""
+    return next((split for word in re.split(r"[^A-Za-z0-9]+", path) if (split := parse_split(word))), "")
 
 
 def split_and_scene(path: str) -> tuple[str, str]:
-    """What the folders of an image say: its split, and the place where it was taken; "" where they do not."""
+    """Return the split and the scene named by an image's folders; "" where there is none."""
     folders = PurePosixPath(path).parts[:-1]
-    splits = [split for folder in folders if (split := split_called(folder))]
-    places = [folder for folder in folders if not split_called(folder) and folder.lower() not in _STORES]
-    return splits[0] if splits else "", "/".join(places)
+    splits = [split for folder in folders if (split := parse_split(folder))]
+    scenes = [folder for folder in folders if not parse_split(folder) and folder.lower() not in _GENERIC_FOLDERS]
+    return splits[0] if splits else "", "/".join(scenes)
 
 
 def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
-    """An encoded image, turned as its EXIF tag asks, since annotation tools show it so; most are left as they are.
+    """Apply the EXIF orientation to an encoded image, as annotation tools do; upright images keep their bytes.
 
-    `size` (H, W) is that of the annotated image: one that was annotated as its pixels lie stays so. Raises DataError
-    for one that is too large to be written anew.
+    Args:
+        content: The encoded image.
+        size: (H, W) of the image when it was annotated; if it equals the stored size, the image is not rotated.
+
+    Raises:
+        DataError: if the rotated image is too large for a JPEG.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -95,20 +100,20 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
             as_stored = orientation in SIDEWAYS and image.height != image.width and size == stored_size
             if orientation == 1 or as_stored:
                 return content
-            turned = turn_upright(np.asarray(image.convert("RGB")), orientation)
+            rotated = turn_upright(np.asarray(image.convert("RGB")), orientation)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return content  # whoever decodes it will say what is wrong
-    if max(turned.shape) > _LONGEST:
-        height, width = turned.shape[:2]
+        return content  # decoding it later reports the problem
+    if max(rotated.shape) > _MAX_JPEG_SIDE:
+        height, width = rotated.shape[:2]
         raise DataError(
-            f"its EXIF tag asks for {height}x{width} pixels, more than the {_LONGEST} of a JPEG; cut it into parts"
+            f"its EXIF tag makes it {height}x{width} pixels, more than the {_MAX_JPEG_SIDE} of a JPEG; split it"
         )
-    encoded: bytes = simplejpeg.encode_jpeg(turned, quality=JPEG_QUALITY, colorsubsampling="444")
+    encoded: bytes = simplejpeg.encode_jpeg(rotated, quality=JPEG_QUALITY, colorsubsampling="444")
     return encoded
 
 
 def upright_size(uri: str) -> tuple[int, int]:
-    """Height and width of the upright image, from the head of its file; a DataError when Pillow does not know it."""
+    """Return (H, W) of the upright image from the header of its file; DataError if Pillow cannot read it."""
     with storage.open_read(uri) as file:
         try:
             with Image.open(file) as image:
@@ -116,10 +121,10 @@ def upright_size(uri: str) -> tuple[int, int]:
                     (image.width, image.height) if exif_orientation(image) in SIDEWAYS else (image.height, image.width)
                 )
         except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{uri} is no image: {error}") from error
+            raise DataError(f"{uri} is not a readable image: {error}") from error
 
 
-def _shared_end(left: Sequence[str], right: Sequence[str]) -> int:
+def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
     length = 0
     while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
         length += 1

@@ -1,17 +1,20 @@
-"""Label Studio's JSON export: points as percentages of the image, one task for each image.
+"""Label Studio's JSON export: points as percentages of the image size, one task per image.
 
-Of several annotations of a task the one set as ground truth counts, else the latest. A task that was submitted
-without a shape is an empty scene; one that was skipped, or only predicted, is left out.
+If a task has several annotations, the ground truth counts, else the latest. A task submitted without a shape is an
+empty scene; one that was skipped, or only predicted, is left out.
 """
 
 import math
 import re
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation
+from pydantic import AliasChoices, BaseModel, Field, RootModel
+
+from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.images import ENDINGS
-from crowdray.datasets.sources.annotations.json_reader import Node, read_json, size_of
+from crowdray.datasets.sources.annotations.json_reader import Id, Number, Point, Text, location, read_json, validate
 from crowdray.errors import DataError
 
 SHAPES = {
@@ -21,121 +24,181 @@ SHAPES = {
     "rectangle": "box",
     "polygonlabels": "polygon",
 }
-"""What types of results are here; other shapes keep their name."""
+"""Our kinds of shapes by the type of a result; other types keep their name."""
 
-OF_THE_IMAGE = ("labels", "choices", "taxonomy", "textarea", "number", "rating", "datetime", "pairwise", "relation")
-"""Types of results that say something of the image, or of a shape, and are none."""
+NOT_SHAPES = ("labels", "choices", "taxonomy", "textarea", "number", "rating", "datetime", "pairwise", "relation")
+"""Types of results that describe the image or another result."""
+
+
+class Tasks(RootModel[list[Any]]):
+    """The whole export."""
+
+
+class Task(BaseModel):
+    """One image with its annotations; old versions call them completions."""
+
+    data: dict[str, Any]
+    annotations: list[Any] | None = Field(None, validation_alias=AliasChoices("annotations", "completions"))
+
+
+class TaskAnnotation(BaseModel):
+    """One annotator's work on a task."""
+
+    result: list[Any]
+    was_cancelled: Any = None
+    ground_truth: Any = None
+    updated_at: Text | None = None
+    created_at: Text | None = None
+
+    @property
+    def precedence(self) -> tuple[bool, str]:
+        """Sort key: ground truth first, then the latest change; times are ISO 8601 in UTC."""
+        return bool(self.ground_truth), self.updated_at or self.created_at or ""
+
+
+class ResultType(BaseModel):
+    """What every result has; a shape and its label may be two results with the same id."""
+
+    type: Text
+    id: Id | None = None
+
+
+class Shape(BaseModel):
+    """A result that is a shape; percentages need the image's size."""
+
+    value: dict[str, Any]
+    original_height: Number | None = None
+    original_width: Number | None = None
+    image_rotation: Number | None = None
+
+
+class PointValue(BaseModel):
+    """A keypoint, in percent."""
+
+    x: Number
+    y: Number
+
+
+class BoxValue(PointValue):
+    """A box, in percent, rotated clockwise about its first corner by `rotation` degrees."""
+
+    width: Number
+    height: Number
+    rotation: Number | None = None
+
+
+class PolygonValue(BaseModel):
+    """A polygon, in percent."""
+
+    points: list[Point]
+
+
+class Labels(RootModel[list[Text] | None]):
+    """The labels of a shape."""
 
 
 class LabelStudio(AnnotatedFolder):
-    """An export in the format called JSON; JSON-MIN does not say which tasks are done."""
+    """An export in the format JSON; JSON-MIN does not say which tasks are done."""
 
     kind = "label-studio"
     endings = (".json",)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        return [self._task(uri, task) for task in read_json(uri).elements()]
+        tasks = validate(Tasks, read_json(uri), uri).root
+        return [self._read_task(uri, index, task) for index, task in enumerate(tasks)]
 
-    def _task(self, uri: str, task: Node) -> ImageAnnotation:
-        if task.find("data") is None:
-            raise DataError(f"{task.place} has no 'data'; export the project as JSON, not as JSON-MIN")
-        path = _image_path(task.need("data"))
-        # A file that was uploaded got a hash before its name.
-        marks = ImageAnnotation(uri, task.place, path, alias=re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", path))
-        with marks.checked():
-            found = task.find("annotations") or task.find("completions")
-            done = [node for node in found.elements() if not _is_set(node, "was_cancelled")] if found else []
+    def _read_task(self, uri: str, index: int, entry: Any) -> ImageAnnotation:
+        if isinstance(entry, dict) and entry.get("data") is None:
+            raise DataError(f"{location(uri, index)} has no 'data'; export the project as JSON, not as JSON-MIN")
+        task = validate(Task, entry, uri, index)
+        name = _image_path(task.data, location(uri, index, "data"))
+        # Label Studio puts a hash before the name of an uploaded file.
+        alias = re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name)
+        image = ImageAnnotation(uri, location(uri, index), name, alias)
+        with image.capture_error():
+            done = []
+            for number, one in enumerate(task.annotations or ()):
+                path = (index, "annotations", number)
+                annotation = validate(TaskAnnotation, one, uri, *path)
+                if not annotation.was_cancelled:
+                    done.append((annotation, path))
             if not done:
-                marks.left_out = "tasks that were skipped or not annotated"
-                return marks
-            self._take(marks, max(done, key=_precedence))
+                image.skip_reason = "tasks that were skipped or not annotated"
+                return image
+            self._add_shapes(image, *max(done, key=lambda pair: pair[0].precedence))
             if len(done) > 1:
-                marks.aside["annotations of a task that has a later one, or a ground truth,"] = len(done) - 1
-        return marks
+                image.ignored["annotations of tasks with a later one or a ground truth"] = len(done) - 1
+        return image
 
-    def _take(self, marks: ImageAnnotation, annotation: Node) -> None:
-        shapes = [(node, node.need("type").text()) for node in annotation.need("result").elements()]
-        # A shape and its label may be two results with one id.
-        labels = {_id(node): self._label(node.need("value"), kind) for node, kind in shapes if kind == "labels"}
-        for node, kind in shapes:
-            if kind in OF_THE_IMAGE:
+    def _add_shapes(self, image: ImageAnnotation, annotation: TaskAnnotation, path: tuple[str | int, ...]) -> None:
+        results = []
+        for number, entry in enumerate(annotation.result):
+            at = (*path, "result", number)
+            results.append((validate(ResultType, entry, image.uri, *at), entry, at))
+        labels = {
+            result.id: self._label(validate(Shape, entry, image.uri, *at).value, "labels", image.uri, *at)
+            for result, entry, at in results
+            if result.type == "labels"
+        }
+        for result, entry, at in results:
+            if result.type in NOT_SHAPES:
                 continue
-            value, size, shape = node.need("value"), _size(node), SHAPES.get(kind, kind)
-            if marks.size not in (None, size):
-                raise DataError(f"{node.place}: the image's size differs from that of other shapes; export it again")
-            marks.size = size
-            label = self._label(value, kind) or labels.get(_id(node), "")
-            marks.take(self._rules, shape, label, _corners(value, shape, size), node.place)
+            shape, where = validate(Shape, entry, image.uri, *at), location(image.uri, *at)
+            kind, size = SHAPES.get(result.type, result.type), _image_size(shape, where)
+            if image.size not in (None, size):
+                raise DataError(f"{where}: the image's size differs from that of other shapes; export it again")
+            image.size = size
+            label = self._label(shape.value, result.type, image.uri, *at) or labels.get(result.id, "")
+            image.add_shape(self._rules, kind, label, _corners(shape.value, kind, size, image.uri, *at, "value"), where)
 
-    def _label(self, value: Node, kind: str) -> str:
-        """The label of a shape; of several one that marks heads, if there is one."""
-        found = value.find(kind)
-        labels = [label.text() for label in found.elements()] if found else []
-        return next((label for label in labels if self._rules.want(label)), labels[0] if labels else "")
+    def _label(self, value: dict[str, Any], kind: str, uri: str, *path: str | int) -> str:
+        """Return the label of a shape; of several, prefer one that marks heads."""
+        labels = validate(Labels, value.get(kind), uri, *path, "value", kind).root or [""]
+        return next((label for label in labels if self._rules.accepts(label)), labels[0])
 
 
-def _image_path(data: Node) -> str:
-    """The path of a task's image: `image` in its data, or the one text that ends as images do."""
-    texts = [Node(value, key, data) for key, value in data.object().items() if isinstance(value, str) and value]
-    paths = [_path(node) for node in texts if node.key == "image"] or [
-        path for path in map(_path, texts) if path.lower().endswith(ENDINGS)
-    ]
+def _image_path(data: dict[str, Any], where: str) -> str:
+    """Return the path of a task's image: `image` in its data, or the only string that ends like an image."""
+    texts = {key: value for key, value in data.items() if isinstance(value, str) and value}
+    if "image" in texts:
+        return _path(texts["image"], where)
+    paths = [path for text in texts.values() if (path := _path(text, where)).lower().endswith(ENDINGS)]
     if len(paths) != 1:
-        raise DataError(f"{data.place} names {len(paths)} images, expected one, best called 'image'")
+        raise DataError(f"{where} names {len(paths)} images, expected one, preferably called 'image'")
     return paths[0]
 
 
-def _path(node: Node) -> str:
-    """The path in an address: /data/upload/1/a.jpg, /data/local-files/?d=b/a.jpg, s3://bucket/b/a.jpg?X=1."""
-    text = node.text()
+def _path(text: str, where: str) -> str:
+    """Extract the path of a URL: /data/upload/1/a.jpg, /data/local-files/?d=b/a.jpg, s3://bucket/b/a.jpg?X=1."""
     try:
         address = urlsplit(text)
         return parse_qs(address.query).get("d", [unquote(address.path)])[0]
     except ValueError as error:
-        raise DataError(f"{node.place} is {text!r}, which is no address ({error}); correct it") from error
+        raise DataError(f"{where}: {text!r} is not a valid URL ({error}); correct it") from error
 
 
-def _is_set(node: Node, key: str) -> bool:
-    found = node.find(key)
-    return found is not None and bool(found.value)
-
-
-def _precedence(annotation: Node) -> tuple[bool, str]:
-    """Ground truth comes before the rest, then what was changed last: times are ISO 8601 in UTC."""
-    time = annotation.find("updated_at") or annotation.find("created_at")
-    return _is_set(annotation, "ground_truth"), time.text() if time else ""
-
-
-def _id(node: Node) -> int | str:
-    found = node.find("id")
-    return found.identity() if found else ""
-
-
-def _size(node: Node) -> tuple[int, int]:
-    """The image's size (H, W), which percentages need."""
-    turned = node.find("image_rotation")
-    if turned and turned.number() % 360:
-        raise DataError(
-            f"{turned.place}: the image was turned by {turned.value} degrees; turn it back and export again"
-        )
-    size = size_of(node, "original_height", "original_width")
+def _image_size(shape: Shape, where: str) -> tuple[int, int]:
+    """Return the image's size (H, W), which percentages need."""
+    if (shape.image_rotation or 0) % 360:
+        raise DataError(f"{where}: the image was rotated by {shape.image_rotation:g} degrees; undo it and export again")
+    size = known_size(shape.original_height, shape.original_width)
     if size is None:
-        raise DataError(f"{node.place} has no original_height and original_width; export it again")
+        raise DataError(f"{where} has no original_height and original_width; export it again")
     return size
 
 
-def _corners(value: Node, kind: str, size: tuple[int, int]) -> list[Corner]:
-    """The corners of a shape in pixels: one of a point, two opposite ones of a box, none where nobody asks."""
+def _corners(value: dict[str, Any], kind: str, size: tuple[int, int], uri: str, *path: str | int) -> list[Corner]:
+    """Convert a shape to pixels: a point, two opposite corners of a box, a polygon; other shapes have no corners."""
     height, width = size[0] / 100, size[1] / 100
     if kind == "polygon":
-        return [(x * width, y * height) for x, y in value.need("points").pairs()]
-    if kind not in ("points", "box"):
-        return []
-    x, y = value.need("x").number() * width, value.need("y").number() * height
+        return [(x * width, y * height) for x, y in validate(PolygonValue, value, uri, *path).points]
     if kind == "points":
-        return [(x, y)]
-    # A box is turned clockwise about its first corner.
-    right, down = value.need("width").number() * width, value.need("height").number() * height
-    angle = math.radians(turn.number()) if (turn := value.find("rotation")) else 0.0
+        point = validate(PointValue, value, uri, *path)
+        return [(point.x * width, point.y * height)]
+    if kind != "box":
+        return []
+    box = validate(BoxValue, value, uri, *path)
+    x, y, right, down = box.x * width, box.y * height, box.width * width, box.height * height
+    angle = math.radians(box.rotation or 0.0)
     cos, sin = math.cos(angle), math.sin(angle)
     return [(x, y), (x + right * cos - down * sin, y + right * sin + down * cos)]

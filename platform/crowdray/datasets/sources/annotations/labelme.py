@@ -1,6 +1,6 @@
-"""LabelMe's JSON: a file for each image, anywhere below the folder, sometimes with the image inside.
+"""LabelMe's JSON: one file per image, anywhere below the folder, optionally with the image embedded.
 
-Coordinates are continuous pixels. A file without a shape says that its image holds no head.
+Coordinates are continuous pixels. A file without shapes is an empty scene.
 """
 
 import base64
@@ -8,19 +8,39 @@ import posixpath
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from pydantic import BaseModel
+
 from crowdray import storage
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.annotations.annotation import ImageAnnotation
+from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.json_reader import read_json, size_of
+from crowdray.datasets.sources.annotations.json_reader import Number, Point, Text, location, read_json, validate
 from crowdray.errors import DataError, UserError
 
 SHAPES = {"point": "points", "points": "points", "rectangle": "box"}
-"""What LabelMe's types of shapes are here; others keep their name."""
+"""Our kinds of shapes by LabelMe's; others keep their name."""
+
+
+class Shape(BaseModel):
+    """One shape; before version 3.6 every shape was a polygon."""
+
+    shape_type: Text | None = None
+    label: Text | None = None
+    points: list[Point]
+
+
+class LabelMeFile(BaseModel):
+    """The parts of a file that are read."""
+
+    shapes: list[Shape]
+    imagePath: Text
+    imageData: str | None = None
+    imageHeight: Number | None = None
+    imageWidth: Number | None = None
 
 
 class LabelMe(AnnotatedFolder):
-    """A JSON file for each image; an image that lies nowhere is taken from inside its file."""
+    """A JSON file per image; an image missing from the folder is taken from inside its file."""
 
     kind = "labelme"
     endings = (".json",)
@@ -28,43 +48,48 @@ class LabelMe(AnnotatedFolder):
     def _find_annotations(self, given: Sequence[str]) -> list[str]:
         if given:
             return super()._find_annotations(given)
-        there = [path for path in self._files if path.lower().endswith(self.endings)]
-        if not there:
-            raise UserError(f"{self._root} holds no .json file; put those that LabelMe wrote beside their images")
-        return [storage.join(self._root, path) for path in there]
+        found = [path for path in self._files if path.lower().endswith(self.endings)]
+        if not found:
+            raise UserError(f"{self._root} contains no .json file; put LabelMe's files next to their images")
+        return [storage.join(self._root, path) for path in found]
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        own = self._below(uri)
-        marks = ImageAnnotation(uri, uri, own, alias=str(PurePosixPath(own).with_suffix("")))
-        with marks.checked():
-            root = read_json(uri)
-            if root.find("shapes") is None:
-                raise DataError(f"{uri} has no 'shapes', so LabelMe did not write it; move it out of the folder")
-            marks.embedded = root.find("imageData") is not None
-            marks.size = size_of(root, "imageHeight", "imageWidth")
-            path = root.need("imagePath").text().replace("\\", "/")
-            marks.image = posixpath.normpath(posixpath.join(posixpath.dirname(own), path))
-            for shape in root.need("shapes").elements():
-                kind, label = shape.find("shape_type"), shape.find("label")
-                name = kind.text() if kind else "polygon"  # before version 3.6 there was nothing else
-                corners = shape.need("points").pairs()
-                marks.take(self._rules, SHAPES.get(name, name), label.text() if label else "", corners, shape.place)
-        return [marks]
+        path = self._below(uri)
+        image = ImageAnnotation(uri, uri, path, alias=str(PurePosixPath(path).with_suffix("")))
+        with image.capture_error():
+            content = _parse(uri)
+            image.embedded = content.imageData is not None
+            image.size = known_size(content.imageHeight, content.imageWidth)
+            named = content.imagePath.replace("\\", "/")
+            image.image = posixpath.normpath(posixpath.join(posixpath.dirname(path), named))
+            for index, shape in enumerate(content.shapes):
+                kind = shape.shape_type or "polygon"
+                where = location(uri, "shapes", index)
+                image.add_shape(self._rules, SHAPES.get(kind, kind), shape.label or "", shape.points, where)
+        return [image]
 
     def _split_of(self, file: str) -> str:
-        return ""  # it is called after its image
+        return ""  # the file is named after its image
 
-    def _marks_of(self, item: Item) -> ImageAnnotation:
+    def _annotation_of(self, item: Item) -> ImageAnnotation:
         if item.annotation is None or item.image is None:
-            return super()._marks_of(item)
-        return self._read(item.annotation)[0]  # a worker reads the files of its own images only
+            return super()._annotation_of(item)
+        return self._read(item.annotation)[0]  # a worker reads only the files of its own images
 
     def _image(self, item: Item) -> bytes:
         if item.image is None or item.image != item.annotation:
             return super()._image(item)
-        data = read_json(item.image).need("imageData")
-        text = data.text()
+        data = _parse(item.image).imageData or ""
         try:
-            return base64.b64decode(text, validate=True)
+            return base64.b64decode(data, validate=True)
         except ValueError as error:
-            raise DataError(f"{data.place} is no base64 ({error}); put the image beside the file") from error
+            raise DataError(
+                f"{item.image}: imageData is not valid base64 ({error}); put the image next to the file"
+            ) from error
+
+
+def _parse(uri: str) -> LabelMeFile:
+    content = read_json(uri)
+    if isinstance(content, dict) and content.get("shapes") is None:
+        raise DataError(f"{uri} has no 'shapes', so LabelMe did not write it; move it out of the folder")
+    return validate(LabelMeFile, content, uri)

@@ -1,7 +1,6 @@
-"""Independent readings of own and of converted data, in the plainest way: the (N, 2) heads of an item in continuous
-pixels, from contents by path.
+"""Reference readers of annotation formats and converted datasets: heads (N, 2) of an item in continuous pixels.
 
-Every shape that a file of own data holds is a head there.
+They assume that every shape is a head.
 """
 
 import csv
@@ -45,8 +44,8 @@ def label_studio_heads(files: Files, item: Item) -> Array:
     (annotation,) = task["annotations"]
     shapes = [(one["value"], one["original_width"], one["original_height"]) for one in annotation["result"]]
     points = [(value["x"] * width / 100, value["y"] * height / 100) for value, width, height in shapes]
-    (said,) = task["data"].values()
-    return heads(item, said, points)
+    (name,) = task["data"].values()
+    return heads(item, name, points)
 
 
 def cvat_heads(files: Files, item: Item) -> Array:
@@ -67,7 +66,7 @@ def converted_heads(files: Files, item: Item) -> Array:
     return np.reshape(points, (-1, 2))
 
 
-def heads(item: Item, said: str, points: Any) -> Array:
-    """Points of the image that a file names `said`, which must be the item's."""
-    assert PurePosixPath(said).stem.endswith(PurePosixPath(item.name).stem), (said, item)
+def heads(item: Item, name: str, points: Any) -> Array:
+    """Return the points as an array; `name` in the file must match the item."""
+    assert PurePosixPath(name).stem.endswith(PurePosixPath(item.name).stem), (name, item)
     return np.array(points, dtype=np.float64).reshape(-1, 2)
