@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY, Counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import package_counter
 
@@ -55,7 +55,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "model"
-        package_counter(PackagedCounter(counter), image, package, config={}, metrics={}, tags={})
+        package_counter(ExportedCounter(counter), image, package, config={}, metrics={}, tags={})
         command = [sys.executable, __file__, "--threads", str(args.threads), "--package", str(package)]
         command += ["--backbone", args.backbone]
         environment = {**os.environ, **STEADY_ALLOCATOR}

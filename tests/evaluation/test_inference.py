@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crowdray.data.shards import Dataset
-from crowdray.models.export import geometry_of
+from crowdray.models.export import density_geometry
 from crowdray.presets import preset
 from crowdray.training.distributed import World
 from crowdray.training.precision import set_products
@@ -29,7 +29,7 @@ def test_large_photos_are_counted_in_tiles_as_if_whole(discs: Dataset, monkeypat
     whole = run._count(density, rows)
     assert set(seen) == {96}
     monkeypatch.setattr("crowdray.training.trainer.TILE", 32)
-    geometry = geometry_of(run.counter)
+    geometry = density_geometry(run.counter)
     parts = run._count(density, rows)
     assert 32 <= max(seen[len(rows) :]) <= 32 + 2 * (geometry.reach + geometry.grid)
     assert [count.unmasked for count in parts] == pytest.approx([count.unmasked for count in whole], rel=1e-5)

@@ -30,13 +30,13 @@ from crowdray.evaluation.report import (
     summarise_images,
 )
 from crowdray.models.build import build_counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.presets import debug
 
 CPU = torch.device("cpu")
 
 
-def redness(factor: int) -> PackagedCounter:
+def redness(factor: int) -> ExportedCounter:
     """A counter whose density can be recomputed by hand: mean red of each cell, in units of 100,000."""
 
     def density(image: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_a_packaged_counter_scores_what_its_training_says(discs: Dataset, backbo
     rows = discs.rows("test").tolist()
     store = ImageCache(discs, factor, use_roi=True, cache_bytes=1e9)
     in_training = list(count_images(counter.density, store, rows, CPU, stride))
-    shipped = PackagedCounter(counter, factor)
+    shipped = ExportedCounter(counter, factor)
     evaluation = summarise_images(list(evaluate_images(shipped, discs, rows, geometry=shipped.geometry)))
     assert evaluation.counts() == in_training
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from crowdray.config import BACKBONES, Config, ModelConfig, SamplingConfig
 from crowdray.evaluation.inference import tiled_density
 from crowdray.models.build import build_counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 
 
-def packaged(backbone: str, downsample: int) -> PackagedCounter:
+def packaged(backbone: str, downsample: int) -> ExportedCounter:
     model = ModelConfig(backbone, "pooled")
     config = replace(Config(), sampling=SamplingConfig(crop=32, context=0), model=model)
-    return PackagedCounter(build_counter(config, 1.0), downsample).eval()
+    return ExportedCounter(build_counter(config, 1.0), downsample).eval()
 
 
 def noise(height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backbones against the paper's Table 1, and the laws that every one of them keeps."""
+"""Backbones: the parameter counts of the paper's Table 1, and the properties that every backbone has."""
 
 import hashlib
 from dataclasses import replace
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from crowdray.config import BACKBONES, Config, ConfigError, ModelConfig, SamplingConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.models.build import backbone_of, build_counter
+from crowdray.models.backbone import Backbone
+from crowdray.models.build import backbone_class, build_counter
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.models.pretrained import load_pretrained, pin_weights
 from crowdray.presets import debug
 from crowdray.training.distributed import World
@@ -34,7 +35,7 @@ def linear_layers(decoder: nn.Module) -> list[nn.Linear]:
     return [layer for layer in decoder.modules() if isinstance(layer, nn.Linear)]
 
 
-def test_parameter_counts_of_csrnet_are_those_of_table_1() -> None:
+def test_csrnet_has_the_parameter_counts_of_table_1() -> None:
     counter = build_counter(config_of("csrnet", crop=224), 1.0)
     assert parameters(counter.encoder.get_submodule("features")) == 7_635_264
     assert parameters(counter.encoder.get_submodule("dilated")) == 7_079_424
@@ -43,7 +44,7 @@ def test_parameter_counts_of_csrnet_are_those_of_table_1() -> None:
     ]  # fmt: skip
     for task in (SEGMENTATION, DEPTH):
         assert parameters(counter.decoders[task]) == parameters(counter.decoders[DENSITY])
-    with torch.device("meta"):  # it would take 800 MiB
+    with torch.device("meta"):  # it would allocate 800 MiB
         paper = counter.encoder.count_decoder(28)
     linear = linear_layers(paper)
     assert parameters(linear[0]) == 205_521_408
@@ -53,7 +54,7 @@ def test_parameter_counts_of_csrnet_are_those_of_table_1() -> None:
 
 @pytest.mark.parametrize("crop", [160, 224, 256])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_maps_have_one_cell_per_output_stride(backbone: str, crop: int) -> None:
+def test_counter_maps_have_one_cell_per_output_stride(backbone: str, crop: int) -> None:
     counter = build_counter(config_of(backbone, crop), 1.0)
     encoder = counter.encoder
     images = torch.zeros(2, 3, crop, crop)
@@ -70,7 +71,7 @@ def test_maps_have_one_cell_per_output_stride(backbone: str, crop: int) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_images_of_any_size_get_cells_for_their_incomplete_rims(backbone: str) -> None:
+def test_counter_rounds_map_sizes_up_for_any_image_size(backbone: str) -> None:
     counter = build_counter(config_of(backbone), 1.0)
     encoder = counter.encoder
     for height, width in ((97, 133), (96, 65), (17, 200)):
@@ -81,13 +82,13 @@ def test_images_of_any_size_get_cells_for_their_incomplete_rims(backbone: str) -
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_table_of_strides_is_what_the_classes_say(backbone: str) -> None:
-    assert BACKBONES[backbone].stride == backbone_of(config_of(backbone)).stride
+def test_known_backbones_state_the_stride_of_their_class(backbone: str) -> None:
+    assert BACKBONES[backbone].stride == backbone_class(config_of(backbone)).stride
 
 
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The backbone of docs/backbone.md, where Python finds it."""
+    """The backbone of docs/backbone.md, in an importable module."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "backbone.md").read_text()
     code = page.partition("```python\n")[2].partition("```")[0]
     assert len(code.splitlines()) <= 30
@@ -96,24 +97,26 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "thin:Thin"
 
 
-def test_the_documented_backbone_trains_and_keeps_its_word(discs: Dataset, documented: str) -> None:
+def test_documented_backbone_trains_with_its_stated_receptive_radius(discs: Dataset, documented: str) -> None:
     check_receptive_radius(documented)
     base = debug()
     sampling = replace(base.sampling, context=32, validation_fraction=0.25)
     config = replace(base, sampling=sampling, model=ModelConfig(documented, "pooled"))
-    training = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    training.run()
-    assert {row["stage"] for row in training.progress.history} == {"baseline", "decoders", "joint"}
+    trainer = Trainer(config, discs, world=World(), device=torch.device("cpu"))
+    trainer.run()
+    assert {row["stage"] for row in trainer.progress.history} == {"baseline", "decoders", "joint"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_receptive_radius_is_how_far_a_gradient_reaches(backbone: str) -> None:
+def test_backbone_receptive_radius_is_the_reach_of_its_gradient(backbone: str) -> None:
     check_receptive_radius(backbone)
 
 
 def check_receptive_radius(backbone: str) -> None:
-    """With positive weights no path cancels, so a gradient is nonzero exactly inside the receptive field. What lies on
-    both sides of an axis is alike, and so are the axes: a narrow image shows all."""
+    """Compare with the pixels of nonzero gradient: with positive weights no two paths cancel.
+
+    The receptive field is symmetric and the same along both axes, so that a narrow image is enough.
+    """
     counter = build_counter(config_of(backbone), 1.0).double().eval()
     for parameter in (*counter.encoder.parameters(), *counter.decoders[DENSITY].parameters()):
         parameter.data.abs_().clamp_min_(1e-3)
@@ -130,14 +133,14 @@ def check_receptive_radius(backbone: str) -> None:
     assert reach == radius
 
 
-def test_a_pooled_count_decoder_has_the_same_weights_for_every_crop() -> None:
+def test_pooled_count_decoder_has_the_same_weights_for_every_crop() -> None:
     one, other = (build_counter(config_of("csrnet", crop), 1.0).decoders[COUNT] for crop in (64, 256))
     assert [p.shape for p in one.parameters()] == [p.shape for p in other.parameters()]
     assert parameters(build_counter(config_of("cfcn"), 1.0).decoders[COUNT]) == 10_369
 
 
 def vgg_file(folder: Path, **change: Tensor | None) -> Path:
-    """Weights in torchvision's layout, with layers that CSRNet does not have."""
+    """Write weights in torchvision's layout, with layers that CSRNet does not have."""
     generator = torch.Generator().manual_seed(1)
     own = build_counter(config_of("csrnet"), 1.0).encoder.get_submodule("features").state_dict()
     tensors = {f"features.{name}": torch.rand(value.shape, generator=generator) for name, value in own.items()}
@@ -149,7 +152,7 @@ def vgg_file(folder: Path, **change: Tensor | None) -> Path:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
-def test_published_weights_change_their_layers_and_nothing_else(tmp_path: Path, form: str) -> None:
+def test_load_pretrained_changes_only_the_pretrained_layers(tmp_path: Path, form: str) -> None:
     file = vgg_file(tmp_path)
     if form == "pth":
         from safetensors.torch import load_file
@@ -169,34 +172,34 @@ def test_published_weights_change_their_layers_and_nothing_else(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features.21.weight": None}, r"features\.21\.weight is missing; give the file"),
+        ({"features.21.weight": None}, r"features\.21\.weight is missing; give weights"),
         ({"features.0.bias": torch.zeros(32)}, r"features\.0\.bias is \(32,\), expected \(64,\)"),
     ],
 )
-def test_weights_of_another_network_are_refused_whole(
+def test_load_pretrained_with_unfit_weights_changes_nothing(
     tmp_path: Path, change: dict[str, Tensor | None], message: str
 ) -> None:
     config = config_of("csrnet", weights=str(vgg_file(tmp_path, **change)))
     counter = build_counter(config, 1.0)
     before = {name: value.clone() for name, value in counter.state_dict().items()}
-    with pytest.raises(UserError, match=rf"vgg16\.safetensors holds no weights of CSRNet: {message}"):
+    with pytest.raises(UserError, match=rf"vgg16\.safetensors does not fit CSRNet: {message}"):
         load_pretrained(counter, config)
     assert all(torch.equal(value, before[name]) for name, value in counter.state_dict().items())
 
 
-def test_a_wrong_file_and_a_wrong_hash_say_so(tmp_path: Path) -> None:
+def test_load_pretrained_rejects_wrong_hashes_and_files_without_tensors(tmp_path: Path) -> None:
     counter = build_counter(config_of("csrnet"), 1.0)
     file = vgg_file(tmp_path)
-    with pytest.raises(UserError, match=r"has the SHA-256 [0-9a-f]{64}, model.weights_sha256 is 0{64}; fetch"):
+    with pytest.raises(UserError, match=r"has SHA-256 [0-9a-f]{64}, but model.weights_sha256 is 0{64}; download"):
         load_pretrained(counter, config_of("csrnet", weights=str(file), weights_sha256="0" * 64))
     with pytest.raises(UserError, match=r"missing\.safetensors"):
         pin_weights(config_of("csrnet", weights=str(tmp_path / "missing.safetensors")))
     for name, content in (("text.safetensors", b"no tensors"), ("text.pth", b"no tensors"), ("empty.pth", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name} is no file of named tensors"):
+        with pytest.raises(UserError, match=rf"{name} is not a file of named tensors"):
             load_pretrained(counter, config_of("csrnet", weights=str(tmp_path / name)))
-    torch.save({"features.0.weight": Path("code that would run")}, tmp_path / "pickle.pth")
-    with pytest.raises(UserError, match=r"pickle\.pth is no file of named tensors \(it holds something else\)"):
+    torch.save({"features.0.weight": Path("code")}, tmp_path / "pickle.pth")
+    with pytest.raises(UserError, match=r"pickle\.pth is not a file of named tensors \(it contains other objects\)"):
         load_pretrained(counter, config_of("csrnet", weights=str(tmp_path / "pickle.pth")))
 
 
@@ -206,23 +209,35 @@ def test_a_wrong_file_and_a_wrong_hash_say_so(tmp_path: Path) -> None:
         ("vgg", r"'vgg'; choose one of cfcn, csrnet, csrnet-table1, .*or give your own class"),
         ("no_such_module:Thin", r"No module named 'no_such_module'"),
         ("torch.nn:NoSuchClass", r"has no attribute 'NoSuchClass'"),
-        ("torch.nn:Linear", r"no subclass of crowdray.models.backbone.Backbone"),
+        ("torch.nn:Linear", r"not a subclass of crowdray.models.backbone.Backbone"),
     ],
 )
-def test_a_backbone_that_is_none_is_refused(backbone: str, message: str) -> None:
+def test_backbone_class_rejects_what_is_not_a_backbone(backbone: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        backbone_of(config_of(backbone))
+        backbone_class(config_of(backbone))
 
 
-def test_crops_keep_to_the_stride_of_the_backbone() -> None:
+def test_backbone_accepts_previous_names_of_members() -> None:
+    class Old(Backbone):
+        published = ("features.",)
+        libraries = ("timm",)
+
+        def segments(self) -> list[nn.Module]:
+            return [nn.Identity()]
+
+    assert (Old.pretrained_prefixes, Old.requirements) == (("features.",), ("timm",))
+    assert isinstance(Old().checkpoint_segments()[0], nn.Identity)
+
+
+def test_config_rejects_crops_off_the_backbone_stride() -> None:
     with pytest.raises(ConfigError, match=r"sampling.crop is 100; the model's stride of 8 must divide it: try 96"):
         config_of("csrnet", crop=100)
     with pytest.raises(ConfigError, match=r"sampling.context is 36; the model's stride of 16 .* try 32"):
         replace(Config(), model=ModelConfig("csrnet-table1"))
 
 
-def test_what_ships_runs_the_plain_networks_operations_and_no_other() -> None:
-    """The graph of a stripped AT-CSRNet against that of CSRNet as one would write it without this project."""
+def test_exported_counter_has_exactly_the_operations_of_plain_csrnet() -> None:
+    """Compare the exported graph with that of CSRNet written without this package."""
     counter = build_counter(config_of("csrnet"), 100.0).eval()
     decoder = counter.decoders[DENSITY]
     layers = [*counter.encoder.get_submodule("features"), *counter.encoder.get_submodule("dilated")]  # type: ignore[misc]
@@ -240,11 +255,11 @@ def test_what_ships_runs_the_plain_networks_operations_and_no_other() -> None:
 
     image = torch.randint(0, 256, (2, 3, 64, 80), dtype=torch.uint8)
     free = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    plain, shipped = Plain().eval(), PackagedCounter(counter).eval()
+    plain, exported = Plain().eval(), ExportedCounter(counter).eval()
     with torch.no_grad():
-        graphs = [torch.export.export(model, (image,), dynamic_shapes=free).graph for model in (plain, shipped)]
+        graphs = [torch.export.export(model, (image,), dynamic_shapes=free).graph for model in (plain, exported)]
     operations = [[node.target for node in graph.nodes if node.op == "call_function"] for graph in graphs]
     assert operations[0] == operations[1]
-    assert parameters(shipped) == parameters(plain)
+    assert parameters(exported) == parameters(plain)
     with torch.inference_mode():
-        assert torch.equal(shipped(image), plain(image))
+        assert torch.equal(exported(image), plain(image))

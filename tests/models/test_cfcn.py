@@ -1,4 +1,4 @@
-"""CFCN against the paper's Table 1, and the laws of its parts."""
+"""CFCN: the parameter counts of the paper's Table 1, upsampling, decoders and export."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.data.image_cache import shrink
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.models.upsampling import FixedUpsample
 
 
@@ -23,7 +23,7 @@ def counter() -> Counter:
     return build_counter(Config(), density_scale=100.0)
 
 
-def test_parameter_counts_are_those_of_table_1(counter: Counter) -> None:
+def test_cfcn_has_the_parameter_counts_of_table_1(counter: Counter) -> None:
     assert parameters(counter.encoder) == 310_080
     assert parameters(counter.decoders[DENSITY]) == 204_864
     assert parameters(counter.decoders[DEPTH]) == 204_864
@@ -32,7 +32,7 @@ def test_parameter_counts_are_those_of_table_1(counter: Counter) -> None:
     assert parameters(counter.strip()) == 310_080 + 204_864
 
 
-def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone() -> None:
+def test_build_counter_depends_on_the_seed_and_preserves_the_global_generator() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, second = build_counter(Config(seed=1), 1.0), build_counter(Config(seed=1), 1.0)
@@ -42,7 +42,7 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
 
 
-def test_upsampling_is_the_fixed_deconvolution_away_from_the_rim() -> None:
+def test_upsampling_equals_the_fixed_deconvolution_inside_the_border() -> None:
     taps = torch.tensor([1.0, 2, 3, 4, 3, 2, 1]) / 8
     deconvolution = nn.ConvTranspose2d(1, 1, 7, stride=2, padding=3, output_padding=1, bias=False)
     deconvolution.weight.data = torch.outer(taps, taps)[None, None]
@@ -51,12 +51,12 @@ def test_upsampling_is_the_fixed_deconvolution_away_from_the_rim() -> None:
     torch.testing.assert_close(ours[..., 4:-4, 4:-4], reference[..., 4:-4, 4:-4])
 
 
-def test_upsampling_keeps_a_constant_map_to_its_rim() -> None:
+def test_upsampling_keeps_a_constant_map_up_to_the_border() -> None:
     torch.testing.assert_close(FixedUpsample()(torch.full((1, 3, 5, 6), 0.7)), torch.full((1, 3, 11, 13), 0.7))
 
 
-def test_density_decoder_equals_the_two_grouped_deconvolutions_of_the_paper(counter: Counter) -> None:
-    """64 -> 32 -> 1 channels, each output the mean of its group: averaging first gives the same map."""
+def test_density_decoder_equals_the_two_grouped_deconvolutions(counter: Counter) -> None:
+    """64 -> 32 -> 1 channels, each the mean of its group: averaging first yields the same map."""
     decoder = counter.decoders[DENSITY]
     features = torch.rand(1, 128, 10, 11)
     taps = torch.tensor([1.0, 2, 3, 4, 3, 2, 1]) / 8
@@ -69,7 +69,7 @@ def test_density_decoder_equals_the_two_grouped_deconvolutions_of_the_paper(coun
     torch.testing.assert_close(decoder(features), x)
 
 
-def test_segmentation_logits_can_be_negative_and_density_cannot(counter: Counter) -> None:
+def test_counter_outputs_negative_logits_but_no_negative_density(counter: Counter) -> None:
     outputs = counter(torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8), TASKS)
     assert outputs[SEGMENTATION].min() < 0
     assert outputs[DENSITY].min() >= 0
@@ -78,7 +78,7 @@ def test_segmentation_logits_can_be_negative_and_density_cannot(counter: Counter
     }  # fmt: skip
 
 
-def test_the_count_decoder_reads_the_square_at_its_corner(counter: Counter) -> None:
+def test_count_decoder_reads_the_square_at_its_corner(counter: Counter) -> None:
     images = torch.randint(0, 256, (2, 3, 200, 240), dtype=torch.uint8)
     corners = torch.tensor([[3, 5], [10, 20]])
     together = counter(images, (COUNT,), corners)[COUNT]
@@ -88,7 +88,7 @@ def test_the_count_decoder_reads_the_square_at_its_corner(counter: Counter) -> N
         torch.testing.assert_close(counter.decoders[COUNT](square)[0], together[index])
 
 
-def test_stripped_density_equals_the_full_models_to_the_bit(counter: Counter) -> None:
+def test_stripped_counter_has_the_density_of_the_full_counter(counter: Counter) -> None:
     images = torch.randint(0, 256, (1, 3, 97, 133), dtype=torch.uint8)
     full = counter(images, (DENSITY, SEGMENTATION, DEPTH))[DENSITY] / counter.density_scale
     stripped = counter.strip()
@@ -97,17 +97,17 @@ def test_stripped_density_equals_the_full_models_to_the_bit(counter: Counter) ->
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
-def test_packaged_counter_downsamples_as_the_loader_does(counter: Counter, factor: int) -> None:
-    photo = torch.randint(0, 256, (1, 3, 101, 134), dtype=torch.uint8)
-    small = torch.from_numpy(shrink(photo[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[None]
-    packaged = PackagedCounter(counter, factor)
-    assert torch.equal(packaged(photo), counter.density(small))
-    assert torch.equal(packaged(photo.float()), packaged(photo))
+def test_exported_counter_downsamples_as_in_training(counter: Counter, factor: int) -> None:
+    image = torch.randint(0, 256, (1, 3, 101, 134), dtype=torch.uint8)
+    small = torch.from_numpy(shrink(image[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[None]
+    exported = ExportedCounter(counter, factor)
+    assert torch.equal(exported(image), counter.density(small))
+    assert torch.equal(exported(image.float()), exported(image))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
-def test_a_compiled_counter_is_the_same_for_all_corners() -> None:
-    """Were they numbers to the compiler, each batch would have graphs of its own."""
+def test_compiled_counter_does_not_recompile_for_new_corners() -> None:
+    """As Python numbers, corners would make the compiler specialize a graph for each batch."""
     config = Config(sampling=SamplingConfig(crop=32, context=32), model=ModelConfig("cfcn", "pooled"))
     counter = build_counter(config, density_scale=1.0).eval()
     image = torch.rand(2, 3, 64, 96) * 255

@@ -22,7 +22,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.evaluation.report import evaluate_images, summarise_images
 from crowdray.models.build import build_counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images
 from crowdray.presets import debug
 from crowdray.registry.packaging import package_counter
@@ -133,9 +133,9 @@ def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackagedCounter, str]:
+def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedCounter, str]:
     """A counter that halves its photos, and the folder in which it is packaged."""
-    counter = PackagedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
+    counter = ExportedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
     folder = tmp_path_factory.mktemp("package") / "model"
     example = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
     package_counter(counter, example, folder, config={}, metrics={}, tags={})
@@ -153,7 +153,7 @@ def status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
 
 
 def test_the_predict_job_prints_what_the_model_counts(
-    package: tuple[PackagedCounter, str],
+    package: tuple[ExportedCounter, str],
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -181,7 +181,7 @@ def test_the_predict_job_prints_what_the_model_counts(
 
 
 def test_the_evaluate_job_writes_what_evaluation_finds(
-    package: tuple[PackagedCounter, str],
+    package: tuple[ExportedCounter, str],
     discs: Dataset,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -13,7 +13,7 @@ from crowdray import storage
 from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.errors import UserError
 from crowdray.models.build import build_counter
-from crowdray.models.export import Geometry, PackagedCounter
+from crowdray.models.export import ExportedCounter, Geometry
 from crowdray.registry.loading import LoadedCounter, load_counter
 from crowdray.registry.packaging import Package
 
@@ -160,7 +160,7 @@ def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
     repackage: Repackage, tmp_path: Path, downsample: int
 ) -> None:
     base = Config(sampling=SamplingConfig(crop=32, context=0), model=ModelConfig("csrnet", "pooled"))
-    counter = PackagedCounter(build_counter(base, 1.0), downsample).eval()
+    counter = ExportedCounter(build_counter(base, 1.0), downsample).eval()
     package = repackage(counter, tmp_path / "model")
     assert package.parameters == 7_635_264 + 7_079_424 + 1_549_313
     loaded = load_counter(str(package.path))

@@ -58,15 +58,15 @@ class Noisy(Backbone):
         features: Tensor = self.blocks(image)
         return features
 
-    def segments(self) -> Sequence[nn.Module]:
+    def checkpoint_segments(self) -> Sequence[nn.Module]:
         return [self.blocks[:1], self.blocks[1:]]
 
 
 class Whole(Noisy):
     """The same in one segment, as of a class with `forward` alone."""
 
-    def segments(self) -> Sequence[nn.Module]:
-        return Backbone.segments(self)  # type: ignore[return-value]
+    def checkpoint_segments(self) -> Sequence[nn.Module]:
+        return Backbone.checkpoint_segments(self)  # type: ignore[return-value]
 
 
 OWN = [f"{__name__}:{name}" for name in ("Noisy", "Whole")]
@@ -90,7 +90,7 @@ def test_segments_one_after_the_other_are_the_encoder(backbone: str) -> None:
     image = torch.randn(1, 3, 50, 67)
     with torch.no_grad():
         features = image
-        for segment in encoder.segments():
+        for segment in encoder.checkpoint_segments():
             features = segment(features)
         assert torch.equal(features, encoder(image))
 

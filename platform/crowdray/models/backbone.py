@@ -1,11 +1,11 @@
-"""The seam between a counter and its backbone: an encoder, and what it says of itself.
+"""Base class of backbones: an encoder with its strides, receptive field and matching decoders.
 
 Shape legend: B batch, H W image, C h w features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,52 +13,71 @@ from torch.utils.checkpoint import checkpoint
 from crowdray.errors import UserError
 from crowdray.models.decoders import CountDecoder, DilatedDecoder
 
+_RENAMED_MEMBERS = {
+    "published": "pretrained_prefixes",
+    "libraries": "requirements",
+    "segments": "checkpoint_segments",
+}
+"""Previous names of members that subclasses may still define, until the next version."""
+
 
 class Backbone(nn.Module):
-    """An encoder from normalised RGB (B, 3, H, W) to features (B, channels, ceil(H / stride), ceil(W / stride)), and
-    the decoders that fit it.
+    """Encoder from normalized RGB (B, 3, H, W) to features (B, channels, ceil(H / stride), ceil(W / stride)).
 
-    A backbone of one's own derives from this, sets the numbers below and defines `forward`; docs/backbone.md is an
-    example. What keeps running statistics (BatchNorm) or draws random numbers (dropout) may be in it.
+    A custom backbone derives from this class, sets the four numbers below and defines `forward`; docs/backbone.md has
+    an example. BatchNorm and dropout are supported.
     """
 
     channels: ClassVar[int]
-    """Channels of the features."""
+    """Number of feature channels."""
     stride: ClassVar[int]
-    """Pixels from one feature to the next, along a side."""
+    """Pixels per feature along each axis."""
     output_stride: ClassVar[int]
-    """Pixels of one cell of the maps, along a side; it divides the stride."""
+    """Pixels per cell of the output maps along each axis; a divisor of the stride."""
     receptive_radius: ClassVar[int]
-    """Pixels that can change the density of an output cell lie no farther than this from any pixel of the cell."""
+    """Largest distance in pixels from an output cell at which a pixel can change the cell's density."""
     count_widths: ClassVar[tuple[int, ...]] = (64, 32)
-    """Hidden layers of the paper's count decoder for this backbone."""
+    """Widths of the hidden layers of the paper's count decoder."""
     count_dropout: ClassVar[float] = 0.0
-    """Dropout after the first of them."""
-    published: ClassVar[tuple[str, ...]] = ("",)
-    """How the names of published weights begin, those that `load_published` takes."""
-    libraries: ClassVar[tuple[str, ...]] = ()
-    """Distributions beside torch whose code it runs: their versions are part of what it trains."""
+    """Dropout after the first hidden layer."""
+    pretrained_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    """Prefixes of the parameter names that `load_pretrained` takes from a file of pretrained weights."""
+    requirements: ClassVar[tuple[str, ...]] = ()
+    """Distributions besides torch whose code it runs; their versions are part of the stage cache's keys."""
 
-    def segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        """`forward` in parts, one after the other, for `recomputed`: cut where little has to be kept between two, and
-        where no part begins by changing its input in place. Without one of its own a backbone is a single part."""
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for old, new in _RENAMED_MEMBERS.items():
+            if old in vars(cls):
+                setattr(cls, new, vars(cls)[old])
+
+    def checkpoint_segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """The consecutive parts of `forward` between which activation checkpointing stores activations.
+
+        Cut where activations are small. No segment may start by changing its input in place. By default the backbone is
+        one segment.
+        """
         return [self]
 
     def map_decoder(self, task: str) -> nn.Module:
-        """A decoder of one map task: features (B, C, h, w) to a map (B, 1, h, w), or where `output_stride` is smaller
-        than `stride` to one larger than the image's cells, which is cut at the bottom and the right."""
+        """Decoder of one map task from features (B, C, h, w) to a map (B, 1, h, w).
+
+        With `output_stride` below `stride` the map is at least as large as the image in cells, and is cut at the bottom
+        and the right.
+        """
         return DilatedDecoder(self.channels)
 
     def count_decoder(self, side: int) -> nn.Module:
-        """The paper's count decoder, from features (B, C, side, side) to counts (B,)."""
+        """The paper's count decoder from features (B, C, side, side) to counts (B,)."""
         return CountDecoder(self.channels, side, self.count_widths, self.count_dropout)
 
-    def load_pretrained(self, tensors: Mapping[str, Tensor], place: str) -> None:
-        """Take published weights of the encoder, by the names they were published under; others are left alone.
+    def load_pretrained(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        """Load the parameters whose names start with `pretrained_prefixes`; the others stay as they are.
 
-        Raises UserError, naming `place`, when one is missing or has another shape; then nothing is changed.
+        Raises:
+            UserError: If one is missing or has another shape; no parameter is changed then. `source` names the file.
         """
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(self.published)}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(self.pretrained_prefixes)}
         problems = [f"{name} is missing" for name in own if name not in tensors]
         problems += [
             f"{name} is {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
@@ -66,31 +85,32 @@ class Backbone(nn.Module):
             if name in tensors and tensors[name].shape != value.shape
         ]
         if not own:
-            problems = [f"none of its names begins with {' or '.join(self.published)!r}, as its `published` says"]
+            problems = [f"none of its parameters starts with {' or '.join(self.pretrained_prefixes)!r}"]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
-                f"{place} holds no weights of {type(self).__name__}: {', '.join(problems[:3])}{more}; give the file "
-                "that was published for it"
+                f"{source} does not fit {type(self).__name__}: {', '.join(problems[:3])}{more}; give weights that were "
+                "published for this network"
             )
         self.load_state_dict({name: tensors[name] for name in own}, strict=False)
 
 
-def recomputed(backbone: Backbone, image: Tensor) -> Tensor:
-    """What `backbone(image)` gives, with nothing kept for the backward pass but the input of each segment: there its
-    activations are computed once more (Chen et al. 2016, arXiv 1604.06174).
+def checkpointed_forward(backbone: Backbone, image: Tensor) -> Tensor:
+    """`backbone(image)` with activation checkpointing: only the input of each segment is stored.
 
-    Dropout draws the same numbers again, and what the second pass changes in buffers is dropped: running statistics
-    take a batch in once.
+    The backward pass recomputes the rest (Chen et al. 2016, arXiv 1604.06174). Dropout draws the same numbers again,
+    and buffers are restored afterwards, so that running statistics are updated once per batch.
     """
-    for segment in backbone.segments():
-        image = checkpoint(segment, image, use_reentrant=False, context_fn=lambda: (nullcontext(), _in_vain(backbone)))
+    for segment in backbone.checkpoint_segments():
+        image = checkpoint(
+            segment, image, use_reentrant=False, context_fn=lambda: (nullcontext(), _restored_buffers(backbone))
+        )
     return image
 
 
 @contextmanager
-def _in_vain(module: nn.Module) -> Iterator[None]:
-    """Copies in the place of all buffers."""
+def _restored_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a block change copies of the module's buffers, then restore the originals."""
     buffers = [(part, name, value) for part in module.modules() for name, value in part.named_buffers(recurse=False)]
     for part, name, value in buffers:
         setattr(part, name, value.clone())

@@ -1,4 +1,4 @@
-"""CFCN, the paper's light counting network: three convolutions, stride 4.
+"""CFCN, the paper's light backbone: three convolutions, stride 4.
 
 Shape legend: B batch, H W image, h = ceil(H / 4), w = ceil(W / 4).
 """
@@ -14,15 +14,14 @@ from crowdray.models.decoders import LogitDecoder, MapDecoder
 class CFCN(Backbone):
     """7x7x32 stride 2, 7x7x64 stride 2, 5x5x128, each with a ReLU (Table 1): 310,080 parameters.
 
-    An image (B, 3, H, W), normalised, gives features (B, 128, h, w).
+    Normalized images (B, 3, H, W) to features (B, 128, h, w).
     """
 
     channels = 128
     stride = 4
     output_stride = 1
     receptive_radius = 34
-    """Pixels on each side of an output pixel that can change the density there: 3 + 6 + 8 by the three
-    convolutions here, 8 by the decoder's, and 9 by its two upsamplings."""
+    """3 + 6 + 8 pixels from the three convolutions, 8 from the decoder's, 9 from its two upsamplings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,11 +30,11 @@ class CFCN(Backbone):
         self.conv3 = nn.Conv2d(64, 128, 5, padding=2)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode an image (B, 3, H, W) to features (B, 128, h, w)."""
+        """Encode images (B, 3, H, W) to features (B, 128, h, w)."""
         x = torch.relu(self.conv1(image))
         x = torch.relu(self.conv2(x))
         return torch.relu(self.conv3(x))
 
     def map_decoder(self, task: str) -> nn.Module:
-        """The decoder of Table 1; the segmentation's can say "no"."""
+        """The decoder of Table 1; segmentation has one whose logits can be negative."""
         return LogitDecoder(self.channels) if task == SEGMENTATION else MapDecoder(self.channels)

@@ -1,4 +1,4 @@
-"""The counter: one encoder, the density decoder that ships, and the auxiliary decoders that only train.
+"""The counter: an encoder, the density decoder, and auxiliary decoders for training only.
 
 Shape legend: B batch, H W image, C h w features, N side of the count decoder's crop in features.
 """
@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from crowdray.models.backbone import Backbone, recomputed
+from crowdray.models.backbone import Backbone, checkpointed_forward
 
 DENSITY = "density"
 SEGMENTATION = "segmentation"
@@ -18,17 +18,22 @@ COUNT = "count"
 AUXILIARY = (SEGMENTATION, DEPTH, COUNT)
 TASKS = (DENSITY, *AUXILIARY)
 
-# Mean and deviation of ImageNet's training images, RGB in 0..255: what published encoder weights expect.
+# Mean and standard deviation of ImageNet's training images, RGB in 0..255, which pretrained weights expect.
 _MEAN = (123.675, 116.28, 103.53)
 _STD = (58.395, 57.12, 57.375)
 
 
 class Counter(nn.Module):
-    """Encoder, density decoder, and any of the auxiliary decoders of the paper.
+    """Encoder, density decoder, and any of the paper's auxiliary decoders.
 
-    `decoders` maps task names to modules; "density" must be among them. The density decoder's raw output is
-    `density_scale` times heads per cell, and the count decoder's is heads divided by `count_scale`.
-    Images are raw RGB, (B, 3, H, W), 0..255, any real dtype: the normalisation ships with the model.
+    Images are raw RGB, (B, 3, H, W), 0..255, any real dtype: normalization is part of the model. The raw output of the
+    density decoder is heads per cell times `density_scale`, that of the count decoder heads divided by the trainer's
+    `count_scale`.
+
+    Args:
+        encoder: Images to features.
+        decoders: Decoders by task; "density" is required.
+        density_scale: Divisor from the density decoder's output to heads per cell.
     """
 
     mean: Tensor
@@ -40,16 +45,16 @@ class Counter(nn.Module):
         self.decoders = nn.ModuleDict(decoders)
         self.density_scale = density_scale
         self.activation_checkpointing = False
-        """Whether the encoder's activations are computed again in the backward pass instead of kept."""
+        """Recompute the encoder's activations in the backward pass instead of storing them."""
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
 
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""
-        normalised = (image - self.mean) / self.std
+        normalized = (image - self.mean) / self.std
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return recomputed(self.encoder, normalised)
-        features: Tensor = self.encoder(normalised)
+            return checkpointed_forward(self.encoder, normalized)
+        features: Tensor = self.encoder(normalized)
         return features
 
     def forward(
@@ -59,12 +64,14 @@ class Counter(nn.Module):
         corners: Tensor | None = None,
         frozen_encoder: bool = False,
     ) -> dict[str, Tensor]:
-        """Predict the asked tasks, in the units their losses compare (density and count scaled, segmentation
-        as logits).
+        """Predict tasks in the units of their losses: density and count scaled, segmentation as logits.
 
-        corners (B, 2): integer row and column, in features, of the N x N square that the count decoder reads (0, 0
-        when None).
-        frozen_encoder: keep no graph of the encoder (stage 2).
+        Args:
+            image: (B, 3, H, W) raw RGB.
+            tasks: Which of TASKS.
+            corners: (B, 2) integer row and column, in features, of the N x N square that the count decoder reads; None
+                means (0, 0).
+            frozen_encoder: Record no autograd graph of the encoder (second stage).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen_encoder):
             features = self.features(image)
@@ -73,24 +80,26 @@ class Counter(nn.Module):
     def decode(
         self, features: Tensor, tasks: Collection[str], size: Sequence[int], corners: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Decode features (B, C, h, w) of images of the given size (H, W); the rest as in `forward`."""
+        """Decode features (B, C, h, w) of images of size (H, W); other arguments as in `forward`."""
         out = {task: self._map(task, features, size) for task in tasks if task != COUNT}
         if COUNT in tasks:
             decoder = self.decoders[COUNT]
-            out[COUNT] = decoder(_squares(features, corners, cast(int, decoder.side)))
+            out[COUNT] = decoder(_crop_squares(features, corners, cast(int, decoder.side)))
         return out
 
     def density(self, image: Tensor) -> Tensor:
-        """Density of raw RGB (B, 3, H, W): (B, 1, h', w') float32 in heads per cell, h' = ceil(H / output stride); its
-        sum is the count."""
+        """Density of raw RGB (B, 3, H, W) in heads per cell; its sum is the count.
+
+        Returns (B, 1, ceil(H / output_stride), ceil(W / output_stride)) float32.
+        """
         return self._map(DENSITY, self.features(image), image.shape[-2:]) / self.density_scale
 
     def strip(self) -> "Counter":
-        """The same counter without its auxiliary decoders: shares the encoder and the density decoder."""
+        """The counter without auxiliary decoders; shares the encoder and the density decoder."""
         return Counter(self.encoder, {DENSITY: self.decoders[DENSITY]}, self.density_scale)
 
     def _map(self, task: str, features: Tensor, size: Sequence[int]) -> Tensor:
-        """A task's map of images of the given size, float32."""
+        """A task's map of images of size (H, W), float32."""
         cells: Tensor = self.decoders[task](features)
         if self.encoder.output_stride == self.encoder.stride:
             return cells
@@ -98,10 +107,10 @@ class Counter(nn.Module):
         return cells[..., :height, :width]
 
 
-def _squares(features: Tensor, corners: Tensor | None, side: int) -> Tensor:
+def _crop_squares(features: Tensor, corners: Tensor | None, side: int) -> Tensor:
     if corners is None or features.shape[-2:] == (side, side):
         return features[..., :side, :side]
-    # Corners stay tensors: a GPU would be waited for, and a compiler would take each number for a case of its own.
+    # Corners stay tensors: numbers would synchronize with the GPU, and make torch.compile specialize on each.
     along = torch.arange(side, device=features.device)
     rows, columns = (corner[:, None] + along for corner in corners.unbind(1))
     images = torch.arange(len(features), device=features.device)[:, None, None]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from crowdray.models.backbone import Backbone
 
 _POOL = 0
-"""Stands for a pooling in a list of channels."""
+"""Denotes a pooling layer in a list of channels."""
 
 
 class CSRNet(Backbone):
     """VGG-16 from conv1_1 to conv4_3 with three poolings (7,635,264 parameters), then three 3x3x512 convolutions of
     dilation 2 (7,079,424).
 
-    `features` has the layers and names of torchvision's VGG-16, so ImageNet weights fit it. Poolings keep incomplete
-    squares at the bottom and the right: an image of any size gets ceil(H / 8) x ceil(W / 8) features.
+    `features` has torchvision's layers and names of VGG-16, so ImageNet weights fit. Poolings keep incomplete patches
+    at the bottom and the right: images of any size have ceil(H / 8) x ceil(W / 8) features.
     """
 
     channels = 512
@@ -28,7 +28,7 @@ class CSRNet(Backbone):
     receptive_radius = 153
     count_widths = (512, 256, 128, 64)
     count_dropout = 0.5
-    published = ("features.",)
+    pretrained_prefixes = ("features.",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,21 +36,21 @@ class CSRNet(Backbone):
         self.dilated = _dilated()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode an image (B, 3, H, W) to features (B, 512, h, w)."""
+        """Encode images (B, 3, H, W) to features (B, 512, h, w)."""
         features: Tensor = self.dilated(self.features(image))
         return features
 
-    def segments(self) -> Sequence[nn.Module]:
-        """Cut after each pooling, where there is least to keep."""
+    def checkpoint_segments(self) -> Sequence[nn.Module]:
+        """Cut after each pooling, where activations are smallest."""
         poolings = [n + 1 for n, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
         cuts = pairwise(sorted({0, *poolings, len(self.features)}))
         return [*(self.features[start:end] for start, end in cuts), self.dilated]
 
 
 class CSRNetTable1(CSRNet):
-    """The row of Table 1 as printed: two convolutions in each of four blocks, each of which halves the size, so 1/16.
+    """CSRNet as Table 1 prints it: four blocks of two convolutions and a pooling, stride 16.
 
-    ImageNet weights do not fit it: VGG-16 has three convolutions in its third and fourth block.
+    ImageNet weights do not fit: VGG-16 has three convolutions in its third and fourth blocks.
     """
 
     stride = 16
@@ -65,7 +65,7 @@ class CSRNetTable1(CSRNet):
 
 
 def _vgg(channels: Sequence[int]) -> nn.Sequential:
-    """3x3 convolutions with a ReLU each, in torchvision's order of layers."""
+    """3x3 convolutions with ReLUs, and poolings, in torchvision's layer order."""
     layers: list[nn.Module] = []
     before = 3
     for width in channels:

@@ -1,4 +1,4 @@
-"""The decoders (heads) of the paper's Table 1: density, segmentation, depth, and count.
+"""Decoders of the paper's Table 1: density, segmentation, depth and count.
 
 Shape legend: B batch, C feature channels, h w feature map.
 """
@@ -16,10 +16,10 @@ from crowdray.models.upsampling import FixedUpsample
 class MapDecoder(nn.Module):
     """5x5x64 convolution, then two fixed deconvolutions (64 -> 32 -> 1 channels, x4 in size).
 
-    Both deconvolutions average groups of channels and upsample with one shared fixed kernel: linear
-    operations that commute. So the 64 channels are averaged first and one channel is upsampled; the result is
-    the same map. 204,864 trained parameters, as in the paper. Features (B, C, h, w) give a map (B, 1, 4h + 3,
-    4w + 3), never negative, whose last rows and columns the counter cuts to the image's size.
+    Both deconvolutions average groups of channels and upsample with the same fixed kernel, linear operations that
+    commute: so the 64 channels are averaged first and one channel is upsampled, with the same result. 204,864
+    parameters, as in the paper. Features (B, C, h, w) to a non-negative map (B, 1, 4h + 3, 4w + 3), which the counter
+    cuts to the image's size.
     """
 
     def __init__(self, channels: int) -> None:
@@ -36,11 +36,11 @@ class MapDecoder(nn.Module):
 
 
 class LogitDecoder(MapDecoder):
-    """A map decoder with a trained scale and bias on its output, so that it can express "no".
+    """A map decoder with a trained scale and bias on its output, so that logits can be negative.
 
-    As printed, the map cannot be negative: as a logit it says "at least one half" everywhere, and the
-    cross-entropy rests at ln 2. Scale and bias (two parameters) start at a logit range of a few units around
-    the prior `foreground`.
+    In the paper the map is never negative: as a logit it would mean a probability of at least one half everywhere, and
+    the cross-entropy would stay at ln 2. Scale and bias (two parameters) start so that logits lie within a few units of
+    the prior probability `foreground`.
     """
 
     def __init__(self, channels: int, foreground: float = 0.1) -> None:
@@ -54,10 +54,10 @@ class LogitDecoder(MapDecoder):
 
 
 class DilatedDecoder(nn.Module):
-    """3x3 convolutions of dilation 2 to 256, 128 and 64 channels with a ReLU each, then a plain 3x3 one to the map.
+    """3x3 convolutions of dilation 2 to 256, 128 and 64 channels with ReLUs, then a 3x3 convolution to the map.
 
-    Features (B, C, h, w) give a map (B, 1, h, w) of any sign: a logit needs no layer of its own here. The last
-    convolution stays in float32 also where the rest computes in bfloat16: it makes the map.
+    Features (B, C, h, w) to a map (B, 1, h, w) of any sign, which serves as a logit too. The last convolution computes
+    in float32 even under bfloat16 autocast, because its output is the map.
     """
 
     def __init__(self, channels: int) -> None:
@@ -70,28 +70,27 @@ class DilatedDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode features (B, C, h, w) to a map (B, 1, h, w), float32."""
-        return exact(self.map, self.layers(features))
+        return apply_float32(self.map, self.layers(features))
 
 
-def exact(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer's output in float32, also under autocast."""
+def apply_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer in float32, also under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return exact(layer, x.float())
+            return apply_float32(layer, x.float())
     result: Tensor = layer(x)
     return result
 
 
 class CountDecoder(nn.Module):
-    """An NxN and several 1x1 convolutions: one number from the whole feature map of a crop.
+    """An NxN and several 1x1 convolutions from the features of a crop to its count.
 
-    Features (B, C, N, N) give counts (B,), float32, in units of `count_scale` heads. N fixes the crop size in
-    training, and only there: this decoder is stripped before the model ships. 13,109,377 parameters for CFCN (C = 128,
-    N = 40, widths 64 and 32); 205,521,408 in the first layer alone for CSRNet (C = 512, N = 28, width 512).
+    Features (B, C, N, N) to counts (B,), float32, in units of `count_scale` heads. N fixes the crop size during
+    training only, because the exported model has no count decoder. 13,109,377 parameters for CFCN (C = 128, N = 40,
+    widths 64 and 32); 205,521,408 in the first layer alone for CSRNet (C = 512, N = 28, width 512).
 
-    A convolution whose kernel is the whole map is a linear layer, and is computed as one. It stays in float32
-    also where the rest computes in bfloat16: its millions of weights, each used once per image, would cost
-    more to convert than to use.
+    A convolution whose kernel spans the map is computed as a linear layer. It computes in float32 even under bfloat16
+    autocast: converting its millions of weights, each used once per image, would cost more than using them.
     """
 
     def __init__(self, channels: int, side: int, widths: Sequence[int], dropout: float = 0.0) -> None:
@@ -112,9 +111,9 @@ class CountDecoder(nn.Module):
 
 
 class PooledCountDecoder(nn.Module):
-    """1x1 convolutions to 64 and 32 channels, the mean over the crop, and one number from it.
+    """1x1 convolutions to 64 and 32 channels, the mean over the crop, and a linear layer.
 
-    As `CountDecoder`, but its weights do not depend on the crop's size: 10,369 parameters for C = 128.
+    Same inputs and outputs as `CountDecoder`, but its 10,369 parameters (C = 128) do not depend on the crop size.
     """
 
     def __init__(self, channels: int, side: int) -> None:

@@ -1,4 +1,4 @@
-"""What ships: a stripped counter that takes the photo as it is, at the scale it was trained for."""
+"""The exported model: a stripped counter that takes images at their original size."""
 
 from dataclasses import dataclass
 
@@ -11,31 +11,30 @@ from crowdray.models.counter import Counter
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a counter's density lies on a photo, in the photo's pixels along a side."""
+    """How the cells of a density map onto image pixels; all lengths in pixels of the original image."""
 
     downsample: int
-    """Pixels that the counter averages before it looks."""
+    """Factor by which the counter downsamples images."""
     cell: int
-    """Pixels of one cell; the downsampling divides it."""
+    """Side of a density cell; a multiple of the downsampling."""
     grid: int
-    """Multiples of this are where a counter may begin to look without seeing anything else; the cell divides it."""
+    """Crops that start at multiples of this have the same features as the whole image; a multiple of the cell."""
     reach: int
-    """Pixels that can change a cell lie no farther than this from any of its own."""
+    """Largest distance from a cell at which a pixel can change it."""
 
 
-def geometry_of(counter: Counter, downsample: int = 1) -> Geometry:
-    """Where a counter's cells lie on a photo that it is shown at 1 / downsample of its size."""
+def density_geometry(counter: Counter, downsample: int = 1) -> Geometry:
+    """The geometry of a counter whose images are downsampled by a factor."""
     encoder, k = counter.encoder, downsample
     return Geometry(k, encoder.output_stride * k, encoder.stride * k, (encoder.receptive_radius + 1) * k)
 
 
-class PackagedCounter(nn.Module):
+class ExportedCounter(nn.Module):
     """Raw RGB (B, 3, H, W), 0..255, uint8 or float32, to density (B, 1, h, w) float32; its sum is the count.
 
-    k is the downsampling the counter was trained with, s the stride of its maps: h = ceil(ceil(H / k) / s). The
-    downsampling is repeated here to the bit, rounding included, so that no caller can feed the model a scale it does
-    not know. Any H, W above 4k. Nothing in forward depends on a concrete size, so one exported graph serves all of
-    them.
+    With downsampling k and output stride s, h = ceil(ceil(H / k) / s). The downsampling equals that of training to the
+    last bit, rounding included, so that callers cannot use the model at the wrong scale. Any H, W above 4k. `forward`
+    does not depend on a concrete size, so that one exported graph serves all sizes.
     """
 
     def __init__(self, counter: Counter, downsample: int = 1) -> None:
@@ -45,8 +44,8 @@ class PackagedCounter(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
-        """Where its cells lie on a photo."""
-        return geometry_of(self.counter, self.downsample)
+        """How its cells map onto image pixels."""
+        return density_geometry(self.counter, self.downsample)
 
     def forward(self, image: Tensor) -> Tensor:
         """Density of raw RGB images in heads per cell."""

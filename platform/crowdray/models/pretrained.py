@@ -1,4 +1,4 @@
-"""Published weights of encoders, from any URI, checked against their hash; nothing in a file is run."""
+"""Pretrained encoder weights from any URI, checked against their hash; no code in a file is executed."""
 
 import hashlib
 import io
@@ -18,8 +18,10 @@ from crowdray.models.counter import Counter
 
 
 def pin_weights(config: Config) -> Config:
-    """The configuration with the absolute URI of its published weights and their hash: workers start elsewhere, and one
-    configuration names one content."""
+    """Record the absolute URI and the hash of the pretrained weights in the configuration.
+
+    Workers have other working directories, and equal configurations must mean equal weights.
+    """
     model = config.model
     if not model.weights:
         return config
@@ -28,33 +30,34 @@ def pin_weights(config: Config) -> Config:
 
 
 def load_pretrained(counter: Counter, config: Config) -> None:
-    """Give a fresh counter the published weights that its configuration names, if it names any.
+    """Load the configured pretrained weights, if any, into a new counter.
 
-    Raises UserError for a file that is not there, has another hash, is no file of tensors, or does not fit; the counter
-    is then as it was.
+    Raises:
+        UserError: If the file is missing, has another hash, does not contain tensors, or does not fit the encoder; the
+            counter is unchanged then.
     """
-    place, expected = config.model.weights, config.model.weights_sha256
-    if not place:
+    uri, expected = config.model.weights, config.model.weights_sha256
+    if not uri:
         return
-    content = storage.read_bytes(place)
+    content = storage.read_bytes(uri)
     digest = hashlib.sha256(content).hexdigest()
     if expected and digest != expected:
         raise UserError(
-            f"{place} has the SHA-256 {digest}, model.weights_sha256 is {expected}; fetch it again, or give its hash"
+            f"{uri} has SHA-256 {digest}, but model.weights_sha256 is {expected}; download it again or correct the hash"
         )
-    counter.encoder.load_pretrained(_tensors(content, place), place)
+    counter.encoder.load_pretrained(_parse_tensors(content, uri), uri)
 
 
-def _tensors(content: bytes, place: str) -> Mapping[str, Tensor]:
+def _parse_tensors(content: bytes, uri: str) -> Mapping[str, Tensor]:
     try:
-        if place.endswith(".safetensors"):
+        if uri.endswith(".safetensors"):
             return load(content)
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if isinstance(loaded, Mapping) and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
-        problem = "it holds something else"
-    except pickle.UnpicklingError:  # torch's own words advise to run what is in it
-        problem = "it holds something else"
+        problem = "it contains other objects"
+    except pickle.UnpicklingError:  # torch's message recommends weights_only=False, which executes code
+        problem = "it contains other objects"
     except (SafetensorError, RuntimeError, EOFError) as error:
         problem = (str(error) or "it is empty").splitlines()[0]
-    raise UserError(f"{place} is no file of named tensors ({problem}); give a .safetensors or a .pth state dict")
+    raise UserError(f"{uri} is not a file of named tensors ({problem}); give a .safetensors or .pth state dict")

@@ -13,7 +13,7 @@ from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.evaluation.metrics import Metrics
 from crowdray.models.build import build_counter
-from crowdray.models.export import PackagedCounter
+from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
@@ -96,7 +96,7 @@ def _package(
     stage = result.stages[result.shipped]
     image = decode_image(dataset.sample(int(dataset.rows("train")[0])).image)
     return package_counter(
-        PackagedCounter(counter, run.config.sampling.downsample),
+        ExportedCounter(counter, run.config.sampling.downsample),
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
         dest,
         config=asdict(run.config),

@@ -23,7 +23,7 @@ from crowdray import storage
 from crowdray.config import Config, from_json, result_fields, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
-from crowdray.models.build import backbone_of
+from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
 from crowdray.stage_cache.keys import backbone_digest
 from crowdray.training.checkpoint import load_checkpoint
@@ -185,7 +185,7 @@ def plan(
     weights that are not there.
     """
     check_name(name)
-    source, config = backbone_digest(backbone_of(config)), pin_weights(config)
+    source, config = backbone_digest(backbone_class(config)), pin_weights(config)
     dataset = Dataset.open(data)
     further = filter(None, [source, "batch auto" if measured else ""])
     chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *further)

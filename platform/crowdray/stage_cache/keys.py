@@ -15,7 +15,7 @@ import torch
 import crowdray
 from crowdray.config import Config, result_fields
 from crowdray.models.backbone import Backbone
-from crowdray.models.build import backbone_of
+from crowdray.models.build import backbone_class
 from crowdray.models.counter import AUXILIARY, COUNT, DEPTH, SEGMENTATION
 from crowdray.training.precision import resolve_precision
 from crowdray.training.stages import Stage, stages_of
@@ -115,7 +115,7 @@ def backbone_digest(backbone: type[Backbone]) -> str:
         name for name in modules if name.partition(".")[0] not in (crowdray.__name__, "torch", "builtins")
     )
     facts = {name: inspect.getsource(sys.modules[name]) for name in external}
-    facts |= {name: version(name) for name in backbone.libraries}
+    facts |= {name: version(name) for name in backbone.requirements}
     return _hash(facts) if facts else ""
 
 
@@ -127,7 +127,7 @@ def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
             "sampling": result_fields(config)["sampling"],
             "sigma": config.target.sigma,
             "backbone": config.model.backbone,
-            "backbone_code": backbone_digest(backbone_of(config)),
+            "backbone_code": backbone_digest(backbone_class(config)),
             "weights": config.model.weights_sha256 or config.model.weights,
             "optimizer": asdict(config.optimizer),
         }

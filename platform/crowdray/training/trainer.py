@@ -22,9 +22,9 @@ from crowdray.data.targets import REACH
 from crowdray.errors import DataError
 from crowdray.evaluation.inference import TILE, count_images, tiled_density
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
-from crowdray.models.build import backbone_of, build_counter
+from crowdray.models.build import backbone_class, build_counter
 from crowdray.models.counter import DEPTH, Counter
-from crowdray.models.export import geometry_of
+from crowdray.models.export import density_geometry
 from crowdray.models.pretrained import load_pretrained
 from crowdray.training.checkpoint import Checkpoint, Progress, Row, save_checkpoint
 from crowdray.training.distributed import World
@@ -173,13 +173,13 @@ class Trainer:
 
     def _count(self, density: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> list[ImageCount]:
         share = rows[self.world.rank :: self.world.size].tolist()
-        geometry = geometry_of(self.counter)  # pictures are downsampled already
+        geometry = density_geometry(self.counter)  # pictures are downsampled already
         tiled = tiled_density(density, geometry, TILE)
         return self.world.all_gather(list(count_images(tiled, self.store, share, self.device, geometry.cell)))
 
     def _first_progress(self) -> Progress:
         dataset = self.store.dataset
-        stride = backbone_of(self.config).output_stride
+        stride = backbone_class(self.config).output_stride
         scales = measured_scales(self.config, dataset, self.train_rows, stride)
         return Progress(scales.density, scales.count, dataset.digest, self.world.size)
 

@@ -17,7 +17,7 @@ from crowdray import storage
 from crowdray.config import Config, result_fields, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.models.build import backbone_of
+from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
 from crowdray.pipeline.run import Run, check_name, claim_file, default_name
 from crowdray.stage_cache.keys import backbone_digest, code_digest
@@ -203,7 +203,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
             "share and to be compared: give one number"
         )
     dataset = Dataset.open(data)
-    source, config = backbone_digest(backbone_of(config)), pin_weights(config)
+    source, config = backbone_digest(backbone_class(config)), pin_weights(config)
     without_depth = dataset.index.depth_teacher == "none"
     space = load_space(options.space, (*["loss.depth=null"] * without_depth, *options.vary), config)
     for name, idle, reason in (
