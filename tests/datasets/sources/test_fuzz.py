@@ -125,7 +125,7 @@ def nwpu_heads(files: Mapping[str, bytes], item: Item) -> Array:
     return variable("annPoints", 0.5)(files, item)
 
 
-def worldexpo_in_hdf5(path: Path) -> Files:
+def worldexpo_in_hdf5(folder: Path) -> Files:
     """WorldExpo'10 with every file in the HDF5 format."""
     files = published.worldexpo()
     for path in [path for path in files if path.endswith(".mat")]:
