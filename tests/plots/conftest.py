@@ -1,4 +1,4 @@
-"""What tests of pictures share."""
+"""Fixtures for tests of figures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from crowdray.plots import style
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved while the test ran."""
-    seen: list[Figure] = []
+    """Figures saved during the test."""
+    figures: list[Figure] = []
     real: Callable[..., None] = style.save_figure
 
     def save(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        seen.append(figure)
+        figures.append(figure)
         real(figure, *args, **kwargs)
 
     monkeypatch.setattr(style, "save_figure", save)
     monkeypatch.setattr("crowdray.plots.overlay.save_figure", save)
-    return seen
+    return figures

@@ -1,4 +1,4 @@
-"""The pictures of a dataset show its heads where they are, its maps as they are, and shares that sum to the whole."""
+"""Dataset figures: heads and maps are aligned, histograms are percentages."""
 
 import io
 from typing import Any
@@ -23,18 +23,18 @@ from crowdray.plots.contact_sheet import draw_contact_sheet
 from crowdray.plots.dataset import draw_histograms
 
 
-def place() -> str:
+def figure_uri() -> str:
     return f"memory://sheets/{np.random.default_rng().integers(2**60)}.png"
 
 
-def pixels_at(uri: str) -> NDArray[np.uint8]:
+def read_pixels(uri: str) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))).convert("RGB"))
 
 
 def grey_sample(
     points: Any, size: tuple[int, int] = (90, 120), split: str = "train", roi: bool = False, depth: bool = True
 ) -> Sample:
-    """A grey photo, its left half the region of interest, its depth 1 at the top and a quarter at the bottom."""
+    """A grey photo; the left half is the region of interest, depth falls from 1 at the top to 0.25 at the bottom."""
     mask = np.ones(size, dtype=bool) * (np.arange(size[1]) < size[1] // 2)
     return make_sample(
         name="a-name-" * 30,
@@ -48,32 +48,32 @@ def grey_sample(
 
 
 def colour_at(page: NDArray[np.uint8], axes: Axes, x: float, y: float) -> NDArray[np.float64]:
-    """Colour in [0, 1] of the page where axes draw a point."""
+    """Return the colour in [0, 1] of the page at data coordinates of the axes."""
     column, row = axes.transData.transform((x, y))
     colour: NDArray[np.float64] = page[int(page.shape[0] - row), int(column)] / 255
     return colour
 
 
 @pytest.mark.parametrize("size", [(90, 120), (120, 90), (600, 3000)])
-def test_heads_and_maps_lie_where_the_photo_has_them(size: tuple[int, int], drawn: list[Figure]) -> None:
+def test_contact_sheet_heads_and_maps_align_with_photo(size: tuple[int, int], drawn: list[Figure]) -> None:
     height, width = size
     inside = [(0.1 * width, 0.2 * height), (0.4 * width, 0.9 * height)]
-    stray = [(0.75 * width, 0.5 * height), (-0.5 * width, 0.6 * height)]
-    uri = place()
-    draw_contact_sheet([grey_sample([*inside, *stray], size, roi=True)], "title", uri)
-    page, (photo, depth, crowd) = pixels_at(uri), drawn[0].axes
+    outside = [(0.75 * width, 0.5 * height), (-0.5 * width, 0.6 * height)]
+    uri = figure_uri()
+    draw_contact_sheet([grey_sample([*inside, *outside], size, roi=True)], "title", uri)
+    page, (photo, depth, crowd) = read_pixels(uri), drawn[0].axes
     scale = 1 / round(width / np.ptp(photo.get_xlim()))
     for x, y in inside:
         np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.HEAD_COLOUR), atol=0.02)
         assert colour_at(page, crowd, x * scale, y * scale).min() > 0.5
-    x, y = stray[0]
+    x, y = outside[0]
     np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.VERMILION), atol=0.02)
-    assert colour_at(page, crowd, x * scale, y * scale).max() == 0  # training leaves it out
+    assert colour_at(page, crowd, x * scale, y * scale).max() == 0  # excluded from training
     np.testing.assert_allclose(colour_at(page, photo, 1e-3, 0.6 * height * scale), to_rgb(style.VERMILION), atol=0.1)
-    free = colour_at(page, photo, 0.3 * width * scale, 0.5 * height * scale)
-    np.testing.assert_allclose(free, 128 / 255, atol=0.02)
-    veiled = colour_at(page, photo, 0.9 * width * scale, 0.2 * height * scale)
-    np.testing.assert_allclose(veiled, 0.55 * 128 / 255, atol=0.02)
+    plain = colour_at(page, photo, 0.3 * width * scale, 0.5 * height * scale)
+    np.testing.assert_allclose(plain, 128 / 255, atol=0.02)
+    shaded = colour_at(page, photo, 0.9 * width * scale, 0.2 * height * scale)
+    np.testing.assert_allclose(shaded, 0.55 * 128 / 255, atol=0.02)
     shown = np.asarray(depth.images[0].get_array())
     np.testing.assert_allclose(shown[[0, -1], 0], [1, 0.25], atol=0.03)
     boxes = [axes.get_position() for axes in (photo, depth, crowd)]
@@ -83,23 +83,23 @@ def test_heads_and_maps_lie_where_the_photo_has_them(size: tuple[int, int], draw
         assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0
 
 
-def test_the_crowd_is_the_training_s_target(drawn: list[Figure]) -> None:
+def test_contact_sheet_crowd_equals_segmentation_target(drawn: list[Figure]) -> None:
     sample = grey_sample([(60, 45)])
-    draw_contact_sheet([sample], "", place(), target=TargetConfig(sigma=6.0, threshold=0.5))
+    draw_contact_sheet([sample], "", figure_uri(), target=TargetConfig(sigma=6.0, threshold=0.5))
     crowd = np.asarray(drawn[0].axes[2].images[0].get_array())
     rows, columns = np.mgrid[:90, :120] + 0.5
     far = (columns - 60) ** 2 + (rows - 45) ** 2
-    radius = 2 * 6.0**2 * np.log(2)  # where a Gaussian has fallen to a half
-    sure = np.abs(np.sqrt(far) - np.sqrt(radius)) > 0.5
-    np.testing.assert_array_equal(crowd[sure] > 0, (far < radius)[sure])
+    radius = 2 * 6.0**2 * np.log(2)  # where the Gaussian falls to one half
+    clear = np.abs(np.sqrt(far) - np.sqrt(radius)) > 0.5
+    np.testing.assert_array_equal(crowd[clear] > 0, (far < radius)[clear])
 
 
-def test_a_sheet_has_rows_of_three_for_each_split_and_texts_that_fit(drawn: list[Figure]) -> None:
+def test_contact_sheet_rows_per_split_and_texts_fit(drawn: list[Figure]) -> None:
     samples = [grey_sample([(5, 5)] * n, depth=n > 0) for n in range(4)]
     samples += [grey_sample([(5, 5)], (200, 90), split="test")]
-    uri = place()
+    uri = figure_uri()
     draw_contact_sheet(samples, "title", uri)
-    page, figure = pixels_at(uri), drawn[0]
+    page, figure = read_pixels(uri), drawn[0]
     assert page.shape[1] == 1920 and len(figure.axes) == 3 * 5
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes[::3]]
     assert len(set(tops)) == 3 and tops[0] == tops[1] == tops[2] > tops[3] > tops[4]
@@ -108,11 +108,11 @@ def test_a_sheet_has_rows_of_three_for_each_split_and_texts_that_fit(drawn: list
     assert not any(a.overlaps(b) for n, a in enumerate(extents) for b in extents[:n])
     counts = [text.get_text() for text in figure.texts if text.get_horizontalalignment() == "right"]
     assert counts == ["0 heads", "1 head", "2 heads", "3 heads", "1 head"]
-    assert [len(axes.texts) for axes in figure.axes[1::3]] == [1, 0, 0, 0, 0]  # the one without depth says so
+    assert [len(axes.texts) for axes in figure.axes[1::3]] == [1, 0, 0, 0, 0]  # "no depth" on the first one
 
 
 def counted(counts: dict[str, list[int]]) -> ValidationReport:
-    """Splits with images of so many heads in a row, 10 pixels apart."""
+    """Return a report of splits of images with the given counts, heads 10 pixels apart."""
     images: list[ImageFacts] = []
     spacing = {}
     for split, numbers in counts.items():
@@ -122,39 +122,41 @@ def counted(counts: dict[str, list[int]]) -> ValidationReport:
     return validate("made", "none", DatasetStats(images, [], spacing))
 
 
-def shares(axes: Axes) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+def bars(axes: Axes) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     steps = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)]
     return [(values, edges) for values, edges, _ in steps[::2]]
 
 
-def test_histograms_are_shares_of_each_split(drawn: list[Figure]) -> None:
+def test_histograms_are_percentages_of_each_split(drawn: list[Figure]) -> None:
     counts = {"train": [12, 13, 13, 40], "test": [20, 22]}
-    uri = place()
+    uri = figure_uri()
     draw_histograms(counted(counts), uri)
     heads, spacing = drawn[0].axes
-    assert heads.get_xscale() == "linear" and pixels_at(uri).shape[1] == 1536
-    for (values, edges), numbers in zip(shares(heads), counts.values(), strict=True):
+    assert heads.get_xscale() == "linear" and read_pixels(uri).shape[1] == 1536
+    for (values, edges), numbers in zip(bars(heads), counts.values(), strict=True):
         np.testing.assert_allclose(values, 100 * np.histogram(numbers, edges)[0] / len(numbers))
         assert values.sum() == pytest.approx(100) and (edges % 1 == 0.5).all()
     medians = [line.get_xdata()[0] for line in heads.lines]  # type: ignore[index]
     assert medians == [13, 21]
-    for values, edges in shares(spacing):
+    for values, edges in bars(spacing):
         assert values.max() == 100 and edges[values.argmax()] <= 10 < edges[values.argmax() + 1]
         assert set(edges) <= set(SPACING_EDGES)
 
 
-def test_counts_that_differ_by_much_have_a_logarithmic_axis(drawn: list[Figure]) -> None:
-    draw_histograms(counted({"train": [0, 0, 2, 30, 400]}), place())
+def test_histograms_wide_counts_use_log_axis(drawn: list[Figure]) -> None:
+    draw_histograms(counted({"train": [0, 0, 2, 30, 400]}), figure_uri())
     axes = drawn[0].axes[0]
     legend = axes.get_legend()
     assert axes.get_xscale() == "log" and legend is not None
     assert legend.get_texts()[0].get_text() == "train: median 2, 2 empty"
-    assert shares(axes)[0][0].sum() == pytest.approx(60)
+    assert bars(axes)[0][0].sum() == pytest.approx(60)
 
 
-def test_what_is_missing_is_said_or_left_out(drawn: list[Figure]) -> None:
-    draw_contact_sheet([], "nothing", place())
-    draw_histograms(validate("made", "none", DatasetStats([], [], {"train": np.zeros(112, dtype=np.int64)})), place())
+def test_plots_missing_data_shows_message(drawn: list[Figure]) -> None:
+    draw_contact_sheet([], "nothing", figure_uri())
+    draw_histograms(
+        validate("made", "none", DatasetStats([], [], {"train": np.zeros(112, dtype=np.int64)})), figure_uri()
+    )
     assert [len(figure.axes) for figure in drawn] == [0, 0]
-    draw_histograms(counted({"train": [0], "test": [1]}), place())
-    assert drawn[2].axes[1].texts[0].get_text() == "no image holds two heads"
+    draw_histograms(counted({"train": [0], "test": [1]}), figure_uri())
+    assert drawn[2].axes[1].texts[0].get_text() == "no image has two heads"

@@ -1,4 +1,4 @@
-"""Figures say what they are made from, are as large as promised, and appear whole."""
+"""Figures of training runs: plotted values, sizes and labels."""
 
 import io
 from typing import Any
@@ -24,12 +24,12 @@ from crowdray.presets import debug
 
 @pytest.fixture(scope="module")
 def counter() -> Counter:
-    return build_counter(debug(), density_scale=0.1)  # counts of hundreds, so that each row of them shows
+    return build_counter(debug(), density_scale=0.1)  # counts in the hundreds, so that each row is visible
 
 
 @pytest.fixture(scope="module")
-def pictures(discs: Dataset) -> list[DecodedImage]:
-    """One with region of interest and heads, one without either, one without the region."""
+def images(discs: Dataset) -> list[DecodedImage]:
+    """An image with region of interest and heads, one without both, one with heads only."""
     store = ImageCache(discs, 1, use_roi=True, cache_bytes=1e9)
     rows = discs.rows("train")
     chosen = [store[int(rows[4])], store[int(rows[9])], store[int(rows[7])]]
@@ -38,61 +38,59 @@ def pictures(discs: Dataset) -> list[DecodedImage]:
     return chosen
 
 
-def place() -> str:
+def figure_uri() -> str:
     return f"memory://figures/{np.random.default_rng().integers(2**60)}.png"
 
 
-def picture_at(uri: str) -> Image.Image:
-    content = storage.read_bytes(uri)
-    assert len(content) < 400_000
-    return Image.open(io.BytesIO(content))
+def open_png(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(storage.read_bytes(uri)))
 
 
-def corners(figure: Figure) -> list[str]:
+def axes_texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_the_overview_shows_counts_inside_the_region_on_one_scale(
-    counter: Counter, pictures: list[DecodedImage], drawn: list[Figure]
+def test_overview_counts_inside_roi_on_one_scale(
+    counter: Counter, images: list[DecodedImage], drawn: list[Figure]
 ) -> None:
-    uri = place()
-    draw_overview(counter, pictures, uri, sigma=2.0, threshold=0.3)
-    wanted = []
-    for picture in pictures:
+    uri = figure_uri()
+    draw_overview(counter, images, uri, sigma=2.0, threshold=0.3)
+    expected = []
+    for decoded in images:
         with torch.no_grad():
-            density = counter.density(image_to_tensor(picture.image, torch.device("cpu")))[0, 0].double().numpy()
-        inside = density if picture.roi is None else density[picture.roi]
-        wanted += [f"{len(picture.points)}", f"{inside.sum():.1f}"]
-    assert corners(drawn[0]) == wanted
-    assert len(drawn[0].axes) == 5 * len(pictures)
-    for row in range(len(pictures)):
+            density = counter.density(image_to_tensor(decoded.image, torch.device("cpu")))[0, 0].double().numpy()
+        inside = density if decoded.roi is None else density[decoded.roi]
+        expected += [f"{len(decoded.points)}", f"{inside.sum():.1f}"]
+    assert axes_texts(drawn[0]) == expected
+    assert len(drawn[0].axes) == 5 * len(images)
+    for row in range(len(images)):
         truth, predicted = (drawn[0].axes[5 * row + column].images[0] for column in (1, 2))
         assert truth.get_clim() == predicted.get_clim()
-    assert picture_at(uri).width == 1600
+    assert open_png(uri).width == 1600
     assert counter.training
 
 
-def test_the_overview_takes_a_baseline_and_a_stripped_counter(
-    counter: Counter, pictures: list[DecodedImage], drawn: list[Figure]
+def test_overview_accepts_baseline_and_stripped_counter(
+    counter: Counter, images: list[DecodedImage], drawn: list[Figure]
 ) -> None:
-    draw_overview(counter, pictures[:1], place(), sigma=2.0, threshold=0.3, baseline=counter.strip())
+    draw_overview(counter, images[:1], figure_uri(), sigma=2.0, threshold=0.3, baseline=counter.strip())
     titles = [text.get_text() for text in drawn[0].texts]
     assert titles[:4] == ["Photo and heads", "Ground truth", "Baseline", "Joint model"]
-    draw_overview(counter.strip(), pictures[:1], place(), sigma=2.0, threshold=0.3)
+    draw_overview(counter.strip(), images[:1], figure_uri(), sigma=2.0, threshold=0.3)
     assert len(drawn[1].axes) == 3
-    with pytest.raises(ValueError, match="no picture"):
-        draw_overview(counter, [], place(), sigma=2.0, threshold=0.3)
+    with pytest.raises(ValueError, match="no image"):
+        draw_overview(counter, [], figure_uri(), sigma=2.0, threshold=0.3)
 
 
 @pytest.mark.parametrize("size", [(30, 40), (480, 640), (700, 2000), (900, 10)])
-def test_an_overlay_shows_the_sum_of_the_density(size: tuple[int, int], drawn: list[Figure]) -> None:
+def test_overlay_count_is_sum_of_density(size: tuple[int, int], drawn: list[Figure]) -> None:
     height, width = size
     rng = np.random.default_rng(0)
     density = rng.random(((height + 1) // 2, (width + 1) // 2), dtype=np.float32) / np.float32(100)
-    uri = place()
+    uri = figure_uri()
     image = np.full((height, width, 3), 120, np.uint8)
     draw_overlay(image, density, uri)
-    assert corners(drawn[0]) == [f"{density.sum(dtype=np.float64):.1f} heads"]
+    assert axes_texts(drawn[0]) == [f"{density.sum(dtype=np.float64):.1f} heads"]
     shown = Image.open(io.BytesIO(storage.read_bytes(uri)))
     longest = max(shown.size)
     assert longest == min(max(max(size), 640), 1280)
@@ -100,9 +98,9 @@ def test_an_overlay_shows_the_sum_of_the_density(size: tuple[int, int], drawn: l
     assert shown.size == (round(width * scale), round(height * scale))
 
 
-def test_an_empty_density_leaves_the_photo_as_it_is() -> None:
+def test_overlay_empty_density_keeps_photo() -> None:
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    uri = place()
+    uri = figure_uri()
     draw_overlay(image, np.zeros((240, 320), np.float32), uri)
     shown = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
     np.testing.assert_array_equal(shown[:400], image[:400])
@@ -114,34 +112,30 @@ def counted(bias: float, rows: range = range(40)) -> list[ImageCount]:
     return [ImageCount(r, int(t), float(t + bias), 0.0) for r, t in zip(rows, truth, strict=True)]
 
 
-def test_density_levels_are_group_means_of_rising_truth(drawn: list[Figure]) -> None:
+def test_density_levels_are_group_means_by_true_count(drawn: list[Figure]) -> None:
     joint, baseline = counted(1.0), counted(-3.0)[::-1]
-    uri = place()
-    draw_density_levels(joint, baseline, uri)
+    draw_density_levels(joint, baseline, figure_uri())
     axes = drawn[0].axes[0]
     means = np.arange(100, 140).reshape(10, 4).mean(axis=1)
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], means)  # type: ignore[attr-defined]
     for line, shift in zip(axes.lines, (-3.0, 1.0), strict=True):
         np.testing.assert_allclose(np.asarray(line.get_ydata()), means + shift)
-    assert picture_at(uri).format == "PNG"
-    draw_density_levels(joint[:3], joint[:3], place())
+    draw_density_levels(joint[:3], joint[:3], figure_uri())
     assert len(drawn[1].axes[0].patches) == 3
     for other in ([], counted(0.0, range(1, 41))):
-        with pytest.raises(ValueError, match="give both the same"):
-            draw_density_levels(joint, other, place())
+        with pytest.raises(ValueError, match="counts of the same rows"):
+            draw_density_levels(joint, other, figure_uri())
 
 
-def test_calibration_draws_each_image_and_says_the_bias(drawn: list[Figure]) -> None:
-    uri = place()
-    draw_calibration(counted(1.5), uri)
+def test_calibration_plots_each_image_and_bias(drawn: list[Figure]) -> None:
+    draw_calibration(counted(1.5), figure_uri())
     axes = drawn[0].axes[0]
     points = np.asarray(axes.collections[0].get_offsets())
     np.testing.assert_allclose(points[:, 1] - points[:, 0], 1.5)
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["equal", "bias +1.50"]
-    assert picture_at(uri).format == "PNG"
-    draw_calibration([ImageCount(0, 0, 0.0, 0.0)], place())
+    draw_calibration([ImageCount(0, 0, 0.0, 0.0)], figure_uri())
 
 
 def history() -> list[dict[str, Any]]:
@@ -154,35 +148,35 @@ def history() -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_history_breaks_at_stages_and_rings_their_best_epochs(drawn: list[Figure]) -> None:
-    uri = place()
-    draw_history(history(), uri)
+def test_history_breaks_at_stages_and_marks_best_epochs(drawn: list[Figure]) -> None:
+    draw_history(history(), figure_uri())
     above, below = drawn[0].axes
     assert [text.get_text() for text in above.texts] == ["baseline", "decoders", "joint"]
     rings = [line for line in below.lines if line.get_markersize() == 7]
     assert [(r.get_xdata()[0], r.get_ydata()[0]) for r in rings] == [(2, 3.0), (5, 2.5)]  # type: ignore[index]
     assert [len(np.asarray(line.get_xdata())) for line in above.lines] == [3, 2, 3, 1, 2]
-    assert picture_at(uri).format == "PNG"
 
 
-def test_the_history_of_a_single_epoch_is_drawn() -> None:
+def test_history_single_epoch_draws_and_empty_raises() -> None:
     for rows in (history()[:1], history()[3:4]):
-        draw_history(rows, place())
+        draw_history(rows, figure_uri())
     with pytest.raises(ValueError, match="no epoch"):
-        draw_history([], place())
+        draw_history([], figure_uri())
 
 
-def test_paper_stays_white_and_colours_stay_close() -> None:
+def test_save_figure_palette_keeps_white_and_colours() -> None:
     image = np.full((300, 400, 3), 255, np.uint8)
     rows, columns = np.mgrid[:200, :300]
     image[50:250, 50:350] = np.stack([rows, columns * 0.8, 250 - rows], axis=2)
-    image[250:] = 252  # what Pillow's dithering takes for white
+    image[250:] = 252  # Pillow's dithering turns this into white
     figure = Figure(figsize=(4, 3), dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(image)
     axes.set_axis_off()
-    uri = place()
+    uri = figure_uri()
     style.save_figure(figure, uri)
-    found = np.asarray(picture_at(uri).convert("RGB")).astype(int)
+    reduced = open_png(uri)
+    assert reduced.mode == "P"
+    found = np.asarray(reduced.convert("RGB")).astype(int)
     assert (found[:50] == 255).all()
     assert np.abs(found - image.astype(int)).mean() < 5

@@ -1,1 +1,1 @@
-"""Pictures of data, training runs and predictions."""
+"""Figures of datasets, training runs and predictions."""

@@ -1,4 +1,4 @@
-"""Histograms of a dataset."""
+"""Histograms of a dataset: heads per image and distances between heads."""
 
 import os
 from collections.abc import Sequence
@@ -16,56 +16,56 @@ from crowdray.datasets.validation import SplitFacts, ValidationReport
 from crowdray.plots import style
 
 _COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.SKY, style.VERMILION)
-_WIDE = 50
-"""Ratio of the largest count to the smallest from which an axis of counts is logarithmic."""
+_LOG_RATIO = 50
+"""Ratio of the largest to the smallest count from which their axis is logarithmic."""
 _BINS = 30
 _MERGED = 2
-"""Bins of the recorded spacings in one that is drawn."""
+"""Number of recorded spacing bins per plotted bin."""
 
 
-def draw_histograms(found: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Draw how many heads images hold and how far apart heads are, split by split, as a PNG at a path or URI.
+def draw_histograms(report: ValidationReport, path: str | os.PathLike[str]) -> None:
+    """Draw heads per image and nearest-neighbour distances of each split; save them as a PNG at a path or URI.
 
-    Heights are shares of a split, so that splits of any size compare; dashed lines are medians. Counts have a
-    logarithmic axis where they differ by much: then images without a head are told in words.
+    Bars are percentages of a split, dashed lines are medians. If counts span orders of magnitude, their axis is
+    logarithmic and the legend states the number of empty images.
     """
-    splits = [split for split, facts in found.splits.items() if facts.images]
+    splits = [split for split, facts in report.splits.items() if facts.images]
     if not splits:
-        return style.text_figure(found.source, "no image can be used", path)
+        return style.text_figure(report.source, "no usable image", path)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
     figure = Figure(figsize=(9.6, 3.7), dpi=style.DPI, layout=layout, facecolor="white")
     counts, spacing = figure.subplots(1, 2)
-    _draw_counts(counts, {s: np.array([i.heads for i in found.images if i.split == s]) for s in splits})
-    _draw_spacing(spacing, {split: found.splits[split] for split in splits})
+    _draw_counts(counts, {s: np.array([i.heads for i in report.images if i.split == s]) for s in splits})
+    _draw_spacing(spacing, {split: report.splits[split] for split in splits})
     for axes in (counts, spacing):
         style.style_axes(axes)
-    images, heads = len(found.images), sum(facts.heads for facts in found.splits.values())
-    figure.suptitle(f"{found.source}: {images:,} images, {heads:,} heads", size=10, color=style.INK)
+    images, heads = len(report.images), sum(facts.heads for facts in report.splits.values())
+    figure.suptitle(f"{report.source}: {images:,} images, {heads:,} heads", size=10, color=style.INK)
     style.save_figure(figure, path)
 
 
 def _draw_counts(axes: Axes, counts: dict[str, NDArray[np.int64]]) -> None:
-    everything = np.concatenate(list(counts.values()))
-    some = everything[everything > 0]
-    wide = len(some) > 0 and some.max() >= _WIDE * some.min()
-    edges = _count_edges(some if wide else everything, wide)
+    all_counts = np.concatenate(list(counts.values()))
+    positive = all_counts[all_counts > 0]
+    logarithmic = len(positive) > 0 and positive.max() >= _LOG_RATIO * positive.min()
+    edges = _count_edges(positive if logarithmic else all_counts, logarithmic)
     for (split, values), colour in zip(counts.items(), _cycle(counts), strict=False):
-        empty = f", {(values == 0).sum():,} empty" if wide and (values == 0).any() else ""
+        empty = f", {(values == 0).sum():,} empty" if logarithmic and (values == 0).any() else ""
         label = f"{split}: median {np.median(values):,.10g}{empty}"
-        _draw_shares(axes, np.histogram(values, edges)[0] / len(values), edges, colour, float(np.median(values)), label)
-    if wide:
-        _log(axes)
+        _draw_bars(axes, np.histogram(values, edges)[0] / len(values), edges, colour, float(np.median(values)), label)
+    if logarithmic:
+        _use_log_scale(axes)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.set(xlabel="heads of an image", ylabel="images of the split, %", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel="heads per image", ylabel="images of the split, %", xlim=(edges[0], edges[-1]))
     _legend(axes)
 
 
-def _count_edges(counts: NDArray[np.int64], wide: bool) -> NDArray[np.float64]:
-    """Edges between whole numbers, so that each bin holds at least one."""
+def _count_edges(counts: NDArray[np.int64], logarithmic: bool) -> NDArray[np.float64]:
+    """Return bin edges at half-integers, so that every bin contains an integer."""
     low, high = int(counts.min()), int(counts.max()) + 1
     bins = int(np.clip(2 * len(counts) ** (1 / 3), 5, _BINS))
-    if wide:
+    if logarithmic:
         return np.unique(np.geomspace(low, high, bins + 1, dtype=np.float64).round()) - 0.5
     step = -(-(high - low) // bins)
     return np.arange(low, high + step, step, dtype=np.float64) - 0.5
@@ -73,9 +73,9 @@ def _count_edges(counts: NDArray[np.int64], wide: bool) -> NDArray[np.float64]:
 
 def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
     recorded = {s: f.spacing_histogram.reshape(-1, _MERGED).sum(axis=1) for s, f in splits.items() if f.spacing}
-    axes.set(xlabel="pixels from a head to the nearest other one", ylabel="heads of the split, %")
+    axes.set(xlabel="pixels to the nearest other head", ylabel="heads of the split, %")
     if not recorded:
-        axes.text(0.5, 0.5, "no image holds two heads", transform=axes.transAxes, ha="center", color=style.FAINT)
+        axes.text(0.5, 0.5, "no image has two heads", transform=axes.transAxes, ha="center", color=style.FAINT)
         axes.set(xticks=[], yticks=[])
         return
     filled = np.flatnonzero(sum(recorded.values()))
@@ -83,18 +83,18 @@ def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
     edges = SPACING_EDGES[::_MERGED][first : last + 1]
     for (split, facts), colour in zip(splits.items(), _cycle(splits), strict=False):
         if facts.spacing:
-            shares = recorded[split][first:last] / recorded[split].sum()
-            _draw_shares(axes, shares, edges, colour, facts.spacing, f"{split}: median {facts.spacing:.1f} pixels")
-    _log(axes)
+            fractions = recorded[split][first:last] / recorded[split].sum()
+            _draw_bars(axes, fractions, edges, colour, facts.spacing, f"{split}: median {facts.spacing:.1f} pixels")
+    _use_log_scale(axes)
     axes.set_xlim(edges[0], edges[-1])
     _legend(axes)
 
 
-def _draw_shares(
-    axes: Axes, shares: NDArray[np.float64], edges: NDArray[np.float64], colour: str, median: float, label: str
+def _draw_bars(
+    axes: Axes, fractions: NDArray[np.float64], edges: NDArray[np.float64], colour: str, median: float, label: str
 ) -> None:
-    axes.stairs(100 * shares, edges, fill=True, color=colour, alpha=0.18, linewidth=0)
-    axes.stairs(100 * shares, edges, color=colour, linewidth=1.3, label=label)
+    axes.stairs(100 * fractions, edges, fill=True, color=colour, alpha=0.18, linewidth=0)
+    axes.stairs(100 * fractions, edges, color=colour, linewidth=1.3, label=label)
     axes.axvline(median, color=colour, linewidth=1.0, linestyle="--")
 
 
@@ -102,7 +102,7 @@ def _cycle(splits: dict[str, Any]) -> Sequence[str]:
     return _COLOURS * (len(splits) // len(_COLOURS) + 1)
 
 
-def _log(axes: Axes) -> None:
+def _use_log_scale(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -1,4 +1,4 @@
-"""One photo under the heat of its density, with the count: what a prediction looks like."""
+"""Overlay of a predicted density on its photo, with the count."""
 
 import os
 
@@ -9,29 +9,32 @@ from numpy.typing import NDArray
 
 from crowdray.plots.style import GAMMA, badge, density_colormap, save_figure
 
-_SIDES = (640, 1280)
-"""Pixels of an overlay's longer side: smaller photos are enlarged, larger ones reduced."""
-_FAINTEST_PEAK = 0.004
-"""Heads per cell that the colours span at least: a nearly empty map must not glow with its noise."""
+_SIDE_LIMITS = (640, 1280)
+"""Limits in pixels of an overlay's longer side; photos are resized to fit."""
+_MIN_PEAK = 0.004
+"""Smallest top of the colour scale, in heads per cell, so that noise in a nearly empty map stays dark."""
 
 
 def draw_overlay(image: NDArray[np.uint8], density: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
-    """Draw a photo, (H, W, 3), under its density, (h, w) heads per cell, as a PNG at a path or URI.
+    """Draw a density over its photo and save it as a PNG whose longer side has 640 to 1280 pixels.
 
-    The count in its corner is the sum of the density. The longer side has 640 to 1280 pixels.
+    Args:
+        image: (H, W, 3) RGB.
+        density: (h, w) heads per cell; its sum is the count shown in the corner.
+        path: Path or URI of the PNG.
     """
     height, width = image.shape[:2]
     longest = max(height, width)
-    scale = float(np.clip(longest, *_SIDES)) / longest
-    shown = (max(1, round(width * scale)) / 100, max(1, round(height * scale)) / 100)
-    figure = Figure(figsize=shown, dpi=100)
+    scale = float(np.clip(longest, *_SIDE_LIMITS)) / longest
+    inches = (max(1, round(width * scale)) / 100, max(1, round(height * scale)) / 100)
+    figure = Figure(figsize=inches, dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
-    smooth = "bicubic" if scale > 1 else "antialiased"
-    axes.imshow(image, extent=(0, width, height, 0), interpolation=smooth, aspect="auto")
+    interpolation = "bicubic" if scale > 1 else "antialiased"
+    axes.imshow(image, extent=(0, width, height, 0), interpolation=interpolation, aspect="auto")
     rows, columns = density.shape
-    # Cells at the rim reach beyond the photo where their size does not divide it.
+    # The last cells extend beyond the photo if its size is not a multiple of theirs.
     cell = max(1, round(longest / max(rows, columns)))
-    top = max(float(density.max()), _FAINTEST_PEAK)
+    top = max(float(density.max()), _MIN_PEAK)
     axes.imshow(
         density,
         cmap=density_colormap(),

@@ -1,6 +1,6 @@
-"""The figures of a training: what the model sees, as in the paper's Figure 6, and how well it counts.
+"""Figures of a training run: predicted maps as in the paper's Figure 6, count errors, and learning curves.
 
-Shape legend: H W image in working pixels, h w output cells, B batch.
+Shape legend: H W image in working pixels, h w output cells, N heads.
 """
 
 import os
@@ -32,77 +32,80 @@ _ERRORS = {"MAE": style.BLUE, "RMSE": style.SKY}
 
 @dataclass(frozen=True, eq=False)
 class _Panel:
-    """One field of the overview."""
+    """One panel of the overview."""
 
     title: str
     values: NDArray[Any]
     """(H, W, 3) for the photo, (h, w) cells for a map."""
     cell: int = 1
-    """Pixels of a value, along a side."""
-    colours: str | None = None
-    """Name of the colour map; None for a photo."""
+    """Pixels per cell, along one side."""
+    colormap: str | None = None
+    """Name of the colormap; None for a photo."""
     top: float = 1.0
-    """Value of the brightest colour."""
+    """Value at the top of the colour scale."""
     count: str | None = None
-    """What stands in the corner."""
+    """Text in the corner."""
     heads: NDArray[np.float32] | None = None
     """(N, 2) points to mark."""
     outline: NDArray[np.float32] | None = None
-    """(h, w) zeros and ones, whose border is drawn."""
+    """(h, w) mask of 0 and 1 whose border is drawn."""
 
 
 def draw_overview(
     counter: Counter,
-    pictures: Sequence[DecodedImage],
+    images: Sequence[DecodedImage],
     path: str | os.PathLike[str],
     *,
     sigma: float,
     threshold: float,
     baseline: Counter | None = None,
 ) -> None:
-    """Draw a row for each picture: photo and heads, true and predicted density, crowd segmentation, depth.
+    """Draw a row per image: photo and heads, true and predicted density, crowd segmentation, depth.
 
-    counter: with all its decoders; those it does not have are left out.
-    baseline: another counter, whose density is shown before the first one's.
-    sigma, threshold: those of the training's targets.
+    Densities of a row share one colour scale; their counts are sums inside the region of interest. A thin line on the
+    segmentation bounds the true crowd.
 
-    Densities of a row share one colour scale; their counts are sums inside the region of interest, whose
-    border is drawn. A thin line on the segmentation bounds the true crowd. Writes a PNG, 1600 pixels wide, to
-    a path or URI. Raises ValueError without pictures.
+    Args:
+        counter: Model whose maps are drawn; panels of missing decoders are omitted.
+        images: At least one image, else ValueError.
+        path: Path or URI of the PNG, 1600 pixels wide.
+        sigma: Standard deviation in pixels of the density targets.
+        threshold: Threshold of the segmentation targets.
+        baseline: Another model whose density is drawn before that of `counter`.
     """
-    if not pictures:
-        raise ValueError("there is no picture to draw an overview of")
-    rows = [_panels(counter, picture, sigma, threshold, baseline) for picture in pictures]
-    shapes = [float(np.clip(picture.size[0] / picture.size[1], 0.4, 1.2)) for picture in pictures]
+    if not images:
+        raise ValueError("no image to draw an overview of")
+    rows = [_panels(counter, decoded, sigma, threshold, baseline) for decoded in images]
+    shapes = [float(np.clip(decoded.size[0] / decoded.size[1], 0.4, 1.2)) for decoded in images]
     head, foot, gap = 0.26, 0.28, 0.05
     side = (_INCHES - gap * (len(rows[0]) + 1)) / len(rows[0])
     height = head + foot + sum(shape * side + gap for shape in shapes)
     figure = Figure(figsize=(_INCHES, height), dpi=style.DPI, facecolor="white")
     top = height - head
-    for number, (picture, panels, shape) in enumerate(zip(pictures, rows, shapes, strict=True)):
+    for number, (decoded, panels, shape) in enumerate(zip(images, rows, shapes, strict=True)):
         for column, panel in enumerate(panels):
             left, low = gap + column * (side + gap), top - shape * side
             box = (left / _INCHES, low / height, side / _INCHES, shape * side / height)
-            _draw_panel(figure.add_axes(box), panel, picture)
+            _draw_panel(figure.add_axes(box), panel, decoded)
             if number == 0:
                 middle, over = (left + side / 2) / _INCHES, (top + 0.07) / height
                 figure.text(middle, over, panel.title, ha="center", va="bottom", size=8.5, color=style.INK)
         top -= shape * side + gap
-    note = "Corners: number of heads. Densities of a row share one colour scale. Bright is far in depth."
-    if any(picture.roi is not None for picture in pictures):
+    note = "Corners: number of heads. Densities in a row share one colour scale. Depth: bright is far."
+    if any(decoded.roi is not None for decoded in images):
         note += " Dashed: region of interest."
     figure.text(0.5, 0.1 / height, note, ha="center", va="bottom", size=6.5, color=style.FAINT)
     style.save_figure(figure, path)
 
 
 def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str]) -> None:
-    """Draw predicted against true counts, with the line where they are equal and the bias, as a PNG."""
+    """Draw predicted against true counts with the identity line and the bias; save a PNG at a path or URI."""
     metrics = summarise(counts)
     truth = np.array([count.truth for count in counts], dtype=np.float64)
     predicted = np.array([count.predicted for count in counts])
     low, high = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
-    room = max(1.0, 0.05 * (high - low))
-    ends = np.array([min(low, 0.0) if low < 0.3 * high else low - room, high + room])
+    padding = max(1.0, 0.05 * (high - low))
+    ends = np.array([min(low, 0.0) if low < 0.3 * high else low - padding, high + padding])
     figure = Figure(figsize=(4.6, 4.6), dpi=style.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.plot(ends, ends, color=style.FAINT, linewidth=1, label="equal")
@@ -121,39 +124,44 @@ def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str])
 def draw_density_levels(
     counts: Sequence[ImageCount], baseline_counts: Sequence[ImageCount], path: str | os.PathLike[str]
 ) -> None:
-    """Draw the paper's Figure 4a: ten groups of images by true count, mean counts of truth and models.
+    """Draw the paper's Figure 4a: mean true and predicted counts of ten groups of images by true count.
 
-    Both sequences hold the same rows, in any order, else ValueError; of fewer than ten each is a group.
+    Args:
+        counts: Counts of the joint model; with fewer than ten images each one is a group.
+        baseline_counts: Counts of the baseline on the same rows, in any order, else ValueError.
+        path: Path or URI of the PNG.
     """
     joint, baseline = ({count.row: count for count in given} for given in (counts, baseline_counts))
     if not joint or joint.keys() != baseline.keys():
-        raise ValueError(f"the models counted {len(joint)} and {len(baseline)} images; give both the same")
+        raise ValueError(f"the models counted {len(joint)} and {len(baseline)} images; pass counts of the same rows")
     rows = sorted(joint, key=lambda row: (joint[row].truth, row))
     groups = np.array_split(np.array(rows), min(10, len(rows)))
-    place = np.arange(1, len(groups) + 1)
+    positions = np.arange(1, len(groups) + 1)
     figure = Figure(figsize=(6.4, 3.6), dpi=style.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     truth = [np.mean([joint[row].truth for row in group]) for group in groups]
-    axes.bar(place, truth, 0.72, color=style.PAPER, label="ground truth")
+    axes.bar(positions, truth, 0.72, color=style.PAPER, label="ground truth")
     models = (("baseline", baseline, style.ORANGE, "s"), ("joint model", joint, style.BLUE, "o"))
     for name, counted, colour, marker in models:
         means = [np.mean([counted[row].predicted for row in group]) for group in groups]
         label = f"{name} (MAE {summarise(list(counted.values())).mae:.2f})"
-        axes.plot(place, means, marker, color=colour, markersize=6, alpha=0.9, label=label)
-    axes.set(xlabel="groups of images by true count", ylabel="mean heads of an image", xticks=place)
+        axes.plot(positions, means, marker, color=colour, markersize=6, alpha=0.9, label=label)
+    axes.set(xlabel="groups of images by true count", ylabel="mean heads per image", xticks=positions)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     style.style_axes(axes)
     style.save_figure(figure, path)
 
 
 def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw a training's epochs as a PNG: unweighted losses above, validation errors below, stages marked.
+    """Draw the unweighted losses and validation errors of each epoch; a ring marks the best epoch of each stage.
 
-    history: rows with "epoch", "stage", "loss/<task>" and, in stages that are validated, "val/mae" and
-    "val/rmse". A ring marks the best epoch of each stage. Raises ValueError without rows.
+    Args:
+        history: Rows with "epoch", "stage", "loss/<task>" and, in validated stages, "val/mae" and "val/rmse"; at least
+            one, else ValueError.
+        path: Path or URI of the PNG.
     """
     if not history:
-        raise ValueError("there is no epoch to draw")
+        raise ValueError("no epoch to draw")
     figure = Figure(figsize=(7.6, 4.6), dpi=style.DPI, layout="constrained", facecolor="white")
     above, below = figure.subplots(2, 1, sharex=True)
     stages = [list(rows) for _, rows in groupby(history, key=lambda row: row["stage"])]
@@ -175,44 +183,44 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     style.save_figure(figure, path)
 
 
-def image_targets(picture: DecodedImage, sigma: float, threshold: float, stride: int) -> Targets:
-    """The training's targets of a whole picture, in cells of `stride` pixels; depth, which is not drawn, is 0."""
-    points = torch.from_numpy(np.array(picture.points, dtype=np.float32))[None]
-    roi = None if picture.roi is None else torch.from_numpy(picture.roi.astype(np.float32))[None, None]
-    flat = torch.zeros(1, 1, *picture.size)
-    present = torch.ones(points.shape[:2])
-    return make_targets(points, present, picture.size, flat, sigma=sigma, threshold=threshold, stride=stride, roi=roi)
+def image_targets(decoded: DecodedImage, sigma: float, threshold: float, stride: int) -> Targets:
+    """Return the training targets of a whole image in cells of `stride` pixels; depth, which is not drawn, is 0."""
+    points = torch.from_numpy(np.array(decoded.points, dtype=np.float32))[None]
+    roi = None if decoded.roi is None else torch.from_numpy(decoded.roi.astype(np.float32))[None, None]
+    depth = torch.zeros(1, 1, *decoded.size)
+    valid = torch.ones(points.shape[:2])
+    return make_targets(points, valid, decoded.size, depth, sigma=sigma, threshold=threshold, stride=stride, roi=roi)
 
 
-def _mark_stage(above: Axes, below: Axes, rows: Sequence[Mapping[str, Any]], ground: str) -> None:
-    """A stage's ground and name, and a ring around its best epoch."""
+def _mark_stage(above: Axes, below: Axes, rows: Sequence[Mapping[str, Any]], background: str) -> None:
+    """Draw a stage's background and name, and a ring around its best epoch."""
     first, last = rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5
     for axes in (above, below):
-        axes.axvspan(first, last, color=ground, alpha=0.45, zorder=0, linewidth=0)
-    place: dict[str, Any] = {"transform": above.get_xaxis_transform(), "ha": "center", "va": "bottom"}
-    above.text((first + last) / 2, 1.02, rows[0]["stage"], size=8, color=style.INK, **place)
+        axes.axvspan(first, last, color=background, alpha=0.45, zorder=0, linewidth=0)
+    options: dict[str, Any] = {"transform": above.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+    above.text((first + last) / 2, 1.02, rows[0]["stage"], size=8, color=style.INK, **options)
     scored = [row for row in rows if "val/mae" in row]
     if scored:
         best = min(scored, key=lambda row: row["val/mae"])
-        at = (best["epoch"], best["val/mae"])
-        below.plot(*at, "o", markerfacecolor="none", markeredgecolor=style.INK, markersize=7)
+        point = (best["epoch"], best["val/mae"])
+        below.plot(*point, "o", markerfacecolor="none", markeredgecolor=style.INK, markersize=7)
         offset: dict[str, Any] = {
             "xytext": (0, -7),
             "textcoords": "offset points",
             "ha": "center",
             "va": "top",
         }
-        below.annotate(f"{at[1]:.2f}", at, size=7.5, color=style.INK, **offset)
+        below.annotate(f"{point[1]:.2f}", point, size=7.5, color=style.INK, **offset)
 
 
 def _draw_series(axes: Axes, stages: Sequence[Sequence[Mapping[str, Any]]], name: str, label: str, colour: str) -> None:
-    """One value over the epochs, the line broken where a stage ends; the legend names it once."""
+    """Draw one value over the epochs as a line per stage with a single legend entry."""
     for rows in stages:
-        seen = [(row["epoch"], row[name]) for row in rows if name in row]
-        if seen:
-            marker = "o" if len(seen) == 1 else ""
+        pairs = [(row["epoch"], row[name]) for row in rows if name in row]
+        if pairs:
+            marker = "o" if len(pairs) == 1 else ""
             axes.plot(
-                *zip(*seen, strict=True),
+                *zip(*pairs, strict=True),
                 color=colour,
                 linewidth=1.4,
                 marker=marker,
@@ -223,20 +231,20 @@ def _draw_series(axes: Axes, stages: Sequence[Sequence[Mapping[str, Any]]], name
 
 
 def _panels(
-    counter: Counter, picture: DecodedImage, sigma: float, threshold: float, baseline: Counter | None
+    counter: Counter, decoded: DecodedImage, sigma: float, threshold: float, baseline: Counter | None
 ) -> list[_Panel]:
     stride = counter.encoder.output_stride
-    roi = roi_cells(np.ones(picture.size, dtype=np.bool_) if picture.roi is None else picture.roi, stride)
-    targets = image_targets(picture, sigma, threshold, stride)
-    maps = _predict(counter, picture)
+    roi = roi_cells(np.ones(decoded.size, dtype=np.bool_) if decoded.roi is None else decoded.roi, stride)
+    targets = image_targets(decoded, sigma, threshold, stride)
+    maps = _predict(counter, decoded)
     predicted = {"Density" if baseline is None else "Joint model": maps[DENSITY]}
     if baseline is not None:
-        predicted = {"Baseline": _predict(baseline, picture)[DENSITY]} | predicted
+        predicted = {"Baseline": _predict(baseline, decoded)[DENSITY]} | predicted
     truth = targets.density[0, 0].numpy()
     top = max(float((values * roi).max()) for values in (truth, *predicted.values())) or 1.0
     panels = [
-        _Panel("Photo and heads", picture.image, heads=picture.points),
-        _Panel("Ground truth", truth, stride, style.DENSITY_CMAP, top, f"{len(picture.points)}"),
+        _Panel("Photo and heads", decoded.image, heads=decoded.points),
+        _Panel("Ground truth", truth, stride, style.DENSITY_CMAP, top, f"{len(decoded.points)}"),
     ]
     for title, values in predicted.items():
         count = f"{(values * roi).sum(dtype=np.float64):.1f}"
@@ -249,36 +257,36 @@ def _panels(
     return panels
 
 
-def _predict(counter: Counter, picture: DecodedImage) -> dict[str, NDArray[np.float32]]:
-    """The counter's maps (h, w) of a picture: heads per cell, probability of crowd, distilled depth."""
+def _predict(counter: Counter, decoded: DecodedImage) -> dict[str, NDArray[np.float32]]:
+    """Predict the maps (h, w) of an image: heads per cell, crowd probability, distilled depth."""
     tasks = [task for task in (DENSITY, SEGMENTATION, DEPTH) if task in counter.decoders]
-    image = image_to_tensor(picture.image, next(counter.parameters()).device)
-    trains = counter.training
+    image = image_to_tensor(decoded.image, next(counter.parameters()).device)
+    was_training = counter.training
     counter.eval()
     try:
         with torch.inference_mode():
             maps = {task: values[0, 0].float().cpu() for task, values in counter(image, tasks).items()}
     finally:
-        counter.train(trains)
+        counter.train(was_training)
     maps[DENSITY] = maps[DENSITY] / counter.density_scale
     if SEGMENTATION in maps:
         maps[SEGMENTATION] = maps[SEGMENTATION].sigmoid()
     return {task: values.numpy() for task, values in maps.items()}
 
 
-def _draw_panel(axes: Axes, panel: _Panel, picture: DecodedImage) -> None:
-    height, width = picture.size
+def _draw_panel(axes: Axes, panel: _Panel, decoded: DecodedImage) -> None:
+    height, width = decoded.size
     extent = (0, width, height, 0)
-    if panel.colours is None:
+    if panel.colormap is None:
         axes.imshow(panel.values, extent=extent, interpolation="antialiased")
     else:
-        norm = PowerNorm(style.GAMMA if panel.colours == style.DENSITY_CMAP else 1.0, 0, panel.top)
-        colours = style.fade_to_black(panel.colours)
-        rows, columns = (side * panel.cell for side in panel.values.shape)  # cells at the rim may reach beyond it
-        covered = (0, columns, rows, 0)
-        axes.imshow(panel.values, cmap=colours, norm=norm, extent=covered, interpolation="antialiased")
-    if picture.roi is not None:
-        style.draw_roi(axes, picture.roi)
+        norm = PowerNorm(style.GAMMA if panel.colormap == style.DENSITY_CMAP else 1.0, 0, panel.top)
+        colours = style.fade_to_black(panel.colormap)
+        rows, columns = (side * panel.cell for side in panel.values.shape)  # the last cells may extend beyond the photo
+        cells_extent = (0, columns, rows, 0)
+        axes.imshow(panel.values, cmap=colours, norm=norm, extent=cells_extent, interpolation="antialiased")
+    if decoded.roi is not None:
+        style.draw_roi(axes, decoded.roi)
     if panel.heads is not None and len(panel.heads):
         x, y = panel.heads.T
         size = float(np.clip(600 / len(panel.heads), 3, 14))
