@@ -17,7 +17,7 @@ from crowdray.plots import style  # noqa: E402
 from crowdray.scenes import SceneSpec, render  # noqa: E402
 
 FIGURES = ROOT / "docs" / "figures"
-SIGMA, THRESHOLD, STRIDE = 4.0, 0.3, 4
+SIGMA, THRESHOLD, STRIDE = 4.0, 0.3, 1
 WINDOW, CONTEXT, REACH = (150, 60, 160), 36, 34
 """Left, top and side of the drawn window; pixels of context around its crop; receptive radius of CFCN."""
 STAGES = {
