@@ -1,4 +1,4 @@
-"""One SQLite store for all tests here, as MLflow takes seconds to make one; each test has its own names."""
+"""One SQLite store for all tests here, as creating one takes seconds; each test uses its own names."""
 
 import socket
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from ..support.counters import METRICS, TAGS, PlainCounter, Repackage, photo
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tracking URI of a store that exists."""
+    """Tracking URI of an existing store."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
     connect(uri, timeout_s=60)
     return uri
@@ -40,7 +40,7 @@ def other_package(repackage: Repackage, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def closed_port() -> str:
-    """The address of a server that is not there."""
+    """Address on which no server listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -48,7 +48,7 @@ def closed_port() -> str:
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """The address of a server that accepts and never answers."""
+    """Address of a server that accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -57,9 +57,9 @@ def silent_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def repackage() -> Repackage:
-    """Package a counter with the usual example and provenance."""
+    """Function that packages a counter with a common example and provenance."""
 
-    def made(counter: nn.Module, folder: Path) -> Package:
+    def package(counter: nn.Module, folder: Path) -> Package:
         return package_counter(counter, photo(1, 90, 120), folder, config={}, metrics=METRICS, tags=TAGS)
 
-    return made
+    return package

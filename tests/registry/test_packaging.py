@@ -1,4 +1,4 @@
-"""The package gives what the counter gives, for every size, batch and dtype, or is not made."""
+"""A package returns the density of its counter for every size, batch and dtype, or packaging fails."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ def loaded(package: Package) -> LoadedCounter:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equals_the_counter_for_every_size(
+def test_load_counter_for_every_size_batch_and_dtype_equals_the_counter(
     counter: PlainCounter, loaded: LoadedCounter, batch: int, dtype: torch.dtype
 ) -> None:
     sizes = [(a, b) for a in SIDES for b in SIDES] + [(480, 640), (640, 481)]
@@ -41,18 +41,20 @@ def test_equals_the_counter_for_every_size(
         torch.testing.assert_close(loaded(image), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_takes_an_image_as_decoders_lay_it_out(counter: PlainCounter, loaded: LoadedCounter) -> None:
+def test_load_counter_with_channels_last_image_equals_the_counter(counter: PlainCounter, loaded: LoadedCounter) -> None:
     image = photo(1, 50, 97).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     torch.testing.assert_close(loaded(image), counter(image).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_package_says_what_it_is(package: Package, loaded: LoadedCounter, counter: PlainCounter) -> None:
+def test_package_counter_stores_metadata_and_size(
+    package: Package, loaded: LoadedCounter, counter: PlainCounter
+) -> None:
     assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS, "geometry": None}
     assert loaded.parameters == package.parameters == sum(p.numel() for p in counter.parameters())
     assert (package.path / "requirements.txt").read_text().count("crowdray") == 0
 
 
-def test_result_carries_no_graph_and_wrong_images_are_refused(loaded: LoadedCounter) -> None:
+def test_load_counter_result_is_inference_and_wrong_images_raise(loaded: LoadedCounter) -> None:
     assert loaded(photo(1, 20, 30)).is_inference()
     with pytest.raises(UserError, match=re.escape("(1, 4, 20, 30)")):
         loaded(torch.zeros(1, 4, 20, 30))
@@ -60,14 +62,14 @@ def test_result_carries_no_graph_and_wrong_images_are_refused(loaded: LoadedCoun
         loaded(photo(1, 4, 30))
 
 
-def test_loads_from_a_published_folder(package: Package) -> None:
+def test_load_counter_from_a_published_folder(package: Package) -> None:
     uri = "memory://bucket/models/test"
     storage.publish_directory(package.path, uri, last="MLmodel")
     torch.testing.assert_close(load_counter(uri)(package.example), package.density)
 
 
 class AuxiliaryCounter(PlainCounter):
-    """The real counter's other form: density() of its own, and decoders to leave behind."""
+    """Counter with auxiliary decoders, a density method and strip()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,23 +79,23 @@ class AuxiliaryCounter(PlainCounter):
         return PlainCounter.forward(self, image)
 
     def forward(self, image: Tensor) -> Tensor:
-        raise AssertionError("the density is asked for")
+        raise AssertionError("density() must be called instead")
 
     def strip(self) -> nn.Module:
         return PlainCounter()
 
 
-def test_what_ships_is_stripped_and_its_weights_name_it(
+def test_package_counter_strips_auxiliary_decoders_and_replaces_the_folder(
     repackage: Repackage, package: Package, other_package: Package, tmp_path: Path
 ) -> None:
-    place = tmp_path / "a"
-    place.mkdir()
-    (place / "old").touch()
-    stripped = repackage(AuxiliaryCounter(), place)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "old").touch()
+    stripped = repackage(AuxiliaryCounter(), folder)
     assert stripped.parameters == package.parameters
     assert stripped.weights == package.weights != other_package.weights
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (place / "old").exists()
-    torch.testing.assert_close(load_counter(str(place))(stripped.example), stripped.density)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (folder / "old").exists()
+    torch.testing.assert_close(load_counter(str(folder))(stripped.example), stripped.density)
 
 
 class BareSlice(PlainCounter):
@@ -120,13 +122,13 @@ class Branch(PlainCounter):
 @pytest.mark.parametrize(
     ("counter_class", "message"),
     [
-        (BareSlice, "refuses .*Guard failed"),
-        (Cast, "refuses .* torch.float32"),
-        (DeviceBound, "bound to the CPU: the device stands in zeros"),
+        (BareSlice, "rejects .*Guard failed"),
+        (Cast, "rejects .* torch.float32"),
+        (DeviceBound, "bound to the CPU: the device is an argument of zeros"),
         (Branch, "cannot be exported"),
     ],
 )
-def test_counter_that_would_fail_later_is_refused_now(
+def test_package_counter_with_an_unportable_forward_raises_and_writes_nothing(
     counter_class: type[PlainCounter], message: str, repackage: Repackage, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -134,7 +136,7 @@ def test_counter_that_would_fail_later_is_refused_now(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_package_is_refused(package: Package, tmp_path: Path) -> None:
+def test_load_counter_from_a_damaged_or_missing_package_raises(package: Package, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no packaged counter at .*models:/NAME@candidate"):
         load_counter(str(tmp_path / "nothing"))
     broken = tmp_path / "broken"
@@ -143,11 +145,11 @@ def test_what_is_no_package_is_refused(package: Package, tmp_path: Path) -> None
     with pytest.raises(UserError, match="cannot be loaded"):
         load_counter(str(broken))
     (broken / "data/model.pt2").unlink()
-    with pytest.raises(UserError, match=r"holds no data/model\.pt2"):
+    with pytest.raises(UserError, match=r"data/model\.pt2 is missing"):
         load_counter(str(broken))
 
 
-def test_pickled_model_is_refused(tmp_path: Path, package: Package) -> None:
+def test_load_counter_of_a_pickled_model_raises(tmp_path: Path, package: Package) -> None:
     pickled = tmp_path / "pickled"
     shutil.copytree(package.path, pickled)
     torch.save(PlainCounter(), pickled / "data/model.pt2")
@@ -156,7 +158,7 @@ def test_pickled_model_is_refused(tmp_path: Path, package: Package) -> None:
 
 
 @pytest.mark.parametrize("downsample", [1, 2])
-def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
+def test_package_counter_of_csrnet_keeps_geometry_and_density(
     repackage: Repackage, tmp_path: Path, downsample: int
 ) -> None:
     base = Config(sampling=SamplingConfig(crop=32, context=0), model=ModelConfig("csrnet", "pooled"))
@@ -175,7 +177,7 @@ def test_csrnet_ships_for_every_size_with_where_its_cells_lie(
     assert 0 < float((coarse - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
 
-def test_a_counter_is_not_rounded_to_tf32_where_torch_lets_it() -> None:
+def test_loaded_counter_disables_tf32_during_the_call_only() -> None:
     seen: list[tuple[bool, bool]] = []
 
     class Spy(torch.nn.Module):

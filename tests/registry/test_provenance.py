@@ -1,4 +1,4 @@
-"""The revision is the commit, marked when the files differ from it."""
+"""Git revision with and without a repository."""
 
 import subprocess
 from pathlib import Path
@@ -10,11 +10,11 @@ from crowdray.registry.provenance import git_revision
 
 def _git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    result = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
 
 
-def test_revision_is_the_commit_and_says_when_it_is_dirty(tmp_path: Path) -> None:
+def test_git_revision_of_a_repository_is_the_commit_and_marks_changes(tmp_path: Path) -> None:
     _git(tmp_path, "init", "-q")
     (tmp_path / "a").write_text("1")
     _git(tmp_path, "add", "a")
@@ -26,7 +26,9 @@ def test_revision_is_the_commit_and_says_when_it_is_dirty(tmp_path: Path) -> Non
     assert git_revision(tmp_path) == f"{commit}+dirty"
 
 
-def test_without_history_the_environment_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_revision_without_a_repository_is_the_environment_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("CROWDRAY_GIT_REVISION", raising=False)
     assert git_revision(tmp_path) == "unknown"

@@ -1,4 +1,4 @@
-"""A version is registered once, leads back to its run, and loads where our code is unknown."""
+"""Registered versions: created once per run, linked to the run, loadable without crowdray."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from crowdray.errors import UserError
-from crowdray.registry import registration
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import Package
 from crowdray.registry.registration import RegisteredVersion, register
@@ -28,7 +27,7 @@ def _run(store: str, key: str) -> str:
     return tracker.run_id
 
 
-def test_same_run_registers_once_and_lineage_leads_both_ways(store: str, package: Package) -> None:
+def test_register_twice_returns_the_same_version_linked_to_its_run(store: str, package: Package) -> None:
     run_id = _run(store, "once")
     first = register(package, "crowdray-once", run_id, 7, store)
     again = register(package, "crowdray-once", run_id, 7, store)
@@ -56,7 +55,7 @@ def test_same_run_registers_once_and_lineage_leads_both_ways(store: str, package
         )
 
 
-def test_candidate_moves_forward_only(store: str, package: Package, other_package: Package) -> None:
+def test_register_moves_the_alias_forward_only(store: str, package: Package, other_package: Package) -> None:
     old, new = _run(store, "old"), _run(store, "new")
     register(package, "crowdray-forward", old, 1, store)
     second = register(other_package, "crowdray-forward", new, 1, store)
@@ -67,62 +66,64 @@ def test_candidate_moves_forward_only(store: str, package: Package, other_packag
 
 
 @pytest.mark.parametrize("metrics", [{}, {"val/mae": float("nan")}])
-def test_without_finite_metrics_nothing_is_a_candidate(store: str, package: Package, metrics: dict[str, float]) -> None:
+def test_register_without_finite_metrics_sets_no_alias(store: str, package: Package, metrics: dict[str, float]) -> None:
     name = f"crowdray-metrics-{len(metrics)}"
     version = register(replace(package, metrics=metrics), name, _run(store, name), 1, store)
     assert version.alias is None
     assert MlflowClient(store, store).get_registered_model(name).aliases == {}
 
 
-def test_copy_that_counts_otherwise_is_no_candidate(store: str, package: Package) -> None:
-    spoiled = replace(package, density=package.density + 1)
-    with pytest.raises(UserError, match="does not give the density"):
-        register(spoiled, "crowdray-spoiled", _run(store, "spoiled"), 1, store)
-    assert MlflowClient(store, store).get_registered_model("crowdray-spoiled").aliases == {}
+def test_register_with_a_different_density_raises_and_sets_no_alias(store: str, package: Package) -> None:
+    altered = replace(package, density=package.density + 1)
+    with pytest.raises(UserError, match="does not return the density"):
+        register(altered, "crowdray-altered", _run(store, "altered"), 1, store)
+    assert MlflowClient(store, store).get_registered_model("crowdray-altered").aliases == {}
 
 
-def test_interrupted_upload_leaves_one_model(store: str, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_register_after_an_interrupted_upload_leaves_one_model(
+    store: str, package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_id = _run(store, "interrupted")
-    with monkeypatch.context() as cut:
-        cut.setattr(registration, "_with_lineage", lambda *given: 1 / 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_model_artifacts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            register(package, "crowdray-cut", run_id, 1, store)
-    assert register(package, "crowdray-cut", run_id, 1, store).version == 1
+            register(package, "crowdray-interrupted", run_id, 1, store)
+    assert register(package, "crowdray-interrupted", run_id, 1, store).version == 1
     client = MlflowClient(store, store)
     experiment = client.get_run(run_id).info.experiment_id
     models = [m for m in client.search_logged_models([experiment]) if m.source_run_id == run_id]
     assert [str(model.status) for model in models] == ["READY"]
 
 
-STRANGER = """
+SCRIPT = """
 import sys
-sys.modules["crowdray"] = None  # where we are installed too, every import of ours fails from here on
+sys.modules["crowdray"] = None  # importing crowdray fails from here on
 import mlflow, numpy, torch
 image = numpy.load("image.npy")
-counter = mlflow.pytorch.load_model("models:/crowdray-stranger@candidate")
+counter = mlflow.pytorch.load_model("models:/crowdray-portable@candidate")
 with torch.no_grad():
     results = [counter(torch.from_numpy(image)), counter(torch.from_numpy(image).float())]
-results.append(torch.from_numpy(mlflow.pyfunc.load_model("models:/crowdray-stranger/1").predict(image)))
-numpy.savez("density.npz", *[result.numpy() for result in results])
+results.append(torch.from_numpy(mlflow.pyfunc.load_model("models:/crowdray-portable/1").predict(image)))
+numpy.savez("density.npz", *[density.numpy() for density in results])
 assert not [name for name in sys.modules if name.startswith("crowdray.")]
 """
 
 
-def test_loads_in_a_python_that_does_not_know_us(
+def test_registered_model_loads_without_crowdray(
     store: str, package: Package, counter: PlainCounter, tmp_path: Path
 ) -> None:
     import numpy as np
 
-    register(package, "crowdray-stranger", _run(store, "stranger"), 1, store)
+    register(package, "crowdray-portable", _run(store, "portable"), 1, store)
     image = photo(2, 75, 131)
     np.save(tmp_path / "image.npy", image.numpy())
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    wanted = {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-              "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER], cwd=tmp_path, env=kept | wanted, capture_output=True, text=True
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+                    "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     with torch.inference_mode():
         expected = counter(image)
     with np.load(tmp_path / "density.npz") as results:
@@ -131,7 +132,7 @@ def test_loads_in_a_python_that_does_not_know_us(
             torch.testing.assert_close(torch.from_numpy(results[name]), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_not_registered_is_refused_with_the_mend(store: str, package: Package) -> None:
+def test_load_counter_of_an_unknown_model_raises_with_the_fix(store: str, package: Package) -> None:
     for uri in ("models:/nothing@candidate", "models:/nothing/3", "models:/nothing", "runs:/0123abc/model"):
         with pytest.raises(UserError, match=f"there is no model {uri} .*models:/NAME@ALIAS"):
             load_counter(uri, tracking_uri=store)
@@ -139,15 +140,15 @@ def test_what_is_not_registered_is_refused_with_the_mend(store: str, package: Pa
         register(package, "crowdray-none", "0123abc", 1, store)
 
 
-def test_looking_up_needs_a_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_counter_without_a_tracking_uri_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
         load_counter("models:/a@candidate")
 
 
-def test_registered_files_name_their_run(store: str, package: Package, tmp_path: Path) -> None:
+def test_register_writes_the_run_id_into_the_model_files(store: str, package: Package, tmp_path: Path) -> None:
     run_id = _run(store, "files")
     register(package, "crowdray-files", run_id, 1, store)
-    place = MlflowClient(store, store).get_model_version_download_uri("crowdray-files", "1")
-    text = Path(download_artifacts(f"{place}/MLmodel", dst_path=str(tmp_path))).read_text()
+    uri = MlflowClient(store, store).get_model_version_download_uri("crowdray-files", "1")
+    text = Path(download_artifacts(f"{uri}/MLmodel", dst_path=str(tmp_path))).read_text()
     assert f"run_id: {run_id}" in text

@@ -1,4 +1,4 @@
-"""A run is one run, whatever happens to the process or the server, and its curves hold each epoch once."""
+"""Tracking: one MLflow run per key and each epoch logged once, across restarts and outages."""
 
 import logging
 import math
@@ -31,11 +31,11 @@ def _rows(epochs: range) -> list[dict[str, float]]:
     return [{"epoch": epoch, "val/mae": 10.0 / (epoch + 1), "stage1/loss/density": 0.5} for epoch in epochs]
 
 
-def test_run_is_found_again_and_overlapping_histories_give_each_step_once(store: str) -> None:
+def test_sync_history_after_a_restart_logs_each_epoch_once(store: str) -> None:
     first = _open(store, "overlap")
     first.sync_history(_rows(range(0, 3)))
     first.sync_history(_rows(range(0, 5)))
-    # The process is killed here: nothing closes the run. The next one resumes at epoch 3.
+    # The process is killed here, so the run is not closed. The next one resumes at epoch 3.
     second = _open(store, "overlap")
     second.sync_history(_rows(range(0, 4)))
     second.sync_history(_rows(range(3, 7)))
@@ -46,7 +46,7 @@ def test_run_is_found_again_and_overlapping_histories_give_each_step_once(store:
         assert _curve(store, first.run_id, key) == [(row["epoch"], row[key]) for row in _rows(range(0, 7))]
 
 
-def test_finished_run_is_reopened(store: str) -> None:
+def test_open_tracker_of_a_finished_run_reopens_it(store: str) -> None:
     first = _open(store, "it's again")
     first.finish("KILLED")
     client = MlflowClient(store, store)
@@ -56,19 +56,19 @@ def test_finished_run_is_reopened(store: str) -> None:
     assert client.get_run(str(first.run_id)).info.status == "RUNNING"
 
 
-def test_other_key_is_another_run(store: str) -> None:
+def test_open_tracker_with_another_key_opens_another_run(store: str) -> None:
     assert _open(store, "left").run_id != _open(store, "right").run_id
 
 
-def test_first_starts_that_race_agree_on_one_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = tracking._find_run
+def test_open_tracker_in_a_race_opens_one_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = tracking.find_run
     answers = iter([lambda *a: None])
 
     def blind_once(client: MlflowClient, experiment_id: str, key: str) -> object:
         return next(answers, find)(client, experiment_id, key)
 
     first = _open(store, "race")
-    monkeypatch.setattr(tracking, "_find_run", blind_once)  # the second saw no run before it created its own
+    monkeypatch.setattr(tracking, "find_run", blind_once)  # the second finds no run before it creates its own
     second = _open(store, "race")
     assert second.run_id == first.run_id
     client = MlflowClient(store, store)
@@ -77,14 +77,14 @@ def test_first_starts_that_race_agree_on_one_run(store: str, monkeypatch: pytest
     assert len(client.search_runs([experiment.experiment_id], "tags.`crowdray.run_key` = 'race'")) == 1
 
 
-def test_long_history_crosses_batches(store: str) -> None:
+def test_sync_history_larger_than_a_batch_logs_every_epoch(store: str) -> None:
     rows = [{"epoch": epoch, **{f"m{index:03d}": float(epoch) for index in range(300)}} for epoch in range(10)]
     tracker = _open(store, "long")
     tracker.sync_history(rows)
     assert _curve(store, tracker.run_id, "m299") == [(epoch, float(epoch)) for epoch in range(10)]
 
 
-def test_nonfinite_values_stay_out_of_the_curves_and_are_named(store: str) -> None:
+def test_sync_history_lists_nonfinite_values_in_a_tag(store: str) -> None:
     tracker = _open(store, "nan")
     tracker.sync_history([{"epoch": 0, "loss": math.nan}, {"epoch": 1, "loss": 1.0, "grad": math.inf}])
     assert _curve(store, tracker.run_id, "loss") == [(1, 1.0)]
@@ -92,42 +92,42 @@ def test_nonfinite_values_stay_out_of_the_curves_and_are_named(store: str) -> No
     assert tag == "epoch 0: loss = nan; epoch 1: grad = inf"
 
 
-def test_outage_costs_a_warning_and_is_made_up_for(
+def test_tracker_after_an_outage_sends_what_was_missed(
     store: str, closed_port: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = _open(store, "outage")
     tracker.sync_history(_rows(range(0, 2)))
-    up = tracker._client
+    client = tracker.client
     with monkeypatch.context() as outage:
-        outage.setattr(tracker, "_client", MlflowClient(closed_port, closed_port))
-        outage.setattr(tracker, "_timeout_s", 1.0)
+        outage.setattr(tracker, "client", MlflowClient(closed_port, closed_port))
+        outage.setattr(tracker, "timeout_s", 1.0)
         with caplog.at_level(logging.WARNING):
             tracker.sync_history(_rows(range(0, 4)))
             tracker.set_tags({"crowdray.stage1": "epochs 0 to 3"})
-    assert "the training goes on" in caplog.text
-    assert tracker._client is up
+    assert "training continues" in caplog.text
+    assert tracker.client is client
     tracker.finish("FINISHED")
     assert [step for step, _ in _curve(store, tracker.run_id, "val/mae")] == [0, 1, 2, 3]
-    assert up.get_run(str(tracker.run_id)).data.tags["crowdray.stage1"] == "epochs 0 to 3"
+    assert client.get_run(str(tracker.run_id)).data.tags["crowdray.stage1"] == "epochs 0 to 3"
 
 
-def test_artifacts_that_cannot_be_stored_cost_a_warning_or_one_clear_error(
+def test_tracker_with_an_unreachable_artifact_store_warns_or_raises(
     store: str, closed_port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "somebody")
+        monkeypatch.setenv(name, "key")
     monkeypatch.setenv("AWS_ENDPOINT_URL", closed_port)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     MlflowClient(store, store).create_experiment("afar", artifact_location="s3://bucket/afar")
     tracker = open_tracker(store, "afar", "a run", "afar")
     (tmp_path / "note.txt").write_text("a note")
     tracker.log_file(tmp_path / "note.txt")
-    assert "note.txt not tracked now" in caplog.text and "Connection refused" in caplog.text
-    with pytest.raises(UserError, match=r"artifact store of .*check its credentials"):
+    assert "note.txt not tracked" in caplog.text and "Connection refused" in caplog.text
+    with pytest.raises(UserError, match=r"artifact store of .*check the credentials"):
         tracker.log_config({"seed": 1}, {})
 
 
-def test_config_may_be_logged_again_and_is_kept_whole(store: str) -> None:
+def test_log_config_twice_keeps_the_whole_config_and_tags_the_change(store: str) -> None:
     config = {"model": {"name": "cfcn", "sizes": [1, 2]}, "stages": [{"epochs": 3}], "note": "x" * 7000}
     for value in (3, 4):
         tracker = _open(store, "config")
@@ -142,7 +142,7 @@ def test_config_may_be_logged_again_and_is_kept_whole(store: str) -> None:
     assert '"epochs": 4' in Path(kept).read_text() and "x" * 7000 in Path(kept).read_text()
 
 
-def test_dataset_is_one_input_of_the_run(store: str) -> None:
+def test_log_dataset_twice_adds_one_input(store: str) -> None:
     tracker = _open(store, "dataset")
     for _ in range(2):
         tracker.log_dataset("mall", "s3://bucket/mall", "f" * 64)
@@ -153,7 +153,7 @@ def test_dataset_is_one_input_of_the_run(store: str) -> None:
     assert run.data.tags[tracking.DATA_DIGEST] == "f" * 64
 
 
-def test_files_lie_beside_the_database_wherever_the_process_runs(
+def test_log_file_stores_artifacts_next_to_the_database(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -162,25 +162,25 @@ def test_files_lie_beside_the_database_wherever_the_process_runs(
     tracker = _open(store, "files")
     tracker.log_file(figure, "figures/epoch-001")
     assert list(tmp_path.iterdir()) == [figure]
-    kept = sqlite_path(store).parent / "mlartifacts" / "tracking" / str(tracker.run_id)
-    assert (kept / "artifacts/figures/epoch-001/figure.png").read_bytes() == b"png"
+    root = sqlite_path(store).parent / "mlartifacts" / "tracking" / str(tracker.run_id)
+    assert (root / "artifacts/figures/epoch-001/figure.png").read_bytes() == b"png"
 
 
-def test_no_uri_gives_the_null_tracker(tmp_path: Path) -> None:
+def test_open_tracker_without_a_uri_returns_the_null_tracker(tmp_path: Path) -> None:
     tracker: Tracker = open_tracker(None, "any", "any", "any")
     assert isinstance(tracker, NullTracker) and tracker.run_id is None
     tracker.sync_history([{"epoch": 0}])
     tracker.finish("FINISHED")
 
 
-def test_unreachable_server_is_refused_at_once(closed_port: str) -> None:
+def test_open_tracker_of_an_unreachable_server_raises_at_once(closed_port: str) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=f"{closed_port}.*refused.*set MLFLOW_TRACKING_URI"):
         open_tracker(closed_port, "any", "any", "any", timeout_s=5)
     assert time.monotonic() - started < 5
 
 
-def test_silent_server_is_refused_within_the_timeout(silent_server: str) -> None:
+def test_open_tracker_of_a_silent_server_raises_within_the_timeout(silent_server: str) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=f"{silent_server}.*timed out"):
         open_tracker(silent_server, "any", "any", "any", timeout_s=1)
@@ -192,29 +192,29 @@ def test_silent_server_is_refused_within_the_timeout(silent_server: str) -> None
     [
         ("./mlruns", r"plain folder.*sqlite:///\./mlruns/mlflow\.db"),
         ("file:///a/b", r"plain folder.*sqlite:////a/b/mlflow\.db"),
-        ("foo://x", "scheme 'foo'"),
-        ("http://", "names no host"),
+        ("foo://x", "unknown scheme 'foo'"),
+        ("http://", "has no host"),
         ("sqlite:////proc/none/m.db", "cannot open the MLflow database /proc/none/m.db"),
         ("postgresql://me:secret@127.0.0.1:9/db", "127.0.0.1:9 does not answer"),
     ],
 )
-def test_impossible_uris_are_refused_with_the_mend(uri: str, message: str) -> None:
+def test_connect_to_an_invalid_uri_raises_with_the_fix(uri: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         connect(uri, timeout_s=2)
     assert "secret" not in str(caught.value)
 
 
-def test_other_file_is_no_database(tmp_path: Path) -> None:
-    (tmp_path / "m.db").write_text("this is a text, and no database at all, however long it may be")
+def test_connect_to_a_text_file_raises(tmp_path: Path) -> None:
+    (tmp_path / "m.db").write_text("this is a text file and not a database, whatever its name says")
     with pytest.raises(UserError, match="not a database"):
         connect(f"sqlite:///{tmp_path}/m.db", timeout_s=2)
 
 
-def test_passwords_are_not_shown() -> None:
+def test_redacted_hides_the_password() -> None:
     assert redacted("http://me:secret@host:5000/x") == "http://me:***@host:5000/x"
 
 
-def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_timeout_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with request_timeout(3, retries=0):
@@ -223,7 +223,7 @@ def test_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
-def test_flatten_names_every_leaf() -> None:
+def test_flatten_nested_config_names_every_leaf() -> None:
     nested = {"a": {"b": 1, "c": {"d": None}}, "e": [{"f": True}, {"f": False}], "g": (1, 2), "h": "text"}
     assert dict(flatten(nested)) == {
         "a.b": "1", "a.c.d": "null", "e.0.f": "true", "e.1.f": "false", "g": "[1, 2]", "h": "text",

@@ -1,4 +1,4 @@
-"""A stand-in counter of the same nature as the real ones, so that this floor is tested without them."""
+"""A small counter with the structure of the real ones, to test the registry without them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ Repackage = Callable[[nn.Module, Path], Package]
 
 
 class PlainCounter(nn.Module):
-    """Strided encoder, fixed upsampling, a crop to the image."""
+    """Strided encoder, fixed upsampling, crop to the size of the image."""
 
     kernel: Tensor
     mean: Tensor
@@ -44,7 +44,7 @@ class PlainCounter(nn.Module):
 
 
 def photo(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
-    """Noise in the form of photos: uint8 (B, 3, H, W)."""
+    """Random photos: uint8 (B, 3, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
 

@@ -18,7 +18,7 @@ from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import metric_rows, publish_run
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Row
 from crowdray.training.errors import DivergedError, is_out_of_memory
@@ -67,7 +67,7 @@ def train(
         return outcome
     if warning := deletion_warning(run.uri):
         display.status(warning)
-    with closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
+    with finish_on_exit(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
         tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
         tracker.log_config(asdict(run.config), tags)
         tracker.log_dataset(dataset.index.name, run.data, run.digest)

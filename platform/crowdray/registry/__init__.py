@@ -1,1 +1,1 @@
-"""The only floor that knows MLflow: tracked runs, the packaged counter, its versions in the registry."""
+"""MLflow: tracked runs, packaged counters and registered versions."""

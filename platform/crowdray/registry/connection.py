@@ -1,6 +1,6 @@
-"""The way to an MLflow server or database: what cannot work is refused at once, with the mend.
+"""Connection to an MLflow server or database, with a timeout on every request.
 
-MLflow retries an unreachable server for minutes, and a database for hours; here every call has a bound.
+MLflow itself retries an unreachable server for minutes, and a database for hours.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
 _DATABASES = ("postgresql", "mysql", "mssql")
 _ARTIFACT_CLIENTS = ("boto3", "botocore", "s3transfer", "google", "azure")
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_MEND = (
-    "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to one "
-    "that runs, or to sqlite:////a/folder/mlflow.db for a file that needs no server"
+_FIX = (
+    "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to a "
+    "running server, or to sqlite:////a/folder/mlflow.db for a file that needs no server"
 )
 
 
 def connect(uri: str, timeout_s: float) -> "MlflowClient":
-    """A client for a tracking URI that was seen to answer.
+    """Return a client for a tracking URI, after one successful request.
 
-    `uri` is http(s)://host:port, sqlite:///path/mlflow.db or another database URI. Raises UserError, within
-    about `timeout_s` seconds, when it has another form, does not answer, or is not MLflow.
+    Args:
+        uri: http(s)://host:port, sqlite:///path/mlflow.db or another database URI.
+
+    Raises:
+        UserError: The URI has another form, does not answer within about `timeout_s` seconds, or is not MLflow.
     """
     _check_form(uri)
     scheme = urlsplit(uri).scheme.partition("+")[0]
@@ -40,7 +44,7 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
         _check_sqlite(sqlite_path(uri), uri)
     elif scheme in _DATABASES:
         _check_port(uri, _PORTS[scheme], timeout_s)
-    disable_telemetry()
+    configure_mlflow()
     from mlflow import MlflowClient
 
     with translated_errors(uri), request_timeout(timeout_s, retries=0):
@@ -49,48 +53,48 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
         return client
 
 
-def disable_telemetry() -> None:
-    """Keep MLflow from reporting usage to its makers and from chatting; call it before importing mlflow."""
+def configure_mlflow() -> None:
+    """Disable MLflow's telemetry and start-up messages; call this before importing mlflow."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def is_server(uri: str) -> bool:
-    """Whether a tracking URI names a server, in contrast to a database."""
+    """Whether a tracking URI is that of a server and not of a database."""
     return urlsplit(uri).scheme in ("http", "https")
 
 
 def redacted(uri: str) -> str:
-    """A URI for messages: without its password."""
+    """Return a URI without its password, for messages."""
     parts = urlsplit(uri)
     return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
 
 
 def sqlite_path(uri: str) -> Path:
-    """The absolute path of the file behind sqlite:///relative.db or sqlite:////absolute.db."""
+    """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db."""
     return Path(urlsplit(uri).path.removeprefix("/")).absolute()
 
 
 @contextlib.contextmanager
 def request_timeout(timeout_s: float, retries: int) -> Iterator[None]:
-    """Bound MLflow's requests: each waits at most `timeout_s` seconds and is repeated `retries` times."""
-    # MLflow reads these at each request; it has no argument for them.
-    wanted = {
+    """Limit each MLflow request in the block to `timeout_s` seconds and `retries` retries."""
+    # MLflow reads these variables at each request; it has no arguments for them.
+    variables = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.floor(timeout_s))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }
-    with environment(wanted):
+    with environment(variables):
         yield
 
 
 @contextlib.contextmanager
-def environment(wanted: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of a block."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the duration of the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -102,8 +106,22 @@ def environment(wanted: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def silence_mlflow() -> Iterator[None]:
+    """Suppress log messages below ERROR and warnings of MLflow and torch.export."""
+    logger = logging.getLogger("mlflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mlflow|torch)(\.|$)")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def translated_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database or the network say into one UserError with the URI and the mend."""
+    """Turn errors of MLflow, its database, its artifact store and the network into one UserError."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -112,24 +130,24 @@ def translated_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"cannot use the MLflow tracking URI {redacted(uri)}: {_reason(error)}; {_MEND}") from error
+        raise UserError(f"cannot use the MLflow tracking URI {redacted(uri)}: {_reason(error)}; {_FIX}") from error
     except Exception as error:
-        # What a store of artifacts says comes as an error of its client, which shares no base class with others.
+        # Clients of artifact stores have no common base class of their errors.
         if not isinstance(error, ImportError) and not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
             raise
         raise UserError(
-            f"cannot use the artifact store of the MLflow tracking URI {redacted(uri)}: {_reason(error)}; check its "
-            "credentials, and that its client is installed (for s3://: pip install 'crowdray[aws]')"
+            f"cannot use the artifact store of the MLflow tracking URI {redacted(uri)}: {_reason(error)}; check the "
+            "credentials, and that the client is installed (for s3://: pip install 'crowdray[aws]')"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause: MLflow wraps what the network said in layers of advice."""
+    """Return the first line of the innermost cause: MLflow wraps network errors in long advice."""
     innermost = error
     while (cause := innermost.__cause__ or innermost.__context__) is not None:
         innermost = cause
-    shown = innermost if isinstance(innermost, OSError) else error
-    text = str(shown).strip().splitlines() or [type(shown).__name__]
+    source = innermost if isinstance(innermost, OSError) else error
+    text = str(source).strip().splitlines() or [type(source).__name__]
     return text[0][:300].rstrip(" .;")
 
 
@@ -138,16 +156,16 @@ def _check_form(uri: str) -> None:
     if "://" not in uri or scheme == "file":
         folder = uri.removeprefix("file://").rstrip("/") or "."
         raise UserError(
-            f"the tracking URI {redacted(uri)!r} is a plain folder, which MLflow no longer writes; "
+            f"the tracking URI {redacted(uri)!r} is a plain folder, which MLflow no longer supports; "
             f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
         )
     if scheme not in ("http", "https", "sqlite", *_DATABASES) and not scheme.startswith("databricks"):
         raise UserError(
-            f"the tracking URI {redacted(uri)!r} has the scheme {scheme!r}, which MLflow does not know; "
+            f"the tracking URI {redacted(uri)!r} has the unknown scheme {scheme!r}; "
             "use http://host:port, sqlite:////a/folder/mlflow.db or postgresql://..."
         )
     if scheme != "sqlite" and not scheme.startswith("databricks") and not urlsplit(uri).hostname:
-        raise UserError(f"the tracking URI {redacted(uri)!r} names no host; write it as {scheme}://host:port")
+        raise UserError(f"the tracking URI {redacted(uri)!r} has no host; write it as {scheme}://host:port")
 
 
 def _check_sqlite(path: Path, uri: str) -> None:
@@ -158,7 +176,7 @@ def _check_sqlite(path: Path, uri: str) -> None:
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"cannot open the MLflow database {path} (tracking URI {uri}): {error}; "
-            "check that its folder can be written and the file is an MLflow database, or name another one"
+            "check that its folder is writable and the file is an MLflow database, or use another path"
         ) from error
 
 
@@ -169,4 +187,4 @@ def _check_port(uri: str, default_port: int, timeout_s: float) -> None:
         socket.create_connection((parts.hostname, parts.port or default_port), timeout=timeout_s).close()
     except OSError as error:
         where = f"{parts.hostname}:{parts.port or default_port}"
-        raise UserError(f"the MLflow database at {where} does not answer: {error}; {_MEND}") from error
+        raise UserError(f"the MLflow database at {where} does not answer: {error}; {_FIX}") from error

@@ -1,14 +1,12 @@
-"""Opening a packaged counter again, from a registry, a run or a folder, with pickle forbidden.
+"""Loading of packaged counters from the model registry, a run or a folder, without pickle.
 
 Shape legend: B batch, H W image, h w density (H and W divided by the side of a cell).
 """
 
 import contextlib
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -20,11 +18,12 @@ from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.models.export import Geometry
 from crowdray.registry.connection import (
+    configure_mlflow,
     connect,
-    disable_telemetry,
     environment,
     redacted,
     request_timeout,
+    silence_mlflow,
     translated_errors,
 )
 
@@ -34,17 +33,17 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 
 MODEL_NAME = "model"
-"""The name under which a run holds its packaged counter: runs:/RUN_ID/model."""
+"""Name of the packaged counter in its run: runs:/RUN_ID/model."""
 GRAPH = "data/model.pt2"
 DESCRIPTION = "MLmodel"
-"""The file that stands for the whole package: give it to storage.publish_directory as the last one."""
+"""File written last: pass it to storage.publish_directory as `last`."""
 
 _NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 _NO_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 class LoadedCounter:
-    """A packaged counter, ready to count: RGB images in, density maps out whose sums are the counts."""
+    """Loaded counter: RGB images in, density maps out, whose sums are the counts."""
 
     def __init__(
         self, graph: nn.Module, device: torch.device, metadata: Mapping[str, object], precision: Precision = "fp32"
@@ -53,15 +52,15 @@ class LoadedCounter:
         self.precision = precision
         """Arithmetic of the convolutions."""
         self.metadata = metadata
-        """Provenance, config and metrics, as packaged."""
+        """Provenance, config and metrics from the package."""
         self.graph = graph.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        """The exported graph: a module from images to density."""
+        """Exported graph: a module from images to density."""
 
     @property
     def geometry(self) -> Geometry | None:
-        """Where its cells lie on a photo, if its package says so."""
-        told: Any = self.metadata.get("geometry")
-        return Geometry(**told) if told else None
+        """Geometry of the density cells on an image, if the package contains it."""
+        fields: Any = self.metadata.get("geometry")
+        return Geometry(**fields) if fields else None
 
     @property
     def parameters(self) -> int:
@@ -69,20 +68,26 @@ class LoadedCounter:
         return sum(parameter.numel() for parameter in self.graph.parameters())
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Density (B, 1, h, w), float32, heads per cell, of raw RGB (B, 3, H, W), 0..255, any dtype.
+        """Return the density of raw RGB images.
 
-        The result lies on the counter's device. Raises UserError for another shape, and for an image of a few
-        pixels.
+        Args:
+            image: (B, 3, H, W), 0..255, any dtype.
+
+        Returns:
+            (B, 1, h, w) float32 heads per cell, on the device of the counter.
+
+        Raises:
+            UserError: The shape is wrong, or the image is smaller than a few pixels.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.numel() == 0:
-            raise UserError(f"a counter takes RGB images (B, 3, H, W), not {tuple(image.shape)}; stack or permute them")
-        given = image.to(self.device) if image.dtype == torch.uint8 else image.to(self.device, torch.float32)
+            raise UserError(f"the image has shape {tuple(image.shape)}; pass RGB images (B, 3, H, W)")
+        image = image.to(self.device) if image.dtype == torch.uint8 else image.to(self.device, torch.float32)
         try:
             in_bf16 = self.precision == "bf16"
             cast = torch.autocast(self.device.type, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
-            # torch's own default lets cuDNN round the factors of fp32 convolutions.
+            # By default torch lets cuDNN round the inputs of fp32 convolutions to TF32.
             with torch.inference_mode(), cast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                density: Tensor = self.graph(given).float()
+                density: Tensor = self.graph(image).float()
         except AssertionError as error:
             if "Guard failed" not in str(error):
                 raise
@@ -98,17 +103,19 @@ def load_counter(
     timeout_s: float = 20.0,
     precision: Precision = "fp32",
 ) -> LoadedCounter:
-    """Load a packaged counter, with pickle forbidden.
+    """Load a packaged counter without unpickling anything.
 
-    uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (a path or an fsspec URI) that
-        `package_counter` wrote or `storage.publish_directory` published.
-    tracking_uri: where models:/ and runs:/ are looked up; None takes MLFLOW_TRACKING_URI.
-    precision: bf16 is faster where the device multiplies it natively; counts differ by some tenths of a percent,
-        single cells by more.
+    Args:
+        uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (path or fsspec URI) written by
+            `package_counter` or `storage.publish_directory`.
+        tracking_uri: MLflow server or database of models:/ and runs:/; MLFLOW_TRACKING_URI by default.
+        precision: bf16 is faster on devices with native support; counts differ by some tenths of a percent, single
+            cells by more.
 
-    Raises UserError when there is no such model, or when it is not one of these packages.
+    Raises:
+        UserError: The model does not exist, or is not a packaged counter.
     """
-    disable_telemetry()
+    configure_mlflow()
     with tempfile.TemporaryDirectory(prefix="crowdray-model-") as scratch:
         if urlsplit(uri).scheme in ("models", "runs"):
             folder = _download(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(scratch), timeout_s)
@@ -124,7 +131,7 @@ def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:
     from mlflow.models import Model
 
     if not (folder / GRAPH).is_file():
-        raise UserError(f"the model {uri} holds no {GRAPH}: it is not a counter packaged by crowdray; name another one")
+        raise UserError(f"the model {uri} is not a counter packaged by crowdray: {GRAPH} is missing; use another one")
     try:
         metadata = (Model.load(str(folder)).metadata or {}).get("crowdray", {})
         with environment(_NO_PICKLE), silence_mlflow():
@@ -136,19 +143,19 @@ def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:
 
 
 def _folder(uri: str, scratch: Path) -> Path:
-    """The package's own folder, or a local copy of the two files of a remote one that loading needs."""
-    place = storage.resolve(uri).removesuffix(f"/{DESCRIPTION}").removesuffix(f"/{GRAPH}")
-    if not storage.exists(storage.join(place, DESCRIPTION)):
+    """Return the folder of a local package, or a local copy of the files of a remote one that loading needs."""
+    location = storage.resolve(uri).removesuffix(f"/{DESCRIPTION}").removesuffix(f"/{GRAPH}")
+    if not storage.exists(storage.join(location, DESCRIPTION)):
         raise UserError(
-            f"there is no packaged counter at {uri}: {DESCRIPTION} is missing there; check the path, "
-            "or name a registered one: models:/NAME@candidate"
+            f"there is no packaged counter at {uri}: {DESCRIPTION} is missing; check the path, "
+            "or use a registered version: models:/NAME@candidate"
         )
-    if storage.is_local(place):
-        return Path(place)
+    if storage.is_local(location):
+        return Path(location)
     for name in (DESCRIPTION, GRAPH):
         target = scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(storage.read_bytes(storage.join(place, name)))
+        target.write_bytes(storage.read_bytes(storage.join(location, name)))
     return scratch
 
 
@@ -157,32 +164,32 @@ def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: floa
     from mlflow.exceptions import MlflowException
 
     if tracking_uri is None:
-        raise UserError(f"{uri} is looked up in MLflow, but no tracking URI is known; set MLFLOW_TRACKING_URI")
+        raise UserError(f"the tracking URI of {uri} is unknown; set MLFLOW_TRACKING_URI")
     client = connect(tracking_uri, timeout_s)
     try:
         with request_timeout(timeout_s, retries=2):
-            place = _artifact_place(client, uri)
+            location = _artifact_location(client, uri)
     except (MlflowException, ValueError) as error:
         raise UserError(
-            f"there is no model {uri} at {redacted(tracking_uri)}: {error}; look there with `make ui`, and "
+            f"there is no model {uri} at {redacted(tracking_uri)}: {error}; list the models with `make ui`, and "
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
         ) from error
     with translated_errors(tracking_uri), environment(_NO_BAR):
-        return Path(download_artifacts(artifact_uri=place, dst_path=str(scratch), tracking_uri=tracking_uri))
+        return Path(download_artifacts(artifact_uri=location, dst_path=str(scratch), tracking_uri=tracking_uri))
 
 
-def _artifact_place(client: "MlflowClient", uri: str) -> str:
-    """Where a model's files lie: MLflow's own look-up of models:/ ignores the given tracking URI."""
+def _artifact_location(client: "MlflowClient", uri: str) -> str:
+    """Return the URI of a model's files: MLflow's own look-up of models:/ ignores the given tracking URI."""
     path = urlsplit(uri).path.strip("/")
     if uri.startswith("runs:"):
         run_id, _, name = path.partition("/")
         outputs = client.get_run(run_id).outputs
-        # The newest first: a run that was continued after its registration holds more than one.
-        for output in sorted(outputs.model_outputs if outputs else [], key=lambda made: -made.step):
+        # Newest first: a run that was resumed after its registration has several.
+        for output in sorted(outputs.model_outputs if outputs else [], key=lambda output: -output.step):
             model = client.get_logged_model(output.model_id)
             if model.name == (name or MODEL_NAME) and str(model.status) == "READY":
                 return str(model.artifact_location)
-        raise ValueError(f"the run has no finished model named {name or MODEL_NAME!r}")
+        raise ValueError(f"the run has no complete model named {name or MODEL_NAME!r}")
     name, at, alias = path.partition("@")
     if at:
         version = client.get_model_version_by_alias(name, alias)
@@ -191,19 +198,5 @@ def _artifact_place(client: "MlflowClient", uri: str) -> str:
     if not name and path.startswith("m-"):
         return str(client.get_logged_model(path).artifact_location)
     if not name:
-        raise ValueError("it names no version and no alias")
+        raise ValueError("the version or alias is missing")
     return client.get_model_version_download_uri(name, number)
-
-
-@contextlib.contextmanager
-def silence_mlflow() -> Iterator[None]:
-    """Silence what MLflow and torch's exporter say of their own affairs: nothing in it is for our user."""
-    logger = logging.getLogger("mlflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(mlflow|torch)(\.|$)")
-            yield
-    finally:
-        logger.setLevel(level)

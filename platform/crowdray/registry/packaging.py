@@ -1,6 +1,6 @@
-"""The counter as it ships: an exported graph that needs torch and MLflow, but no code of ours and no pickle.
+"""Packaging of a counter: an exported graph in MLflow's format that loads without crowdray and without pickle.
 
-Shape legend: B batch, H W image, h w density (H and W, or their share after a counter's own downsampling).
+Shape legend: B batch, H W image, h w density (H and W divided by the side of a cell).
 """
 
 import copy
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.errors import UserError
-from crowdray.registry.connection import disable_telemetry
-from crowdray.registry.loading import LoadedCounter, load_counter, silence_mlflow
+from crowdray.registry.connection import configure_mlflow, silence_mlflow
+from crowdray.registry.loading import LoadedCounter, load_counter
 
-# Larger and smaller than the example, odd, multiples of 4 and of 16 in one axis or both.
+# Batch and sizes of test images: larger and smaller than the example, odd, multiples of 4 and of 16.
 _PROBES = ((1, 64, 64), (3, 50, 97), (2, 33, 132), (1, 128, 81))
 _EXAMPLE_SIDES = (64, 84)
 _TOLERANCE = 1e-5
@@ -29,7 +29,7 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """A counter exported to a local folder and seen to give there what it gives here."""
+    """A counter exported to a local folder, and verified to return the same density there."""
 
     path: Path
     """Folder in MLflow's model format: `mlflow.pytorch.load_model(path)` opens it."""
@@ -38,13 +38,13 @@ class Package:
     parameters: int
     """Number of parameters."""
     metrics: Mapping[str, float]
-    """What is known of the counter, such as "val/mae" and "test/rmse", in heads."""
+    """Metrics of the counter in heads, such as "val/mae" and "test/rmse"."""
     tags: Mapping[str, str]
     """Provenance: data digest, dataset URI, git revision."""
     example: Tensor
-    """uint8 (2, 3, H, W) RGB: the input example."""
+    """Input example, uint8 (2, 3, H, W) RGB."""
     density: Tensor
-    """float32 (2, 1, h, w): what the counter itself says of the example."""
+    """Density of the example from the original counter, float32 (2, 1, h, w)."""
 
 
 def package_counter(
@@ -56,42 +56,46 @@ def package_counter(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
 ) -> Package:
-    """Export a counter to the folder `dest`, in MLflow's format, and compare the two.
+    """Export a counter to the folder `dest` in MLflow's format and verify the export.
 
-    counter: a module with `density(image)`, or whose forward returns the density; auxiliary decoders are
-        left behind through `strip()` where there is one. It is copied to the CPU and not changed. Its `geometry`,
-        where it has one, goes with it.
-    example: uint8 or float RGB (B, 3, H, W), 0..255; the middle of its first image becomes the input example.
-    config, metrics, tags: kept in the package's metadata; tags say where it comes from (data digest, dataset
-        URI, git revision).
+    The export accepts any batch, height and width, and uint8 as well as float32. The folder is written atomically, by
+    a rename, and replaces an existing one.
 
-    Batch, height and width of the export are free, and it takes uint8 as well as float32. The folder appears
-    whole, by one rename, and takes the place of one that is there. Raises UserError if the counter cannot be
-    exported so, or the folder not be written.
+    Args:
+        counter: A module with `density(image)`, or whose forward returns the density. It is copied to the CPU and
+            not modified; auxiliary decoders are removed by its `strip()`, if it has one. Its `geometry`, if any, is
+            stored in the metadata.
+        example: uint8 or float RGB (B, 3, H, W), 0..255; the centre of its first image becomes the input example.
+        config: Configuration, stored in the metadata.
+        metrics: Metrics, stored in the metadata.
+        tags: Provenance (data digest, dataset URI, git revision), stored in the metadata.
+
+    Raises:
+        UserError: The counter cannot be exported, or the folder cannot be written.
     """
-    plain = _Density(counter).eval()
-    shown = _input_example(example)
+    module = _DensityModule(counter).eval()
+    example = _input_example(example)
     partial = dest.with_name(f"{storage.PARTIAL}{uuid.uuid4().hex[:12]}-{dest.name}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     try:
         geometry = getattr(counter, "geometry", None)
-        about = {"config": config, "metrics": metrics, "tags": tags, "geometry": geometry and asdict(geometry)}
-        _export(plain, shown, partial, about)
-        _check_export(plain, shown, load_counter(str(partial)))
-        _check_portable(shown, load_counter(str(partial), device="meta"))
+        metadata = {"config": config, "metrics": metrics, "tags": tags, "geometry": geometry and asdict(geometry)}
+        _export(module, example, partial, metadata)
+        _check_export(module, example, load_counter(str(partial)))
+        _check_portable(example, load_counter(str(partial), device="meta"))
         _replace(dest, partial)
     except OSError as error:
         raise UserError(f"cannot write the packaged counter to {dest}: {error}; choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     with torch.inference_mode():
-        density = plain(shown)
-    parameters = sum(parameter.numel() for parameter in plain.parameters())
-    return Package(dest, _digest(plain), parameters, dict(metrics), dict(tags), shown, density)
+        density = module(example)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Package(dest, _digest(module), parameters, dict(metrics), dict(tags), example, density)
 
 
-class _Density(nn.Module):
-    """What is exported: raw RGB in, density out, nothing else."""
+class _DensityModule(nn.Module):
+    """Exported part of a counter: raw RGB in, density out."""
 
     def __init__(self, counter: nn.Module) -> None:
         super().__init__()
@@ -105,13 +109,13 @@ class _Density(nn.Module):
         return result
 
 
-def _export(plain: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, object]) -> None:
-    disable_telemetry()
+def _export(module: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, object]) -> None:
+    configure_mlflow()
     import mlflow.pytorch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    # uint8, although the graph takes float32 too: a decoded image passes, one in 0..1 does not.
+    # uint8, although the graph accepts float32 too: MLflow then rejects images scaled to 0..1.
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, 3, -1, -1), name=None)]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, 1, -1, -1), name=None)]),
@@ -120,7 +124,7 @@ def _export(plain: nn.Module, example: Tensor, folder: Path, metadata: Mapping[s
     with torch.no_grad(), silence_mlflow():
         try:
             mlflow.pytorch.save_model(
-                plain,
+                module,
                 str(folder),
                 signature=signature,
                 input_example=example.numpy(),
@@ -132,24 +136,24 @@ def _export(plain: nn.Module, example: Tensor, folder: Path, metadata: Mapping[s
             raise UserError(f"the counter cannot be exported: {error}") from error
 
 
-def _check_export(plain: nn.Module, example: Tensor, loaded: LoadedCounter) -> None:
-    """Find the size, batch or dtype that the export refuses here, before anyone counts with it."""
+def _check_export(module: nn.Module, example: Tensor, loaded: LoadedCounter) -> None:
+    """Raise UserError if the export rejects a size, batch or dtype, or returns another density."""
     generator = torch.Generator().manual_seed(0)
     noise = [
         torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
         for batch, height, width in _PROBES
     ]
     for image in (example, *noise):
-        for given in (image, image.float()):
-            shape = f"{tuple(given.shape)} {given.dtype}"
+        for batch in (image, image.float()):
+            shape = f"{tuple(batch.shape)} {batch.dtype}"
             with torch.inference_mode():
-                expected = plain(given)
+                expected = module(batch)
             try:
-                density = loaded(given)
+                density = loaded(batch)
             except (AssertionError, RuntimeError, UserError) as error:
                 raise UserError(
-                    f"the exported counter refuses {shape}: {error.__cause__ or error}; write a forward "
-                    "without branches on sizes, slices that may cut nothing, or casts (.to) of its input"
+                    f"the exported counter rejects {shape}: {error.__cause__ or error}; write a forward "
+                    "without branches on sizes, possibly empty slices, or casts (.to) of its input"
                 ) from error
             scale = float(expected.abs().max())
             if density.shape != expected.shape or not torch.allclose(
@@ -157,20 +161,21 @@ def _check_export(plain: nn.Module, example: Tensor, loaded: LoadedCounter) -> N
             ):
                 worst = float((density - expected).abs().max()) if density.shape == expected.shape else None
                 raise UserError(
-                    f"the exported counter differs from the counter on {shape}: {tuple(density.shape)} for "
+                    f"the exported counter differs from the counter on {shape}: {tuple(density.shape)} instead of "
                     f"{tuple(expected.shape)}, largest difference {worst} at a largest density of {scale}"
                 )
 
 
 def _check_portable(example: Tensor, loaded: LoadedCounter) -> None:
-    """Refuse a graph that names the device it was traced on: it could not be moved to a GPU.
+    """Raise UserError for a graph that is bound to the device it was traced on: it could not move to a GPU.
 
-    `loaded` lies on the meta device, where tensors of the CPU do not mix with its parameters. Checks of the
-    input's device, and tensors that never meet a parameter, show in the graph only.
+    Args:
+        loaded: The counter on the meta device, where mixing CPU tensors with its parameters fails. Device checks of
+            the input, and tensors that never meet a parameter, are visible in the graph only.
     """
     nodes = getattr(loaded.graph, "graph").nodes  # noqa: B009
     bound = [str(node) for node in nodes if node.kwargs.get("device") is not None]
-    problem = f"the device stands in {', '.join(bound)}" if bound else ""
+    problem = f"the device is an argument of {', '.join(bound)}" if bound else ""
     if not problem:
         try:
             loaded(example)
@@ -178,19 +183,19 @@ def _check_portable(example: Tensor, loaded: LoadedCounter) -> None:
             problem = str(error)
     if problem:
         raise UserError(
-            f"the exported counter is bound to the CPU: {problem}; create no tensors in its forward and "
-            "cast none (.to), so that it runs wherever its parameters lie"
+            f"the exported counter is bound to the CPU: {problem}; do not create tensors in its forward and "
+            "do not cast any (.to), so that it runs on the device of its parameters"
         )
 
 
 def _input_example(example: Tensor) -> Tensor:
     if example.ndim != 4 or example.shape[1] != 3 or min(example.shape[2:]) < 2 or example.shape[0] < 1:
         raise UserError(f"the example must be RGB (B, 3, H, W), 0..255, but has the shape {tuple(example.shape)}")
-    # Two images, since a batch of one would fix the batch size in the graph, and two sides that differ, since
-    # equal ones would be taken for one. The sizes do not depend on the image: the export never does either.
+    # Two images, as torch.export would fix a batch of one; different sides, as it would unify equal ones. The sizes
+    # do not depend on the image, so neither does the export.
     rows, columns = (
-        torch.arange(max(0, given - side) // 2, max(0, given - side) // 2 + side) % given
-        for given, side in zip(example.shape[2:], _EXAMPLE_SIDES, strict=True)
+        torch.arange(max(0, size - side) // 2, max(0, size - side) // 2 + side) % size
+        for size, side in zip(example.shape[2:], _EXAMPLE_SIDES, strict=True)
     )
     part = example[0].detach().cpu()[:, rows][:, :, columns].round().clamp(0, 255).to(torch.uint8)
     return torch.stack([part, part.flip(-1)])
@@ -205,7 +210,7 @@ def _digest(module: nn.Module) -> str:
 
 
 def _replace(dest: Path, partial: Path) -> None:
-    """Put a finished folder in the place of another; a kill in between leaves the old one, hidden."""
+    """Replace a folder by a complete one; a kill in between leaves the old one under a hidden name."""
     if dest.exists():
         old = dest.with_name(f"{partial.name}-old")
         dest.rename(old)

@@ -1,4 +1,4 @@
-"""Versions in the model registry: each leads back to its run, data and code, and the run leads to it."""
+"""Registration of packaged counters in the model registry, linked to their run, data and code."""
 
 import json
 import math
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE = "candidate"
-"""Alias of the newest good version."""
+"""Alias of the newest verified version."""
 WEIGHTS = "crowdray.weights"
-"""Tag with the sha256 of a version's weights: the same run with the same weights is registered once."""
+"""Tag with the sha256 of the weights: a run registers the same weights once."""
 MODEL = "crowdray.model"
-"""Tag of a run: the version that came out of it."""
+"""Tag of a run: its registered version."""
 
 _VERSIONS_OF_MODEL = "mlflow.modelVersions"
 
@@ -40,27 +40,30 @@ class RegisteredVersion:
     uri: str
     """models:/NAME/VERSION"""
     alias: str | None
-    """"candidate" if this version carries that alias now."""
+    """"candidate" if this version has that alias."""
     created: bool
-    """False if the version was there already: the same run registered the same weights before."""
+    """False if the same run registered the same weights before."""
 
 
 def register(
     package: Package, name: str, run_id: str, epoch: int, tracking_uri: str, timeout_s: float = 20.0
 ) -> RegisteredVersion:
-    """Register a packaged counter as the next version of `name`, or find the one this run registered before.
+    """Register a packaged counter as the next version of `name`, or return the version this run registered before.
 
-    epoch: the run's epoch (MLflow step) that the weights come from.
+    The version gets the tags, metrics and run of the package; the run gets the model, its metrics as "best/..." and
+    the version as a tag. The alias `candidate` moves to the version if the registered copy returns the density of the
+    package, all metrics are finite, and it is newer than the version that has the alias.
 
-    The version carries the package's tags and metrics and its run; the run carries the model, its metrics as
-    "best/..." and the version. The alias `candidate` moves to the version if the registered copy was seen to
-    give the package's density, if it has metrics, all finite, and if it is newer than the alias's version.
-    Raises UserError when the server does not answer, the run does not exist or the name is not allowed.
+    Args:
+        epoch: Epoch of the weights (MLflow step).
+
+    Raises:
+        UserError: The server does not answer, the run does not exist, or the name is invalid.
     """
     client = connect(tracking_uri, timeout_s)
     with translated_errors(tracking_uri):
         run = client.get_run(run_id)
-        version = _registered_before(client, name, run_id, package.weights)
+        version = _find_version(client, name, run_id, package.weights)
         created = version is None
         if version is None:
             version = _create_version(client, name, _logged_model(client, run, package, epoch), package)
@@ -69,34 +72,34 @@ def register(
         _check_copy(uri, tracking_uri, package)
         if package.metrics and all(math.isfinite(value) for value in package.metrics.values()):
             _log_metrics(client, run, package.metrics, epoch)
-            _move_forward(client, name, number)
+            _advance_alias(client, name, number)
         client.set_tag(run_id, MODEL, uri)
         alias = CANDIDATE if _alias_version(client, name) == number else None
     return RegisteredVersion(name, number, uri, alias, created)
 
 
-def _registered_before(client: "MlflowClient", name: str, run_id: str, weights: str) -> "ModelVersion | None":
+def _find_version(client: "MlflowClient", name: str, run_id: str, weights: str) -> "ModelVersion | None":
     if "'" in name:
-        raise UserError(f"the model name {name!r} holds a quote; use letters, digits, - and _")
+        raise UserError(f"the model name {name!r} contains a quote; use letters, digits, - and _")
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((version for version in found if version.tags.get(WEIGHTS) == weights), None)
 
 
 def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: int) -> "LoggedModel":
-    """The run's model with these weights: the one that an interrupted registration finished, or a new one."""
+    """Return the run's model with these weights: that of an interrupted registration, or a new one."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     experiment = run.info.experiment_id
-    for left in client.search_logged_models([experiment], filter_string=f"tags.`{WEIGHTS}` = '{package.weights}'"):
-        if left.source_run_id == run.info.run_id:
-            if left.status == LoggedModelStatus.READY:
-                return left
-            client.delete_logged_model(left.model_id)
+    for logged in client.search_logged_models([experiment], filter_string=f"tags.`{WEIGHTS}` = '{package.weights}'"):
+        if logged.source_run_id == run.info.run_id:
+            if logged.status == LoggedModelStatus.READY:
+                return logged
+            client.delete_logged_model(logged.model_id)
     model = client.create_logged_model(
         experiment,
         name=MODEL_NAME,
         source_run_id=run.info.run_id,
-        params=_short(run.data.params),
+        params=_model_params(run.data.params),
         tags={**package.tags, WEIGHTS: package.weights},
     )
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=epoch)])
@@ -106,7 +109,7 @@ def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: i
 
 
 def _with_lineage(path: Path, scratch: Path, model: "LoggedModel") -> Path:
-    """A copy of the package whose description names the run and the model that it belongs to."""
+    """Return a copy of the package whose MLmodel file names its run and its model."""
     from mlflow.models import Model
 
     folder = scratch / MODEL_NAME
@@ -129,13 +132,13 @@ def _create_version(client: "MlflowClient", name: str, model: "LoggedModel", pac
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    figures = {key: f"{value:.4g}" for key, value in package.metrics.items()}
+    metrics = {key: f"{value:.4g}" for key, value in package.metrics.items()}
     version = client.create_model_version(
         name,
         source=model.artifact_location,
         run_id=model.source_run_id,
         model_id=model.model_id,
-        tags={**package.tags, **figures, WEIGHTS: package.weights},
+        tags={**package.tags, **metrics, WEIGHTS: package.weights},
         description=_describe(name, model, package),
     )
     known = json.loads(client.get_logged_model(model.model_id).tags.get(_VERSIONS_OF_MODEL, "[]"))
@@ -146,10 +149,10 @@ def _create_version(client: "MlflowClient", name: str, model: "LoggedModel", pac
 
 
 def _describe(name: str, model: "LoggedModel", package: Package) -> str:
-    figures = ", ".join(f"{key} {value:.3f}" for key, value in package.metrics.items()) or "not measured"
+    metrics = ", ".join(f"{key} {value:.3f}" for key, value in package.metrics.items()) or "not measured"
     origin = "\n".join(f"- {key}: `{value}`" for key, value in package.tags.items())
     return (
-        f"{package.parameters:,} parameters. {figures}.\n\nRun `{model.source_run_id}`\n{origin}\n\n"
+        f"{package.parameters:,} parameters. {metrics}.\n\nRun `{model.source_run_id}`\n{origin}\n\n"
         "```python\n"
         f'counter = mlflow.pytorch.load_model("models:/{name}@{CANDIDATE}")\n'
         "count = counter(image).sum()  # image: raw RGB (1, 3, H, W), 0..255, uint8 or float32\n"
@@ -161,30 +164,30 @@ def _check_copy(uri: str, tracking_uri: str, package: Package) -> None:
     density = load_counter(uri, tracking_uri=tracking_uri)(package.example)
     if not torch.allclose(density, package.density, rtol=1e-5, atol=1e-5 * float(package.density.abs().max())):
         raise UserError(
-            f"{uri} does not give the density of the counter that it was made from; delete that version "
-            "and run the same command again"
+            f"{uri} does not return the density of the packaged counter; delete that version and run the same "
+            "command again"
         )
 
 
 def _log_metrics(client: "MlflowClient", run: "Run", metrics: Mapping[str, float], epoch: int) -> None:
     from mlflow.entities import Metric
 
-    # A fixed moment: repeated, these are the same points to MLflow, and not logged twice.
+    # With a fixed timestamp, MLflow treats a repeated call as the same points and does not log them twice.
     points = [Metric(f"best/{key}", float(value), run.info.start_time, epoch) for key, value in metrics.items()]
     client.log_batch(run.info.run_id, metrics=points)
 
 
-def _move_forward(client: "MlflowClient", name: str, number: int) -> None:
+def _advance_alias(client: "MlflowClient", name: str, number: int) -> None:
     current = _alias_version(client, name)
     if current is None or current < number:
         client.set_registered_model_alias(name, CANDIDATE, str(number))
 
 
 def _alias_version(client: "MlflowClient", name: str) -> int | None:
-    held = client.get_registered_model(name).aliases.get(CANDIDATE)
-    return None if held is None else int(held)
+    version = client.get_registered_model(name).aliases.get(CANDIDATE)
+    return None if version is None else int(version)
 
 
-def _short(params: Mapping[str, str]) -> dict[str, str]:
-    # A model takes fewer and shorter parameters than a run; the package holds the whole configuration.
+def _model_params(params: Mapping[str, str]) -> dict[str, str]:
+    # MLflow allows a model fewer and shorter parameters than a run; the package contains the whole configuration.
     return {key: value for key, value in list(params.items())[:100] if len(value) <= 250}

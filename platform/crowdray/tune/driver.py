@@ -24,7 +24,7 @@ from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import publish_run
 from crowdray.pipeline.run import RESULT
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, closing, open_tracker
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lease import LEASE_S, Keeper, Lease, take
@@ -99,7 +99,7 @@ def tune(
     with (
         Keeper() as keeper,
         _alone(study, keeper, display) as driver,
-        closing(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)) as tracker,
+        finish_on_exit(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)) as tracker,
     ):
         tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
         tracker.log_dataset(dataset.index.name, study.data, study.digest)
@@ -286,7 +286,7 @@ def _ship(
             display.status(f"the state of trial {best.number} is gone: training it again, epoch {len(history)}")
 
         run_training(run, resources, device=device, stage_cache=stage_cache, follow=follow)
-    with closing(book.tracker(best.number, config)) as tracker:
+    with finish_on_exit(book.tracker(best.number, config)) as tracker:
         outcome = publish_run(run, tracker, tracking_uri, tags)
     storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
