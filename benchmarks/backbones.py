@@ -32,8 +32,8 @@ def running_stage(config: Config, dataset: Dataset, stage: int, defaults: bool =
     """A stage ready to be stepped; with torch's defaults in its layout of memory."""
     training = Trainer(config, dataset, world=World(), device=pick_device())
     if defaults:
-        training.counter.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return StageTrainer(training, training.stages[stage], None)
+        training.state.counter.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return training.stage_trainer(training.stages[stage])
 
 
 def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -69,16 +69,17 @@ def main() -> None:
     if arguments.paper:
         paper = replace(base, model=replace(base.model, count_decoder="paper"))
         stages["all tasks, the paper's count decoder"] = running_stage(paper, dataset, JOINT)
-    batch: Batch = next(stages["plain"].training.loader.epoch(1)).to(stages["plain"].training.device)
+    batch: Batch = next(stages["plain"].loader.epoch(1)).to(stages["plain"].state.device)
     planes = replace(batch, image=batch.image.contiguous())
     updates = in_turn(
-        {name: partial(s._step, planes if name == DEFAULTS else batch) for name, s in stages.items()}, arguments.rounds
+        {name: partial(s.train_step, planes if name == DEFAULTS else batch) for name, s in stages.items()},
+        arguments.rounds,
     )
     height, width = batch.image.shape[-2:]
-    device, threads = stages["plain"].training.device, torch.get_num_threads()
+    device, threads = stages["plain"].state.device, torch.get_num_threads()
     print(f"{arguments.preset}, {arguments.batch} windows of {height}x{width}, {device}, {threads} threads")
     for name, seconds in updates.items():
-        share = stages[name]._mfu(arguments.batch / seconds)
+        share = stages[name].mfu(arguments.batch / seconds)
         pace = f"{1000 * seconds:.0f} ms an update, {arguments.batch / seconds:.2f} windows/s"
         print(f"  {name}: {pace}, {share:.0%} of the matrix rate in {stages[name].precision}")
     for name in list(stages)[2:]:
@@ -88,9 +89,9 @@ def main() -> None:
     photo = torch.randint(0, 256, (1, 3, 768, 1024), dtype=torch.uint8, device=device)
 
     def count(stage: StageTrainer) -> None:
-        stage.training.counter.eval()
+        stage.state.counter.eval()
         with torch.inference_mode(), stage.autocast():
-            stage.training.counter.density(photo)
+            stage.state.counter.density(photo)
 
     counted = in_turn({name: partial(count, stages[name]) for name in (DEFAULTS, "plain")}, arguments.rounds)
     print(f"  a photo of 768x1024: plain {counted['plain']:.2f} s, {DEFAULTS} {counted[DEFAULTS]:.2f} s")

@@ -40,16 +40,16 @@ def main() -> None:
     checkpoint = load_checkpoint(Path(arguments.checkpoint))
     dataset = Dataset.open(arguments.data)
     training = Trainer(checkpoint.config, dataset, world=World(), device=pick_device(), restored=checkpoint)
-    margin = training.counter.encoder.receptive_radius // 4 * 4 + 4
+    margin = training.state.counter.encoder.receptive_radius // 4 * 4 + 4
     parts = {
         "training": training.train_rows[:: max(1, len(training.train_rows) // 133)],
         "validation": training.validation_rows,
     }
-    for stage, (part, rows) in itertools.product(training.best, parts.items()):
-        counter = training.shipped(stage)
+    for stage, (part, rows) in itertools.product(training.state.best_weights, parts.items()):
+        counter = training.best_counter(stage)
         errors: dict[str, list[float]] = {}
         for row in rows.tolist():
-            picture = training.store[row]
+            picture = training.images[row]
             height, width = picture.size
             top, left = (height - arguments.side) // 8 * 4, (width - arguments.side) // 8 * 4
             box = (slice(top, top + arguments.side), slice(left, left + arguments.side))

@@ -28,7 +28,7 @@ from crowdray.cluster.runtime import connect
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import local_world
 from crowdray.training.trainer import Trainer
 
@@ -54,11 +54,11 @@ def under_torchrun(data: str, epochs: int) -> None:
     torch.set_num_threads(1)
     training = Trainer(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
 
-    def report(row: Row, save: object) -> None:
-        if training.world.rank == 0:
+    def report(row: EpochMetrics, save: object) -> None:
+        if training.state.world.rank == 0:
             print(json.dumps(row), flush=True)
 
-    training.run(report)
+    training.fit(report)
     torch.distributed.destroy_process_group()
 
 

@@ -33,8 +33,7 @@ from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
 from crowdray.training.distributed import World, pick_device
-from crowdray.training.flops import peak_matmul_flops, wait
-from crowdray.training.stage_trainer import StageTrainer
+from crowdray.training.flops import peak_matmul_flops, synchronize
 from crowdray.training.trainer import Trainer
 
 BASELINE, JOINT = 0, -1
@@ -50,10 +49,10 @@ def bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = []
     for _ in range(5):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         target.copy_(source)
-        wait(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return 2 * source.nbytes / min(times)
 
@@ -72,14 +71,14 @@ def paced(config: Config, dataset: Dataset, stage: int, epochs: int) -> Pace:
     device = pick_device()
     torch.compiler.reset()  # else a second batch size would be compiled for all sizes
     training = Trainer(config, dataset, world=World(), device=device)
-    running = StageTrainer(training, training.stages[stage], None)
+    running = training.stage_trainer(training.stages[stage])
     found = []
     for _ in range(1 + epochs):
-        training.progress.epochs += 1
-        wait(device)
+        training.state.progress.epochs += 1
+        synchronize(device)
         started = time.perf_counter()
-        _, waited, windows = running._train_epoch()
-        wait(device)
+        _, waited, windows = running.train_epoch()
+        synchronize(device)
         elapsed = time.perf_counter() - started
         found.append((windows / elapsed, waited / elapsed))
     rates, waits = zip(*found[1:], strict=True)
@@ -100,7 +99,7 @@ def usual_pace(config: Config, folder: Path, crop: int, tf32: bool) -> float:
 
     batches = endless()
     for count in (STEPS // 10, STEPS):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         for image, target in islice(batches, count):
             output = network(255 * image.to(device), (DENSITY,))[DENSITY]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.config import Config, LossConfig, from_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
-from crowdray.training.checkpoint import Row, load_checkpoint
+from crowdray.training.checkpoint import EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World, pick_device
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.trainer import Trainer
@@ -49,7 +49,7 @@ def finish(config: Config, dataset: Dataset, checkpoint: Path | None, report: Ca
     """Train from a checkpoint, or from the start, to the end."""
     restored = load_checkpoint(checkpoint) if checkpoint else None
     training = Trainer(config, dataset, world=World(), device=pick_device(), restored=restored)
-    training.run(report)
+    training.fit(report)
     return final_result(training)
 
 
@@ -57,7 +57,7 @@ def train_both(config: Config, dataset: Dataset) -> tuple[TrainingResult, Traini
     """The joint training and its rival, of one seed, from a shared baseline stage."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def keep(row: Row, save: Callable[[Path], None]) -> None:
+        def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
             print(
                 f"    {row['stage']:8} {row['epoch']:3} val MAE {row.get('val/mae', float('nan')):.3f}",
                 flush=True,

@@ -12,8 +12,7 @@ from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.distributed import World, pick_device
-from crowdray.training.flops import wait
-from crowdray.training.stage_trainer import StageTrainer
+from crowdray.training.flops import synchronize
 from crowdray.training.trainer import Trainer
 
 ROUNDS = 3
@@ -28,26 +27,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     training = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
-    running = StageTrainer(training, training.stages[0], None)
+    running = training.stage_trainer(training.stages[0])
     memory: list[Batch] = []
     for batch in training.loader.epoch(0):
-        memory.append(batch.to(training.device))
+        memory.append(batch.to(training.state.device))
         if len(memory) == arguments.steps:
             break
     for batch in memory[:2]:
-        running._step(batch)
+        running.train_step(batch)
     ratios = []
     for number in range(1, ROUNDS + 1):
         started = time.perf_counter()
         for batch in memory:
-            running._step(batch)
-        wait(training.device)
+            running.train_step(batch)
+        synchronize(training.state.device)
         from_memory = sum(len(batch.rows) for batch in memory) / (time.perf_counter() - started)
         images, started = 0, time.perf_counter()
         for _, batch in zip(range(arguments.steps), training.loader.epoch(number), strict=False):
-            running._step(batch)
+            running.train_step(batch)
             images += len(batch.rows)
-        wait(training.device)
+        synchronize(training.state.device)
         loaded = images / (time.perf_counter() - started)
         ratios.append(loaded / from_memory)
         kind = "first epoch, decoding" if number == 1 else "decoded pictures cached"

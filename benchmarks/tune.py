@@ -114,8 +114,8 @@ def plain_trial(data: str, configs: Sequence[Config], succession: bool, told: Ma
             for stage in training.stages
         ]
         training.stages = tuple(stage for stages in one_by_one for stage in stages)
-    training.run()
-    tune.report({"mae": training.progress.best["joint"].mae, "seconds": time.monotonic() - started})
+    training.fit()
+    tune.report({"mae": training.state.progress.best["joint"].mae, "seconds": time.monotonic() - started})
 
 
 def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[float], float]:

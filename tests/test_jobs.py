@@ -37,7 +37,7 @@ from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.pipeline.run import RAY_LIST, Run, Workers, default_name, open_as_begun, plan, workers_of
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig
-from crowdray.training.checkpoint import Checkpoint, Progress, room, save_checkpoint
+from crowdray.training.checkpoint import Checkpoint, Progress, disk_full_as_user_error, save_checkpoint
 from crowdray.training.errors import DivergedError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,10 +152,10 @@ def test_a_full_disk_leaves_nothing_of_a_conversion(tmp_path: Path, monkeypatch:
 def test_a_full_disk_under_a_checkpoint_is_the_users_to_mend() -> None:
     with (
         pytest.raises(UserError, match=r"no space left for s3://b/run, or in .*; free some, try again"),
-        room("s3://b/run", "try again"),
+        disk_full_as_user_error("s3://b/run", "try again"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match="refused"), room("s3://b/run", "try again"):
+    with pytest.raises(OSError, match="refused"), disk_full_as_user_error("s3://b/run", "try again"):
         raise OSError(errno.ECONNREFUSED, "refused")
 
 

@@ -12,9 +12,9 @@ from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import DENSITY
 from crowdray.presets import preset
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import World
-from crowdray.training.stages import stages_of
+from crowdray.training.stages import build_stages
 from crowdray.training.trainer import Trainer
 
 
@@ -26,25 +26,25 @@ def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
     config = dataclasses.replace(config, sampling=sampling, stages=stages)
     run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     if dead:
-        torch.nn.init.constant_(run.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
-    run.run()
+        torch.nn.init.constant_(run.state.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
+    run.fit()
     said = io.StringIO()
-    TrainingDisplay(run.stages, Console(file=said)).history(run.progress.history)
+    TrainingDisplay(run.stages, Console(file=said)).history(run.state.progress.history)
     assert ("the density map is dead" in said.getvalue()) == dead
 
 
 def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFixture[str]) -> None:
-    stages = stages_of(preset("debug"))
-    epoch: Row = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
+    stages = build_stages(preset("debug"))
+    epoch: EpochMetrics = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
     TrainingDisplay(stages, Console(file=io.StringIO())).history([epoch])
     assert sum(stage.schedule.epochs for stage in stages) == 5
     assert "0:02:00 left" in capsys.readouterr().out
 
 
 def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    seen: Row = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
-    rows: list[Row] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
-    display = TrainingDisplay(stages_of(preset("debug")), Console(file=io.StringIO()))
+    seen: EpochMetrics = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
+    rows: list[EpochMetrics] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
+    display = TrainingDisplay(build_stages(preset("debug")), Console(file=io.StringIO()))
     for number in range(1, 5):
         display.history(rows[:number])
     display.history(rows)

@@ -20,7 +20,7 @@ from crowdray.presets import preset
 from crowdray.registry.connection import connect
 from crowdray.registry.loading import load_counter
 from crowdray.stage_cache.store import StageStore, StateId
-from crowdray.training.checkpoint import CLOCKED
+from crowdray.training.checkpoint import MEASURED_METRICS
 from crowdray.training.distributed import World
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.trainer import Trainer
@@ -100,7 +100,7 @@ def assert_refused(job: Job, message: str) -> None:
 
 def without_clocks(result: TrainingResult) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(result.to_json())
-    content["history"] = [{k: v for k, v in row.items() if k not in CLOCKED} for row in content["history"]]
+    content["history"] = [{k: v for k, v in row.items() if k not in MEASURED_METRICS} for row in content["history"]]
     return content
 
 
@@ -137,7 +137,7 @@ def test_train_on_faulty_store_equals_local_run(
     found = TrainingResult.from_json(json.dumps(outcome["result"]), "out.json")
     config = dataclasses.replace(preset("debug"), numerics=NumericsConfig(threads=1))
     local_run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    local_run.run(lambda row, save: None)
+    local_run.fit(lambda row, save: None)
     assert without_clocks(found) == without_clocks(final_result(local_run))
 
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)

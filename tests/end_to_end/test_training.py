@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from crowdray.registry.loading import load_counter
-from crowdray.training.checkpoint import CLOCKED
+from crowdray.training.checkpoint import MEASURED_METRICS
 
 from ..support.processes import Job, descendants, named
 from .conftest import Workspace
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 def computed(outcome: dict[str, Any]) -> dict[str, Any]:
     """Return a training result without its timings."""
     result: dict[str, Any] = dict(outcome["result"])
-    result["history"] = [{k: v for k, v in row.items() if k not in CLOCKED} for row in result["history"]]
+    result["history"] = [{k: v for k, v in row.items() if k not in MEASURED_METRICS} for row in result["history"]]
     return result
 
 

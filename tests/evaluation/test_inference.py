@@ -10,7 +10,7 @@ from crowdray.data.shards import Dataset
 from crowdray.models.export import density_geometry
 from crowdray.presets import preset
 from crowdray.training.distributed import World
-from crowdray.training.precision import set_products
+from crowdray.training.precision import set_tf32
 from crowdray.training.trainer import Trainer
 
 
@@ -24,12 +24,12 @@ def test_large_photos_are_counted_in_tiles_as_if_whole(discs: Dataset, monkeypat
 
     def density(image: torch.Tensor) -> torch.Tensor:
         seen.append(image.shape[-1])
-        return run.counter.density(image)
+        return run.state.counter.density(image)
 
     whole = run._count(density, rows)
     assert set(seen) == {96}
     monkeypatch.setattr("crowdray.training.trainer.TILE", 32)
-    geometry = density_geometry(run.counter)
+    geometry = density_geometry(run.state.counter)
     parts = run._count(density, rows)
     assert 32 <= max(seen[len(rows) :]) <= 32 + 2 * (geometry.reach + geometry.grid)
     assert [count.unmasked for count in parts] == pytest.approx([count.unmasked for count in whole], rel=1e-5)
@@ -49,18 +49,22 @@ def test_what_may_be_rounded_is_never_a_target_nor_what_is_told_of_a_counter(
 
         return call
 
-    for name, place in (("targets_of", "stage_trainer"), ("task_losses", "stage_trainer"), ("count_images", "trainer")):
+    for name, place in (
+        ("build_targets", "stage_trainer"),
+        ("task_losses", "stage_trainer"),
+        ("count_images", "trainer"),
+    ):
         module = importlib.import_module(f"crowdray.training.{place}")
         monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        set_products(True, torch.device("cuda"))
+        set_tf32(True, torch.device("cuda"))
         run = training(discs)
-        run.run()
+        run.fit()
         seen.pop("count_images")  # validation may be in bf16
         run.evaluate("joint", discs.rows("test"))
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
     full, rounded = {("highest", False)}, {("high", True)}
-    assert seen == {"targets_of": full, "task_losses": rounded, "count_images": full}
+    assert seen == {"build_targets": full, "task_losses": rounded, "count_images": full}

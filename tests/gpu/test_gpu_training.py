@@ -16,10 +16,9 @@ from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.training.batch_size_finder import largest_batch
+from crowdray.training.batch_size_finder import measure_batch_size
 from crowdray.training.distributed import World
 from crowdray.training.errors import DivergedError
-from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.trainer import Trainer
 
 GPU = torch.device("cuda", 0)
@@ -41,16 +40,16 @@ def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **opt
 def trained(config: Config, dataset: Dataset, device: torch.device, updates: int = 3) -> tuple[Trainer, torch.Tensor]:
     """The training after a few joint updates, and the losses (updates, tasks) that it saw."""
     training = Trainer(config, dataset, world=World(), device=device)
-    stage = replace(training.stages[JOINT], calibrated=False)
-    running = StageTrainer(training, stage, None)
-    running.prepare()
+    stage = replace(training.stages[JOINT], balanced=False)
+    running = training.stage_trainer(stage)
+    running.set_train_mode()
     batches = training.loader.epoch(1)
-    return training, torch.stack([running._step(next(batches)) for _ in range(updates)]).cpu()
+    return training, torch.stack([running.train_step(next(batches)) for _ in range(updates)]).cpu()
 
 
 def change(training: Trainer, start: Trainer) -> torch.Tensor:
     """What the updates did to all weights."""
-    pairs = zip(training.counter.parameters(), start.counter.parameters(), strict=True)
+    pairs = zip(training.state.counter.parameters(), start.state.counter.parameters(), strict=True)
     return torch.cat([(new.detach().cpu() - old.detach().cpu()).flatten() for new, old in pairs])
 
 
@@ -86,14 +85,14 @@ def test_an_update_waits_for_none_before_it(
     config = settings("cfcn", "bf16", grad_accumulation_steps=grad_accumulation_steps)
     config = replace(config, optimizer=replace(config.optimizer, name=name))
     training = Trainer(config, discs, world=World(), device=GPU)
-    running = StageTrainer(training, replace(training.stages[JOINT], calibrated=False), None)
-    running.prepare()
+    running = training.stage_trainer(replace(training.stages[JOINT], balanced=False))
+    running.set_train_mode()
     first, *others = [next(training.loader.epoch(1)) for _ in range(3)]
-    running._step(first)  # it counts operations and makes room
+    running.train_step(first)  # it counts operations and makes room
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in others:
-            running._step(batch)
+            running.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -113,8 +112,8 @@ def test_whatever_ranks_agree_on_goes_through_nccl(discs: Dataset, tmp_path: Pat
     try:
         training = Trainer(settings("cfcn"), discs, world=Grouped(), device=GPU)
         for stage in training.stages:
-            StageTrainer(training, stage, None).epoch()
-        assert len(training.progress.history) == len(training.stages)
+            training.stage_trainer(stage).fit_epoch()
+        assert len(training.state.progress.history) == len(training.stages)
     finally:
         dist.destroy_process_group()
 
@@ -130,7 +129,7 @@ def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
     try:
         with pytest.raises(UserError) as caught:
             trained(large(1), discs, GPU, updates=1)
-        found = re.search(r"(\d+) at a time do: give --optimizer.grad_accumulation_steps (\d+)", str(caught.value))
+        found = re.search(r"(\d+) at a time do: set --optimizer.grad_accumulation_steps (\d+)", str(caught.value))
         assert found, caught.value
         torch.cuda.empty_cache()
         trained(large(int(found[2])), discs, GPU, updates=1)
@@ -139,7 +138,7 @@ def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
 
 
 def test_the_batch_is_found(discs: Dataset) -> None:
-    found = largest_batch(settings("cfcn", "bf16"), discs, device=GPU, workers=1)
+    found = measure_batch_size(settings("cfcn", "bf16"), discs, device=GPU, workers=1)
     assert found >= 1
 
 
@@ -149,14 +148,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(
 ) -> None:
     """One update later, or at the epoch's end: of the rows that it saw."""
     training = Trainer(settings("cfcn"), discs, world=World(), device=GPU)
-    running = StageTrainer(training, training.stages[0], None)
+    running = training.stage_trainer(training.stages[0])
     batches = list(training.loader.epoch(1))
     batches[position].brightness[0] = float("nan")
     monkeypatch.setattr(training.loader, "epoch", lambda *_, **__: iter(batches))
     rows = re.escape(str(batches[position].rows.tolist()))
     with pytest.raises(DivergedError, match=rf"baseline stage.*density nan.*{rows}.*learning_rate"):
-        running.epoch()
-    assert not training.progress.history
+        running.fit_epoch()
+    assert not training.state.progress.history
 
 
 @pytest.mark.parametrize("context", [0, 8, 200])
@@ -167,9 +166,9 @@ def test_windows_are_cut_on_the_gpu_as_by_the_loader(noise: Dataset, context: in
     there, here = (Trainer(choice, noise, world=World(), device=GPU) for choice in (kept, config))
     assert isinstance(there.loader.store, GpuImageCache)
     assert isinstance(here.loader.store, ImageCache)
-    running = StageTrainer(there, there.stages[0], None)
+    running = there.stage_trainer(there.stages[0])
     for one, other in zip(here.loader.epoch(1), there.loader.epoch(1), strict=True):
-        expected, got = one.to(GPU), running._moved(other)
+        expected, got = one.to(GPU), running._to_device(other)
         for field in fields(Batch):
             values = (torch.as_tensor(getattr(batch, field.name)) for batch in (expected, got))
             assert torch.equal(*values), field.name

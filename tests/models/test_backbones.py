@@ -103,8 +103,8 @@ def test_documented_backbone_trains_with_its_stated_receptive_radius(discs: Data
     sampling = replace(base.sampling, context=32, validation_fraction=0.25)
     config = replace(base, sampling=sampling, model=ModelConfig(documented, "pooled"))
     trainer = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    trainer.run()
-    assert {row["stage"] for row in trainer.progress.history} == {"baseline", "decoders", "joint"}
+    trainer.fit()
+    assert {row["stage"] for row in trainer.state.progress.history} == {"baseline", "decoders", "joint"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -22,7 +22,7 @@ from crowdray.models.cfcn import CFCN
 from crowdray.presets import preset
 from crowdray.stage_cache import keys as stage_cache_keys
 from crowdray.stage_cache.keys import HASHED_CODE, numerics_facts, package_digest, stage_keys
-from crowdray.training.checkpoint import Checkpoint, Row, load_checkpoint
+from crowdray.training.checkpoint import Checkpoint, EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
@@ -251,14 +251,14 @@ class _Reached(Exception):
 def checkpoint_after(epoch: int, discs: Dataset, config: Config, folder: Path) -> Checkpoint:
     """The checkpoint after a global epoch, where training stops."""
 
-    def on_epoch(row: Row, save: Callable[[Path], None]) -> None:
+    def on_epoch(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         if row["epoch"] == epoch:
             folder.mkdir()
             save(folder)
             raise _Reached
 
     with pytest.raises(_Reached):
-        Trainer(config, discs, world=World(), device=CPU).run(on_epoch)
+        Trainer(config, discs, world=World(), device=CPU).fit(on_epoch)
     return load_checkpoint(folder)
 
 
@@ -278,6 +278,6 @@ def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_pa
         a, b = (checkpoint_after(2, discs, config, tmp_path / name) for name, config in (("one", one), ("b", other)))
     finally:
         torch.set_num_threads(threads)
-    for left, right in ((a.weights, b.weights), (a.average, b.average), (a.optimizer, b.optimizer)):
+    for left, right in ((a.weights, b.weights), (a.ema, b.ema), (a.optimizer, b.optimizer)):
         assert left.keys() == right.keys() and left
         assert all(torch.equal(left[name], right[name]) for name in left)

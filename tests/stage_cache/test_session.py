@@ -14,7 +14,7 @@ from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheOptions, StageCacheSession
 from crowdray.stage_cache.store import StageStore
-from crowdray.training.checkpoint import CLOCKED, Row, load_checkpoint
+from crowdray.training.checkpoint import MEASURED_METRICS, EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
@@ -32,12 +32,12 @@ def train(discs: Dataset, config: Config, stage_cache: StageCacheConfig | None) 
     """Train, through the shelf if there is one; also says how many epochs were found there."""
     if stage_cache is None:
         alone = Trainer(config, discs, world=World(), device=CPU)
-        alone.run()
+        alone.fit()
         return alone, 0
     session = StageCacheSession(stage_cache, config, discs, world=World(), device=CPU, threads=torch.get_num_threads())
     training = Trainer(config, discs, world=World(), device=CPU, restored=session.restore())
-    found = len(training.progress.history)
-    training.run(lambda row, save: session.keep(training, save))
+    found = len(training.state.progress.history)
+    training.fit(lambda row, save: session.keep(training, save))
     return training, found
 
 
@@ -57,19 +57,20 @@ def test_a_training_through_the_store_equals_one_without_it(discs: Dataset, tmp_
         assert found == expected
         alone, _ = train(discs, config, None)
         rows = [
-            [{k: v for k, v in row.items() if k not in CLOCKED} for row in t.progress.history] for t in (shared, alone)
+            [{k: v for k, v in row.items() if k not in MEASURED_METRICS} for row in t.state.progress.history]
+            for t in (shared, alone)
         ]
         assert rows[0] == rows[1]
-        assert shared.progress.best == alone.progress.best
-        for stage, weights in alone.best.items():
-            assert all(torch.equal(shared.best[stage][name], value) for name, value in weights.items())
+        assert shared.state.progress.best == alone.state.progress.best
+        for stage, weights in alone.state.best_weights.items():
+            assert all(torch.equal(shared.state.best_weights[stage][name], value) for name, value in weights.items())
 
 
 def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(discs: Dataset, tmp_path: Path) -> None:
     config = config_of(2, 1, 1)
     kept: list[Path] = []
 
-    def keep(row: Row, save: Callable[[Path], None]) -> None:
+    def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         session.keep(training, save)
         kept.append(tmp_path / f"own-{row['epoch']}")
         kept[-1].mkdir()
@@ -86,13 +87,13 @@ def test_what_other_code_or_other_workers_began_is_continued_and_not_shared(disc
         )
 
     session, training = sharing_of("first", 1), Trainer(config, discs, world=World(), device=CPU)
-    training.run(keep)
+    training.fit(keep)
 
     def shared_by(threads: int) -> list[str]:
         going_on = sharing_of(f"{threads}", threads)
         own = going_on.resume_from(load_checkpoint(kept[1]))
         continued = Trainer(config, discs, world=World(), device=CPU, restored=own)
-        continued.run(lambda row, save: going_on.keep(continued, save))
+        continued.fit(lambda row, save: going_on.keep(continued, save))
         store = StageStore(str(tmp_path / f"{threads}"), 2**30)
         return [chain.stage for chain in going_on.chains if store.epochs(chain)]
 
@@ -106,12 +107,12 @@ def test_a_stage_that_is_over_keeps_no_search_waiting(discs: Dataset, tmp_path: 
     training = Trainer(config, discs, world=World(), device=CPU)
     claimed: list[list[bool]] = []
 
-    def keep(row: Row, save: Callable[[Path], None]) -> None:
+    def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         session.keep(training, save)
         claimed.append([stage_cache.open().claimed(chain) for chain in session.chains])
 
     with session.advertise("me"):
-        training.run(keep)
+        training.fit(keep)
     done = [[True, True, True], [False, True, True], [False, False, True], [False, False, True], [False, False, False]]
     assert claimed == done
 
@@ -132,7 +133,7 @@ def test_what_groups_of_several_sizes_trained_is_under_no_key(discs: Dataset, tm
         own = session.resume_from(load_checkpoint(tmp_path / f"own-{begun}")) if begun else None
         training = Trainer(config, discs, world=World(), device=CPU, restored=own)
 
-        def keep(row: Row, save: Callable[[Path], None]) -> None:
+        def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
             session.keep(training, save)
             (tmp_path / f"own-{row['epoch']}").mkdir()
             save(tmp_path / f"own-{row['epoch']}")
@@ -141,7 +142,7 @@ def test_what_groups_of_several_sizes_trained_is_under_no_key(discs: Dataset, tm
 
         with session.advertise("me"), pytest.raises(Lost):
             assert all(store.claimed(chain) != bool(begun) for chain in session.chains)
-            training.run(keep)
+            training.fit(keep)
         return [store.epochs(chain) for chain in session.chains]
 
     assert stored_by(2, 0, 1) == [[1], [], []]
@@ -158,7 +159,7 @@ def test_a_damaged_beginning_is_trained_again(discs: Dataset, tmp_path: Path) ->
         content[-1] ^= 1
         place.write_bytes(content)
     again, found = train(discs, config, stage_cache)
-    assert found == 0 and len(again.progress.history) == 3
+    assert found == 0 and len(again.state.progress.history) == 3
     assert train(discs, config, stage_cache)[1] == 3
 
 
@@ -172,8 +173,8 @@ def test_the_store_lies_beside_the_runs_unless_it_is_named(tmp_path: Path) -> No
 class Apart(World):
     """Two ranks, the second of which has a store of its own."""
 
-    def gather(self, items: list[Any]) -> list[Any]:
-        """See World.gather."""
+    def all_gather(self, items: list[Any]) -> list[Any]:
+        """See World.all_gather."""
         return [*items, False if items == [True] else items[0]]
 
 
@@ -181,6 +182,6 @@ def test_a_store_that_is_not_the_same_for_all_workers_is_told(discs: Dataset, tm
     config, stage_cache = config_of(1, 1, 1), StageCacheConfig(str(tmp_path / "stages"), 2**30)
     session = StageCacheSession(stage_cache, config, discs, world=Apart(0, 2), device=CPU, threads=1)
     training = Trainer(config, discs, world=World(), device=CPU)
-    training.run(lambda row, save: session.keep(training, save))
+    training.fit(lambda row, save: session.keep(training, save))
     with pytest.raises(UserError, match=r"stages is not the same folder for all workers; give --stage-cache"):
         session.restore()

@@ -20,7 +20,7 @@ from crowdray.stage_cache import store
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.store import MANIFEST, StageStore, StateId
 from crowdray.storage import lease as leases
-from crowdray.training.checkpoint import Best, Checkpoint, Progress, load_checkpoint, save_checkpoint
+from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, load_checkpoint, save_checkpoint
 
 PLENTY = 10**9
 CHAIN = StageKey("a" * 32, "baseline", 10)
@@ -30,7 +30,7 @@ OTHER = StageKey("b" * 32, "decoders", 4)
 def checkpoint(number: int) -> Checkpoint:
     generator = torch.Generator().manual_seed(number)
     weights = {"encoder.w": torch.randn(3, 4, generator=generator), "b": torch.full((5,), float(number))}
-    progress = Progress(1.5, 2.5, "data", 1, stage_epochs=number, best={"baseline": Best(number, 1.0, 2.0)})
+    progress = Progress(1.5, 2.5, "data", 1, stage_epochs=number, best={"baseline": BestEpoch(number, 1.0, 2.0)})
     moments = {"0.momentum": torch.randn(7, generator=generator)}
     return Checkpoint(Config(seed=number), progress, weights, weights, moments, {"baseline": weights})
 
@@ -43,7 +43,7 @@ def publish(at: StageStore, chain: StageKey, epoch: int, number: int | None = No
 
 def same(one: Checkpoint | None, other: Checkpoint) -> bool:
     def tensors(of: Checkpoint) -> dict[str, torch.Tensor]:
-        named = {"weights": of.weights, "average": of.average, "optimizer": of.optimizer, **of.best}
+        named = {"weights": of.weights, "average": of.ema, "optimizer": of.optimizer, **of.best_weights}
         return {f"{group} {name}": value for group, values in named.items() for name, value in values.items()}
 
     if one is None or (one.config, one.progress) != (other.config, other.progress):

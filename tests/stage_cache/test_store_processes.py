@@ -33,7 +33,7 @@ def save(number: int) -> Callable[[Path], None]:
 
 def number_of(checkpoint: Checkpoint) -> int:
     """The number that all parts of a state have in common."""
-    parts = (checkpoint.weights, checkpoint.average, checkpoint.optimizer)
+    parts = (checkpoint.weights, checkpoint.ema, checkpoint.optimizer)
     values = {value for part in parts for value in part["w"].tolist()}
     (number,) = values | {checkpoint.progress.count_scale, float(checkpoint.config.seed)}
     return int(number)

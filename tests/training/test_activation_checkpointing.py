@@ -29,7 +29,7 @@ from crowdray.models.build import build_counter
 from crowdray.models.counter import TASKS
 from crowdray.presets import preset
 from crowdray.training.distributed import World
-from crowdray.training.flops import operations_per_window
+from crowdray.training.flops import flops_per_window
 from crowdray.training.trainer import Trainer
 
 
@@ -103,11 +103,13 @@ def test_all_stages_train_to_the_same_bits(discs: Dataset, backbone: str) -> Non
         for activation_checkpointing in (False, True)
     )
     for training in (kept, computed):
-        training.run()
-    assert computed.counter.activation_checkpointing and not computed.shipped("joint").activation_checkpointing
-    state = computed.counter.state_dict()
+        training.fit()
+    assert (
+        computed.state.counter.activation_checkpointing and not computed.best_counter("joint").activation_checkpointing
+    )
+    state = computed.state.counter.state_dict()
     assert any("num_batches_tracked" in name for name in state)
-    for name, value in kept.counter.state_dict().items():
+    for name, value in kept.state.counter.state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
@@ -178,13 +180,14 @@ def test_operations_are_those_of_the_network_alone() -> None:
     counter = build_counter(config_of("csrnet"), 1.0)
     told = []
     for counter.activation_checkpointing in (False, True):
-        told.append(operations_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
+        told.append(flops_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
     assert told[0] == told[1] and counter.activation_checkpointing
 
 
 def test_a_compiler_that_recomputes_itself_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"numerics.activation_checkpointing is True and numerics.compile graphs.*set one of them"
+        ConfigError,
+        match=r"numerics.activation_checkpointing is True and numerics.compile is graphs.*set only one of them",
     ):
         Config(numerics=NumericsConfig(activation_checkpointing=True, compile="graphs"))
 

@@ -1,7 +1,8 @@
-"""The batch that fits: the search against its definition, a memory that refuses, one that would kill, and the real
-one."""
+"""The batch size finder: its search, limits that raise and limits that kill, and a real measurement."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,109 +13,128 @@ from crowdray.config import Config
 from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
+from crowdray.models.counter import Counter
 from crowdray.presets import preset
 from crowdray.training import batch_size_finder
-from crowdray.training.batch_size_finder import RISE, SHARE, fastest, largest_batch
+from crowdray.training.batch_size_finder import (
+    MEMORY_FRACTION,
+    MIN_SPEEDUP,
+    StepTimer,
+    measure_batch_size,
+    search_microbatch_size,
+)
 from crowdray.training.distributed import World
 from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-WORKERS, PARTS = 3, 2
+WORKERS, STEPS = 3, 2
 
 
 @settings(max_examples=300, deadline=None)
-@given(limit=st.integers(0, 300), most=st.integers(1, 300), overhead=st.floats(0, 100), peak=st.integers(1, 400))
-def test_the_smallest_power_of_two_that_is_fast_or_all_that_fits(
-    limit: int, most: int, overhead: float, peak: int
+@given(fitting=st.integers(0, 300), limit=st.integers(1, 300), overhead=st.floats(0, 100), knee=st.integers(1, 400))
+def test_search_microbatch_size_returns_smallest_fast_power_of_two_or_largest_that_fits(
+    fitting: int, limit: int, overhead: float, knee: int
 ) -> None:
-    """Updates take a time of their own and one for each window, more for each beyond a peak."""
-    asked: list[int] = []
+    """A step costs a constant and a time per window, which grows beyond the knee."""
+    measured: list[int] = []
 
-    def pace(size: int) -> float:
-        return size / (overhead + size * max(1, size / peak))
+    def speed(size: int) -> float:
+        return size / (overhead + size * max(1, size / knee))
 
     def windows_per_s(size: int) -> float | None:
-        fitting_before = [before for before in asked if before <= limit]
-        assert size <= most and size > max(fitting_before, default=0)
-        asked.append(size)
-        return pace(size) if size <= limit else None
+        assert max([before for before in measured if before <= fitting], default=0) < size <= limit
+        measured.append(size)
+        return speed(size) if size <= fitting else None
 
-    room = min(limit, most)
-    powers = [2**k for k in range(10) if 2**k <= room]
-    expected = next((p for p in powers if 2 * p in powers and pace(2 * p) < RISE * pace(p)), None)
+    largest = min(fitting, limit)
+    powers = [2**k for k in range(10) if 2**k <= largest]
+    expected = next((p for p in powers if 2 * p in powers and speed(2 * p) < MIN_SPEEDUP * speed(p)), None)
     if expected is None and powers:
-        expected = room if pace(room) >= RISE * pace(powers[-1]) else powers[-1]
-    assert fastest(windows_per_s, most) == (expected or 0)
-    assert len(asked) <= 2 * most.bit_length() + 1
+        expected = largest if speed(largest) >= MIN_SPEEDUP * speed(powers[-1]) else powers[-1]
+    assert search_microbatch_size(windows_per_s, limit) == (expected or 0)
+    assert len(measured) <= 2 * limit.bit_length() + 1
 
 
-def config_of(grad_accumulation_steps: int = PARTS) -> Config:
+def config_of(grad_accumulation_steps: int = STEPS) -> Config:
     base = preset("debug")
     sampling = replace(base.sampling, context=16, validation_fraction=0.25, crops_per_image=8)
-    return replace(
-        base, sampling=sampling, optimizer=replace(base.optimizer, grad_accumulation_steps=grad_accumulation_steps)
-    )
+    optimizer = replace(base.optimizer, grad_accumulation_steps=grad_accumulation_steps)
+    return replace(base, sampling=sampling, optimizer=optimizer)
 
 
 @pytest.fixture
-def tirelessly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger is always faster, so that memory decides."""
-    monkeypatch.setattr(batch_size_finder, "RISE", 0.0)
-    monkeypatch.setattr(batch_size_finder, "TIMED", 1)
+def memory_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat larger sizes as always faster, so that only memory limits the batch."""
+    monkeypatch.setattr(batch_size_finder, "MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(batch_size_finder, "TIMED_STEPS", 1)
 
 
-@pytest.mark.usefixtures("tirelessly")
-def test_what_memory_refuses_is_not_taken(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each of the parts of an update, so that the batch is that of all parts of all workers."""
-    whole, seen = StageTrainer._losses, []
+def limited_forward(limit: int, seen: list[int]) -> Callable[..., Any]:
+    """A forward pass that runs out of memory above `limit` windows, and records the sizes it is given."""
+    forward = Counter.forward
 
-    def losses(self: StageTrainer, model: torch.nn.Module, part: Batch, batch: Batch) -> torch.Tensor:
-        seen.append(len(part.rows))
-        if len(part.rows) > 11:
+    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(image))
+        if len(image) > limit:
             raise torch.OutOfMemoryError
-        return whole(self, model, part, batch)
+        return forward(self, image, *rest)
 
-    monkeypatch.setattr(StageTrainer, "_losses", losses)
-    assert largest_batch(config_of(), discs, device=CPU, workers=WORKERS) == 11 * WORKERS * PARTS
+    return limited
+
+
+@pytest.mark.usefixtures("memory_limited")
+def test_measure_batch_size_with_out_of_memory_errors_returns_largest_that_fits(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit holds for a microbatch; the batch is that of all microbatches of all workers."""
+    seen: list[int] = []
+    monkeypatch.setattr(Counter, "forward", limited_forward(11, seen))
+    assert measure_batch_size(config_of(), discs, device=CPU, workers=WORKERS) == 11 * WORKERS * STEPS
     assert {1, 2, 4, 8, 11, 12, 16} <= set(seen)
-    monkeypatch.setattr(StageTrainer, "_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(UserError, match=r"not even one window of 64x64 pixels fits into 90% of .*--sampling.crop 32"):
-        largest_batch(config_of(), discs, device=CPU, workers=WORKERS)
 
 
-@pytest.mark.usefixtures("tirelessly")
-def test_what_would_be_killed_is_never_tried(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process of 500 bytes, 100 for each window; the pictures that it will keep are taken off."""
-    whole, seen = StageTrainer._step, [0]
+def test_measure_batch_size_without_memory_for_one_window_raises(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Counter, "forward", limited_forward(0, []))
+    with pytest.raises(UserError, match=r"no window of 64x64 pixels fits into 90% of .*--sampling.crop \(32"):
+        measure_batch_size(config_of(), discs, device=CPU, workers=WORKERS)
 
-    def step(self: StageTrainer, batch: Batch) -> torch.Tensor:
+
+@pytest.mark.usefixtures("memory_limited")
+def test_measure_batch_size_with_memory_limit_never_exceeds_it(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of 500 bytes and 100 per window, minus the decoded images that the worker will cache."""
+    train_step, seen = StageTrainer.train_step, [0]
+
+    def recorded(self: StageTrainer, batch: Batch) -> torch.Tensor:
         seen.append(len(batch.rows))
-        return whole(self, batch)
+        return train_step(self, batch)
 
-    monkeypatch.setattr(StageTrainer, "_step", step)
+    monkeypatch.setattr(StageTrainer, "train_step", recorded)
     monkeypatch.setattr(batch_size_finder, "peak_memory", lambda device: 500 + 100 * max(seen))
     config = config_of(grad_accumulation_steps=1)
-    room = (500 + 100 * 13 + 50 + 5 * 24 * 64 * 96) / SHARE
-    assert largest_batch(config, discs, device=CPU, workers=1, room=int(room)) == 13
+    memory = (500 + 100 * 13 + 50 + 5 * 24 * 64 * 96) / MEMORY_FRACTION
+    assert measure_batch_size(config, discs, device=CPU, workers=1, memory_bytes=int(memory)) == 13
     assert max(seen) == 13
 
 
-def test_the_real_one_trains(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size_finder, "TIMED", 1)
+def test_measure_batch_size_result_trains(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size_finder, "TIMED_STEPS", 1)
     config = config_of()
     config = replace(config, sampling=replace(config.sampling, crops_per_image=1))
-    batch = largest_batch(config, discs, device=CPU, workers=1, room=2**34)
-    assert batch % PARTS == 0 and PARTS <= batch <= 18
-    find_batch_size = replace(config, sampling=replace(config.sampling, batch=batch))
-    training = Trainer(find_batch_size, discs, world=World(), device=CPU)
-    StageTrainer(training, training.stages[-1], None)._step(next(training.loader.epoch(1)))
+    batch = measure_batch_size(config, discs, device=CPU, workers=1, memory_bytes=2**34)
+    assert batch % STEPS == 0 and STEPS <= batch <= 18
+    config = replace(config, sampling=replace(config.sampling, batch=batch))
+    trainer = Trainer(config, discs, world=World(), device=CPU)
+    trainer.stage_trainer(trainer.stages[-1]).train_step(next(trainer.loader.epoch(1)))
 
 
-def test_measuring_learns_nothing(discs: Dataset) -> None:
-    updates = batch_size_finder._Updates(config_of(), discs, CPU, None, grouped=True)
-    assert len(updates.buckets) == sum(value.numel() for value in updates.training.counter.parameters())
-    before = {name: value.clone() for name, value in updates.training.counter.named_parameters()}
-    assert updates.running.stage.name == "joint"
-    assert (updates.windows_per_s(2) or 0) > 0
-    assert all(torch.equal(value, before[name]) for name, value in updates.training.counter.named_parameters())
+def test_step_timer_leaves_parameters_unchanged(discs: Dataset) -> None:
+    timer = StepTimer(config_of(), discs, CPU, None, distributed=True)
+    parameters = dict(timer.state.counter.named_parameters())
+    assert len(timer.gradient_buckets) == sum(value.numel() for value in parameters.values())
+    before = {name: value.clone() for name, value in parameters.items()}
+    assert timer.stage_trainer.stage.name == "joint"
+    assert (timer.windows_per_s(2) or 0) > 0
+    assert all(torch.equal(value, before[name]) for name, value in parameters.items())

@@ -11,7 +11,7 @@ from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.models.backbone import Backbone
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, DENSITY
-from crowdray.training.flops import operations_per_window, peak_matmul_flops, peak_memory
+from crowdray.training.flops import flops_per_window, peak_matmul_flops, peak_memory
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def test_operations_are_those_of_the_convolutions_there_and_back(frozen: bool) -
         expected = sum(there[0]) + 3 * sum(there[1]) - there[1][0]
     else:
         expected = 3 * (sum(there[0]) + sum(there[1])) - there[0][0]
-    counted = operations_per_window(counter, (DENSITY,), (64, 64), frozen_encoder=frozen, autocast=nullcontext())
+    counted = flops_per_window(counter, (DENSITY,), (64, 64), frozen_encoder=frozen, autocast=nullcontext())
     assert counted == expected
 
 
@@ -69,7 +69,7 @@ def test_channels_that_are_alone_cost_what_they_cost() -> None:
     stripped = counter.strip()
     layers = [layer for layer in stripped.modules() if isinstance(layer, torch.nn.Conv2d)]
     there = forward_operations(layers, [8**2] * len(layers))
-    counted = operations_per_window(stripped, (DENSITY,), (64, 64), frozen_encoder=False, autocast=nullcontext())
+    counted = flops_per_window(stripped, (DENSITY,), (64, 64), frozen_encoder=False, autocast=nullcontext())
     assert counted == 3 * sum(there) - there[0]
 
 
@@ -78,7 +78,7 @@ def test_counting_leaves_no_trace() -> None:
     counter.train()
     generator = torch.get_rng_state()
     tasks = (DENSITY, *AUXILIARY)
-    operations_per_window(counter, tasks, (160, 160), frozen_encoder=False, autocast=nullcontext())
+    flops_per_window(counter, tasks, (160, 160), frozen_encoder=False, autocast=nullcontext())
     assert all(parameter.grad is None for parameter in counter.parameters())
     assert all(module.training for module in counter.modules())
     assert torch.equal(torch.get_rng_state(), generator)

@@ -6,7 +6,7 @@ import torch
 
 from crowdray.config import LossConfig
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
-from crowdray.training.loss_balancing import calibrated_weights, gradient_norms
+from crowdray.training.loss_balancing import balanced_weights, gradient_norms
 from crowdray.training.losses import MapTargets, Scales, task_losses
 
 SCALES = Scales(density=50.0, count=4.0)
@@ -64,11 +64,11 @@ def test_at_the_papers_weights_each_task_pulls_with_the_stated_share_of_the_dens
         DEPTH: features.pow(3).mean(), COUNT: features[0].exp().sum() * 100,
     }  # fmt: skip
     norms = gradient_norms(losses, features)
-    factors = calibrated_weights(LossConfig(gradient_share=0.25), norms)
+    factors = balanced_weights(LossConfig(gradient_share=0.25), norms)
     for task in (SEGMENTATION, DEPTH, COUNT):
         weighted = torch.autograd.grad(factors[task] * losses[task], features, retain_graph=True)[0].norm()
         assert weighted.item() == pytest.approx(0.25 * norms[DENSITY], rel=1e-5)
-    double = calibrated_weights(LossConfig(gradient_share=0.25, depth=1.2), norms)
+    double = balanced_weights(LossConfig(gradient_share=0.25, depth=1.2), norms)
     assert double[DEPTH] == pytest.approx(2 * factors[DEPTH])
     assert double[COUNT] == factors[COUNT]
     assert factors[DENSITY] == 1

@@ -45,8 +45,8 @@ def train(
     config = dataclasses.replace(base, sampling=sampling, optimizer=optimizer, numerics=numerics)
     run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
     run.stages = run.stages[:1]
-    run.run()
-    return run.counter.state_dict()
+    run.fit()
+    return run.state.counter.state_dict()
 
 
 def test_an_optimizer_that_does_not_fit_says_how_many_parameters_it_has(
@@ -101,7 +101,9 @@ def test_what_fits_is_found_and_does_fit(
     with pytest.raises(UserError) as caught:
         train(discs, grad_accumulation_steps=1)
     said = str(caught.value)
-    found = re.search(r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*accumulate (\d+)", said)
+    found = re.search(
+        r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*grad_accumulation_steps (\d+)", said
+    )
     assert found and int(found[1]) > room >= int(found[2]) > room / 4, said
     assert int(found[2]) * int(found[3]) >= BATCH
     train(discs, grad_accumulation_steps=int(found[3]))

@@ -77,10 +77,10 @@ def test_plateau_divides_after_its_patience_and_survives_a_restart() -> None:
             rule.step(error)
             seen.append(optimizer.param_groups[0]["lr"])
             if index == restart_after:
-                state = rule.state()
+                state = rule.state_dict()
                 optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=seen[-1])
                 rule = Plateau(optimizer, config)
-                rule.restore(state)
+                rule.load_state_dict(state)
         return seen
 
     unbroken = rates(None)

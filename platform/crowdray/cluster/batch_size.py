@@ -11,7 +11,7 @@ from crowdray.training.errors import DivergedError
 
 
 def find_batch_size(run: Run, display: TrainingDisplay, *, device: Device = "auto") -> Run:
-    """The run with a batch that `largest_batch` measured; one that was begun keeps the batch it was begun with.
+    """The run with a batch that `measure_batch_size` measured; one that was begun keeps the batch it was begun with.
 
     Raises UserError where not one window fits, where the process that measures is killed, and where the number of
     workers may change: then so would what fits.
@@ -57,14 +57,14 @@ def _measure(run: Run, use_gpu: bool) -> int:
 
     from crowdray.cluster.worker import threads_of
     from crowdray.data.shards import Dataset
-    from crowdray.training.batch_size_finder import largest_batch
+    from crowdray.training.batch_size_finder import measure_batch_size
 
     node = ray.get_runtime_context().get_node_id()
     there = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)  # type: ignore[no-untyped-call]
     workers_here = min(run.most, int(there.get("CPU", 1)))
     torch.set_num_threads(threads_of(run.config, workers_here))
-    device, room = torch.device("cpu"), int(there["memory"] / workers_here)
+    device, memory_bytes = torch.device("cpu"), int(there["memory"] / workers_here)
     dataset = Dataset.open(run.data, verify=True)
     if use_gpu:
-        return largest_batch(run.config, dataset, device=torch.device("cuda", 0), workers=run.most)
-    return largest_batch(run.config, dataset, device=device, workers=run.most, room=room)
+        return measure_batch_size(run.config, dataset, device=torch.device("cuda", 0), workers=run.most)
+    return measure_batch_size(run.config, dataset, device=device, workers=run.most, memory_bytes=memory_bytes)

@@ -20,7 +20,7 @@ from crowdray.pipeline.run import RESULT, Run
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.session import StageCacheConfig
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.errors import DivergedError, is_out_of_memory
 from crowdray.training.result import describe_workers
 
@@ -37,7 +37,7 @@ _ROOM_S = "5"
 """Seconds that Ray Train waits for the room that it believes to be there, where fewer workers do too; its own 60 pass
 after each loss of a node, of which it hears only within 20."""
 
-Follow = Callable[[Sequence[Row]], None]
+Follow = Callable[[Sequence[EpochMetrics]], None]
 """Told the whole history of a training after each of its epochs."""
 
 
@@ -84,7 +84,7 @@ def train(
 
 
 def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
-    def follow(history: Sequence[Row]) -> None:
+    def follow(history: Sequence[EpochMetrics]) -> None:
         display.history(history)
         tracker.sync_history(metric_rows(history))
         last = history[-1]
@@ -183,7 +183,7 @@ def run_training(
 
 def _read(rows: Any, follow: Follow) -> None:
     """Hand on what arrives until None does; a repeated epoch takes the place of the one it repeats."""
-    history: list[Row] = []
+    history: list[EpochMetrics] = []
     while (arrived := rows.get()) is not None:
         history = [row for row in history if row["epoch"] < arrived[0]["epoch"]] + arrived
         follow(history)

@@ -19,7 +19,14 @@ from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.pipeline.run import RESULT, open_as_begun
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
-from crowdray.training.checkpoint import STATE, Checkpoint, Row, load_checkpoint, room, save_checkpoint
+from crowdray.training.checkpoint import (
+    STATE,
+    Checkpoint,
+    EpochMetrics,
+    disk_full_as_user_error,
+    load_checkpoint,
+    save_checkpoint,
+)
 from crowdray.training.distributed import World
 from crowdray.training.result import final_result
 from crowdray.training.trainer import Trainer
@@ -77,17 +84,17 @@ def _train(task: Task) -> None:
     training = Trainer(task.config, dataset, world=world, device=device, restored=restored)
     first = True
 
-    def report(row: Row, save: Callable[[Path], None]) -> None:
+    def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         nonlocal first
-        rows = list(training.progress.history) if first else [row]  # a copy: Ray serialises it later
+        rows = list(training.state.progress.history) if first else [row]  # a copy: Ray serialises it later
         first = False
         name = f"checkpoint-{row['epoch']:05d}"
         with (
-            room(f"a checkpoint under {task.run}", GOES_ON),
+            disk_full_as_user_error(f"a checkpoint under {task.run}", GOES_ON),
             tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder,
         ):
             checkpoint = None
-            if training.world.rank == 0:
+            if training.state.world.rank == 0:
                 session.keep(training, save)
                 if task.scored:  # a trial has its states on the shelf alone
                     save(Path(folder))
@@ -100,16 +107,21 @@ def _train(task: Task) -> None:
             )
 
     if not task.scored:  # a trial of a search, which has announced it
-        training.run(report)
+        training.fit(report)
         if first:  # all of it was found on the shelf
-            ray.train.report({ROWS: list(training.progress.history)})
+            ray.train.report({ROWS: list(training.state.progress.history)})
         return
     with session.advertise(task.run):
-        training.run(report)
+        training.fit(report)
     result = final_result(training)
-    if training.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
+    if training.state.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
         with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
-            done = Checkpoint(task.config, training.progress, training.counter.state_dict(), best=training.best)
+            done = Checkpoint(
+                task.config,
+                training.state.progress,
+                training.state.counter.state_dict(),
+                best_weights=training.state.best_weights,
+            )
             save_checkpoint(done, Path(folder))
             (Path(folder) / RESULT).write_text(result.to_json())
             storage.publish_directory(Path(folder), task.trained, last=RESULT)

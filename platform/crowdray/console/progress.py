@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crowdray.cluster.parallel import Advance
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.stages import Stage
 
 LOG_INTERVAL_S = 10.0
@@ -99,10 +99,10 @@ class TrainingDisplay(LiveDisplay):
     def __init__(self, stages: Sequence[Stage], console: Console | None = None) -> None:
         super().__init__(console)
         self._stages = stages
-        self._history: Sequence[Row] = ()
+        self._history: Sequence[EpochMetrics] = ()
         self._shown = 0
 
-    def history(self, rows: Sequence[Row]) -> None:
+    def history(self, rows: Sequence[EpochMetrics]) -> None:
         """Show the whole history of a run; a log gets only its new epochs."""
         self._history = rows
         self._status = f"training with {_workers(rows[-1])}"
@@ -143,7 +143,7 @@ class TrainingDisplay(LiveDisplay):
             )
         return table
 
-    def _line(self, row: Row) -> str:
+    def _line(self, row: EpochMetrics) -> str:
         stage = next(stage for stage in self._stages if stage.name == row["stage"])
         done = sum(1 for earlier in self._history[: int(row["epoch"])] if earlier["stage"] == stage.name)
         parts = [f"{stage.name} {done}/{stage.schedule.epochs}", _losses(row)]
@@ -170,17 +170,17 @@ class TrainingDisplay(LiveDisplay):
         return f"{timedelta(seconds=round(left))} left"
 
 
-def _workers(row: Row) -> str:
+def _workers(row: EpochMetrics) -> str:
     number = row.get("workers", 1)
     return "1 worker" if number == 1 else f"{number} workers"
 
 
-def _is_dead(row: Row) -> bool:
+def _is_dead(row: EpochMetrics) -> bool:
     """Whether every count is 0 although images have heads: NAE is 1, and the bias is minus the MAE."""
     return float(row.get("val/nae", 0)) > 0.999 and float(row["val/mae"]) == -float(row["val/bias"])
 
 
-def _throughput(row: Row) -> str:
+def _throughput(row: EpochMetrics) -> str:
     """Images per second, fraction of time spent waiting for data, model FLOP utilization and memory."""
     parts = [f"{row['images_per_s']:.1f} images/s", f"{float(row.get('data_wait_fraction', 0)):.1%} waiting for data"]
     if "mfu" in row:
@@ -190,9 +190,9 @@ def _throughput(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _losses(row: Row) -> str:
+def _losses(row: EpochMetrics) -> str:
     return " ".join(f"{name.removeprefix('loss/')} {row[name]:.4f}" for name in row if name.startswith("loss/"))
 
 
-def _number(row: Row, key: str, template: str = "{:.2f}") -> str:
+def _number(row: EpochMetrics, key: str, template: str = "{:.2f}") -> str:
     return template.format(row[key]) if key in row else ""

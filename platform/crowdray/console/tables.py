@@ -129,7 +129,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         )
         stage = result.stages.get(name)
         errors = [*_mae_rmse(stage.validation), *_mae_rmse(stage.test)] if stage else [""] * 4
-        mark = "*" if name == result.shipped else ""
+        mark = "*" if name == result.best_stage else ""
         table.add_row(f"{name}{mark}", str(len(rows)), losses, *errors)
     if result.mean_predictor is not None:
         errors = ["", "", *_mae_rmse(result.mean_predictor)]

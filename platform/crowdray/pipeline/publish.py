@@ -39,7 +39,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
     tracker.sync_history(metric_rows(checkpoint.progress.history))
-    best = result.stages[result.shipped].best
+    best = result.stages[result.best_stage].best
     tracker.log_summary(_final_metrics(result), checkpoint.progress.epochs)
     with tempfile.TemporaryDirectory(prefix="crowdray-publish-") as scratch:
         package = _package(run, checkpoint, result, dataset, tags, Path(scratch) / "model")
@@ -92,8 +92,8 @@ def _package(
     run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, tags: Mapping[str, str], dest: Path
 ) -> Package:
     counter = build_counter(run.config, checkpoint.progress.density_scale).strip()
-    counter.load_state_dict(checkpoint.best[result.shipped])
-    stage = result.stages[result.shipped]
+    counter.load_state_dict(checkpoint.best_weights[result.best_stage])
+    stage = result.stages[result.best_stage]
     image = decode_image(dataset.sample(int(dataset.rows("train")[0])).image)
     return package_counter(
         ExportedCounter(counter, run.config.sampling.downsample),
@@ -118,7 +118,7 @@ def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, fold
     )
     _draw_overview(checkpoint, result, dataset, overview)
     draw_history(checkpoint.progress.history, curves)
-    counts = result.stages[result.shipped].test_counts
+    counts = result.stages[result.best_stage].test_counts
     if not counts:
         return [overview, curves]
     draw_calibration(counts, calibration)
@@ -131,8 +131,8 @@ def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Data
     config = checkpoint.config
     counter, baseline = (build_counter(config, checkpoint.progress.density_scale).eval() for _ in range(2))
     counter.load_state_dict(checkpoint.weights)
-    counter.load_state_dict(checkpoint.best[result.shipped], strict=False)
-    baseline.load_state_dict(checkpoint.best["baseline"], strict=False)
+    counter.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
+    baseline.load_state_dict(checkpoint.best_weights["baseline"], strict=False)
     rows = dataset.rows("test" if "test" in dataset.index.splits else "train")
     count = OVERVIEW_IMAGES
     chosen = sorted({rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)})
@@ -143,5 +143,5 @@ def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Data
         path,
         sigma=config.target.sigma,
         threshold=config.target.threshold,
-        baseline=None if result.shipped == "baseline" else baseline,
+        baseline=None if result.best_stage == "baseline" else baseline,
     )

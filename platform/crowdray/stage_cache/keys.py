@@ -18,7 +18,7 @@ from crowdray.models.backbone import Backbone
 from crowdray.models.build import backbone_class
 from crowdray.models.counter import AUXILIARY, COUNT, DEPTH, SEGMENTATION
 from crowdray.training.precision import resolve_precision
-from crowdray.training.stages import Stage, stages_of
+from crowdray.training.stages import Stage, build_stages
 
 FORMAT = 1
 """Part of every key: a higher number invalidates all stored states."""
@@ -67,7 +67,7 @@ def stage_keys(
         }
     )
     keys = []
-    for stage in stages_of(config):
+    for stage in build_stages(config):
         schedule = {"learning_rate": stage.schedule.learning_rate, "patience": stage.schedule.patience}
         key = _hash({"prefix": key, "stage": stage.name, **schedule, **_stage_facts(config, stage)})
         keys.append(StageKey(key, stage.name, stage.schedule.epochs))

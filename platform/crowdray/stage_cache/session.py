@@ -79,7 +79,7 @@ class StageCacheSession:
 
     def resume_from(self, own: Checkpoint) -> Checkpoint:
         """A training's own checkpoint, which it goes on from; what other code or other workers began is not shared."""
-        self._pure = own.progress.chain == self.chains[own.progress.stage].key
+        self._pure = own.progress.stage_key == self.chains[own.progress.stage].key
         return own
 
     def restore(self) -> Checkpoint | None:
@@ -125,13 +125,13 @@ class StageCacheSession:
         A state that is on no chain says so, in what `save` writes too: whoever goes on with it does not share it, were
         it the code or the number of workers that began.
         """
-        progress = training.progress
+        progress = training.state.progress
         chain, epoch = self.chains[progress.stage], progress.stage_epochs
-        progress.chain = chain.key if self._pure else ""
+        progress.stage_key = chain.key if self._pure else ""
         if not self._pure:
             return
-        if training.stage_is_over or epoch in self._shelf.quanta.get(chain.stage, ()):
+        if training.stage_finished or epoch in self._shelf.quanta.get(chain.stage, ()):
             self._store.publish(chain, epoch, save)
-        begun = self.chains[: progress.stage + training.stage_is_over]
+        begun = self.chains[: progress.stage + training.stage_finished]
         for lease in [self._claims.pop(ended.stage) for ended in begun if ended.stage in self._claims]:
             lease.release()

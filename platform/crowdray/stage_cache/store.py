@@ -32,7 +32,7 @@ from crowdray.errors import DataError, UserError
 from crowdray.stage_cache.keys import StageKey
 from crowdray.storage import lease as leases
 from crowdray.storage.lease import Keeper, Lease
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint, room
+from crowdray.training.checkpoint import Checkpoint, disk_full_as_user_error, load_checkpoint
 
 MANIFEST = "manifest.json"
 
@@ -139,7 +139,10 @@ class StageStore:
         place = self._place(chain.key, epoch)
         if storage.exists(storage.join(place, MANIFEST)):
             return
-        with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch, room(f"the state {place}", _ELSEWHERE):
+        with (
+            tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch,
+            disk_full_as_user_error(f"the state {place}", _ELSEWHERE),
+        ):
             files = Path(scratch, uuid.uuid4().hex)
             files.mkdir()
             save(files)
@@ -277,7 +280,7 @@ def _checked(place: str, manifest: bytes) -> Iterator[Path]:
     source = storage.join(place, said["folder"])
     with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch:
         folder = Path(source if storage.is_local(place) else scratch)
-        with room(f"the state {place}", _ELSEWHERE):
+        with disk_full_as_user_error(f"the state {place}", _ELSEWHERE):
             for name, (size, sha256) in listed.items():
                 if not storage.is_local(place):
                     _copy(storage.join(source, name), folder / name)

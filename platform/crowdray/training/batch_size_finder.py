@@ -1,10 +1,9 @@
-"""How large a batch should be, measured before a run begins: by updates of the stage that takes most memory."""
+"""Find a batch size that fits into memory, by real training steps of the most expensive stage."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,145 +13,208 @@ from crowdray.data.batch import Batch, View, collate
 from crowdray.data.image_cache import scaled_size
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.data.splits import split_rows
+from crowdray.errors import InfeasibleConfigError, UserError
+from crowdray.evaluation.metrics import Metrics
 from crowdray.training.distributed import World
 from crowdray.training.errors import is_out_of_memory
-from crowdray.training.flops import peak_memory, wait
+from crowdray.training.flops import peak_memory, synchronize
+from crowdray.training.inputs import build_loader, open_images
 from crowdray.training.stage_trainer import StageTrainer
-from crowdray.training.trainer import Trainer
+from crowdray.training.stages import build_stages
+from crowdray.training.state import create_state
 
-SHARE = 0.9
-"""Part of the memory that is given away; the rest is for what a training has beside its updates."""
-RISE = 1.05
-"""Twice the windows have to be this much faster each."""
-TIMED = 3
-"""Updates of each size that are timed."""
-WARM = {"no": 1, "yes": 1, "graphs": 3}
-"""Updates before them, by numerics.compile: they make room, compile, and record graphs in the second."""
+MEMORY_FRACTION = 0.9
+"""Fraction of the memory available to training steps; the rest is a margin."""
+MIN_SPEEDUP = 1.05
+"""A doubled microbatch has to raise the windows per second by this factor."""
+TIMED_STEPS = 3
+"""Timed steps per size."""
+WARMUP_STEPS = {"no": 1, "yes": 1, "graphs": 3}
+"""Untimed steps before them, by numerics.compile: they allocate, compile, and record CUDA graphs."""
 
 
-def largest_batch(
-    config: Config, dataset: Dataset, *, device: torch.device, workers: int, room: int | None = None
+def measure_batch_size(
+    config: Config, dataset: Dataset, *, device: torch.device, workers: int, memory_bytes: int | None = None
 ) -> int:
-    """Windows of one update over all workers together, a multiple of the workers and of the parts of an update: as
-    many as `fastest` finds for one part of one worker, which is this process.
+    """Find a global batch size with real training steps in this process, which stands for one worker.
 
-    room: bytes that a worker may take on a CPU, where asking for more would have it killed; None for a bound that the
-    system sets by refusing. Raises UserError where not one window fits.
+    Args:
+        memory_bytes: limit of a worker on a CPU, where the system kills a process that exceeds it; None if
+            allocations beyond the limit fail, as on a GPU.
+
+    Returns:
+        Windows per step over all workers: a multiple of workers and gradient accumulation steps.
+
+    Raises:
+        UserError: not even one window fits.
     """
-    updates = _Updates(config, dataset, device, room, grouped=workers > 1)
-    parts = workers * config.optimizer.grad_accumulation_steps
-    most = len(updates.training.train_rows) * config.sampling.crops_per_image // parts
-    if most and not (found := fastest(updates.windows_per_s, most)):
-        height, width = updates.batch(1).image.shape[-2:]
+    timer = StepTimer(config, dataset, device, memory_bytes, distributed=workers > 1)
+    microbatches = workers * config.optimizer.grad_accumulation_steps
+    limit = timer.windows_per_epoch // microbatches
+    if limit and not (size := search_microbatch_size(timer.windows_per_s, limit)):
+        height, width = timer.largest_windows(1).image.shape[-2:]
         raise UserError(
-            f"not even one window of {height}x{width} pixels fits into {SHARE:.0%} of the memory of {device}: give "
-            f"smaller ones, --sampling.crop {config.sampling.crop} and --sampling.context {config.sampling.context} "
-            "now, or --numerics.activation_checkpointing True"
+            f"no window of {height}x{width} pixels fits into {MEMORY_FRACTION:.0%} of the memory of {device}; "
+            f"lower --sampling.crop ({config.sampling.crop} now) or --sampling.context ({config.sampling.context} "
+            "now), or set --numerics.activation_checkpointing True"
         )
-    return parts * (found if most else 1)
+    return microbatches * (size if limit else 1)
 
 
-def fastest(windows_per_s: Callable[[int], float | None], most: int) -> int:
-    """The smallest power of two beyond which windows are hardly taken faster; where memory, or `most`, ends before
-    that, the largest number that fits. 0 where not one does.
+def search_microbatch_size(windows_per_s: Callable[[int], float | None], limit: int) -> int:
+    """Find the smallest power of two beyond which doubling hardly speeds up training.
 
-    windows_per_s: told a number of windows, larger than all that fitted before; None where they do not fit.
+    If `limit` or the memory ends before that, the largest size that fits; 0 if none does.
+
+    Args:
+        windows_per_s: measures a size larger than all that fitted before; None if it does not fit.
     """
-    fits, pace, ahead = 0, 0.0, 1
-    while ahead <= most and (found := windows_per_s(ahead)) is not None:
-        if found < RISE * pace:
+    fits, speed, candidate = 0, 0.0, 1
+    while candidate <= limit and (measured := windows_per_s(candidate)) is not None:
+        if measured < MIN_SPEEDUP * speed:
             return fits
-        fits, pace, ahead = ahead, found, 2 * ahead
-    power, last = fits, pace
-    too_many = min(ahead, most + 1)
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if (found := windows_per_s(middle)) is None:
-            too_many = middle
+        fits, speed, candidate = candidate, measured, 2 * candidate
+    power, last = fits, speed
+    too_large = min(candidate, limit + 1)
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        if (measured := windows_per_s(middle)) is None:
+            too_large = middle
         else:
-            fits, last = middle, found
-    return fits if last >= RISE * pace else power
+            fits, last = middle, measured
+    return fits if last >= MIN_SPEEDUP * speed else power
 
 
-class _Measured(StageTrainer):
-    """A stage that leaves it to others what to do about a batch that does not fit."""
+class StepTimer:
+    """Times training steps with learning rate 0 on the largest and most crowded windows of the dataset.
 
-    def _too_large(self, batch: Batch, taken: int) -> NoReturn:
-        raise torch.OutOfMemoryError(f"{len(batch.rows)} windows in {taken} parts")
+    Args:
+        distributed: also allocate the gradient buckets of DDP, which a single process does not have.
+    """
 
-
-class _Updates:
-    """Real updates that change nothing, of windows as large and as full of heads as the data has them."""
-
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device, room: int | None, grouped: bool) -> None:
-        smallest = replace(config.sampling, batch=config.optimizer.grad_accumulation_steps)
-        self.training = Trainer(replace(config, sampling=smallest), dataset, world=World(), device=device)
-        dearest = max(self.training.stages, key=lambda stage: (stage.trains_encoder, len(stage.tasks)))
-        self.running = _Measured(self.training, replace(dearest, calibrated=False), None)
-        self.running.rate = 0.0
-        self.running.prepare()
-        # The buckets in which a group's gradients are exchanged stay where this process has none between updates.
-        exchanged = sum(map(torch.Tensor.numel, self.running.parameters)) if grouped else 0
-        self.buckets = torch.ones(exchanged, device=device)
-        self.room = None if room is None else SHARE * room - _pictures(config, dataset)
-        self.peaks = {0: peak_memory(device)}
+    def __init__(
+        self, config: Config, dataset: Dataset, device: torch.device, memory_bytes: int | None, *, distributed: bool
+    ) -> None:
+        config = replace(config, sampling=replace(config.sampling, batch=config.optimizer.grad_accumulation_steps))
+        rows, _ = split_rows(config, dataset, workers=1)
+        self.windows_per_epoch = len(rows) * config.sampling.crops_per_image
+        self.images = open_images(config, dataset)
+        self.state = create_state(config, dataset, rows, world=World(), device=device)
+        stage = max(build_stages(config), key=lambda stage: (stage.trains_encoder, len(stage.tasks)))
+        loader = build_loader(self.state, self.images, rows)
+        self.stage_trainer = StageTrainer(self.state, replace(stage, balanced=False), loader, _no_validation)
+        self.stage_trainer.learning_rate = 0.0
+        self.stage_trainer.set_train_mode()
+        gradients = sum(map(torch.Tensor.numel, self.stage_trainer.parameters))
+        self.gradient_buckets = torch.ones(gradients if distributed else 0, device=device)
+        images = _image_cache_bytes(config, dataset)
+        self._available = None if memory_bytes is None else MEMORY_FRACTION * memory_bytes - images
+        self._peaks = {0: peak_memory(device)}
 
     def windows_per_s(self, size: int) -> float | None:
-        """Windows per second in parts of this size; None where they do not fit."""
-        training, device = self.training, self.training.device
-        if self.room is not None and self._expected(size) > self.room:
+        """Time steps with microbatches of a size; returns windows per second, None if they do not fit."""
+        state = self.state
+        if self._available is not None and self._expected_memory(size) > self._available:
             return None
-        batch = self.batch(size * training.config.optimizer.grad_accumulation_steps)
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(SHARE, device)
+        batch = self.largest_windows(size * state.config.optimizer.grad_accumulation_steps)
+        if state.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(MEMORY_FRACTION, state.device)
         try:
-            for _ in range(WARM[training.config.numerics.compile]):
-                self.running._step(batch)
-            wait(device)
-            started = perf_counter()
-            for _ in range(TIMED):
-                self.running._step(batch)
-            wait(device)
-            elapsed = perf_counter() - started
+            elapsed = self._time_steps(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return None
         finally:
-            if device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0, device)
-        self.peaks[size] = peak_memory(device)
-        return TIMED * len(batch.rows) / elapsed
+            if state.device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, state.device)
+        self._peaks[size] = peak_memory(state.device)
+        return TIMED_STEPS * len(batch.rows) / elapsed
 
-    def batch(self, size: int) -> Batch:
-        """So many windows, at the largest size that images are shown at."""
-        training, rule = self.training, self.training.loader.rule
-        dataset, sampling = training.store.dataset, training.config.sampling
+    def largest_windows(self, number: int) -> Batch:
+        """Return windows of the tallest, widest and most crowded images, at the largest scale."""
+        sampling, rule = self.state.config.sampling, self.stage_trainer.loader.rule
+        dataset = self.images.dataset
         sizes = dataset.sizes("train") * (1 + sampling.scale) / sampling.downsample
         windows = np.array([[rule.window(round(side)) for side in image] for image in sizes.tolist()])
         extremes = (*windows.argmax(axis=0), dataset.counts("train").argmax())
         rows = dataset.rows("train")[list(extremes)].tolist()
-        pictures = [training.store[row] for row in rows]
+        images = [self.images[row] for row in rows]
         views = []
-        for number in range(size):
-            picture = pictures[number % len(pictures)]
-            shown = scaled_size(picture, 1 + sampling.scale, rule.stride)
-            window = draw_window(rule, shown, seed=0, epoch=0, sample=picture.row, repeat=number)
-            views.append(View(picture, shown, window))
+        for repeat in range(number):
+            image = images[repeat % len(images)]
+            size = scaled_size(image, 1 + sampling.scale, rule.stride)
+            window = draw_window(rule, size, seed=0, epoch=0, sample=image.row, repeat=repeat)
+            views.append(View(image, size, window))
         return collate(views, replace(rule, reach=math.inf))  # no window has more heads than its whole image
 
-    def _expected(self, size: int) -> float:
-        """Bytes of the process with parts of this size, on the line through the last two that were measured; the first
-        growth has the optimizer's state in it, and so errs on the safe side."""
-        if len(self.peaks) == 1:
-            return self.peaks[0]
-        before, last = sorted(self.peaks)[-2:]
-        slope = (self.peaks[last] - self.peaks[before]) / (last - before)
-        return self.peaks[last] + slope * (size - last)
+    def _time_steps(self, batch: Batch) -> float:
+        device = self.state.device
+        for _ in range(WARMUP_STEPS[self.state.config.numerics.compile]):
+            self.stage_trainer.train_step(batch)
+        synchronize(device)
+        started = perf_counter()
+        for _ in range(TIMED_STEPS):
+            self.stage_trainer.train_step(batch)
+        synchronize(device)
+        return perf_counter() - started
+
+    def _expected_memory(self, size: int) -> float:
+        """Extrapolate the process's bytes from the last two sizes.
+
+        The first difference includes the optimizer's state, so the estimate errs on the safe side.
+        """
+        if len(self._peaks) == 1:
+            return self._peaks[0]
+        before, last = sorted(self._peaks)[-2:]
+        slope = (self._peaks[last] - self._peaks[before]) / (last - before)
+        return self._peaks[last] + slope * (size - last)
 
 
-def _pictures(config: Config, dataset: Dataset) -> float:
-    """Bytes that a worker's decoded images will take: three of colour and two of depth for each pixel."""
+def explain_too_large(trainer: StageTrainer, batch: Batch) -> InfeasibleConfigError:
+    """Return the error for a batch that does not fit, with the gradient accumulation steps that do.
+
+    Halves the microbatch until its gradients fit.
+    """
+    state, local = trainer.state, len(batch.rows)
+    height, width = batch.size
+    trainer.optimizer.zero_grad(set_to_none=True)
+    state.counter.eval()  # a synchronised BatchNorm in training mode would wait for the other ranks
+    fits = failed = -(-local // min(state.config.optimizer.grad_accumulation_steps, local))
+    while fits := fits // 2:
+        # A quarter more, as a real step keeps other tensors too.
+        if _gradients_fit(trainer, batch.first(fits + fits // 4), batch):
+            break
+    fix = "not even one does"
+    if fits:
+        fix = f"{fits} at a time do: set --optimizer.grad_accumulation_steps {-(-local // fits)}"
+    sampling = state.config.sampling
+    return InfeasibleConfigError(
+        f"{trainer.stage.name} stage: {failed} windows of {height}x{width} pixels do not fit into the memory of "
+        f"{state.device}, {fix}, or lower --sampling.crop ({sampling.crop} now) or --sampling.context "
+        f"({sampling.context} now)"
+    )
+
+
+def _gradients_fit(trainer: StageTrainer, microbatch: Batch, batch: Batch) -> bool:
+    """Whether the gradients of a microbatch fit into memory, which is free again afterwards."""
+    try:
+        # `forward` is never the compiled call, which would be compiled for each size.
+        losses = trainer.microbatch_losses(trainer.state.counter.forward, microbatch, batch)
+        torch.autograd.grad(losses.sum(), trainer.parameters, allow_unused=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _image_cache_bytes(config: Config, dataset: Dataset) -> float:
+    """Expected bytes of a worker's decoded images: 3 of colour and 2 of depth per pixel."""
     pixels = float(dataset.sizes("train").prod(axis=1).sum()) / config.sampling.downsample**2
     return min(5 * pixels, config.sampling.cache_gib * 2**30)
+
+
+def _no_validation(autocast: object) -> Metrics:
+    raise NotImplementedError("steps are timed without validation")

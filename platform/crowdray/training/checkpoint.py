@@ -1,14 +1,15 @@
-"""Complete checkpoints made of tensors and JSON: nothing in them runs code when it is loaded.
+"""Complete checkpoints made of tensors and JSON; loading one runs no code from it.
 
 A checkpoint is a folder: state.json, config.json, weights.safetensors (every module trained so far),
-average.safetensors, optimizer.safetensors, and best-<stage>.safetensors, the best shipped weights of each
-stage. Random numbers need no state: they are functions of (seed, stage, epoch, rank).
+average.safetensors (the weight average), optimizer.safetensors, and best-<stage>.safetensors, the best
+exported weights of each stage. Random generators have no state: random numbers are functions of (seed,
+stage, epoch, rank).
 """
 
 import errno
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,103 +22,121 @@ from torch import Tensor
 from crowdray.config import Config, from_json, to_json
 from crowdray.errors import DataError, UserError
 
-Row = dict[str, float | str]
-"""What is told of an epoch: numbers by name, and the stage's name."""
+EpochMetrics = dict[str, float | str]
+"""Metrics of one epoch by name, and its stage's name."""
 
-CLOCKED = ("images_per_s", "data_wait_fraction", "mfu", "memory_gib", "seconds")
-"""Names of a row's numbers that are measured: they differ between trainings that compute the same."""
+MEASURED_METRICS = ("images_per_s", "data_wait_fraction", "mfu", "memory_gib", "seconds")
+"""Metrics of time and memory: they differ between runs that compute the same."""
 
 FORMAT = 1
 STATE = "state.json"
 
+# Names in state.json and its history before version 0.2, still read.
+_OLD_FIELDS = {
+    "chain": "stage_key",
+    "stale": "epochs_since_best",
+    "factors": "loss_weights",
+    "norms": "gradient_norms",
+    "average_updates": "ema_updates",
+}
+_OLD_METRICS = {"wait_share": "data_wait_fraction", "matrix_share": "mfu"}
+
+
+def rename_old_metrics(history: Iterable[EpochMetrics]) -> list[EpochMetrics]:
+    """Return a stored history with the current names of its metrics."""
+    return [{_OLD_METRICS.get(name, name): value for name, value in epoch.items()} for epoch in history]
+
 
 @dataclass
-class Best:
-    """The best validation of a stage."""
+class BestEpoch:
+    """The best validated epoch of a stage."""
 
     epoch: int
     """Global epoch, counted from 1."""
     mae: float
     """Mean absolute error on whole validation images."""
     rmse: float
-    """Root mean squared error there."""
+    """Root mean squared error on them."""
 
 
 @dataclass
 class Progress:
-    """Where a training stands: everything but tensors."""
+    """How far a training run is: all of its state except tensors."""
 
     density_scale: float
     """Unit of the density decoder's output."""
     count_scale: float
     """Unit of the count decoder's output: mean heads in a crop."""
     data_digest: str
-    """The dataset it trains on."""
+    """Digest of the training dataset."""
     world_size: int
-    """Number of workers, the latest; other numbers continue too, but not to the same bits."""
-    chain: str = ""
-    """Key of the chain of states that it is on (stage_cache/keys.py); of none once something else went on with it,
-    such as other code or another number of workers."""
+    """Latest number of workers. A run may resume with another number, but not to the same bits."""
+    stage_key: str = ""
+    """Stage cache key of this state (stage_cache/keys.py); empty once other code or another number of workers
+    continued the run."""
     stage: int = 0
-    """Index of the stage under way; the number of stages when all are done."""
+    """Index of the current stage; the number of stages when all are finished."""
     stage_epochs: int = 0
-    """Epochs done in that stage."""
+    """Finished epochs of the current stage."""
     epochs: int = 0
-    """Epochs done in all."""
+    """Finished epochs in total."""
     updates: int = 0
-    """Updates done in all."""
+    """Optimizer steps in total."""
     epochs_since_best: int = 0
-    """Epochs of this stage since its best."""
-    factors: dict[str, float] = field(default_factory=dict)
-    """Loss factors of this stage."""
-    norms: dict[str, float] = field(default_factory=dict)
-    """Gradient norms that the calibration measured."""
+    """Epochs of the current stage since its best."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Loss weights of the current stage by task."""
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    """Gradient norms measured for loss balancing, by task."""
     learning_rate: float = 0.0
-    """Learning rate in use."""
+    """Current learning rate, without warmup."""
     plateau: dict[str, float | None] = field(default_factory=dict)
-    """Memory of the plateau rule."""
-    average_updates: int = 0
-    """Updates that the weight average has seen."""
-    best: dict[str, Best] = field(default_factory=dict)
-    """Best validation per stage."""
-    history: list[Row] = field(default_factory=list)
-    """One row per epoch."""
+    """State of the plateau schedule."""
+    ema_updates: int = 0
+    """Updates of the weight average."""
+    best: dict[str, BestEpoch] = field(default_factory=dict)
+    """Best epoch by stage."""
+    history: list[EpochMetrics] = field(default_factory=list)
+    """Metrics of every epoch."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Parse what asdict gave."""
-        progress = cls(**content)
-        progress.best = {stage: Best(**best) for stage, best in content["best"].items()}
+        """Parse the content of state.json, in its current or its previous form."""
+        progress = cls(**{_OLD_FIELDS.get(name, name): value for name, value in content.items()})
+        progress.best = {stage: BestEpoch(**best) for stage, best in content["best"].items()}
+        progress.history = rename_old_metrics(progress.history)
         return progress
 
 
 @dataclass
 class Checkpoint:
-    """A training that can go on as if it had never stopped."""
+    """Everything needed to resume a training run bit for bit."""
 
     config: Config
-    """The configuration."""
     progress: Progress
-    """Where it stands."""
     weights: dict[str, Tensor]
-    """Parameters of the modules trained so far."""
-    average: dict[str, Tensor] = field(default_factory=dict)
-    """Running average of what ships."""
+    """Parameters and buffers of the modules trained so far."""
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """Exponential moving average of the exported weights."""
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     """State of the optimizer."""
-    best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Best weights of encoder and density decoder per stage."""
+    best_weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Best weights of encoder and density decoder by stage."""
 
 
 @contextmanager
-def room(what: str, mend: str) -> Iterator[None]:
-    """Turn a full disk into a UserError: there was no space for `what`, which is made in the folder for temporary
-    files first."""
+def disk_full_as_user_error(content: str, fix: str) -> Iterator[None]:
+    """Turn a full disk into a UserError.
+
+    Args:
+        content: what is being written; it is staged in the folder for temporary files first.
+        fix: what to do after freeing space.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            raise UserError(f"no space left for {what}, or in {tempfile.gettempdir()}; free some, {mend}") from error
+            raise UserError(f"no space left for {content}, or in {tempfile.gettempdir()}; free some, {fix}") from error
         raise
 
 
@@ -125,10 +144,10 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a checkpoint into an empty folder, state.json last."""
     tensors = {
         "weights": checkpoint.weights,
-        "average": checkpoint.average,
+        "average": checkpoint.ema,
         "optimizer": checkpoint.optimizer,
     }
-    for name, content in (tensors | {f"best-{stage}": best for stage, best in checkpoint.best.items()}).items():
+    for name, content in (tensors | {f"best-{stage}": best for stage, best in checkpoint.best_weights.items()}).items():
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in content.items()},
             folder / f"{name}.safetensors",
@@ -139,18 +158,22 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint to the CPU. Raises DataError when the folder holds none, or a damaged one."""
-    mend = "give another checkpoint, or train under a new --name"
+    """Load a checkpoint to the CPU.
+
+    Raises:
+        DataError: the folder does not contain a complete checkpoint.
+    """
+    fix = "choose another checkpoint, or train under a new --name"
     try:
         content = json.loads((folder / STATE).read_text())
-        if content.pop("format") != FORMAT:
-            raise DataError(f"{folder} holds a checkpoint of another format, not {FORMAT}; {mend}")
+        if (version := content.pop("format")) != FORMAT:
+            raise DataError(f"{folder} contains a checkpoint of format {version}, not {FORMAT}; {fix}")
         progress = Progress.from_json(content)
         config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-        weights, average, optimizer = (
-            load_file(folder / f"{n}.safetensors") for n in ("weights", "average", "optimizer")
-        )
-        best = {stage: load_file(folder / f"best-{stage}.safetensors") for stage in progress.best}
+        weights, ema, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("weights", "average", "optimizer"))
+        best_weights = {stage: load_file(folder / f"best-{stage}.safetensors") for stage in progress.best}
     except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
-        raise DataError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {error}); {mend}") from error
-    return Checkpoint(config, progress, weights, average, optimizer, best)
+        raise DataError(
+            f"{folder} does not contain a complete checkpoint ({type(error).__name__}: {error}); {fix}"
+        ) from error
+    return Checkpoint(config, progress, weights, ema, optimizer, best_weights)

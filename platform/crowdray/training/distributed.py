@@ -1,4 +1,4 @@
-"""The processes that train together, as plain data, and what they have to agree on."""
+"""Rank and size of a process group, and its collectives."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,15 +12,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """One process among those that train together. With size 1 no process group is needed."""
+    """One process of a data-parallel group; size 1 needs no process group."""
 
     rank: int = 0
-    """Number of this process."""
+    """Index of this process."""
     size: int = 1
     """Number of processes."""
 
     def all_reduce_mean(self, values: Tensor) -> Tensor:
-        """Mean of a tensor over all processes, the same on each."""
+        """Return the mean of a tensor over all ranks, on each of them."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -28,7 +28,7 @@ class World:
         return values
 
     def all_gather(self, items: list[T]) -> list[T]:
-        """All processes' items, the same list on each."""
+        """Return the items of all ranks, in order of rank, on each of them."""
         if self.size == 1:
             return items
         gathered: list[list[T]] = [[] for _ in range(self.size)]
@@ -37,12 +37,12 @@ class World:
 
 
 def local_world() -> World:
-    """The world of torch's process group, where one was started."""
+    """Return the world of torch's process group; a world of size 1 without one."""
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return World()
 
 
 def pick_device() -> torch.device:
-    """The device of this process when nobody assigned one: the first GPU, else the CPU."""
+    """Return the first GPU, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import torch
 
+from crowdray.data.batch import Batch
 from crowdray.errors import JobFailed
 
 OUT_OF_MEMORY_MESSAGES = (
@@ -12,6 +13,14 @@ OUT_OF_MEMORY_MESSAGES = (
 
 class DivergedError(JobFailed):
     """A loss or gradient is not finite; raised on all ranks before any of it is saved."""
+
+
+class BatchTooLargeError(torch.OutOfMemoryError):
+    """The forward and backward pass of a batch do not fit into memory."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(f"{len(batch.rows)} windows do not fit into memory")
+        self.batch = batch
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""How near a training comes to what its device can do: operations, matrix rate and memory, counted and measured."""
+"""FLOPs of a training window, peak matmul throughput of the device, and peak memory."""
 
 import resource
 import time
@@ -12,34 +12,35 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crowdray.models.counter import Counter
 
-_SIDES = {"cpu": 1024, "cuda": 8192}
-"""Side of the square matrices whose product is timed: large enough that starting it costs nothing."""
+_MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
+"""Side of the timed square matrices: large enough that launch overhead is negligible."""
 _REPEATS = 5
 
 
 @cache
 def peak_matmul_flops(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of the product of two large matrices: the best of a few, measured once per process.
+    """Measure the FLOP/s of a large matrix product: the best of a few, once per process.
 
-    `threads` is what torch uses on a CPU; it is here because the answer depends on it.
+    Args:
+        threads: CPU threads of torch; part of the cache key, as the result depends on it.
     """
-    side = _SIDES.get(device.type, 1024)
-    generator = torch.Generator(device).manual_seed(0)  # a product of ones takes less power, and so less time
+    side = _MATRIX_SIDES.get(device.type, 1024)
+    generator = torch.Generator(device).manual_seed(0)  # a product of ones draws less power and runs faster
     left, right = (torch.randn(side, side, generator=generator, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(_REPEATS):
-        wait(device)
+        synchronize(device)
         started = time.perf_counter()
         left @ right
-        wait(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
-    if device.type == "cuda":  # what the training takes is measured on, without these matrices
+    if device.type == "cuda":  # keep these matrices out of the training run's peak memory
         del left, right
         torch.cuda.reset_peak_memory_stats(device)
     return 2 * side**3 / min(times)
 
 
-def operations_per_window(
+def flops_per_window(
     counter: Counter,
     tasks: Collection[str],
     size: Sequence[int],
@@ -47,10 +48,13 @@ def operations_per_window(
     frozen_encoder: bool,
     autocast: AbstractContextManager[object],
 ) -> int:
-    """FLOPs (a multiplication and an addition are two) of training on one window of size (H, W), backward pass too.
+    """Count the FLOPs of the forward and backward pass of one window; a multiply-add is two.
 
-    Counts what torch really runs, on a grey window, but for activations that are computed twice; no parameter gets a
-    gradient, and no random number is drawn.
+    Counts the operations that torch runs on a grey window, except recomputed activations. Leaves gradients and
+    random number generators untouched.
+
+    Args:
+        size: (H, W) of the window in pixels.
     """
     device = counter.mean.device
     trained = [parameter for parameter in counter.parameters() if parameter.requires_grad]
@@ -59,9 +63,9 @@ def operations_per_window(
     activation_checkpointing, counter.activation_checkpointing = counter.activation_checkpointing, False
     counter.eval()
     try:
-        with FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counted:
+        with FlopCounterMode(display=False, custom_mapping=_CUSTOM_FLOPS) as counted:
             with autocast:
-                # Never the compiled one, which hides its operations.
+                # `forward` is never the compiled call, which hides its operations.
                 outputs = counter.forward(image, tasks, None, frozen_encoder)
             total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
             torch.autograd.grad(total, trained, allow_unused=True)
@@ -83,28 +87,31 @@ def _convolution_backward(
     transposed: bool,
     _output_padding: object,
     _groups: int,
-    wanted: Sequence[bool],
+    output_mask: Sequence[bool],
     **_shapes: object,
 ) -> int:
-    """FLOPs of a convolution's gradients, from shapes: those of its inputs and of its weights cost a forward pass each.
+    """FLOPs of a convolution's gradients: one forward pass each for its inputs and its weights.
 
-    torch's own count forgets that a group sees its own channels alone, sixteenfold and more for depthwise ones.
+    torch's own count ignores groups, and is 16 times too high and more for depthwise convolutions.
     """
     cells = prod((inputs if transposed else gradient)[2:])
-    return 2 * gradient[0] * cells * prod(weight) * (wanted[0] + wanted[1])
+    return 2 * gradient[0] * cells * prod(weight) * (output_mask[0] + output_mask[1])
 
 
-_COUNTED_HERE = {torch.ops.aten.convolution_backward: _convolution_backward}
+_CUSTOM_FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: by torch on a GPU, since `matrix_rate` there, by the whole process on a CPU."""
+    """Return the peak bytes in use: by torch on a GPU, by the whole process on a CPU.
+
+    On a GPU the peak is that since the last `peak_matmul_flops` measurement.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

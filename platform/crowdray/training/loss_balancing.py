@@ -1,4 +1,4 @@
-"""What the paper's loss weights mean here: the gradients that the losses send to the features."""
+"""Loss balancing: scale auxiliary losses by their gradients at the encoder's features."""
 
 import math
 from collections.abc import Callable, Generator, Mapping
@@ -10,13 +10,13 @@ from torch import Tensor
 from crowdray.config import PAPER_WEIGHTS, Config, LossConfig
 from crowdray.data.batch import Batch
 from crowdray.models.counter import AUXILIARY, DENSITY, Counter
-from crowdray.training.losses import Scales, targets_of, task_losses
+from crowdray.training.losses import Scales, build_targets, task_losses
 
-CALIBRATION_BATCHES = 8
-"""Batches whose gradients are measured."""
+BALANCING_BATCHES = 8
+"""Batches over which gradient norms are averaged."""
 
 
-def measured_norms(
+def measure_gradient_norms(
     counter: Counter,
     batches: Generator[Batch, None, None],
     tasks: tuple[str, ...],
@@ -24,25 +24,26 @@ def measured_norms(
     scales: Scales,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> dict[str, float]:
-    """Mean norm of each task's gradient at the features over the first batches; no parameter gets a gradient.
+    """Average the norm of each task's gradient at the features over the first batches.
 
-    A batch is taken in the same parts as in training: their gradients are different entries of the whole one's.
+    Uses the microbatches of training: their gradients are disjoint entries of the batch's gradient. Leaves
+    the gradients of parameters untouched.
     """
     counter.eval()
     device = counter.mean.device
     totals, seen = dict.fromkeys(tasks, 0.0), 0
-    for _, batch in zip(range(CALIBRATION_BATCHES), batches, strict=False):
+    for _, batch in zip(range(BALANCING_BATCHES), batches, strict=False):
         norms: dict[str, list[float]] = {task: [] for task in tasks}
-        for part in batch.to(device).parts(config.optimizer.grad_accumulation_steps):
+        for microbatch in batch.to(device).parts(config.optimizer.grad_accumulation_steps):
             with torch.no_grad(), autocast():
-                features = counter.features(part.augmented())
+                features = counter.features(microbatch.augmented())
             features = features.float().requires_grad_()
             with autocast():
-                outputs = counter.decode(features, tasks, part.image.shape[-2:], part.corners)
-            losses = task_losses(outputs, targets_of(part, config, counter.encoder.output_stride), scales)
-            share = len(part.rows) / len(batch.rows)
+                outputs = counter.decode(features, tasks, microbatch.image.shape[-2:], microbatch.corners)
+            losses = task_losses(outputs, build_targets(microbatch, config, counter.encoder.output_stride), scales)
+            fraction = len(microbatch.rows) / len(batch.rows)
             for task, norm in gradient_norms(losses, features).items():
-                norms[task].append(share * norm)
+                norms[task].append(fraction * norm)
         for task in tasks:
             totals[task] += math.hypot(*norms[task])
         seen += 1
@@ -51,23 +52,23 @@ def measured_norms(
 
 
 def gradient_norms(losses: Mapping[str, Tensor], features: Tensor) -> dict[str, float]:
-    """Euclidean norm of each loss's gradient at the encoder's features."""
+    """Return the Euclidean norm of each loss's gradient at the features."""
     return {
         task: float(torch.autograd.grad(loss, features, retain_graph=True)[0].norm()) for task, loss in losses.items()
     }
 
 
-def calibrated_weights(config: LossConfig, norms: Mapping[str, float]) -> dict[str, float]:
-    """Factors of the losses in eq. 5, from the gradient norms seen at the start of the joint stage.
+def balanced_weights(config: LossConfig, norms: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss weights of eq. 5 from gradient norms at the start of the joint stage.
 
-    The paper's weights belong to losses whose scale it does not state. Here an auxiliary task at the paper's
-    weight pulls at the features with `config.share` of the density's gradient; other weights are relative to
-    that. A task whose gradient vanishes keeps weight 0.
+    The paper does not state the scale of its losses. Here an auxiliary loss at the paper's weight has
+    `config.gradient_share` times the density loss's gradient at the features; other weights are relative to
+    the paper's. A task with zero gradient gets weight 0.
     """
-    factors = {DENSITY: 1.0}
+    weights = {DENSITY: 1.0}
     for task in AUXILIARY:
         if task in norms:
             relative = getattr(config, task) / PAPER_WEIGHTS[task]
             norm = norms[task]
-            factors[task] = config.gradient_share * relative * norms[DENSITY] / norm if norm > 0 else 0.0
-    return factors
+            weights[task] = config.gradient_share * relative * norms[DENSITY] / norm if norm > 0 else 0.0
+    return weights

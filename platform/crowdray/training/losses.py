@@ -1,4 +1,4 @@
-"""The four losses of the paper, each with a stated scale, and the targets that they compare with.
+"""The four losses of the paper, their targets and their units.
 
 Shape legend: B windows, h w output cells.
 """
@@ -20,21 +20,20 @@ from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION
 
 @dataclass(frozen=True)
 class Scales:
-    """Units of the regressed quantities: they bring every target to the order of one."""
+    """Units of the regressed quantities; they bring every target to the order of 1."""
 
     density: float
-    """What densities are multiplied with: the inverse of one head's peak."""
+    """Factor of densities: the inverse of one head's peak density."""
     count: float
-    """What counts are divided by: the mean number of heads in a crop."""
+    """Divisor of counts: the mean number of heads in a crop."""
 
 
-def measured_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64], stride: int) -> Scales:
-    """The units for a training on these rows of the training split, with maps of this stride: one head's peak, the mean
-    count of a crop."""
-    chosen = np.isin(dataset.rows("train"), rows)
-    sizes = dataset.sizes("train")[chosen] / config.sampling.downsample
-    share = np.minimum(config.sampling.crop**2 / sizes.prod(axis=1), 1)
-    mean = float((dataset.counts("train")[chosen] * share).mean())
+def measure_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64], stride: int) -> Scales:
+    """Compute the units for the given rows of the training split and an output stride in pixels."""
+    selected = np.isin(dataset.rows("train"), rows)
+    sizes = dataset.sizes("train")[selected] / config.sampling.downsample
+    crop_fraction = np.minimum(config.sampling.crop**2 / sizes.prod(axis=1), 1)
+    mean = float((dataset.counts("train")[selected] * crop_fraction).mean())
     return Scales(density=1 / peak_density(config.target.sigma, stride), count=max(1.0, mean))
 
 
@@ -51,13 +50,13 @@ class MapTargets:
     count: Tensor
     """(B,) heads in the crop."""
     weight: Tensor
-    """Weight of each cell; its expected mean is one."""
+    """Weight of each cell, with an expected mean of 1."""
     has_depth: Tensor
     """(B,) 1 where depth is known."""
 
 
-def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
-    """Make a batch's targets on the batch's device, in cells of `stride` pixels."""
+def build_targets(batch: Batch, config: Config, stride: int) -> MapTargets:
+    """Build the targets of a batch on its device, in cells of `stride` pixels."""
     size, roi = (batch.roi.shape[-2], batch.roi.shape[-1]), batch.roi.float()
     maps = make_targets(
         batch.points,
@@ -71,13 +70,13 @@ def targets_of(batch: Batch, config: Config, stride: int) -> MapTargets:
         roi=roi,
     )
     weight = batch.weight
-    if stride > 1:  # cells at the border of the region count or do not, as when heads are counted
+    if stride > 1:  # cells at the ROI's border count or not as a whole, as in evaluation
         weight = F.avg_pool2d(weight, stride) * cell_mask(roi, batch.extent, stride)
     return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, weight, batch.has_depth)
 
 
 def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:
-    """Unweighted loss of each predicted task, a scalar each.
+    """Return the unweighted loss of each predicted task, a scalar each.
 
     Density (eq. 4) and depth (eq. 2): mean squared error per cell. Segmentation (eq. 1): mean binary
     cross-entropy per cell. Count (eq. 3): squared error in units of `scales.count`. Every mean divides by a

@@ -1,4 +1,4 @@
-"""How numbers are computed: the arithmetic that a device is fastest in."""
+"""Numeric precision: bf16, TensorFloat-32, compilation and compressed gradients."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from crowdray.errors import InfeasibleConfigError
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """fp32 or bf16: auto takes bf16 where the device multiplies bf16 matrices natively."""
+    """Return fp32 or bf16; auto resolves to bf16 where the device multiplies bf16 matrices natively."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -22,17 +22,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16")) else "fp32"
 
 
-def set_products(tf32: bool, device: torch.device) -> None:
-    """Let fp32 convolutions and matrix products of a GPU round their factors to TensorFloat-32, or not, in this
-    process. torch's own default is to let cuDNN do so."""
+def set_tf32(enabled: bool, device: torch.device) -> None:
+    """Allow or forbid TensorFloat-32 in the GPU convolutions and matrix products of this process.
+
+    torch's own default allows it in cuDNN.
+    """
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+        torch.backends.cudnn.allow_tf32 = enabled
 
 
 @contextmanager
-def full_products() -> Iterator[None]:
-    """Whatever `set_products` allows, full fp32 for a block: for targets and for what is told of a counter."""
+def full_fp32() -> Iterator[None]:
+    """Disable TensorFloat-32 within a block: for targets and for evaluation."""
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -44,16 +46,21 @@ def full_products() -> Iterator[None]:
 
 
 def require_compiler(compile: str) -> None:
-    """Raise SettingsError where torch.compile would find no compiler, after the first batch and in words of its own."""
+    """Raise InfeasibleConfigError if torch.compile needs a C++ compiler that is missing.
+
+    torch itself would fail after the first batch, with a message about its internals.
+    """
     named = [os.environ.get(name, "") for name in ("CXX", "CC")]
     if compile != "no" and not any(map(shutil.which, [*filter(None, named), "g++", "gcc", "clang++", "clang"])):
         raise InfeasibleConfigError(
-            f"numerics.compile is {compile}, and torch.compile calls a C++ compiler that this machine does not have; "
-            "install g++, or give --numerics.compile no"
+            f"numerics.compile is {compile}, but torch.compile found no C++ compiler on this machine; install g++ or "
+            "set --numerics.compile no"
         )
 
 
 def bf16_allreduce_hook(group: ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """The mean of the ranks' gradients, each rounded to bf16 on the way. torch's own hook, under a name by which it is
-    not refused where another library than NCCL sums."""
+    """Average the gradients of all ranks in bf16.
+
+    A wrapper: DDP rejects torch's own hook by its name on backends other than NCCL.
+    """
     return bf16_compress_hook(group, bucket)  # type: ignore[arg-type]

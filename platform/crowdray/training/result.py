@@ -1,5 +1,4 @@
-"""What a finished training found: each stage's best weights scored once on validation and test images, and
-which of them ships."""
+"""The result of a finished training run: each stage's best weights, evaluated on validation and test images."""
 
 import json
 from collections.abc import Sequence
@@ -9,53 +8,60 @@ from typing import Self
 
 from crowdray.errors import DataError
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
-from crowdray.training.checkpoint import Best, Row
+from crowdray.training.checkpoint import BestEpoch, EpochMetrics, rename_old_metrics
 from crowdray.training.trainer import Trainer
+
+# Names in result.json before version 0.2, still read.
+_OLD_FIELDS = {"shipped": "best_stage", "factors": "loss_weights"}
 
 
 @dataclass
 class StageResult:
-    """One stage that changes what ships."""
+    """Result of one stage that trains the exported modules."""
 
-    best: Best
+    best: BestEpoch
     """Its best epoch, as validated during training."""
     validation: Metrics
-    """The best weights on the validation images, in fp32."""
+    """Errors of the best weights on the validation images, in fp32."""
     test: Metrics | None
-    """The same on the test split; None where the dataset has none."""
+    """The same on the test split; None if the dataset has none."""
     test_counts: list[ImageCount] = field(default_factory=list)
-    """Every test image."""
+    """Counts of every test image."""
 
 
 @dataclass
 class TrainingResult:
-    """The end of a training; as JSON it lies beside the weights as result.json."""
+    """Result of a training run, stored as result.json next to the weights."""
 
-    shipped: str
-    """The stage whose best weights ship: the lowest validation MAE, never chosen on the test split."""
+    best_stage: str
+    """The stage whose best weights are exported: the lowest validation MAE, never selected on the test split."""
     stages: dict[str, StageResult]
     """Results by stage name."""
-    history: list[Row]
-    """One row per epoch."""
-    factors: dict[str, float]
-    """Factors of the losses in the last stage."""
+    history: list[EpochMetrics]
+    """Metrics of every epoch."""
+    loss_weights: dict[str, float]
+    """Loss weights of the last stage."""
     mean_count: float
-    """Mean heads of a training image: the predictor that any model has to beat."""
+    """Mean heads of a training image, as a constant baseline predictor."""
     mean_predictor: Metrics | None
     """Errors of predicting that mean on the test split."""
 
     def to_json(self) -> str:
-        """The result as JSON text."""
+        """Return the result as JSON text."""
         return json.dumps(asdict(self)) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, place: str) -> Self:
-        """Parse what to_json gave; raises DataError naming `place` when it cannot be."""
+    def from_json(cls, text: str | bytes, uri: str) -> Self:
+        """Parse what `to_json` returned, in its current or its previous form.
+
+        Raises:
+            DataError: the text is not a result; the message names `uri`.
+        """
         try:
-            content = json.loads(text)
+            content = {_OLD_FIELDS.get(name, name): value for name, value in json.loads(text).items()}
             stages = {
                 name: StageResult(
-                    Best(**stage["best"]),
+                    BestEpoch(**stage["best"]),
                     Metrics(**stage["validation"]),
                     Metrics(**stage["test"]) if stage["test"] else None,
                     [ImageCount(**count) for count in stage["test_counts"]],
@@ -63,42 +69,38 @@ class TrainingResult:
                 for name, stage in content.pop("stages").items()
             }
             mean = content.pop("mean_predictor")
-            return cls(stages=stages, mean_predictor=Metrics(**mean) if mean else None, **content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{place} is no result of a training ({error}); train again under a new --name") from error
+            history = rename_old_metrics(content.pop("history"))
+            return cls(stages=stages, history=history, mean_predictor=Metrics(**mean) if mean else None, **content)
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{uri} is not the result of a training run ({error}); train again under a new --name"
+            ) from error
 
 
-def final_result(training: Trainer) -> TrainingResult:
-    """Score the best weights of every stage; every rank calls it and every rank gets the result."""
-    dataset = training.store.dataset
+def final_result(trainer: Trainer) -> TrainingResult:
+    """Evaluate the best weights of every stage; a collective that returns the same result on every rank."""
+    dataset, progress = trainer.images.dataset, trainer.state.progress
     has_test = "test" in dataset.index.splits
     stages = {}
-    for name, best in training.progress.best.items():
-        validation = summarise(training.evaluate(name, training.validation_rows))
-        counts = training.evaluate(name, dataset.rows("test")) if has_test else []
+    for name, best in progress.best.items():
+        validation = summarise(trainer.evaluate(name, trainer.validation_rows))
+        counts = trainer.evaluate(name, dataset.rows("test")) if has_test else []
         counts.sort(key=lambda count: count.row)
         stages[name] = StageResult(best, validation, summarise(counts) if counts else None, counts)
-    shipped = min(stages, key=lambda name: stages[name].validation.mae)
-    chosen = set(training.train_rows.tolist())
-    heads = [
-        h
-        for row, h in zip(dataset.rows("train").tolist(), dataset.counts("train").tolist(), strict=True)
-        if row in chosen
-    ]
+    best_stage = min(stages, key=lambda name: stages[name].validation.mae)
+    train_rows = set(trainer.train_rows.tolist())
+    counts_by_row = zip(dataset.rows("train").tolist(), dataset.counts("train").tolist(), strict=True)
+    heads = [count for row, count in counts_by_row if row in train_rows]
     mean = sum(heads) / len(heads)
-    naive = [ImageCount(count.row, count.truth, mean, mean) for count in stages[shipped].test_counts]
-    return TrainingResult(
-        shipped,
-        stages,
-        training.progress.history,
-        training.progress.factors,
-        mean,
-        summarise(naive) if naive else None,
+    constant = [ImageCount(count.row, count.truth, mean, mean) for count in stages[best_stage].test_counts]
+    mean_predictor = summarise(constant) if constant else None
+    return TrainingResult(best_stage, stages, progress.history, progress.loss_weights, mean, mean_predictor)
+
+
+def describe_workers(history: Sequence[EpochMetrics]) -> str:
+    """Return the numbers of workers over the epochs, for example "2, 1 from epoch 9"."""
+    known = [epoch for epoch in history if "workers" in epoch]
+    changed = [epoch for before, epoch in pairwise(known) if before["workers"] != epoch["workers"]]
+    return ", ".join(
+        [f"{known[0]['workers']}", *(f"{epoch['workers']} from epoch {epoch['epoch']}" for epoch in changed)]
     )
-
-
-def describe_workers(history: Sequence[Row]) -> str:
-    """Numbers of workers over the epochs, for example "2, 1 from epoch 9"."""
-    known = [row for row in history if "workers" in row]
-    changed = [row for before, row in pairwise(known) if before["workers"] != row["workers"]]
-    return ", ".join([f"{known[0]['workers']}", *(f"{row['workers']} from epoch {row['epoch']}" for row in changed)])

@@ -1,4 +1,4 @@
-"""The three stages of Section 3.3, as data: the loop is the same for all of them."""
+"""The three training stages of Section 3.3 as data; one loop serves all of them."""
 
 from dataclasses import dataclass
 
@@ -10,42 +10,42 @@ ENCODER = "encoder"
 
 @dataclass(frozen=True)
 class Stage:
-    """What trains, what counts, and for how long."""
+    """Which modules train, on which losses, and for how long."""
 
     name: str
     """baseline, decoders or joint."""
     schedule: StageConfig
-    """Epochs, learning rate, early stop."""
+    """Epochs, learning rate, early stopping."""
     tasks: tuple[str, ...]
-    """Tasks that are predicted and whose losses count."""
+    """Tasks that are predicted and contribute a loss."""
     modules: tuple[str, ...]
-    """The encoder and decoders whose parameters train; all others are frozen."""
-    calibrated: bool = False
-    """Weigh the losses by calibration (joint) instead of equally: on disjoint parameters equal weights change
-    nothing."""
+    """Modules with trainable parameters: the encoder and decoders by task; all others are frozen."""
+    balanced: bool = False
+    """Balance the losses by gradient norm (joint) instead of equally: on disjoint parameters, weights of losses
+    change nothing."""
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the encoder's graph is needed, and the shipped model changes."""
+        """Whether the encoder trains, and with it the exported model."""
         return ENCODER in self.modules
 
 
-def stages_of(config: Config) -> tuple[Stage, ...]:
-    """The stages of a training in order; those without epochs are left out, tasks with weight 0 too.
+def build_stages(config: Config) -> tuple[Stage, ...]:
+    """Return the stages of a run in order, without stages of 0 epochs and tasks of weight 0.
 
     In the decoders stage the auxiliary decoders share one frozen encoder and do not influence each other, so
-    training them side by side gives the weights that training them in succession on the same batches gives.
+    training them jointly yields the same weights as training them one after another on the same batches.
     """
     auxiliary = tuple(task for task in AUXILIARY if getattr(config.loss, task) > 0)
     stages = [Stage("baseline", config.stages.baseline, (DENSITY,), (ENCODER, DENSITY))]
     if auxiliary:
         stages.append(Stage("decoders", config.stages.decoders, auxiliary, auxiliary))
-    everything = (DENSITY, *auxiliary)
-    stages.append(Stage("joint", config.stages.joint, everything, (ENCODER, *everything), calibrated=True))
+    tasks = (DENSITY, *auxiliary)
+    stages.append(Stage("joint", config.stages.joint, tasks, (ENCODER, *tasks), balanced=True))
     return tuple(stage for stage in stages if stage.schedule.epochs > 0)
 
 
 def module_of(parameter: str) -> str:
-    """The stage module that a parameter of the counter belongs to: the encoder or a decoder's task."""
+    """Return the module of a counter's parameter name: the encoder, or the task of its decoder."""
     parts = parameter.split(".")
     return ENCODER if parts[0] == ENCODER else parts[1]

@@ -28,7 +28,7 @@ from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, T
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lease import LEASE_S, Keeper, Lease, take
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.figures import draw_importance, draw_optimisation, draw_slices
 from crowdray.tune.record import StudyRecord, TrialRecord, importances
 from crowdray.tune.stage_tree import draw_stage_tree
@@ -282,7 +282,7 @@ def _ship(
         return outcome
     if not storage.exists(storage.join(run.trained, RESULT)):
 
-        def follow(history: Sequence[Row]) -> None:
+        def follow(history: Sequence[EpochMetrics]) -> None:
             display.status(f"the state of trial {best.number} is gone: training it again, epoch {len(history)}")
 
         run_training(run, resources, device=device, stage_cache=stage_cache, follow=follow)

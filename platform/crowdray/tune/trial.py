@@ -20,7 +20,7 @@ from crowdray.pipeline.run import Run, open_as_begun
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.stage_cache.store import StateId
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import World, pick_device
 from crowdray.training.errors import DivergedError
 from crowdray.training.trainer import Trainer
@@ -83,14 +83,14 @@ def _train_here(task: TrialTask, told: Mapping[str, Any]) -> None:
     account = Account(session.chains, 1)
     restored = session.restore()
     training = Trainer(config, dataset, world=World(), device=device, restored=restored)
-    account.begin(training.progress.history)
+    account.begin(training.state.progress.history)
 
-    def report(row: Row, save: Callable[[Path], None]) -> None:
+    def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         session.keep(training, save)
-        tune.report(account.after_epoch(training.progress.history))
+        tune.report(account.after_epoch(training.state.progress.history))
 
-    training.run(report)
-    tune.report(account.at_end(training.progress.history))
+    training.fit(report)
+    tune.report(account.at_end(training.state.progress.history))
 
 
 def trial_device(use_gpu: bool) -> torch.device:
@@ -103,9 +103,9 @@ def _train_group(task: TrialTask, told: Mapping[str, Any]) -> None:
     run = Run(config, task.data, task.digest, task.workers, task.storage, told["name"])
     account = Account(told["chains"], task.workers)
     last, found = told["chains"][-1], task.stage_cache.open().find(told["chains"])
-    seen: list[Row] = []
+    seen: list[EpochMetrics] = []
 
-    def follow(history: Sequence[Row]) -> None:
+    def follow(history: Sequence[EpochMetrics]) -> None:
         done = sum(row["stage"] == last.stage for row in history)
         whole = not seen and found == StateId(last.key, last.stage, done)  # and nothing was left to train
         if not seen:
@@ -133,22 +133,22 @@ class Account:
         self._told = 0
         self._attempt = uuid.uuid4().hex
 
-    def begin(self, history: Sequence[Row]) -> None:
+    def begin(self, history: Sequence[EpochMetrics]) -> None:
         """The training starts after these epochs, which somebody else has trained."""
         self._reused = len(history)
 
-    def after_epoch(self, history: Sequence[Row]) -> dict[str, Any]:
+    def after_epoch(self, history: Sequence[EpochMetrics]) -> dict[str, Any]:
         """The report of the newest epoch; the first one brings the whole history."""
         now = time.monotonic()
         self._spent[str(history[-1]["stage"])] += (now - self._last) * self._workers
         self._last = now
         return self._report(history)
 
-    def at_end(self, history: Sequence[Row]) -> dict[str, Any]:
+    def at_end(self, history: Sequence[EpochMetrics]) -> dict[str, Any]:
         """The report of the end."""
         return self._report(history) | {"finished": True}
 
-    def _report(self, history: Sequence[Row]) -> dict[str, Any]:
+    def _report(self, history: Sequence[EpochMetrics]) -> dict[str, Any]:
         told, self._told = self._told, len(history)
         joint = [row for row in history if row["stage"] == "joint"]
         errors = [float(row.get("val/mae", math.inf)) for row in joint]
@@ -160,7 +160,7 @@ class Account:
             report |= {"mae": best["val/mae"], "rmse": best["val/rmse"]}
         return report
 
-    def _legs(self, history: Sequence[Row]) -> list[StageCost]:
+    def _legs(self, history: Sequence[EpochMetrics]) -> list[StageCost]:
         legs = []
         for chain in self._chains:
             rows = [row for row in history if row["stage"] == chain.stage]

@@ -13,7 +13,7 @@ from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.pipeline.publish import metric_rows
 from crowdray.registry.tracking import Status, Tracker, open_tracker
-from crowdray.training.checkpoint import Row
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.record import StageCost, State, StudyRecord, TrialRecord
 from crowdray.tune.study import Study, drawn_trials
 
@@ -129,7 +129,7 @@ class _Running:
 
     config: Config
     tracker: Tracker | None
-    history: dict[int, Row] = field(default_factory=dict)
+    history: dict[int, EpochMetrics] = field(default_factory=dict)
     """Rows by epoch."""
     attempt: str = ""
     """The process that reports."""

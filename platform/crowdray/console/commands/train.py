@@ -14,7 +14,7 @@ from crowdray.console.progress import TrainingDisplay
 from crowdray.console.tables import show_outcome
 from crowdray.pipeline.run import plan, workers_of
 from crowdray.stage_cache.session import StageCacheOptions
-from crowdray.training.stages import stages_of
+from crowdray.training.stages import build_stages
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     workers, measured = workers_of(job.workers), job.batch == "auto"
     run = plan(job.config, job.data, workers, job.storage, job.name, job.preset, measured=measured)
     screen = console()
-    with TrainingDisplay(stages_of(run.config), screen) as display:
+    with TrainingDisplay(build_stages(run.config), screen) as display:
         if measured:
             run = find_batch_size(run, display, device=job.device)
         stage_cache = job.cache.config(run.storage)
