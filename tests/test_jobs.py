@@ -23,10 +23,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from crowdray import storage
 from crowdray.cluster import batch_size
 from crowdray.cluster.batch_size import find_batch_size
-from crowdray.cluster.callbacks import is_worker_loss
 from crowdray.cluster.convert import convert
+from crowdray.cluster.failures import TrainingStopped, is_worker_loss, translated_error
 from crowdray.cluster.runtime import Resources, choose_gpu
-from crowdray.cluster.train import TrainingStopped, run_training, translated_errors
+from crowdray.cluster.train import run_training
 from crowdray.cluster.worker import upload
 from crowdray.config import Config, ConfigError, Device, NumericsConfig, to_json
 from crowdray.console.arguments import load_preset, parse_with_config
@@ -34,7 +34,8 @@ from crowdray.console.commands.train import TrainJob
 from crowdray.console.progress import TrainingDisplay
 from crowdray.datasets.sources import SOURCES, open_source
 from crowdray.errors import InfeasibleConfigError, UserError
-from crowdray.pipeline.run import RAY_LIST, Run, Workers, default_name, open_as_begun, plan, workers_of
+from crowdray.pipeline.identity import Workers, default_name, open_verified, parse_workers
+from crowdray.pipeline.run import RAY_CHECKPOINT_LIST, RESUME_HINT, Run, plan_run
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Checkpoint, Progress, disk_full_as_user_error, save_checkpoint
@@ -58,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run(data: str, tmp_path: Path) -> Run:
-    return plan(preset("debug"), data, 2, str(tmp_path / "runs"), "run", "debug")
+    return plan_run(preset("debug"), data, 2, str(tmp_path / "runs"), "run", "debug")
 
 
 def test_all_problems_of_a_command_are_told_at_once() -> None:
@@ -160,49 +161,48 @@ def test_a_full_disk_under_a_checkpoint_is_the_users_to_mend() -> None:
 
 
 def test_a_run_belongs_to_what_it_was_started_with(run: Run) -> None:
-    run.claim()
-    run.claim()
-    replace(run, workers=1).claim()
-    replace(run, workers=(1, 4)).claim()
-    memory = replace(run.config.sampling, cache_gib=0, gpu_cache_gib=1.0)
-    replace(run, config=replace(run.config, sampling=memory)).claim()
+    run.create_or_verify()
+    run.create_or_verify()
+    for workers in (1, (1, 4)):
+        replace(run, identity=replace(run.identity, workers=workers)).create_or_verify()
+    memory = replace(run.identity.config.sampling, cache_gib=0, gpu_cache_gib=1.0)
+    run.with_config(replace(run.identity.config, sampling=memory)).create_or_verify()
     written = json.loads(storage.read_bytes(f"{run.uri}/run.json"))
     del written["config"]["optimizer"]["grad_accumulation_steps"]  # as by a version that had no such field
     storage.write_bytes(f"{run.uri}/run.json", json.dumps(written).encode())
-    run.claim()
-    with pytest.raises(UserError, match=r"optimizer\.grad_accumulation_steps is 1 there, 2 here"):
-        replace(
-            run, config=replace(run.config, optimizer=replace(run.config.optimizer, grad_accumulation_steps=2))
-        ).claim()
-    other = replace(run.config, seed=5)
-    with pytest.raises(UserError, match=r"another --name.*\n  seed is 0 there, 5 here"):
-        replace(run, config=other).claim()
-    with pytest.raises(UserError, match=r"digest is \w+ there, abc here"):
-        replace(run, digest="abc").claim()
-    assert load_preset(f"{run.uri}/config.json") == run.config
+    run.create_or_verify()
+    accumulating = replace(run.identity.config.optimizer, grad_accumulation_steps=2)
+    with pytest.raises(UserError, match=r"optimizer\.grad_accumulation_steps: recorded 1, given 2"):
+        run.with_config(replace(run.identity.config, optimizer=accumulating)).create_or_verify()
+    other = replace(run.identity.config, seed=5)
+    with pytest.raises(UserError, match=r"another --name.*\n  seed: recorded 0, given 5"):
+        run.with_config(other).create_or_verify()
+    with pytest.raises(UserError, match=r"digest: recorded \w+, given abc"):
+        replace(run, identity=replace(run.identity, data_digest="abc")).create_or_verify()
+    assert load_preset(f"{run.uri}/config.json") == run.identity.config
 
 
 def test_a_measured_batch_is_that_of_the_run_ever_after(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planned() -> Run:
-        return plan(preset("debug"), data, 2, str(tmp_path), None, "debug", measured=True)
+        return plan_run(preset("debug"), data, 2, str(tmp_path), None, "debug", auto_batch=True)
 
     measured = iter([12])
-    monkeypatch.setattr(batch_size, "_measured", lambda run, device: next(measured))
+    monkeypatch.setattr(batch_size, "measure_on_cluster", lambda run, device: next(measured))
     with TrainingDisplay((), Console(file=io.StringIO())) as display:
-        first = find_batch_size(planned(), display)
-        first.claim()
-        again = find_batch_size(planned(), display)
-    again.claim()
-    assert again == first and first.config.sampling.batch == 12
-    assert load_preset(f"{first.uri}/config.json") == first.config
-    assert plan(preset("debug"), data, 2, str(tmp_path), None, "debug").name != first.name
+        first = find_batch_size(planned(), display.on_status)
+        first.create_or_verify()
+        again = find_batch_size(planned(), display.on_status)
+    again.create_or_verify()
+    assert again == first and first.identity.config.sampling.batch == 12
+    assert load_preset(f"{first.uri}/config.json") == first.identity.config
+    assert plan_run(preset("debug"), data, 2, str(tmp_path), None, "debug").uri != first.uri
 
 
 def test_a_batch_is_measured_for_one_number_of_workers(run: Run) -> None:
-    with TrainingDisplay((), Console()) as display, pytest.raises(UserError, match="--workers is 1:2: give one"):
-        find_batch_size(replace(run, workers=(1, 2)), display)
+    with TrainingDisplay((), Console()) as display, pytest.raises(UserError, match="--workers is 1:2: give one number"):
+        find_batch_size(replace(run, identity=replace(run.identity, workers=(1, 2))), display.on_status)
 
 
 def test_a_name_is_a_function_of_all_that_is_computed() -> None:
@@ -219,19 +219,19 @@ def test_a_list_of_checkpoints_that_a_kill_cut_off_is_mended(run: Run, cut: str)
     for epoch in (1, 2, 3):
         folder = Path(run.uri, f"checkpoint-{epoch:05d}")
         folder.mkdir(parents=True)
-        progress = Progress(1.0, 1.0, run.digest, 2, epochs=epoch)
-        save_checkpoint(Checkpoint(run.config, progress, {"a": torch.zeros(8)}), folder)
+        progress = Progress(1.0, 1.0, run.identity.data_digest, 2, epochs=epoch)
+        save_checkpoint(Checkpoint(run.identity.config, progress, {"a": torch.zeros(8)}), folder)
     torn = Path(run.uri, "checkpoint-00003", "weights.safetensors")
     torn.write_bytes(torn.read_bytes()[:-4])
-    listed = Path(run.uri, RAY_LIST)
+    listed = Path(run.uri, RAY_CHECKPOINT_LIST)
     listed.write_text(cut)
     half = Path(run.uri, f"{storage.PARTIAL}0-checkpoint-00004", "deep")
     half.mkdir(parents=True)
 
-    assert run.mend() == f"{run.uri}/checkpoint-00002"
+    assert run.repair() == f"{run.uri}/checkpoint-00002"
     assert not listed.exists() and not half.parent.exists()
     listed.write_text(json.dumps({}))
-    assert run.mend() is None and listed.exists()
+    assert run.repair() is None and listed.exists()
 
 
 @pytest.mark.parametrize(
@@ -264,13 +264,13 @@ def test_more_workers_than_there_is_room_for(there: Resources, workers: int, dev
 
 @pytest.mark.parametrize(("said", "workers"), [(2, 2), ("1:4", (1, 4)), ("3:3", 3)])
 def test_workers_are_a_number_or_between_two(said: int | str, workers: Workers) -> None:
-    assert workers_of(said) == workers
+    assert parse_workers(said) == workers
 
 
 @pytest.mark.parametrize("said", ["0:2", "4:1", "a:b", "1:", ":2", "1:2:3", "-1:2", "1 : 2", "two"])
 def test_other_numbers_of_workers_are_refused(said: str) -> None:
-    with pytest.raises(UserError, match=f"--workers is '{said}'; give a number, or the fewest, at least 1, and the"):
-        workers_of(said)
+    with pytest.raises(UserError, match=f"--workers is '{said}'; give a number, or a minimum of at least 1 and a"):
+        parse_workers(said)
 
 
 @pytest.mark.parametrize("workers", ["9", "1:9"])
@@ -283,15 +283,14 @@ def test_a_batch_has_a_window_for_each_worker_that_may_come(data: str, tmp_path:
 
 def test_a_cluster_needs_room_for_the_fewest_workers(run: Run) -> None:
     with pytest.raises(UserError, match="3 workers need a CPU each, the Ray cluster has 2 CPUs"):
-        run_training(
-            replace(run, workers=(3, 8)), Resources(2, 0, False), stage_cache=StageCacheConfig("memory://stages", 0)
-        )
+        elastic = replace(run, identity=replace(run.identity, workers=(3, 8)))
+        run_training(elastic, Resources(2, 0, False), stage_cache=StageCacheConfig("memory://stages", 0))
 
 
 def test_a_memory_that_is_too_small_is_the_users_to_mend(run: Run) -> None:
-    told = translated_errors(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
+    told = translated_error(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB"), run)
     assert isinstance(told, InfeasibleConfigError)
-    assert str(told).startswith(f"the training under {run.uri} does not fit into memory (CUDA out of memory.); lower")
+    assert str(told).startswith(f"the run {run.uri} does not fit into memory (CUDA out of memory.); lower")
 
 
 def test_workers_of_a_trial_reserve_the_cpus_that_its_place_was_counted_with(
@@ -306,10 +305,10 @@ def test_workers_of_a_trial_reserve_the_cpus_that_its_place_was_counted_with(
     monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
     monkeypatch.setattr("ray.util.queue.Queue", lambda **_: None)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
-    four = replace(run, config=replace(run.config, numerics=NumericsConfig(threads=4)))
+    four = run.with_config(replace(run.identity.config, numerics=NumericsConfig(threads=4)))
     stage_cache, there = StageCacheConfig(str(tmp_path), 0), Resources(8, 0, True)
     with pytest.raises(Asked, match=r"^4"):
-        run_training(four, there, stage_cache=stage_cache, study="study.json")
+        run_training(replace(four, study_file="study.json"), there, stage_cache=stage_cache)
     with pytest.raises(Asked, match=r"^1"):
         run_training(four, there, stage_cache=stage_cache)
 
@@ -329,16 +328,16 @@ def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     diverged = DivergedError("joint stage, epoch 3: density nan")
-    assert translated_errors(ControllerError(diverged), run) is diverged
-    assert translated_errors(WorkerGroupError("", {0: RuntimeError("closed"), 1: diverged}), run) is diverged
-    lost = translated_errors(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
+    assert translated_error(ControllerError(diverged), run) is diverged
+    assert translated_error(WorkerGroupError("", {0: RuntimeError("closed"), 1: diverged}), run) is diverged
+    lost = translated_error(WorkerGroupError("", {0: RuntimeError("first line\nclosed by peer")}), run)
     assert isinstance(lost, TrainingStopped)
-    assert "closed by peer. The same command goes on" in str(lost)
-    refused = translated_errors(ControllerError(PermissionError("The token has expired.")), run)
+    assert f"(closed by peer); {RESUME_HINT}" in str(lost)
+    refused = translated_error(ControllerError(PermissionError("The token has expired.")), run)
     assert isinstance(refused, UserError)
-    assert f"{run.uri}: The token has expired.; renew your credentials, then give the same command" in str(refused)
+    assert f"{run.uri}: The token has expired.; renew your credentials, then {RESUME_HINT}" in str(refused)
     ours = PermissionError(errno.EACCES, "Permission denied", "/.triton")
-    assert translated_errors(ControllerError(ours), run) is ours
+    assert translated_error(ControllerError(ours), run) is ours
 
 
 @pytest.mark.parametrize(
@@ -348,9 +347,9 @@ def test_what_ray_wraps_reaches_the_user_as_it_was(run: Run) -> None:
         (
             PermissionError("The token has expired."),
             UserError,
-            "expired.*credentials; then give the same command again",
+            "expired.*credentials; then run the same command again",
         ),
-        (OSError(errno.ENOSPC, "no space"), UserError, "no space left.*; then give the same command again"),
+        (OSError(errno.ENOSPC, "no space"), UserError, "no space left.*; then run the same command again"),
     ],
 )
 def test_a_checkpoint_that_is_not_written_is_a_loss_or_the_users_to_mend(
@@ -361,7 +360,9 @@ def test_a_checkpoint_that_is_not_written_is_a_loss_or_the_users_to_mend(
 
     made = tmp_path / "made"
     made.mkdir()
-    save_checkpoint(Checkpoint(run.config, Progress(1.0, 1.0, run.digest, 2), {"a": torch.zeros(8)}), made)
+    save_checkpoint(
+        Checkpoint(run.identity.config, Progress(1.0, 1.0, run.identity.data_digest, 2), {"a": torch.zeros(8)}), made
+    )
     monkeypatch.setattr("shutil.copytree", copytree)
     with pytest.raises(raised, match=message):
         upload(run.uri, ray.train.Checkpoint(str(made)), "checkpoint-00001")
@@ -370,11 +371,13 @@ def test_a_checkpoint_that_is_not_written_is_a_loss_or_the_users_to_mend(
 
 def test_a_node_that_sees_another_folder_or_dataset_says_so(run: Run) -> None:
     with pytest.raises(UserError, match=rf"{run.uri} on this node is not the folder.*all nodes share"):
-        open_as_begun(run.data, run.digest, run.identity)
-    run.claim()
-    assert open_as_begun(run.data, run.digest, run.identity).digest == run.digest
-    with pytest.raises(UserError, match=rf"{run.data} on this node is {run.digest[:12]}, .* with eeeeeeeeeeee; "):
-        open_as_begun(run.data, "e" * 64, run.identity)
+        open_verified(run.identity, run.identity_file)
+    run.create_or_verify()
+    assert open_verified(run.identity, run.identity_file).digest == run.identity.data_digest
+    with pytest.raises(
+        UserError, match=rf"{run.identity.data} on this node is {run.identity.data_digest[:12]}, .* with eeeeeeeeeeee; "
+    ):
+        open_verified(replace(run.identity, data_digest="e" * 64), run.identity_file)
 
 
 def test_overrides_change_the_preset() -> None:

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from crowdray.cluster.failures import TrainingStopped
 from crowdray.cluster.parallel import WorkStopped
-from crowdray.cluster.train import TrainingStopped
 from crowdray.console.main import EXIT_FAILED, EXIT_USAGE, run_job
 from crowdray.datasets.validation import InvalidDatasetError
 from crowdray.errors import DataError, JobFailed, UserError

@@ -29,14 +29,14 @@ def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
         torch.nn.init.constant_(run.state.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
     run.fit()
     said = io.StringIO()
-    TrainingDisplay(run.stages, Console(file=said)).history(run.state.progress.history)
+    TrainingDisplay(run.stages, Console(file=said)).on_history(run.state.progress.history)
     assert ("the density map is dead" in said.getvalue()) == dead
 
 
 def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFixture[str]) -> None:
     stages = build_stages(preset("debug"))
     epoch: EpochMetrics = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
-    TrainingDisplay(stages, Console(file=io.StringIO())).history([epoch])
+    TrainingDisplay(stages, Console(file=io.StringIO())).on_history([epoch])
     assert sum(stage.schedule.epochs for stage in stages) == 5
     assert "0:02:00 left" in capsys.readouterr().out
 
@@ -46,8 +46,8 @@ def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[st
     rows: list[EpochMetrics] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
     display = TrainingDisplay(build_stages(preset("debug")), Console(file=io.StringIO()))
     for number in range(1, 5):
-        display.history(rows[:number])
-    display.history(rows)
+        display.on_history(rows[:number])
+    display.on_history(rows)
     lines = [line.partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
     epochs = [f"baseline {number}/2" for number in range(1, 6)]
     assert lines == [*epochs[:2], "continuing with 1 worker", *epochs[2:4], "continuing with 3 workers", epochs[4]]

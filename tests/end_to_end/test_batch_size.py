@@ -10,7 +10,7 @@ from crowdray.cluster.batch_size import find_batch_size
 from crowdray.console.progress import TrainingDisplay
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
-from crowdray.pipeline.run import plan
+from crowdray.pipeline.run import plan_run
 from crowdray.presets import preset
 
 pytestmark = pytest.mark.end_to_end
@@ -21,7 +21,7 @@ def test_batch_size_auto_divides_by_workers_within_epoch(tmp_path: Path, monkeyp
     source = open_source("synthetic", train=12, test=2, width=96, height=96)
     data, config = str(tmp_path / "data"), preset("debug")
     conversion.convert(source, data)
-    run = plan(config, data, 2, str(tmp_path / "runs"), None, "debug", measured=True)
+    run = plan_run(config, data, 2, str(tmp_path / "runs"), None, "debug", auto_batch=True)
     with TrainingDisplay((), Console(file=io.StringIO())) as display:
-        batch = find_batch_size(run, display).config.sampling.batch
+        batch = find_batch_size(run, display.on_status).identity.config.sampling.batch
     assert batch % 2 == 0 and 2 <= batch <= 12 * config.sampling.crops_per_image

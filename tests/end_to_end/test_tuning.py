@@ -44,7 +44,7 @@ def test_tune_uninterrupted_registers_best_trial(workspace: Workspace, finished_
     assert outcome["best"] == best["number"]
     assert outcome["outcome"]["registered"].startswith("models:/crowdray-synthetic/")
     assert all(os.path.getsize(figure) > 5_000 for figure in outcome["figures"])
-    assert sum(leg["reused"] for trial in trials for leg in trial["legs"]) > 0
+    assert sum(cost["reused"] for trial in trials for cost in trial["stage_costs"]) > 0
     ((parent,),) = query(workspace, "select run_uuid from runs where name = 'study'")
     children = query(
         workspace,

@@ -16,7 +16,8 @@ from PIL import Image
 from crowdray import storage
 from crowdray.errors import DataError
 from crowdray.tune.figures import MaeScale, draw_importance, draw_optimisation, draw_slices, time_unit
-from crowdray.tune.record import FEWEST, StageCost, StudyRecord, TrialRecord, importances
+from crowdray.tune.importance import MIN_TRIALS, importances
+from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 from crowdray.tune.stage_layout import arrange, grow
 from crowdray.tune.stage_tree import draw_stage_tree
 
@@ -114,9 +115,9 @@ def test_totals_are_those_of_the_store(study: StudyRecord, store: Store) -> None
     everywhere = sum(store.costs[state] * uses for state, uses in store.uses.items())
     assert study.spent == pytest.approx(once)
     assert study.spent + study.saved == pytest.approx(everywhere)
-    assert study.needed == pytest.approx(once)
-    assert study.factor == pytest.approx(everywhere / once)
-    assert study.bound == pytest.approx(everywhere / once)
+    assert study.distinct == pytest.approx(once)
+    assert study.speedup == pytest.approx(everywhere / once)
+    assert study.max_speedup == pytest.approx(everywhere / once)
 
 
 def test_the_bound_is_that_of_the_best_store_whatever_was_reused(study: StudyRecord) -> None:
@@ -124,25 +125,25 @@ def test_the_bound_is_that_of_the_best_store_whatever_was_reused(study: StudyRec
     trials = []
     for trial in study.trials:
         legs = []
-        for place, leg in enumerate(trial.legs):
+        for place, leg in enumerate(trial.stage_costs):
             again = leg.reused // 2 if place % 2 == 0 else 0
             cost = leg.saved * again / leg.reused if again else 0.0
             legs.append(replace(leg, reused=leg.reused - again, seconds=leg.seconds + cost, saved=leg.saved - cost))
-        trials.append(replace(trial, legs=tuple(legs)))
+        trials.append(replace(trial, stage_costs=tuple(legs)))
     wasteful = StudyRecord("wasteful", tuple(trials))
     assert wasteful.spent > study.spent
     assert wasteful.spent + wasteful.saved == pytest.approx(study.spent + study.saved)
-    assert wasteful.bound == pytest.approx(study.bound, rel=0.02)
-    assert wasteful.factor < 0.97 * wasteful.bound
+    assert wasteful.max_speedup == pytest.approx(study.max_speedup, rel=0.02)
+    assert wasteful.speedup < 0.97 * wasteful.max_speedup
 
 
 def test_a_search_over_a_filled_store_passes_its_bound() -> None:
     store = Store()
     searched(20, 5, store)
     again = searched(20, 5, store)
-    assert (again.spent, again.factor) == (0.0, math.inf)
-    assert 1 < again.bound < math.inf
-    assert StudyRecord("new", ()).factor == StudyRecord("new", ()).bound == 1.0
+    assert (again.spent, again.speedup) == (0.0, math.inf)
+    assert 1 < again.max_speedup < math.inf
+    assert StudyRecord("new", ()).speedup == StudyRecord("new", ()).max_speedup == 1.0
 
 
 def test_the_best_is_complete_and_the_first_of_equals(study: StudyRecord) -> None:
@@ -182,7 +183,7 @@ def test_json_gives_the_search_back(study: StudyRecord) -> None:
 def test_a_broken_record_is_named(old: str, new: str) -> None:
     text = searched(1).to_json()
     assert old in text
-    with pytest.raises(DataError, match=r"s3://runs/study.json is no record of a search"):
+    with pytest.raises(DataError, match=r"s3://runs/study.json is not the record of a search"):
         StudyRecord.from_json(text.replace(old, new, 1), "s3://runs/study.json")
 
 
@@ -239,7 +240,7 @@ def test_few_trials_gathered_at_a_weight_do_not_make_it_matter(seed: int) -> Non
 
 def test_importances_need_complete_trials_that_differ() -> None:
     known = of_function(lambda depth, count, epochs: 1 + count)
-    few = StudyRecord("few", known.trials[: FEWEST - 1])
+    few = StudyRecord("few", known.trials[: MIN_TRIALS - 1])
     pruned = StudyRecord("pruned", tuple(replace(trial, state="pruned") for trial in known.trials))
     same = StudyRecord("same", tuple(replace(trial, values={"seed": 1}) for trial in known.trials))
     dropped = StudyRecord("dropped", tuple(replace(trial, values={"loss.depth": 0.0}) for trial in known.trials))
@@ -254,7 +255,7 @@ def test_importances_need_complete_trials_that_differ() -> None:
         StudyRecord("new", ()),
     ):
         assert importances(study) == {}
-    assert importances(StudyRecord("enough", known.trials[:FEWEST]))
+    assert importances(StudyRecord("enough", known.trials[:MIN_TRIALS]))
 
 
 def test_fields_of_every_kind_have_an_importance() -> None:
@@ -298,11 +299,11 @@ def edge_cases() -> dict[str, StudyRecord]:
         "none": StudyRecord("none", ()),
         "one": StudyRecord("one", some.trials[:1]),
         "failed": StudyRecord("failed", tuple(failed)),
-        "idle": StudyRecord("idle", (replace(first, legs=(), state="running", mae=None, rmse=None),)),
+        "idle": StudyRecord("idle", (replace(first, stage_costs=(), state="running", mae=None, rmse=None),)),
         "running": StudyRecord("running", (*some.trials[:5], replace(first, number=5, state="running", mae=math.nan))),
         "equal": StudyRecord("equal", tuple(replace(t, mae=0.0, state="complete") for t in some.trials)),
         "twins": StudyRecord("twins", tuple(replace(first, number=number) for number in range(50))),
-        "free": StudyRecord("free", tuple(replace(t, values={}, legs=t.legs[:1]) for t in some.trials)),
+        "free": StudyRecord("free", tuple(replace(t, values={}, stage_costs=t.stage_costs[:1]) for t in some.trials)),
     }
 
 
@@ -365,8 +366,8 @@ def test_words_beside_the_tree_never_touch(count: int, drawn: list[Figure]) -> N
     boxes = [text.get_window_extent() for text in [*beside, *drawn[0].texts]]
     overlaps = [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.shrunk(0.98, 0.8).overlaps(b)]
     assert len(beside) >= min(count, 12) and not overlaps
-    assert f"{study.factor:.2f} times as much training" in words(drawn[0])
-    assert f"twice: {study.bound:.2f} times" in words(drawn[0])
+    assert f"{study.speedup:.2f} times as much training" in words(drawn[0])
+    assert f"twice: {study.max_speedup:.2f} times" in words(drawn[0])
 
 
 def test_trials_beside_many_that_share_the_best_error_have_their_places(study: StudyRecord) -> None:
@@ -379,4 +380,4 @@ def test_trials_beside_many_that_share_the_best_error_have_their_places(study: S
 
 def test_a_figure_without_importances_says_why(drawn: list[Figure]) -> None:
     drawing(draw_bars, searched(2))
-    assert "2 complete trials" in words(drawn[0])
+    assert "there are 2" in words(drawn[0])

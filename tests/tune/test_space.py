@@ -140,7 +140,7 @@ def test_the_middle_of_a_weight_is_the_papers() -> None:
 )
 def test_lengths_are_a_half_one_and_one_and_a_half_times_the_presets(name: str, lengths: list[Any]) -> None:
     space = default_space(preset(name))
-    assert [space.quanta(stage) for stage in ("baseline", "decoders", "joint")] == lengths
+    assert [space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")] == lengths
 
 
 def test_the_presets_own_point_is_inside_wherever_its_weights_lie() -> None:
@@ -155,15 +155,15 @@ def test_a_stage_that_is_left_out_stays_out() -> None:
     rate = StageConfig(epochs=0, learning_rate=1e-3)
     stages = StagesConfig(baseline=StageConfig(epochs=4, learning_rate=1e-3), decoders=rate, joint=rate)
     space = default_space(dataclasses.replace(preset("demo"), stages=stages))
-    assert space.quanta("baseline") == (2, 4, 6)
-    assert space.quanta("decoders") == space.quanta("joint") == ()
+    assert space.stage_lengths("baseline") == (2, 4, 6)
+    assert space.stage_lengths("decoders") == space.stage_lengths("joint") == ()
 
 
 def test_quanta_of_a_range() -> None:
     vary = ['stages.joint.epochs={"low": 4, "high": 12, "step": 4, "zero": true}', "stages.decoders.epochs=null"]
     space = load_space(None, vary, preset("demo"))
-    assert space.quanta("joint") == (0, 4, 8, 12)
-    assert space.quanta("decoders") == ()
+    assert space.stage_lengths("joint") == (0, 4, 8, 12)
+    assert space.stage_lengths("decoders") == ()
 
 
 def test_a_configuration_outside_has_no_parameters() -> None:

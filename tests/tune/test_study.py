@@ -1,6 +1,8 @@
-"""What a study may be, how many of its trials fit, and what its trials' time is counted as."""
+"""What a study accepts, how many of its trials fit, and what its trials cost."""
 
 import dataclasses
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,30 +10,51 @@ from unittest.mock import Mock
 
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from rich.console import Console
 
 from crowdray.cluster.runtime import Resources
-from crowdray.config import Config, NumericsConfig, StageConfig, to_json
-from crowdray.console.study_display import StudyDisplay
+from crowdray.config import Config, StageConfig
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.presets import preset
 from crowdray.registry.tracking import NullTracker
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.session import StageCacheConfig
-from crowdray.tune.driver import places_of, tune
+from crowdray.training.checkpoint import EpochMetrics
+from crowdray.tune.driver import trial_slots, tune
+from crowdray.tune.optuna_study import open_optuna_study
+from crowdray.tune.record import StageCost, TrialRecord
+from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialReporter, TrialSpec
 from crowdray.tune.space import load_space
 from crowdray.tune.study import SearchOptions, Study, plan_study
-from crowdray.tune.trial import Account, TrialTask, run_trial
-from crowdray.tune.trial_tracker import TrialTracker
+from crowdray.tune.trial import TrialTask, run_trial
+from crowdray.tune.trial_tracker import RECORD, TrialTracker
 
-from .test_search import study_in
+from ..support.studies import make_study
 
-CHAINS = (StageKey("b", "baseline", 2), StageKey("d", "decoders", 1), StageKey("j", "joint", 2))
+KEYS = (StageKey("b", "baseline", 2), StageKey("d", "decoders", 1), StageKey("j", "joint", 2))
+SPEC_OF_TRIAL = TrialSpec("trial", preset("debug"), KEYS)
+
+
+def make_tracker(study: Study) -> TrialTracker:
+    trials = open_optuna_study(study)
+    return TrialTracker(study, trials, lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+
+
+def make_task(study: Study, stage_cache: Path) -> TrialTask:
+    cache = StageCacheConfig(str(stage_cache), 2**30)
+    return TrialTask(study.identity, study.identity_file, Resources(2, 0, True), "cpu", False, cache)
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[TrialReport]:
+    """What trials report to Ray Tune."""
+    sent: list[TrialReport] = []
+    monkeypatch.setattr("ray.tune.report", lambda metrics: sent.append(metrics[REPORT]))
+    return sent
 
 
 @pytest.mark.parametrize(
-    ("resources", "workers", "threads", "concurrent", "places"),
+    ("resources", "workers", "threads", "concurrent", "slots"),
     [
         (Resources(8, 0, True, node_cpus=(8,)), 1, 1, None, 8),
         (Resources(8, 0, True, node_cpus=(8,)), 1, 3, None, 2),
@@ -43,194 +66,190 @@ CHAINS = (StageKey("b", "baseline", 2), StageKey("d", "decoders", 1), StageKey("
         (Resources(12, 0, False, node_cpus=(8, 2), max_node_cpus=(2,) * 2), 1, 4, None, 2),
     ],
 )
-def test_as_many_trials_run_as_fit(
-    tmp_path: Path, resources: Resources, workers: int, threads: int, concurrent: int | None, places: int
+def test_trial_slots_are_as_many_as_fit(
+    tmp_path: Path, resources: Resources, workers: int, threads: int, concurrent: int | None, slots: int
 ) -> None:
-    study = study_in(tmp_path, workers=workers)
-    config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=threads))
-    assert places_of(dataclasses.replace(study, config=config), resources, concurrent, "auto")[0] == places
+    study = make_study(tmp_path, workers=workers, threads=threads)
+    assert trial_slots(study, resources, concurrent, "auto")[0] == slots
 
 
-def test_a_trial_that_fits_on_no_node_is_refused_in_words(tmp_path: Path) -> None:
-    study = study_in(tmp_path)
-    config = dataclasses.replace(study.config, numerics=NumericsConfig(threads=3))
-    with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2.*--numerics.threads"):
-        places_of(dataclasses.replace(study, config=config), Resources(4, 0, False, node_cpus=(2, 2)), None, "auto")
-    growing = Resources(16, 0, False, node_cpus=(0,), max_node_cpus=(2, 2, 2))
-    with pytest.raises(UserError, match=r"3 CPUs.*nodes have 2 and 2 and 2: "):
-        places_of(dataclasses.replace(study, config=config), growing, None, "auto")
+@pytest.mark.parametrize(
+    ("resources", "cpus"),
+    [
+        (Resources(4, 0, False, node_cpus=(2, 2)), "2 and 2"),
+        (Resources(16, 0, False, node_cpus=(0,), max_node_cpus=(2, 2, 2)), "2 and 2 and 2"),
+    ],
+)
+def test_trial_slots_without_a_node_that_is_large_enough_are_refused(
+    tmp_path: Path, resources: Resources, cpus: str
+) -> None:
+    with pytest.raises(UserError, match=rf"3 CPUs.*nodes have {cpus}: lower --workers or --numerics.threads"):
+        trial_slots(make_study(tmp_path, threads=3), resources, None, "auto")
 
 
-def test_a_study_is_judged_by_a_joint_stage(discs: Dataset) -> None:
+def test_plan_study_requires_a_joint_stage(discs: Dataset) -> None:
     config = preset("debug")
-    without = dataclasses.replace(config, stages=dataclasses.replace(config.stages, joint=StageConfig(0, 1e-3)))
+    without = replace(config, stages=replace(config.stages, joint=StageConfig(0, 1e-3)))
     with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
         plan_study(without, discs.uri, "debug", SearchOptions())
     with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
         plan_study(config, discs.uri, "debug", SearchOptions(vary=("stages.joint.epochs=[0, 2]",)))
 
 
-def test_all_trials_of_a_study_have_as_many_workers(discs: Dataset) -> None:
+def test_plan_study_refuses_an_elastic_number_of_workers(discs: Dataset) -> None:
     with pytest.raises(UserError, match=r"--workers is '1:2'.*give one number"):
         plan_study(preset("debug"), discs.uri, "debug", SearchOptions(workers="1:2"))
 
 
-def test_the_name_of_a_study_is_a_function_of_all_that_is_searched(discs: Dataset) -> None:
-    def named(config: Config, **options: Any) -> str:
-        return plan_study(config, discs.uri, "debug", SearchOptions(**options)).name
+def test_default_name_of_a_study_depends_on_everything_that_is_searched(discs: Dataset) -> None:
+    def name_of(config: Config, **options: Any) -> str:
+        return plan_study(config, discs.uri, "debug", SearchOptions(**options)).identity.name
 
     config = preset("debug")
     others = [
-        named(dataclasses.replace(config, seed=1)),
-        named(config, vary=("loss.depth=null",)),
-        named(config, objectives="mae+rmse"),
-        named(config, sampler="random"),
-        named(config, prune=False),
-        named(config, workers=2),
+        name_of(replace(config, seed=1)),
+        name_of(config, vary=("loss.depth=null",)),
+        name_of(config, objectives="mae+rmse"),
+        name_of(config, sampler="random"),
+        name_of(config, prune=False),
+        name_of(config, workers=2),
     ]
-    assert len({named(config), *others}) == 7 and named(config) == named(config)
+    assert len({name_of(config), *others}) == 7 and name_of(config) == name_of(config)
 
 
-def test_trials_of_two_codes_are_never_in_one_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = study_in(tmp_path)
-    study.claim()
-    study.claim()
+def test_study_started_with_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path)
+    study.create_or_verify()
+    study.create_or_verify()
     monkeypatch.setattr("crowdray.tune.study.code_digest", lambda: "other")
-    with pytest.raises(UserError, match=r"another --name.*\n  code is \w+ there, other here"):
-        study.claim()
+    with pytest.raises(UserError, match=r"another --name.*\n  code: recorded \w+, given other"):
+        study.create_or_verify()
 
 
 WEIGHT = '{"low": 0.1, "high": 1, "log": true}'
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "message"),
     [
-        (["optimizer.clip=[0.5, 1.0]"], [], r"optimizer.clip is .* there, missing here"),
-        ([], ["optimizer.clip=[0.5, 1.0]"], r"optimizer.clip is missing there"),
+        (["optimizer.clip=[0.5, 1.0]"], [], r"optimizer.clip: recorded .*, given missing"),
+        ([], ["optimizer.clip=[0.5, 1.0]"], r"optimizer.clip: recorded missing"),
         (
             [f"loss.depth={WEIGHT}"],
             ['loss.depth={"low": 0.1, "high": 1}'],
-            r"loss.depth.log is True there, missing here",
+            r"loss.depth.log: recorded True, given missing",
         ),
-        (["loss.count=null"], [], r"loss.count is None there"),
-        ([], ["loss.count=null"], r"loss.count is .* there, None here"),
+        (["loss.count=null"], [], r"loss.count: recorded None"),
+        ([], ["loss.count=null"], r"loss.count: recorded .*, given None"),
     ],
 )
-def test_a_study_has_one_space(tmp_path: Path, first: list[str], second: list[str], said: str) -> None:
-    study = study_in(tmp_path)
+def test_study_started_with_another_space_is_refused(
+    tmp_path: Path, first: list[str], second: list[str], message: str
+) -> None:
+    study = make_study(tmp_path)
     spaces = (load_space(None, vary, study.config) for vary in (first, second))
-    one, other = (dataclasses.replace(study, space=space) for space in spaces)
-    one.claim()
-    one.claim()
-    with pytest.raises(UserError, match=rf"another --name.*\n.*space\.{said}"):
-        other.claim()
+    one, other = (replace(study, space=space) for space in spaces)
+    one.create_or_verify()
+    one.create_or_verify()
+    with pytest.raises(UserError, match=rf"another --name.*\n.*space\.{message}"):
+        other.create_or_verify()
 
 
-def test_half_a_line_of_a_journal_costs_that_line(tmp_path: Path) -> None:
-    study, journal = study_in(tmp_path), tmp_path / "study" / "journal.log"
-    study.optuna_study().enqueue_trial({"a": 1})
+def test_journal_with_half_a_line_loses_only_that_line(tmp_path: Path) -> None:
+    study, journal = make_study(tmp_path), tmp_path / "study" / "journal.log"
+    open_optuna_study(study).enqueue_trial({"a": 1})
     whole = journal.read_bytes()
     journal.write_bytes(whole + whole.splitlines()[-1][:20])
-    study.optuna_study().enqueue_trial({"a": 2})
+    open_optuna_study(study).enqueue_trial({"a": 2})
     assert journal.read_bytes().startswith(whole)
-    assert len(study.optuna_study().trials) == 2
+    assert len(open_optuna_study(study).trials) == 2
 
 
-def test_half_a_line_that_a_full_disk_leaves_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the study goes on in the same process, once there is space."""
+def test_journal_removes_half_a_line_that_a_full_disk_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same process continues the study once there is free space."""
 
     def half(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
         with (tmp_path / "study" / "journal.log").open("ab") as journal:
             journal.write(b'{"op_code": 4, "wor')
         raise OSError(28, "No space left on device")
 
-    study = study_in(tmp_path)
-    record = study.optuna_study()
+    study = make_study(tmp_path)
+    trials = open_optuna_study(study)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
         patched.setattr(JournalFileBackend, "append_logs", half)
-        record.enqueue_trial({"a": 1})
-    record.enqueue_trial({"a": 2})
-    record.enqueue_trial({"a": 3})
-    assert len(study.optuna_study().trials) == 2
+        trials.enqueue_trial({"a": 1})
+    trials.enqueue_trial({"a": 2})
+    trials.enqueue_trial({"a": 3})
+    assert len(open_optuna_study(study).trials) == 2
 
 
-def test_what_no_trial_could_do_is_said_before_the_study_begins(
+def test_tune_refuses_what_no_trial_can_train_before_it_creates_a_folder(
     discs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = study_in(tmp_path, workers=99, data=discs.uri, digest=discs.digest)
-    stage_cache = StageCacheConfig(str(tmp_path / "stages"), 2**30)
-    with StudyDisplay(Console()) as display, pytest.raises(UserError, match="too small for 99 workers"):
-        tune(study, display, trials=1, concurrent=None, tracking_uri=None, stage_cache=stage_cache)
+    options: dict[str, Any] = {"trials": 1, "concurrent": None, "tracking_uri": None}
+    options["stage_cache"] = StageCacheConfig(str(tmp_path / "stages"), 2**30)
+    study = make_study(tmp_path, workers=99, data=discs.uri, digest=discs.digest)
+    with pytest.raises(UserError, match="too small for 99 workers"):
+        tune(study, Mock(), **options)
     assert not (tmp_path / "study").exists()
-    space = load_space(None, ["sampling.batch=[128, 256]"], study.config)
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="so far"):
-        patched.setattr(Study, "claim", Mock(side_effect=RuntimeError("so far")))
-        wide = dataclasses.replace(study, workers=16, space=space)
-        tune(wide, display, trials=1, concurrent=None, tracking_uri=None, stage_cache=stage_cache)
+    wide = make_study(tmp_path, workers=16, data=discs.uri, digest=discs.digest)
+    wide = replace(wide, space=load_space(None, ["sampling.batch=[128, 256]"], study.config))
+    monkeypatch.setattr(Study, "create_or_verify", Mock(side_effect=RuntimeError("accepted")))
+    with pytest.raises(RuntimeError, match="accepted"):
+        tune(wide, Mock(), **options)
 
 
 @pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
-def test_a_database_that_is_none_is_refused(tmp_path: Path, database: str) -> None:
+def test_unusable_database_is_refused(tmp_path: Path, database: str) -> None:
     with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):
-        study_in(tmp_path, database=database).optuna_study()
+        open_optuna_study(make_study(tmp_path, database=database))
 
 
-def test_a_database_knows_the_folder_of_each_of_its_studies(tmp_path: Path) -> None:
+def test_database_refuses_a_study_of_the_same_name_in_another_folder(tmp_path: Path) -> None:
     database = f"sqlite:///{tmp_path}/optuna.db"
-    here, elsewhere = (study_in(tmp_path / name, database=database) for name in ("here", "elsewhere"))
-    here.optuna_study()
-    with pytest.raises(UserError, match=rf"belongs to {here.uri}, this one is {elsewhere.uri}.*--name"):
-        elsewhere.optuna_study()
-    here.optuna_study()
+    first, second = (make_study(tmp_path / name, database=database) for name in ("first", "second"))
+    open_optuna_study(first)
+    with pytest.raises(UserError, match=rf"belongs to {first.uri}, this one is {second.uri}.*--name"):
+        open_optuna_study(second)
+    open_optuna_study(first)
 
 
-def test_a_journal_on_an_object_store_is_refused() -> None:
-    study = dataclasses.replace(study_in(Path("x")), storage="memory://bucket")
-    with pytest.raises(UserError, match=r"cannot lie in memory://bucket/study.*--database"):
-        study.optuna_study()
+def test_journal_on_an_object_store_is_refused() -> None:
+    study = make_study(Path("x"))
+    study = replace(study, identity=replace(study.identity, storage="memory://bucket"))
+    with pytest.raises(UserError, match=r"cannot be stored in memory://bucket/study.*--database"):
+        open_optuna_study(study)
 
 
 @pytest.mark.parametrize(
-    ("error", "key"), [(InfeasibleConfigError("too large"), "failed"), (UserError("no disk"), "mistake")]
+    ("error", "status"), [(InfeasibleConfigError("too large"), "infeasible"), (UserError("no disk"), "user_error")]
 )
-def test_settings_that_cannot_be_trained_cost_their_trial_alone(
-    monkeypatch: pytest.MonkeyPatch, error: UserError, key: str
+def test_run_trial_reports_errors_that_would_repeat(
+    monkeypatch: pytest.MonkeyPatch, reports: list[TrialReport], tmp_path: Path, error: UserError, status: Any
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise error
-
-    reports: list[dict[str, Any]] = []
-    monkeypatch.setattr("crowdray.tune.trial._train_here", refuse)
-    monkeypatch.setattr("ray.tune.report", reports.append)
-    run_trial(SimpleNamespace(workers=1), {})  # type: ignore[arg-type]
-    assert reports == [{key: str(error)} | ({"settings": True} if key == "failed" else {})]
+    monkeypatch.setattr("crowdray.tune.trial.run_training", Mock(side_effect=error))
+    run_trial(make_task(make_study(tmp_path, workers=2), tmp_path), {SPEC: SPEC_OF_TRIAL})
+    assert reports == [TrialReport(status, str(error))]
 
 
-@pytest.mark.parametrize(("digest", "said"), [("e" * 64, "dataset"), (None, "is not the folder")])
-def test_a_trial_that_sees_other_folders_than_the_driver_ends_the_search(
-    discs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str | None, said: str
+@pytest.mark.parametrize(("digest", "message"), [("e" * 64, "dataset"), (None, "is not the folder")])
+def test_run_trial_reports_a_node_with_other_folders_or_data(
+    discs: Dataset, tmp_path: Path, reports: list[TrialReport], digest: str | None, message: str
 ) -> None:
-    study = dataclasses.replace(study_in(tmp_path), data=discs.uri, digest=digest or discs.digest)
-    study = dataclasses.replace(study, config=dataclasses.replace(study.config, numerics=NumericsConfig(threads=1)))
+    study = make_study(tmp_path, data=discs.uri, digest=digest or discs.digest)
     if digest:
-        study.claim()
-    reports: list[dict[str, Any]] = []
-    monkeypatch.setattr("ray.tune.report", reports.append)
-    stage_cache = StageCacheConfig(str(tmp_path / "stages"), 2**30)
-    task = TrialTask(
-        study.data, study.digest, study.uri, study.identity, 1, Resources(2, 0, True), "cpu", False, stage_cache
-    )
-    run_trial(task, {"config": to_json(study.config), "chains": CHAINS, "name": "trial"})
-    assert len(reports) == 1 and said in reports[0]["mistake"]
+        study.create_or_verify()
+    run_trial(make_task(study, tmp_path / "stages"), {SPEC: replace(SPEC_OF_TRIAL, config=study.config)})
+    (report,) = reports
+    assert report.status == "user_error" and message in report.message
 
 
-def test_what_changes_nothing_is_not_searched(discs: Dataset, tmp_path: Path) -> None:
-    config = preset("debug")
-    with pytest.raises(UserError, match=r"numerics.grad_allreduce_dtype.*one worker"):
-        plan_study(config, discs.uri, "debug", SearchOptions(vary=('numerics.grad_allreduce_dtype=["fp32", "bf16"]',)))
-    plan_study(
-        config, discs.uri, "debug", SearchOptions(vary=('numerics.grad_allreduce_dtype=["fp32", "bf16"]',), workers=2)
+def test_plan_study_refuses_fields_that_change_nothing(discs: Dataset, tmp_path: Path) -> None:
+    config, reduced = preset("debug"), ('numerics.grad_allreduce_dtype=["fp32", "bf16"]',)
+    with pytest.raises(UserError, match=r"numerics.grad_allreduce_dtype.*single worker"):
+        plan_study(config, discs.uri, "debug", SearchOptions(vary=reduced))
+    assert "numerics.grad_allreduce_dtype" in (
+        plan_study(config, discs.uri, "debug", SearchOptions(vary=reduced, workers=2)).space.dimensions
     )
     flat = str(tmp_path / "flat")
     shards = [write_shard([discs.sample(row) for row in range(len(discs))], flat, 0)]
@@ -241,97 +260,112 @@ def test_what_changes_nothing_is_not_searched(discs: Dataset, tmp_path: Path) ->
         plan_study(config, flat, "debug", SearchOptions(vary=("loss.depth=[0.1, 1]",)))
 
 
-def row(epoch: int, stage: str) -> dict[str, Any]:
+def make_row(epoch: int, stage: str) -> EpochMetrics:
     errors = {"val/mae": 10.0 - epoch, "val/rmse": 20.0 - epoch} if stage == "joint" else {}
     return {"epoch": epoch, "stage": stage, "seconds": 4.0, **errors}
 
 
-HISTORY = [row(epoch, stage) for epoch, stage in enumerate(["baseline", "baseline", "decoders", "joint", "joint"], 1)]
+STAGES = ("baseline", "baseline", "decoders", "joint", "joint")
+HISTORY = [make_row(epoch, stage) for epoch, stage in enumerate(STAGES, 1)]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that a test sets by hand."""
+    """The time that a test sets."""
     now = [0.0]
-    monkeypatch.setattr("crowdray.tune.trial.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("crowdray.tune.report.time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     return now
 
 
-def test_a_trial_accounts_for_what_it_spent_and_what_it_found(clock: list[float]) -> None:
-    account = Account(CHAINS, workers=2)
-    account.begin(HISTORY[:2])
+def test_reporter_counts_spent_and_saved_worker_seconds(clock: list[float]) -> None:
+    reporter = TrialReporter(KEYS, workers=2)
+    reporter.start(HISTORY[:2])
     clock[0] = 10.0
-    first = account.after_epoch(HISTORY[:3])
+    first = reporter.after_epoch(HISTORY[:3])
     clock[0] = 15.0
-    second = account.after_epoch(HISTORY[:4])
-    assert [told["epoch"] for told in first["rows"]] == [1, 2, 3] and "mae" not in first
-    assert [told["epoch"] for told in second["rows"]] == [4] and second["curve"] == [(1, 6.0)] and second["mae"] == 6.0
-    legs = [(leg["stage"], leg["epochs"], leg["reused"], leg["seconds"], leg["saved"]) for leg in second["legs"]]
-    assert legs == [("baseline", 2, 2, 0.0, 16.0), ("decoders", 1, 0, 20.0, 0.0), ("joint", 1, 0, 10.0, 0.0)]
+    second = reporter.after_epoch(HISTORY[:4])
+    assert [row["epoch"] for row in first.rows] == [1, 2, 3] and first.mae is None
+    assert [row["epoch"] for row in second.rows] == [4] and second.curve == {1: 6.0} and second.mae == 6.0
+    assert second.stage_costs == (
+        StageCost("b", "baseline", 2, 2, 0.0, 16.0),
+        StageCost("d", "decoders", 1, 0, 20.0, 0.0),
+        StageCost("j", "joint", 1, 0, 10.0, 0.0),
+    )
 
 
-@pytest.mark.parametrize(("there", "reused", "saved"), [(2, 2, 16.0), (1, 1, 8.0)])
-def test_a_trial_of_several_workers_that_was_found_whole_trained_nothing(
-    clock: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, reused: int, saved: float
+@pytest.mark.parametrize(("stored", "reused", "saved"), [(2, 2, 16.0), (1, 1, 8.0)])
+def test_group_trial_reports_epochs_that_the_stage_cache_held(
+    clock: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reports: list[TrialReport],
+    stored: int,
+    reused: int,
+    saved: float,
 ) -> None:
-    reports: list[dict[str, Any]] = []
-    monkeypatch.setattr("ray.tune.report", reports.append)
-    monkeypatch.setattr("crowdray.tune.trial.run_training", lambda *_, follow, **__: follow(HISTORY))
-    stage_cache = StageCacheConfig(str(tmp_path / "stages"), 2**30)
-    stage_cache.open().publish(CHAINS[-1], there, lambda folder: (folder / "state").touch())
-    task = TrialTask("data", "d", "runs", "runs/study.json", 2, Resources(2, 0, True), "cpu", False, stage_cache)
-    run_trial(task, {"config": to_json(preset("debug")), "chains": CHAINS, "name": "trial"})
-    leg = reports[-1]["legs"][-1]
-    assert (leg["stage"], leg["epochs"], leg["reused"], leg["saved"]) == ("joint", 2, reused, saved)
-    assert reports[-1]["finished"] and reports[-1]["mae"] == 5.0
+    monkeypatch.setattr("crowdray.tune.trial.run_training", lambda *_, on_history, **__: on_history(HISTORY))
+    task = make_task(make_study(tmp_path, workers=2), tmp_path / "stages")
+    task.stage_cache.open().publish(KEYS[-1], stored, lambda folder: (folder / "state").touch())
+    run_trial(task, {SPEC: SPEC_OF_TRIAL})
+    cost = reports[-1].stage_costs[-1]
+    assert (cost.stage, cost.epochs, cost.reused, cost.saved) == ("joint", 2, reused, saved)
+    assert reports[-1].status == "finished" and reports[-1].mae == 5.0
 
 
-def test_a_driver_that_ends_ends_the_runs_of_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, ends = study_in(tmp_path), list[str]()
-    with TrialTracker(
-        study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={}
-    ) as book:
+def test_tracker_exit_ends_the_runs_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, ends = make_study(tmp_path), list[str]()
+    with make_tracker(study) as tracker:
         monkeypatch.setattr(NullTracker, "finish", lambda _, status: ends.append(status))
-        book.started(0, {}, study.config)
-        book.started(1, {}, study.config)
-        book.ended(1, "complete", "")
+        tracker.on_start(0, {}, study.config)
+        tracker.on_start(1, {}, study.config)
+        tracker.on_end(1, "complete", "")
     assert ends == ["FINISHED", "KILLED"]
 
 
-def test_what_a_lost_process_spent_counts_and_its_epochs_are_no_saving(clock: list[float], tmp_path: Path) -> None:
-    study = study_in(tmp_path)
-    book = TrialTracker(
-        study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={}
-    )
-    book.started(0, {}, study.config)
-    lost = Account(CHAINS, workers=1)
-    lost.begin([])
+def test_tracker_adds_the_costs_of_a_lost_attempt_and_no_saving_for_its_epochs(
+    clock: list[float], tmp_path: Path
+) -> None:
+    study = make_study(tmp_path)
+    tracker = make_tracker(study)
+    tracker.on_start(0, {}, study.config)
+    lost = TrialReporter(KEYS, workers=1)
+    lost.start([])
     for epoch in (1, 2, 3):
         clock[0] += 10
-        book.heard(0, lost.after_epoch(HISTORY[:epoch]))
-    again = Account(CHAINS, workers=1)  # after the kill it finds the baseline in the store, where it left it
-    again.begin(HISTORY[:2])
+        tracker.on_report(0, lost.after_epoch(HISTORY[:epoch]))
+    again = TrialReporter(KEYS, workers=1)  # it finds the baseline that the lost attempt stored
+    again.start(HISTORY[:2])
     for epoch in (3, 4, 5):
         clock[0] += 10
-        book.heard(0, again.after_epoch(HISTORY[:epoch]))
-    book.heard(0, again.at_end(HISTORY))
-    (record,) = book.record.trials
+        tracker.on_report(0, again.after_epoch(HISTORY[:epoch]))
+    tracker.on_report(0, again.at_end(HISTORY))
+    (record,) = tracker.record.trials
     assert record.spent == 60.0 and record.saved == 0.0
     assert record.curve == {1: 6.0, 2: 5.0} and record.mae == 5.0
 
 
-def test_what_lost_processes_spent_never_falls(clock: list[float], tmp_path: Path) -> None:
-    study = study_in(tmp_path)
-    book = TrialTracker(
-        study, study.optuna_study(), lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={}
-    )
-    book.started(0, {}, study.config)
+def test_spent_worker_seconds_never_decrease(clock: list[float], tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    tracker = make_tracker(study)
+    tracker.on_start(0, {}, study.config)
     spent = []
-    for _ in range(3):  # its states are gone each time
-        account = Account(CHAINS, workers=1)
-        account.begin([])
+    for _ in range(3):  # each attempt loses its states
+        reporter = TrialReporter(KEYS, workers=1)
+        reporter.start([])
         for epoch in (1, 2, 3, 4):
             clock[0] += 10
-            book.heard(0, account.after_epoch(HISTORY[:epoch]))
-            spent.append(book.record.trials[0].spent)
+            tracker.on_report(0, reporter.after_epoch(HISTORY[:epoch]))
+            spent.append(tracker.record.trials[0].spent)
     assert spent == [10.0 * count for count in range(1, 13)]
+
+
+def test_tracker_reads_records_of_version_0_1(tmp_path: Path) -> None:
+    costs = (StageCost("b", "baseline", 2, 1, 4.0, 4.0),)
+    record = TrialRecord(0, "complete", {"loss.depth": 0.5}, 3.0, 4.0, {1: 3.0}, costs)
+    old = asdict(record)
+    old["legs"] = [{"chain": cost.pop("key"), **cost} for cost in old.pop("stage_costs")]
+    study = make_study(tmp_path)
+    trial = open_optuna_study(study).ask()
+    trial.set_user_attr(RECORD, old)
+    assert make_tracker(study).record.trials == (record,)
+    assert dataclasses.is_dataclass(make_tracker(study).record.trials[0].stage_costs[0])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from crowdray.cluster.runtime import connect
+from crowdray.cluster.runtime import MAX_RETRIES, connect
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import JobFailed, UserError
 
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 MIN_RAY_S = 20.0
 """Expected seconds of work above which starting Ray pays off."""
-
-RETRIES = 3
-"""Retries of a slice before it is blamed for killing its workers."""
 
 Result = TypeVar("Result")
 Slice = tuple[int, Sequence[Item]]
@@ -101,7 +98,7 @@ def _map_on_cluster(
             raise UserError(f"--depth {source.depth_teacher} needs a GPU, and Ray has none; remove the option cuda")
         import ray
 
-        task: Any = ray.remote(num_gpus=int(source.gpu), max_retries=RETRIES)(work)
+        task: Any = ray.remote(num_gpus=int(source.gpu), max_retries=MAX_RETRIES)(work)
         shared = ray.put(source)
         waiting = list(slices)[::-1]
         running: dict[ray.ObjectRef[Result], Slice] = {}
@@ -126,6 +123,6 @@ def _result(finished: "ray.ObjectRef[Result]", items: Sequence[Item]) -> Result:
     except RayError as error:
         first, last = items[0], items[-1]
         raise WorkStopped(
-            f"workers were lost {RETRIES + 1} times on {first.split}/{first.name} to {last.split}/{last.name} "
+            f"workers were lost {MAX_RETRIES + 1} times on {first.split}/{first.name} to {last.split}/{last.name} "
             f"({type(error).__name__}). If memory ran out, give Ray fewer CPUs; run the same command again to resume"
         ) from error

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crowdray.cluster.ray_internals import cluster_limits, reload_settings
 from crowdray.config import Device
 from crowdray.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the package; Ray copies it to the workers, which need only its dependencies."""
+
+MAX_RETRIES = 3
+"""Restarts of a task, a worker group or a trial that lost a process or a node."""
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Object store of a local cluster: our objects are small, Ray's default is a third of the memory."""
@@ -154,11 +158,9 @@ def _enable_token_auth() -> None:
     The token exists only in the environment of this process and its children.
     """
     if "RAY_AUTH_MODE" not in os.environ:
-        from ray._raylet import Config  # type: ignore[attr-defined]
-
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        Config.initialize("")  # Ray reads the environment at import, which may have happened earlier
+        reload_settings()  # Ray reads the environment at import, which may have happened earlier
 
 
 def _silence_ray_logs() -> None:
@@ -168,22 +170,16 @@ def _silence_ray_logs() -> None:
 
 def _resources(local: bool) -> Resources:
     import ray
-    from ray._private.state import state
 
     total = dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
-    maximum = None if local else state.get_max_resources_from_cluster_config()
-    if maximum:
-        total |= {name: max(total.get(name, 0), value) for name, value in maximum.items()}
+    limits = None if local else cluster_limits()
+    if limits:
+        total |= {name: max(total.get(name, 0), value) for name, value in limits.resources.items()}
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    groups = state.get_cluster_config().node_group_configs if maximum else ()
     return Resources(
         cpus=int(total.get("CPU", 0)),
         gpus=int(total.get("GPU", 0)),
         local=local,
         node_cpus=tuple(int(node.get("CPU", 0)) for node in alive),
-        max_node_cpus=tuple(int(group.resources["CPU"]) for group in groups for _ in range(_max_nodes(group))),
+        max_node_cpus=limits.node_cpus if limits else (),
     )
-
-
-def _max_nodes(group: Any) -> int:
-    return int(group.max_count) if group.max_count >= 0 else 1000  # Ray writes -1 for a group without a limit

@@ -1,97 +1,111 @@
-"""The driver of a training: tracked, fed by workers under Ray Train of which killed ones come back, and
-shipped."""
+"""Train a run on a Ray cluster: start workers, restart lost ones, track, publish."""
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Resources, choose_gpu, connect, deletion_warning, run_in_thread
+from crowdray.cluster.runtime import (
+    MAX_RETRIES,
+    PACKAGE,
+    Resources,
+    choose_gpu,
+    connect,
+    deletion_warning,
+    run_in_thread,
+)
 from crowdray.config import Device
-from crowdray.console.progress import TrainingDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
-from crowdray.errors import InfeasibleConfigError, JobFailed, UserError
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import metric_rows, publish_run
-from crowdray.pipeline.run import RESULT, Run
+from crowdray.pipeline.run import Run
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import EpochMetrics
-from crowdray.training.errors import DivergedError, is_out_of_memory
 from crowdray.training.result import describe_workers
 
-RETRIES = 3
-"""Times that a group of workers is started again after one of them was lost."""
-
 ELASTIC_RETRIES = 100
-"""The same for a group that follows the cluster, where losing some is nothing unusual."""
+"""Restarts of an elastic group, for which losing workers is normal."""
 
-LOOK_S = 60.0
-"""Seconds between two looks at whether the cluster has room for another number of workers."""
+RESIZE_CHECK_S = 60.0
+"""Seconds between two checks whether the cluster has capacity for another number of workers."""
 
-_ROOM_S = "5"
-"""Seconds that Ray Train waits for the room that it believes to be there, where fewer workers do too; its own 60 pass
-after each loss of a node, of which it hears only within 20."""
+_GROUP_START_TIMEOUT_S = "5"
+"""Seconds that Ray Train waits for capacity where fewer workers suffice. Its default of 60 would pass after each loss
+of a node, which Ray notices only within 20."""
 
-Follow = Callable[[Sequence[EpochMetrics]], None]
-"""Told the whole history of a training after each of its epochs."""
+HistoryCallback = Callable[[Sequence[EpochMetrics]], None]
+"""Receives the whole history of a run after each epoch."""
 
 
-class TrainingStopped(JobFailed):
-    """Workers were lost more often than they are brought back, or the cluster was; the same command goes on
-    where they stopped."""
+class TrainingCallback(Protocol):
+    """Progress of a training job, for a display."""
+
+    def on_status(self, text: str, /) -> None:
+        """The job starts another step."""
+        ...
+
+    def on_history(self, history: Sequence[EpochMetrics], /) -> None:
+        """An epoch ended; `history` holds all epochs so far."""
+        ...
 
 
 def train(
     run: Run,
-    display: TrainingDisplay,
+    callback: TrainingCallback,
     *,
     tracking_uri: str | None,
     stage_cache: StageCacheConfig,
     device: Device = "auto",
 ) -> Outcome:
-    """Train, track, package and register a run, from wherever an earlier start of it stopped; returns what
-    came out.
+    """Train, track, package and register a run, or resume it; a finished run returns its recorded outcome.
 
-    A run that has ended already gives what it gave then. Raises as `run_training` does.
+    Raises:
+        UserError, DivergedError, TrainingStopped: As `run_training`.
     """
-    dataset = Dataset.open(run.data)
-    split_rows(run.config, dataset, run.most)  # what is wrong with that is told now, and leaves no folder
-    run.claim()
+    identity = run.identity
+    dataset = Dataset.open(identity.data)
+    split_rows(identity.config, dataset, identity.max_workers)  # fails before any folder is created
+    run.create_or_verify()
     if outcome := Outcome.of_finished(run, tracking_uri):
-        display.status(f"run {run.uri} is already finished; showing its results")
+        callback.on_status(f"run {run.uri} is already finished; showing its results")
         return outcome
     if warning := deletion_warning(run.uri):
-        display.status(warning)
-    with finish_on_exit(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", run.name, run.uri)) as tracker:
-        tags = {DATA_DIGEST: run.digest, DATASET_URI: run.data, GIT_REVISION: git_revision(PACKAGE)}
-        tracker.log_config(asdict(run.config), tags)
-        tracker.log_dataset(dataset.index.name, run.data, run.digest)
-        if not storage.exists(storage.join(run.trained, RESULT)):
-            display.status("starting Ray")
+        callback.on_status(warning)
+    with finish_on_exit(
+        open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", identity.name, run.uri)
+    ) as tracker:
+        tags = {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
+        tracker.log_config(asdict(identity.config), tags)
+        tracker.log_dataset(dataset.index.name, identity.data, identity.data_digest)
+        if not run.is_trained:
+            callback.on_status("starting Ray")
             with connect() as resources:
-                number = f"{run.fewest} to {run.most}" if run.elastic else run.most
-                display.status(f"starting {number} workers")
-                run_training(run, resources, device=device, stage_cache=stage_cache, follow=_follower(display, tracker))
-        display.status("packaging and registering the counter")
+                most = identity.max_workers
+                callback.on_status(
+                    f"starting {f'{identity.min_workers} to {most}' if identity.is_elastic else most} workers"
+                )
+                on_history = _tracked(callback, tracker)
+                run_training(run, resources, device=device, stage_cache=stage_cache, on_history=on_history)
+        callback.on_status("packaging and registering the model")
         outcome = publish_run(run, tracker, tracking_uri, tags)
         storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
 
 
-def _follower(display: TrainingDisplay, tracker: Tracker) -> Follow:
-    def follow(history: Sequence[EpochMetrics]) -> None:
-        display.history(history)
+def _tracked(callback: TrainingCallback, tracker: Tracker) -> HistoryCallback:
+    def on_history(history: Sequence[EpochMetrics]) -> None:
+        callback.on_history(history)
         tracker.sync_history(metric_rows(history))
         last = history[-1]
-        marks = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
-        tracker.set_tags(marks | {"crowdray.workers": describe_workers(history)})
+        tags = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
+        tracker.set_tags(tags | {"crowdray.workers": describe_workers(history)})
 
-    return follow
+    return on_history
 
 
 def run_training(
@@ -100,98 +114,92 @@ def run_training(
     *,
     stage_cache: StageCacheConfig,
     device: Device = "auto",
-    follow: Follow = lambda rows: None,
-    study: str | None = None,
+    on_history: HistoryCallback = lambda history: None,
 ) -> None:
-    """Train to the end inside a connected Ray cluster; afterwards `run.trained` holds the finished training.
+    """Train a run to its end inside a connected Ray cluster; `run.trained` then holds the result.
 
-    Goes on from the last checkpoint in the run's folder, else from the longest beginning on the shelf.
+    Resumes from the last checkpoint in the run's folder, else from the longest prefix in the stage cache. The states
+    of a trial (`run.study_file`) go to the stage cache alone, and its end is not evaluated.
 
-    study: for a trial of a study, the file that says what the study is; the trial's end lies on the shelf alone, and
-    the test split is not looked at.
-
-    Raises UserError for what the user can mend, DivergedError for a loss that is no number, and TrainingStopped when
-    too many workers were lost.
+    Raises:
+        UserError: A problem that the user can fix.
+        DivergedError: The loss is not finite.
+        TrainingStopped: Workers were lost more often than they are restarted.
     """
     import ray
     from ray.exceptions import RayError
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from crowdray.cluster.callbacks import ReportCallback
-    from crowdray.cluster.worker import Task, train_worker
+    from crowdray.cluster.failures import translated_error
 
-    use_gpu = choose_gpu(resources, run.fewest, device)
-    if run.elastic:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ROOM_S)
-    path, filesystem = _for_ray(run.storage)
-    # The driver's node: an actor without demands may land on one that has just died, and then never runs.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    begun, scored = study or run.identity, study is None
-    task = Task(
-        run.config,
-        run.data,
-        run.digest,
-        begun,
-        run.uri,
-        run.trained,
-        run.mend(),
-        stage_cache=stage_cache,
-        scored=scored,
-    )
-    own = {"CPU": float(run.config.numerics.threads), "GPU": float(use_gpu)}  # what a trial's place was counted with
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
-        scaling_config=ScalingConfig(  # type: ignore[call-arg]
-            num_workers=run.workers,  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker=None if scored else own,
-            elastic_resize_monitor_interval_s=LOOK_S,
-        ),
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=ELASTIC_RETRIES if run.elastic else RETRIES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[ReportCallback(rows)],  # type: ignore[list-item]
-        ),
-    )
+    # On the driver's node: an actor without demands may be placed on a node that has just died, and never start.
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
+    trainer = _torch_trainer(run, rows, stage_cache, choose_gpu(resources, run.identity.min_workers, device))
 
     def fit() -> None:
         try:
             trainer.fit()
         finally:
-            with suppress(RayError):  # the cluster itself may be gone
+            with suppress(RayError):  # the cluster itself may be lost
                 if ray.is_initialized():
                     rows.put(None)
 
-    waiting, errors = run_in_thread(fit)
+    thread, errors = run_in_thread(fit)
     try:
-        _read(rows, follow)
+        _read_rows(rows, on_history)
     except RayError as error:
         errors.append(error)
-    waiting.join()
+    thread.join()
     if errors:
-        raise translated_errors(errors[0], run) from errors[0]
+        raise translated_error(errors[0], run) from errors[0]
     ray.kill(rows.actor)
 
 
-def _read(rows: Any, follow: Follow) -> None:
-    """Hand on what arrives until None does; a repeated epoch takes the place of the one it repeats."""
+def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: bool) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from crowdray.cluster.callbacks import ReportCallback
+    from crowdray.cluster.worker import WorkerTask, train_worker
+
+    identity = run.identity
+    if identity.is_elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _GROUP_START_TIMEOUT_S)
+    path, filesystem = _ray_storage(identity.storage)
+    # The workers of a trial reserve what the search counted per trial.
+    per_worker = {"CPU": float(identity.config.numerics.threads), "GPU": float(use_gpu)} if run.study_file else None
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"task": WorkerTask(run, run.repair(), stage_cache)},
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=identity.workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
+        ),
+        run_config=RunConfig(
+            name=identity.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=ELASTIC_RETRIES if identity.is_elastic else MAX_RETRIES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[ReportCallback(rows)],  # type: ignore[list-item]
+        ),
+    )
+
+
+def _read_rows(queue: Any, on_history: HistoryCallback) -> None:
+    """Pass on reported rows until None arrives; a repeated epoch replaces its earlier row."""
     history: list[EpochMetrics] = []
-    while (arrived := rows.get()) is not None:
-        history = [row for row in history if row["epoch"] < arrived[0]["epoch"]] + arrived
-        follow(history)
+    while (rows := queue.get()) is not None:
+        history = [row for row in history if row["epoch"] < rows[0]["epoch"]] + rows
+        on_history(history)
 
 
-def _for_ray(uri: str) -> tuple[str, Any]:
-    """A storage URI as path and file system for Ray: local paths are its own, everything else goes through
-    fsspec."""
+def _ray_storage(uri: str) -> tuple[str, Any]:
+    """Path and file system for Ray: local paths as they are, everything else through fsspec."""
     if storage.is_local(uri):
         return uri, None
     import fsspec
@@ -199,32 +207,3 @@ def _for_ray(uri: str) -> tuple[str, Any]:
 
     filesystem, path = fsspec.core.url_to_fs(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
-
-
-def translated_errors(error: BaseException, run: Run) -> BaseException:
-    """What Ray wrapped, if it is for the user or our own mistake; else what happened, in a sentence."""
-    from crowdray.cluster.callbacks import is_worker_loss
-    from crowdray.cluster.worker import GOES_ON
-
-    causes: list[BaseException] = [error]
-    for cause in causes:  # the list grows while it is read
-        failures = [getattr(cause, "controller_failure", None), *getattr(cause, "worker_failures", {}).values()]
-        causes += [failure for failure in failures if isinstance(failure, BaseException)]
-    for cause in causes:
-        if isinstance(cause, (UserError, DivergedError)):
-            return cause
-    deepest = causes[-1]
-    if isinstance(deepest, PermissionError) and deepest.errno is None:  # a store's own words, about Ray's list
-        return UserError(f"cannot write to {run.uri}: {deepest}; renew your credentials, {GOES_ON}")
-    if is_out_of_memory(deepest):
-        return InfeasibleConfigError(
-            f"the training under {run.uri} does not fit into memory ({str(deepest).splitlines()[0]}); lower "
-            "--sampling.batch, --sampling.crop or --sampling.gpu-cache-gib, or give fewer workers a node"
-        )
-    if not is_worker_loss(deepest):
-        return deepest
-    lines = [type(deepest).__name__, *filter(None, map(str.strip, str(deepest).splitlines()))]
-    return TrainingStopped(
-        f"the training under {run.uri} lost its workers or its cluster for good: {lines[-1]}. The same command goes on "
-        "from its last checkpoint"
-    )

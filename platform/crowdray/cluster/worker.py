@@ -1,5 +1,4 @@
-"""What runs inside each worker of a training: one rank of the loop, reporting to Ray Train after every
-epoch."""
+"""One worker of a training run: trains one rank and reports every epoch to Ray Train."""
 
 import tempfile
 import traceback
@@ -17,7 +16,8 @@ import torch
 from crowdray import storage
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.pipeline.run import RESULT, open_as_begun
+from crowdray.pipeline.identity import open_verified
+from crowdray.pipeline.run import RESULT, RESUME_HINT, Run
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import (
     STATE,
@@ -32,129 +32,121 @@ from crowdray.training.result import final_result
 from crowdray.training.trainer import Trainer
 
 ROWS = "rows"
-"""Key of the reported rows: the newest one; the whole history at a worker's first report."""
+"""Key of reported rows: the newest one, or the whole history in a worker's first report."""
 
-
-GOES_ON = "then give the same command again: it goes on from the last whole checkpoint"
+_RETRY = f"then {RESUME_HINT}"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What each worker is told."""
+class WorkerTask:
+    """What each worker receives from the driver."""
 
-    config: Config
-    data: str
-    """URI of the dataset."""
-    digest: str
-    """Its identity."""
-    begun: str
-    """File that the driver has written before."""
-    run: str
-    """URI of the run's folder."""
-    trained: str
-    """URI of the folder in which the finished training is published."""
+    run: Run
     resume: str | None
-    """Folder of a checkpoint to go on from where Ray knows of none."""
+    """Folder of a checkpoint to resume from where Ray knows of none."""
     stage_cache: StageCacheConfig
-    """Where trainings leave their states for each other; what was never begun here begins there."""
-    scored: bool
-    """Whether the end is scored, on the test split too, and published."""
+    """Where runs share the states of their stages."""
 
 
-def train_worker(told: dict[str, Any]) -> None:
-    """Train one rank, from the last checkpoint where there is one, and publish the end."""
-    task: Task = told["task"]
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """Train one rank, from the last checkpoint where there is one, and publish the result."""
+    task: WorkerTask = loop_config["task"]
     try:
         _train(task)
     except Exception as error:
-        # Ray hands over the exception without its traceback.
+        # Ray passes on the exception without its traceback.
         error.add_note(traceback.format_exc())
         raise
 
 
-def _train(task: Task) -> None:
+def _train(task: WorkerTask) -> None:
+    run, config = task.run, task.run.identity.config
     context = ray.train.get_context()
-    threads = threads_of(task.config, context.get_local_world_size())
+    threads = threads_of(config, context.get_local_world_size())
     torch.set_num_threads(threads)
-    dataset, device = open_as_begun(task.data, task.digest, task.begun), ray.train.torch.get_device()
+    dataset, device = open_verified(run.identity, run.identity_file), ray.train.torch.get_device()
     world = World(context.get_world_rank(), context.get_world_size())
-    session = StageCacheSession(task.stage_cache, task.config, dataset, world=world, device=device, threads=threads)
-    own = _own(task)
+    session = StageCacheSession(task.stage_cache, config, dataset, world=world, device=device, threads=threads)
+    own = _own_checkpoint(task)
     restored = session.restore() if own is None else session.resume_from(own)
-    training = Trainer(task.config, dataset, world=world, device=device, restored=restored)
+    trainer = Trainer(config, dataset, world=world, device=device, restored=restored)
     first = True
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         nonlocal first
-        rows = list(training.state.progress.history) if first else [row]  # a copy: Ray serialises it later
+        rows = list(trainer.state.progress.history) if first else [row]  # a copy: Ray serialises it later
         first = False
-        name = f"checkpoint-{row['epoch']:05d}"
         with (
-            disk_full_as_user_error(f"a checkpoint under {task.run}", GOES_ON),
+            disk_full_as_user_error(f"a checkpoint under {run.uri}", _RETRY),
             tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder,
         ):
             checkpoint = None
-            if training.state.world.rank == 0:
-                session.keep(training, save)
-                if task.scored:  # a trial has its states on the shelf alone
+            if world.rank == 0:
+                session.keep(trainer, save)
+                if not run.study_file:  # the states of a trial are in the stage cache alone
                     save(Path(folder))
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(
                 {ROWS: rows},
                 checkpoint=checkpoint,
-                checkpoint_dir_name=name,
-                checkpoint_upload_fn=partial(upload, task.run),
+                checkpoint_dir_name=f"checkpoint-{row['epoch']:05d}",
+                checkpoint_upload_fn=partial(upload, run.uri),
             )
 
-    if not task.scored:  # a trial of a search, which has announced it
-        training.fit(report)
-        if first:  # all of it was found on the shelf
-            ray.train.report({ROWS: list(training.state.progress.history)})
+    if run.study_file:
+        trainer.fit(report)
+        if first:  # the stage cache held the final state
+            ray.train.report({ROWS: list(trainer.state.progress.history)})
         return
-    with session.advertise(task.run):
-        training.fit(report)
-    result = final_result(training)
-    if training.state.world.rank == 0 and not storage.exists(storage.join(task.trained, RESULT)):
+    with session.advertise(run.uri):
+        trainer.fit(report)
+    _publish(run, trainer)
+
+
+def _publish(run: Run, trainer: Trainer) -> None:
+    """Evaluate the finished run on all ranks, and publish its weights and result from rank 0."""
+    result = final_result(trainer)
+    if trainer.state.world.rank == 0 and not run.is_trained:
         with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
-            done = Checkpoint(
-                task.config,
-                training.state.progress,
-                training.state.counter.state_dict(),
-                best_weights=training.state.best_weights,
+            weights = trainer.state.counter.state_dict()
+            checkpoint = Checkpoint(
+                run.identity.config, trainer.state.progress, weights, best_weights=trainer.state.best_weights
             )
-            save_checkpoint(done, Path(folder))
+            save_checkpoint(checkpoint, Path(folder))
             (Path(folder) / RESULT).write_text(result.to_json())
-            storage.publish_directory(Path(folder), task.trained, last=RESULT)
+            storage.publish_directory(Path(folder), run.trained, last=RESULT)
 
 
 def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-    """Publish a checkpoint in the run's folder; Ray's own copy, through Arrow, is silent where a file's last write
-    fails. What a killed epoch left there gives way."""
-    place = storage.join(run, name)
+    """Publish a checkpoint in the run's folder, replacing what a killed epoch left there.
+
+    Ray's own upload, through Arrow, does not report a failure of a file's last write.
+    """
+    uri = storage.join(run, name)
     try:
-        storage.unpublish_directory(place, last=STATE)
-        storage.publish_directory(Path(checkpoint.path), place, last=STATE)
+        storage.unpublish_directory(uri, last=STATE)
+        storage.publish_directory(Path(checkpoint.path), uri, last=STATE)
     except UserError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and storage.is_transient(error):
-            raise cause from None  # worth another start
-        raise UserError(f"{error}; {GOES_ON}") from error
-    there = ray.train.get_context().get_storage()
-    return ray.train.Checkpoint(f"{there.experiment_fs_path}/{name}", there.storage_filesystem)
+            raise cause from None  # worth a restart
+        raise UserError(f"{error}; {_RETRY}") from error
+    context = ray.train.get_context().get_storage()
+    return ray.train.Checkpoint(f"{context.experiment_fs_path}/{name}", context.storage_filesystem)
 
 
-def _own(task: Task) -> Checkpoint | None:
-    """The checkpoint of its own that this run goes on from."""
+def _own_checkpoint(task: WorkerTask) -> Checkpoint | None:
+    """The checkpoint of this run to resume from."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        with storage.local_copy(storage.join(task.run, PurePosixPath(checkpoint.path).name)) as folder:
+        with storage.local_copy(storage.join(task.run.uri, PurePosixPath(checkpoint.path).name)) as folder:
             return load_checkpoint(folder)
     return None if task.resume is None else load_checkpoint(Path(task.resume))
 
 
-def threads_of(config: Config, workers_here: int) -> int:
-    """This worker's share of the CPUs that Ray may use on its node."""
+def threads_of(config: Config, workers_on_node: int) -> int:
+    """CPU threads of this worker: as configured, else its fraction of the CPUs that Ray may use on its node."""
     node = ray.get_runtime_context().get_node_id()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     cpus = next(int(entry["Resources"].get("CPU", 1)) for entry in nodes if entry["NodeID"] == node)
-    return config.numerics.threads or max(1, cpus // workers_here)
+    return config.numerics.threads or max(1, cpus // workers_on_node)

@@ -82,7 +82,7 @@ class LiveDisplay:
         if self._live:
             self._live.stop()
 
-    def status(self, text: str) -> None:
+    def on_status(self, text: str) -> None:
         """Show what the job is doing now."""
         self._status = text
         if not self._live:
@@ -102,7 +102,7 @@ class TrainingDisplay(LiveDisplay):
         self._history: Sequence[EpochMetrics] = ()
         self._shown = 0
 
-    def history(self, rows: Sequence[EpochMetrics]) -> None:
+    def on_history(self, rows: Sequence[EpochMetrics]) -> None:
         """Show the whole history of a run; a log gets only its new epochs."""
         self._history = rows
         self._status = f"training with {_workers(rows[-1])}"

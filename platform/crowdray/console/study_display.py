@@ -24,7 +24,7 @@ class StudyDisplay(LiveDisplay):
         self._ended: set[int] = set()
         self._told = 0.0
 
-    def show(self, record: StudyRecord) -> None:
+    def on_record(self, record: StudyRecord) -> None:
         """Show the study as it stands; in a log, the trials that ended since, and now and then those that run."""
         self._record = record
         if self._live:
@@ -33,7 +33,7 @@ class StudyDisplay(LiveDisplay):
             if trial.state != "running" and trial.number not in self._ended:
                 self._ended.add(trial.number)
                 print(f"trial {trial.number}: {_line(trial)}{_outlook(record)}", flush=True)
-        running = [trial for trial in record.trials if trial.state == "running" and trial.legs]
+        running = [trial for trial in record.trials if trial.state == "running" and trial.stage_costs]
         if running and time.monotonic() - self._told > PLAIN_EVERY_S:
             self._told = time.monotonic()
             print("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running), flush=True)
@@ -64,7 +64,7 @@ def trial_table(record: StudyRecord, title: str, most: int | None = None) -> Tab
             *(_value(trial.values.get(name)) for name in record.fields()),
             _stage(trial),
             *("" if value is None else f"{value:.2f}" for value in (trial.mae, trial.rmse)),
-            str(sum(leg.reused for leg in trial.legs)),
+            str(sum(leg.reused for leg in trial.stage_costs)),
             f"{trial.spent:.0f}",
             f"{trial.saved:.0f}",
             style={"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state],
@@ -83,7 +83,7 @@ def _chosen(trials: Sequence[TrialRecord], most: int | None) -> Sequence[TrialRe
 def _line(trial: TrialRecord) -> str:
     chosen = " ".join(f"{_short(name)} {_value(value)}" for name, value in trial.values.items())
     error = "" if trial.mae is None else f"  val MAE {trial.mae:.2f}"
-    reused = sum(leg.reused for leg in trial.legs)
+    reused = sum(leg.reused for leg in trial.stage_costs)
     costs = f"{trial.spent:.0f} s spent, {trial.saved:.0f} s saved"
     return f"{_stage(trial)}{error}  {chosen}  {reused} epochs reused, {costs}"
 
@@ -96,7 +96,7 @@ def _outlook(record: StudyRecord) -> str:
 def _stage(trial: TrialRecord) -> str:
     if trial.state != "running":
         return trial.reason[:40] if trial.reason else trial.state
-    return f"{trial.legs[-1].stage} {trial.legs[-1].epochs}" if trial.legs else "starting"
+    return f"{trial.stage_costs[-1].stage} {trial.stage_costs[-1].epochs}" if trial.stage_costs else "starting"
 
 
 def _short(name: str) -> str:

@@ -20,7 +20,7 @@ from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics, Metrics
 from crowdray.evaluation.report import Evaluation
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.predict import COUNTS, Prediction
-from crowdray.tune.driver import StudyOutcome
+from crowdray.tune.record import StudyOutcome
 
 _MAX_ROWS = 30
 """Photos in the table of a prediction; counts.csv lists all of them."""
@@ -157,8 +157,8 @@ def show_study(outcome: StudyOutcome, console: Console) -> None:
     _print_fields(
         console,
         {
-            "stage cache": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.factor:.2f} "
-            f"times faster than without it, at most {record.bound:.2f} if no epoch were ever repeated",
+            "stage cache": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.speedup:.2f} "
+            f"times faster than without it, at most {record.max_speedup:.2f} if no epoch were ever repeated",
             "figures": ", ".join(outcome.figures),
             "study": outcome.study,
         },

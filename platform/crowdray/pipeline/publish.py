@@ -34,7 +34,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
     Args:
         tags: Provenance, stored with the model.
     """
-    dataset = Dataset.open(run.data)
+    dataset = Dataset.open(run.identity.data)
     with storage.local_copy(run.trained) as folder:
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
@@ -91,15 +91,15 @@ def _final_metrics(result: TrainingResult) -> dict[str, float]:
 def _package(
     run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, tags: Mapping[str, str], dest: Path
 ) -> Package:
-    counter = build_counter(run.config, checkpoint.progress.density_scale).strip()
+    counter = build_counter(run.identity.config, checkpoint.progress.density_scale).strip()
     counter.load_state_dict(checkpoint.best_weights[result.best_stage])
     stage = result.stages[result.best_stage]
     image = decode_image(dataset.sample(int(dataset.rows("train")[0])).image)
     return package_counter(
-        ExportedCounter(counter, run.config.sampling.downsample),
+        ExportedCounter(counter, run.identity.config.sampling.downsample),
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
         dest,
-        config=asdict(run.config),
+        config=asdict(run.identity.config),
         metrics=_model_metrics("val", stage.validation) | _model_metrics("test", stage.test),
         tags=tags,
     )

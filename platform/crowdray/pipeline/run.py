@@ -1,142 +1,117 @@
-"""The folder of a run in --storage: what it was started with, what it trained, what came out of it.
+"""The folder of a run in --storage.
 
-- run.json: the configuration, the data and the workers; a run under the same name has to have the same.
+- run.json: the identity (configuration, data, workers), compared at every start.
 - config.json: the configuration alone, itself valid for --preset.
 - checkpoint-*/: the last two checkpoints.
-- trained/: weights and result of the finished training, result.json last.
-- model/: the packaged counter.
-- overview.png: what it sees.
-- outcome.json: everything together; written last.
+- trained/: weights and result of the finished run, result.json last.
+- model/: the exported counter.
+- overview.png: predictions on a few images.
+- outcome.json: summary of everything; written last.
 """
 
-import hashlib
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from crowdray import storage
-from crowdray.config import Config, from_json, result_fields, to_json
+from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
+from crowdray.pipeline.identity import RunIdentity, Workers, check_name, default_name, read_identity
 from crowdray.stage_cache.keys import backbone_digest
 from crowdray.training.checkpoint import load_checkpoint
 
-IDENTITY = "run.json"
+RUN_FILE = "run.json"
 RESULT = "result.json"
-"""The file that stands for a finished training: it is published last."""
+"""File that marks a finished run: it is published last."""
 OUTCOME = "outcome.json"
-RAY_LIST = "checkpoint_manager_snapshot.json"
+RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The list of checkpoints that Ray Train keeps."""
 
-Workers = int | tuple[int, int]
-"""How many train together, as Ray Train takes it: a number, or the fewest and the most, between which it follows the
-cluster."""
+RESUME_HINT = "run the same command again to resume"
+"""How messages end when no progress is lost."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what is computed, from what, by how many workers, and where it is kept."""
+    """A training run and the paths of its folder."""
 
-    config: Config
-    data: str
-    """Absolute URI of the dataset."""
-    digest: str
-    """Its identity."""
-    workers: Workers
-    """Number of workers."""
-    storage: str
-    """Absolute URI of the folder that holds all runs."""
-    name: str
-    """Name of the run."""
-    backbone: str = ""
-    """Hash of the code that its backbone brings."""
-
-    @property
-    def fewest(self) -> int:
-        """Workers without which it does not train."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def most(self) -> int:
-        """Workers that it has at most."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of workers follows the cluster."""
-        return self.fewest < self.most
+    identity: RunIdentity
+    study_file: str | None = None
+    """The study's identity file if this run is a trial: its states live in the stage cache alone, and the test split
+    is not evaluated. None for a run of its own."""
 
     @property
     def uri(self) -> str:
-        """The run's own folder."""
-        return storage.join(self.storage, self.name)
+        """The run's folder."""
+        return self.identity.uri
 
     @property
-    def identity(self) -> str:
-        """File that says what the run is; it is there from the run's beginning."""
-        return storage.join(self.uri, IDENTITY)
+    def identity_file(self) -> str:
+        """File with the recorded identity; it exists before the first worker starts."""
+        return self.study_file or storage.join(self.uri, RUN_FILE)
 
     @property
     def trained(self) -> str:
-        """Folder of the finished training."""
+        """Folder of the finished run's weights."""
         return storage.join(self.uri, "trained")
 
     @property
+    def is_trained(self) -> bool:
+        """Whether training has finished."""
+        return storage.exists(storage.join(self.trained, RESULT))
+
+    @property
     def model(self) -> str:
-        """Folder of the packaged counter."""
+        """Folder of the exported counter."""
         return storage.join(self.uri, "model")
 
     @property
     def outcome(self) -> str:
-        """File that says what came out; it is there when everything is done."""
+        """File with the summary; it exists once everything is done."""
         return storage.join(self.uri, OUTCOME)
 
-    def batch_there(self) -> int | None:
-        """The batch with which a run in this folder was begun; None where none was."""
-        if not storage.exists(self.identity):
+    def with_config(self, config: Config) -> "Run":
+        """The same run with another configuration."""
+        return replace(self, identity=replace(self.identity, config=config))
+
+    def recorded_batch(self) -> int | None:
+        """Batch size that this run was started with; None before its first start."""
+        if not storage.exists(self.identity_file):
             return None
-        batch = _parse(self.identity).get("config", {}).get("sampling", {}).get("batch")
-        return batch if isinstance(batch, int) else None
+        batch: int = read_identity(self.identity_file)["config"]["sampling"]["batch"]
+        return batch
 
-    def claim(self) -> None:
-        """Write down what the run is, or check that its folder belongs to this very run.
+    def create_or_verify(self) -> None:
+        """Record what the run computes, or check that its folder belongs to this very run; see RunIdentity."""
+        if not storage.exists(self.identity_file):
+            storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.identity.config).encode())
+        self.identity.create_or_verify(self.identity_file)
 
-        Raises UserError with what differs. The number of workers may differ: a training goes on with another
-        one.
-        """
-        identity: dict[str, Any] = {"config": result_fields(self.config), "data": {"digest": self.digest}}
-        if self.backbone:
-            identity["backbone"] = self.backbone
-        if not storage.exists(self.identity):
-            storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.config).encode())
-        data = {"uri": self.data, "digest": self.digest}
-        claim_file(
-            self.identity, identity, identity | {"config": asdict(self.config), "data": data, "workers": self.workers}
-        )
+    def repair(self) -> str | None:
+        """Remove files that a killed process left incomplete.
 
-    def mend(self) -> str | None:
-        """Remove what a kill cut off, and give the newest whole checkpoint if Ray's list of them was among it.
+        Ray writes its list of checkpoints in place and refuses to start from half of one. Object stores only hold
+        complete files.
 
-        Ray writes its list in place, and refuses to start over half of one. Object stores only know whole files.
+        Returns:
+            The newest complete checkpoint if Ray's list had to be removed.
         """
         if not storage.is_local(self.uri):
             return None
-        for half in Path(self.uri).glob(f"{storage.PARTIAL}*-checkpoint-*"):
-            shutil.rmtree(half, ignore_errors=True)
-        listed = storage.join(self.uri, RAY_LIST)
-        if not storage.exists(listed):
+        for partial in Path(self.uri).glob(f"{storage.PARTIAL}*-checkpoint-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        checkpoints = storage.join(self.uri, RAY_CHECKPOINT_LIST)
+        if not storage.exists(checkpoints):
             return None
         with suppress(ValueError):
-            json.loads(storage.read_bytes(listed))
+            json.loads(storage.read_bytes(checkpoints))
             return None
-        storage.remove(listed)
+        storage.remove(checkpoints)
         for folder in sorted(Path(self.uri).glob("checkpoint-*"), reverse=True):
             with suppress(DataError):
                 load_checkpoint(folder)
@@ -144,100 +119,26 @@ class Run:
         return None
 
 
-def open_as_begun(data: str, digest: str, begun: str) -> Dataset:
-    """The dataset of a training, opened on the node of one of its workers.
-
-    begun: file that the driver has written. Raises UserError where this node sees another folder than the driver, or
-    another dataset: Ray looks into that late, or never.
-    """
-    if not storage.exists(begun):
-        raise UserError(
-            f"{begun.rpartition('/')[0]} on this node is not the folder that the training was started with; give "
-            "--storage one that all nodes share, or a URI such as s3://bucket/runs"
-        )
-    dataset = Dataset.open(data, verify=True)
-    if dataset.digest != digest:
-        raise UserError(
-            f"the dataset {data} on this node is {dataset.digest[:12]}, the training was started with {digest[:12]}; "
-            "give --data one that all nodes share, and give another --name if it was converted again"
-        )
-    return dataset
-
-
-def workers_of(said: int | str) -> Workers:
-    """What --workers says: N, or MIN:MAX. Raises UserError for what is neither."""
-    if isinstance(said, int):
-        return said
-    ends = re.fullmatch(r"(\d+):(\d+)", said, re.ASCII)
-    fewest, most = (int(ends[1]), int(ends[2])) if ends else (0, 0)
-    if not 1 <= fewest <= most:
-        raise UserError(f"--workers is {said!r}; give a number, or the fewest, at least 1, and the most, as in 1:4")
-    return fewest if fewest == most else (fewest, most)
-
-
-def plan(
-    config: Config, data: str, workers: Workers, folder: str, name: str | None, preset: str, *, measured: bool = False
+def plan_run(
+    config: Config, data: str, workers: Workers, folder: str, name: str | None, preset: str, *, auto_batch: bool = False
 ) -> Run:
-    """The run of a command; without a name it is called after its preset and a hash of all that it computes.
+    """Resolve a command's options into a run; the default name is the preset and a hash of all that it computes.
 
-    measured: whether its batch is still to be measured; the name has to be the same before and after.
-    Raises UserError for data that is none, a name that is no name of a folder, a backbone that is none, and published
-    weights that are not there.
+    Args:
+        config: What to compute.
+        data: Path or URI of the dataset.
+        workers: Number of workers, or (minimum, maximum).
+        folder: Path or URI of the folder for all runs.
+        name: Name of the run, or None for the default.
+        preset: Name or file of the preset, part of the default name.
+        auto_batch: Whether the batch size is still to be measured; the name is the same before and after.
+
+    Raises:
+        UserError: The dataset, name, backbone or pretrained weights cannot be used.
     """
     check_name(name)
-    source, config = backbone_digest(backbone_class(config)), pin_weights(config)
+    code, config = backbone_digest(backbone_class(config)), pin_weights(config)
     dataset = Dataset.open(data)
-    further = filter(None, [source, "batch auto" if measured else ""])
-    chosen = name or default_name(preset, to_json(config), dataset.digest, workers, *further)
-    return Run(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), chosen, source)
-
-
-def check_name(name: str | None) -> None:
-    """Raise UserError for a name that is no name of a folder."""
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--name is {name!r}; use letters, digits, - _ and .")
-
-
-def default_name(preset: str, *computed: str | Workers) -> str:
-    """The name of what was given none, from all that is computed: the same command gets the same one, and so goes
-    on where it stopped."""
-    key = json.dumps(computed).encode()
-    stem = preset.rsplit("/", 1)[-1].removesuffix(".json")
-    return f"{stem}-{hashlib.sha256(key).hexdigest()[:8]}"
-
-
-def claim_file(place: str, identity: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Write down in a file what its folder belongs to, or check that what lies there agrees with `identity`.
-
-    Raises UserError with all that differs.
-    """
-    if not storage.exists(place):
-        storage.write_bytes(place, (json.dumps(content, indent=1) + "\n").encode())
-    elif differences := list(_differences(_as_of_now(_parse(place), place), identity)):
-        raise UserError(
-            f"{place.rpartition('/')[0]} was started with something else; give another --name, or what it was started "
-            "with:\n" + "\n".join(f"  {difference.removeprefix('config.')}" for difference in differences)
-        )
-
-
-def _as_of_now(content: dict[str, Any], place: str) -> dict[str, Any]:
-    """What was written down, with the fields that a configuration has got since: until then all had their default."""
-    return content | {"config": asdict(from_json(json.dumps(content.get("config", {})), place))}
-
-
-def _parse(place: str) -> dict[str, Any]:
-    try:
-        content = json.loads(storage.read_bytes(place))
-    except ValueError as error:
-        raise UserError(f"{place} is damaged ({error}); train under another --name") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What is not as `here` asks; of a space also what is only there."""
-    for name in {**here, **there} if prefix.startswith("space.") else here:
-        before, now = there.get(name, "missing"), here.get(name, "missing")
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            yield from _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            yield f"{prefix}{name} is {before} there, {now} here"
+    extra = filter(None, [code, "batch auto" if auto_batch else ""])
+    name = name or default_name(preset, to_json(config), dataset.digest, workers, *extra)
+    return Run(RunIdentity(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), name, code))

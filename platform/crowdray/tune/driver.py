@@ -1,36 +1,45 @@
-"""The driver of a study: Optuna proposes, Ray Tune runs the trials, the stage store trains each beginning once, and
-the best trial is scored on the test split, stripped and registered."""
+"""The driver of a study: sample with Optuna, run trials on Ray Tune, publish the best one."""
 
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from optuna.storages import BaseStorage
 
 from crowdray import storage
-from crowdray.cluster.runtime import PACKAGE, Resources, choose_gpu, connect, deletion_warning, run_in_thread
-from crowdray.cluster.train import RETRIES, run_training
+from crowdray.cluster.runtime import (
+    MAX_RETRIES,
+    PACKAGE,
+    Resources,
+    choose_gpu,
+    connect,
+    deletion_warning,
+    run_in_thread,
+)
+from crowdray.cluster.train import run_training
 from crowdray.config import Device
-from crowdray.console.study_display import StudyDisplay
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import publish_run
-from crowdray.pipeline.run import RESULT
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
-from crowdray.storage.lease import LEASE_S, Keeper, Lease, take
+from crowdray.storage.lease import LEASE_S, Keeper, take
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.figures import draw_importance, draw_optimisation, draw_slices
-from crowdray.tune.record import StudyRecord, TrialRecord, importances
+from crowdray.tune.importance import importances
+from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
+from crowdray.tune.record import StudyOutcome, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import draw_stage_tree
 from crowdray.tune.study import Study
 from crowdray.tune.trial_tracker import TrialTracker
@@ -38,38 +47,34 @@ from crowdray.tune.trial_tracker import TrialTracker
 if TYPE_CHECKING:
     from crowdray.tune.search import StageTreeSearch
     from crowdray.tune.trial import TrialTask
+    from crowdray.tune.trial_tracker import TrialTracker
 
-_SETTINGS = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they would write lies in Optuna's and MLflow's record
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only epochs of the joint stage are scored
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Optuna and MLflow have these records
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
 class StudyFailed(JobFailed):
-    """No trial of a study came to its end."""
+    """No trial of a study finished."""
 
 
-@dataclass(frozen=True)
-class StudyOutcome:
-    """What came out of a study, and where everything lies."""
+class StudyCallback(Protocol):
+    """Progress of a study, for a display."""
 
-    study: str
-    """The study's folder."""
-    record: StudyRecord
-    """All trials."""
-    best: int
-    """Number of the best trial."""
-    outcome: Outcome
-    """The best trial, shipped."""
-    figures: tuple[str, ...]
-    """Pictures of the search."""
+    def on_status(self, text: str, /) -> None:
+        """The job starts another step."""
+        ...
+
+    def on_record(self, record: StudyRecord, /) -> None:
+        """A trial started, reported or ended."""
+        ...
 
 
 def tune(
     study: Study,
-    display: StudyDisplay,
+    callback: StudyCallback,
     *,
     trials: int,
     concurrent: int | None,
@@ -77,224 +82,231 @@ def tune(
     stage_cache: StageCacheConfig,
     device: Device = "auto",
 ) -> StudyOutcome:
-    """Search until there are `trials` trials, from wherever an earlier start of the study stopped, and ship the best.
+    """Search until there are `trials` trials, resuming an earlier start, and publish the best one.
 
-    concurrent: trials at once at most; None: as many as fit. Raises UserError for what the user can mend, and
-    StudyFailed when no trial came to its end.
+    Args:
+        study: What to search.
+        callback: Receives the progress.
+        trials: Trials in total, including those of earlier starts.
+        concurrent: Most trials that run at once; None for as many as fit.
+        tracking_uri: Where MLflow tracks the study; None for nowhere.
+        stage_cache: Where trials share the states of their stages.
+        device: Where trials train.
+
+    Raises:
+        UserError: A problem that the user can fix.
+        StudyFailed: No trial finished.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in _SETTINGS.items()})
-    for option, value in (("--trials", trials), ("--concurrent", concurrent)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} is {value}; give at least 1")
-    dataset = Dataset.open(study.data)
-    first = study.space.configure(study.config, study.space.nearest(study.config))
-    split_rows(first, dataset, study.workers)  # what is wrong with that is told now, and leaves no folder
-    study.claim()
+    os.environ.update({name: os.environ.get(name, value) for name, value in _TUNE_SETTINGS.items()})
+    dataset = _checked_dataset(study, trials, concurrent)
+    identity, name = study.identity, dataset.index.name
+    study.create_or_verify()
     if warning := deletion_warning(study.uri):
-        display.status(warning)
-    tags = {DATA_DIGEST: study.digest, DATASET_URI: study.data, GIT_REVISION: git_revision(PACKAGE)}
-    stage_cache = replace(
-        stage_cache, quanta={stage: study.space.quanta(stage) for stage in ("baseline", "decoders", "joint")}
-    )
+        callback.on_status(warning)
+    tags = {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
+    lengths = {stage: study.space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")}
+    stage_cache = replace(stage_cache, quanta=lengths)
     with (
-        Keeper() as keeper,
-        _alone(study, keeper, display) as driver,
-        finish_on_exit(open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", study.name, study.uri)) as tracker,
+        _driver_lock(study, callback) as is_lost,
+        finish_on_exit(open_tracker(tracking_uri, f"crowdray-{name}", identity.name, study.uri)) as tracker,
     ):
         tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
-        tracker.log_dataset(dataset.index.name, study.data, study.digest)
-        kept = TrialTracker(
+        tracker.log_dataset(name, identity.data, identity.data_digest)
+        opened = open_optuna_storage(study)
+        trial_tracker = TrialTracker(
             study,
-            study.optuna_study(),
-            display.show,
-            dataset=dataset.index.name,
+            open_optuna_study(study, opened),
+            callback.on_record,
+            dataset=name,
             tracking_uri=tracking_uri,
             parent=tracker.run_id,
             tags=tags,
         )
         # Ray frees the workers of a stopped trial's own group through its dashboard.
-        with kept as book, connect(dashboard=study.workers > 1) as resources:
-            places, use_gpu = places_of(study, resources, min(concurrent or trials, trials), device)
-            search = _search_of(study, book, stage_cache, keeper, driver, places=places, trials=trials, use_gpu=use_gpu)
-            display.status(f"searching: {places} trials at once, {trials} in all")
-            _run_trials(study, search, _task_of(study, stage_cache, resources, device, use_gpu))
-            best = _best(book.record, study)
-            display.status(f"trial {best.number} is the best: scoring it on the test split, packaging, registering")
-            outcome = _ship(study, book, best, resources, tracking_uri, stage_cache, device, tags, display)
-        display.status("drawing")
-        figures = _draw(book.record, study, tracker)
-        return StudyOutcome(study.uri, book.record, best.number, outcome, figures)
+        with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
+            slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), device)
+            callback.on_status(f"searching: {slots} trials at once, {trials} in total")
+            search = _new_search(study, trial_tracker, opened, slots, trials, stage_cache, use_gpu, is_lost)
+            _run_trials(study, search, _new_task(study, resources, device, use_gpu, stage_cache))
+            best = _best(trial_tracker.record, study)
+            callback.on_status(f"trial {best.number} is the best: evaluating it on the test split, registering it")
+            train_again = partial(run_training, resources=resources, device=device, stage_cache=stage_cache)
+            outcome = _publish(study, trial_tracker, best, train_again, tracking_uri, tags, callback)
+        callback.on_status("drawing figures")
+        figures = _draw(trial_tracker.record, study, tracker)
+        return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures)
+
+
+def _checked_dataset(study: Study, trials: int, concurrent: int | None) -> Dataset:
+    """Open the dataset; a study that cannot start fails here, before any folder is created."""
+    for option, value in (("--trials", trials), ("--concurrent", concurrent)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} is {value}; give at least 1")
+    dataset = Dataset.open(study.identity.data)
+    first = study.space.configure(study.config, study.space.nearest(study.config))
+    split_rows(first, dataset, study.identity.max_workers)
+    return dataset
 
 
 @contextmanager
-def _alone(study: Study, keeper: Keeper, display: StudyDisplay) -> Iterator[Lease]:
-    """The right to be a study's only driver; one that was killed keeps it until its lease expires."""
+def _driver_lock(study: Study, callback: StudyCallback) -> Iterator[Callable[[], bool]]:
+    """The right to be a study's only driver, kept until its lease expires; yields whether it has been lost."""
     folder, end = storage.join(study.uri, "leases"), time.monotonic() + 1.5 * LEASE_S
     while (lease := take(folder, "driver", f"{socket.gethostname()}:{os.getpid()}")) is None:
         if time.monotonic() > end:
             raise UserError(f"another driver runs the study {study.uri}; wait for it, or give another --name")
-        display.status(f"waiting for the driver of an earlier start, which died less than {LEASE_S:.0f} s ago or lives")
+        callback.on_status(f"waiting up to {LEASE_S:.0f} s for the driver of an earlier start")
         time.sleep(5)
-    keeper.add(lease)
-    yield lease  # the keeper releases it
+    with Keeper() as renewer:
+        renewer.add(lease)
+        yield lambda: lease.ended
 
 
-def places_of(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
-    """How many trials run at once, and whether their workers get a GPU each.
+def trial_slots(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
+    """How many trials run at once, and whether each of their workers gets a GPU.
 
-    Raises UserError in words where not even one trial fits, which would wait for ever.
+    Raises:
+        UserError: Not even one trial fits; it would wait forever.
     """
-    use_gpu = choose_gpu(resources, study.workers, device)
-    threads = study.config.numerics.threads
+    workers, threads = study.identity.max_workers, study.config.numerics.threads
+    use_gpu = choose_gpu(resources, workers, device)
     nodes = resources.node_cpus or (resources.cpus,)
-    fit = max(sum(cpus // threads for cpus in those) for those in (nodes, resources.max_node_cpus)) // study.workers
-    if fit == 0:
-        there = " and ".join(str(cpus) for cpus in max(nodes, resources.max_node_cpus, key=sum))
+    slots = max(sum(cpus // threads for cpus in group) for group in (nodes, resources.max_node_cpus)) // workers
+    if slots == 0:
+        cpus = " and ".join(str(cpus) for cpus in max(nodes, resources.max_node_cpus, key=sum))
         raise UserError(
-            f"a trial needs {study.workers} times {threads} CPUs, each {threads} on one node, and the nodes have "
-            f"{there}: lower --workers or --numerics.threads"
+            f"a trial needs {workers} times {threads} CPUs, each {threads} on one node, and the nodes have {cpus}: "
+            "lower --workers or --numerics.threads"
         )
     if use_gpu:
-        fit = min(fit, resources.gpus // study.workers)
-    return min(fit, concurrent or fit), use_gpu
+        slots = min(slots, resources.gpus // workers)
+    return min(slots, concurrent or slots), use_gpu
 
 
-def _search_of(
+def _new_search(
     study: Study,
-    book: TrialTracker,
-    stage_cache: StageCacheConfig,
-    keeper: Keeper,
-    driver: Lease,
-    *,
-    places: int,
+    trial_tracker: TrialTracker,
+    opened: BaseStorage,
+    slots: int,
     trials: int,
+    stage_cache: StageCacheConfig,
     use_gpu: bool,
+    is_lost: Callable[[], bool],
 ) -> "StageTreeSearch":
     from crowdray.tune.search import StageTreeSearch
 
     return StageTreeSearch(
         study,
-        book,
-        places=places,
-        trials=trials,
+        trial_tracker,
+        opened,
+        max_concurrent=slots,
+        num_trials=trials,
         store=stage_cache.open(),
-        keeper=keeper,
-        numerics=_numerics(study, use_gpu),
-        driver=driver,
+        numerics=_trial_numerics(study, use_gpu),
+        lock_is_lost=is_lost,
     )
 
 
-def _task_of(
-    study: Study, stage_cache: StageCacheConfig, resources: Resources, device: Device, use_gpu: bool
+def _new_task(
+    study: Study, resources: Resources, device: Device, use_gpu: bool, stage_cache: StageCacheConfig
 ) -> "TrialTask":
     from crowdray.tune.trial import TrialTask
 
-    return TrialTask(
-        data=study.data,
-        digest=study.digest,
-        storage=study.uri,
-        begun=study.identity,
-        workers=study.workers,
-        resources=resources,
-        device=device,
-        use_gpu=use_gpu,
-        stage_cache=stage_cache,
-    )
+    return TrialTask(study.identity, study.identity_file, resources, device, use_gpu, stage_cache)
 
 
-def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> None:
-    """Run what the search gives until it gives no more."""
-    from ray import tune as ray_tune
-
-    from crowdray.tune.search import StudyScheduler
-    from crowdray.tune.trial import run_trial
-
-    own = {"CPU": float(study.config.numerics.threads), "GPU": float(task.use_gpu)}
-    if study.workers > 1:  # the workers have their own; a trial that only waits for them takes a byte of memory
-        own = {"memory": 1.0}
-    # Tune's thread may still write there after an interrupt.
-    with tempfile.TemporaryDirectory(prefix="crowdray-tune-", ignore_cleanup_errors=True) as scratch:
-        tuner = ray_tune.Tuner(
-            ray_tune.with_resources(partial(run_trial, task), own),
-            tune_config=ray_tune.TuneConfig(
-                search_alg=search,
-                scheduler=StudyScheduler(search),
-                num_samples=-1,
-                reuse_actors=study.workers == 1,  # the next trial finds torch imported
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=ray_tune.RunConfig(
-                name=study.name,
-                storage_path=scratch,
-                failure_config=ray_tune.FailureConfig(max_failures=RETRIES),
-                verbose=0,
-            ),
-        )
-        waiting, errors = run_in_thread(tuner.fit)
-        while waiting.is_alive():
-            waiting.join(timeout=0.5)
-    if search.mistake is not None:
-        raise UserError(search.mistake)
-    if errors:
-        raise errors[0]
-
-
-def _numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
-    """How a trial's process computes, asked where one would run."""
+def _trial_numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
+    """How a trial's process computes, asked in a process with its resources."""
     import ray
 
     from crowdray.tune.trial import trial_device
 
     config = study.config
 
-    def ask() -> dict[str, str | int]:
+    def numerics() -> dict[str, str | int]:
         return numerics_facts(config, trial_device(use_gpu), config.numerics.threads)
 
-    asked = ray.remote(ask).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
-    found: dict[str, str | int] = ray.get(asked)
+    result = ray.remote(numerics).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
+    found: dict[str, str | int] = ray.get(result)
     return found
+
+
+def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> None:
+    """Run the trials that the search suggests until it ends."""
+    from ray import tune as ray_tune
+
+    from crowdray.tune.search import StudyScheduler
+    from crowdray.tune.trial import run_trial
+
+    single = study.identity.max_workers == 1
+    resources = {"CPU": float(study.config.numerics.threads), "GPU": float(task.use_gpu)}
+    if not single:  # its workers reserve their own; the trial itself only waits for them
+        resources = {"memory": 1.0}
+    # Tune's thread may still write there after an interrupt.
+    with tempfile.TemporaryDirectory(prefix="crowdray-tune-", ignore_cleanup_errors=True) as scratch:
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(partial(run_trial, task), resources),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=search,
+                scheduler=StudyScheduler(search),
+                num_samples=-1,
+                reuse_actors=single,  # the next trial finds torch imported
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=ray_tune.RunConfig(
+                name=study.identity.name,
+                storage_path=scratch,
+                failure_config=ray_tune.FailureConfig(max_failures=MAX_RETRIES),
+                verbose=0,
+            ),
+        )
+        thread, errors = run_in_thread(tuner.fit)
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+    if search.stop_reason is not None:
+        raise UserError(search.stop_reason)
+    if errors:
+        raise errors[0]
 
 
 def _best(record: StudyRecord, study: Study) -> TrialRecord:
     best = record.best()
     if best is None:
         reasons = sorted({trial.reason for trial in record.trials if trial.reason})
-        raise StudyFailed(f"no trial of {study.uri} came to its end: " + ("; ".join(reasons) or "all were stopped"))
+        raise StudyFailed(f"no trial of {study.uri} finished: " + ("; ".join(reasons) or "all were stopped"))
     return best
 
 
-def _ship(
+def _publish(
     study: Study,
-    book: TrialTracker,
+    trial_tracker: TrialTracker,
     best: TrialRecord,
-    resources: Resources,
+    train_again: Callable[..., None],
     tracking_uri: str | None,
-    stage_cache: StageCacheConfig,
-    device: Device,
     tags: Mapping[str, str],
-    display: StudyDisplay,
+    callback: StudyCallback,
 ) -> Outcome:
-    """Score the best trial on the test split, package and register it, under its own MLflow run."""
+    """Evaluate the best trial on the test split, package and register it under its own MLflow run."""
     config = study.space.configure(study.config, best.values)
-    run = study.trial(best.number, config)
-    run.claim()
+    run = study.run_of(best.number, config)
+    run.create_or_verify()
     if outcome := Outcome.of_finished(run, tracking_uri):
         return outcome
-    if not storage.exists(storage.join(run.trained, RESULT)):
+    if not run.is_trained:
 
-        def follow(history: Sequence[EpochMetrics]) -> None:
-            display.status(f"the state of trial {best.number} is gone: training it again, epoch {len(history)}")
+        def on_history(history: Sequence[EpochMetrics]) -> None:
+            callback.on_status(f"the state of trial {best.number} was evicted: training epoch {len(history)} again")
 
-        run_training(run, resources, device=device, stage_cache=stage_cache, follow=follow)
-    with finish_on_exit(book.tracker(best.number, config)) as tracker:
+        train_again(run, on_history=on_history)
+    with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
         outcome = publish_run(run, tracker, tracking_uri, tags)
     storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
 
 
 def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...]:
-    """Draw the search, and keep its record beside the pictures."""
-    places = []
+    """Draw the search, and store its record next to the figures."""
+    uris = []
     with tempfile.TemporaryDirectory(prefix="crowdray-figures-") as folder:
         names = ("optimisation", "importance", "slices", "stage-tree")
         paths = [Path(folder) / f"{name}.png" for name in names]
@@ -304,11 +316,11 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
         draw_stage_tree(record, paths[3])
         for path in paths:
             tracker.log_file(path, "figures")
-            places.append(storage.join(study.uri, path.name))
-            storage.publish_file(path, places[-1])
+            uris.append(storage.join(study.uri, path.name))
+            storage.publish_file(path, uris[-1])
     storage.write_bytes(storage.join(study.uri, "record.json"), record.to_json().encode())
     best = record.best()
     if best is not None and best.mae is not None:
         costs = {"worker_seconds/spent": record.spent, "worker_seconds/saved": record.saved}
         tracker.log_summary({"best/val/mae": best.mae, "trials": float(len(record.trials))} | costs, len(record.trials))
-    return tuple(places)
+    return tuple(uris)

@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from crowdray.plots import style
-from crowdray.tune.record import FEWEST, StudyRecord, TrialRecord, Value, is_weight
+from crowdray.tune.importance import MIN_TRIALS
+from crowdray.tune.record import StudyRecord, TrialRecord, Value, is_weight
 from crowdray.tune.space import PAPER_POINT
 
 MARKS: dict[str, dict[str, Any]] = {
@@ -81,10 +82,8 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
     """Draw the share of each field in the MAE's variance as bars, or say that it is not known yet."""
     complete = sum(trial.state == "complete" for trial in study.trials)
     if not importances:
-        reason = f"what matters is not known from {complete} complete trials:\n"
-        return style.text_figure(
-            study.name, reason + f"it takes {FEWEST}, of different fields and different MAEs", path
-        )
+        text = f"importances need {MIN_TRIALS} complete trials with different values and MAEs,\nthere are {complete}"
+        return style.text_figure(study.name, text, path)
     names = sorted(importances, key=lambda name: importances[name])
     figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(names)), dpi=style.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -108,7 +107,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     Weights have a logarithmic axis, with 0, a dropped task, in a place of its own at the left.
     """
     names = study.fields()
-    if not names or not any(trial.scored for trial in study.trials):
+    if not names or not any(trial.is_scored for trial in study.trials):
         return style.text_figure(study.name, "no trial has been validated yet", path)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -116,7 +115,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     layout = ConstrainedLayoutEngine(hspace=0.06, wspace=0.03)
     figure = Figure(figsize=size, dpi=style.DPI, layout=layout, facecolor="white")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    scale = MaeScale([trial for trial in study.trials if trial.scored])
+    scale = MaeScale([trial for trial in study.trials if trial.is_scored])
     for axes, name in zip(panels, names, strict=False):
         _draw_slice(axes, study, name, scale)
     for axes in panels[len(names) :]:
@@ -128,7 +127,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     shades[1].set_label("complete, late")
     if PAPER_POINT.keys() & set(names):
         shades.append(Line2D([], [], color=style.PINK, linewidth=1.0, label="the paper's weight"))
-    legend(figure, [trial for trial in study.trials if trial.scored], shades, scale, complete=False)
+    legend(figure, [trial for trial in study.trials if trial.is_scored], shades, scale, complete=False)
     figure.suptitle(f"{study.name}: {_summary(study)}", size=10, color=style.INK)
     style.save_figure(figure, path)
 
@@ -137,7 +136,7 @@ class MaeScale:
     """An axis of MAEs, from the best to a moderate multiple of the median, with a strip for all that is beyond."""
 
     def __init__(self, trials: Sequence[TrialRecord]) -> None:
-        maes = np.array([trial.mae for trial in trials if trial.scored], dtype=np.float64)
+        maes = np.array([trial.mae for trial in trials if trial.is_scored], dtype=np.float64)
         low, high = (maes.min(), maes.max()) if len(maes) else (0.0, 1.0)
         if len(maes) > 7:
             high = min(high, low + (4 * (np.median(maes) - low) or high - low))
@@ -146,7 +145,7 @@ class MaeScale:
         """The highest MAE that stands in its place."""
         self.bottom, self.edge = float(low - room), float(high + room)
         """Ends of the scale."""
-        self.failed = any(_is_shown(trial) and not trial.scored for trial in trials)
+        self.failed = any(_is_shown(trial) and not trial.is_scored for trial in trials)
         """Whether the strip holds trials without an MAE."""
         self.beyond = bool((maes > high).any())
         """Whether it holds MAEs that are off the scale."""
@@ -160,7 +159,7 @@ class MaeScale:
 
     def __call__(self, trial: TrialRecord) -> float:
         """A trial's place."""
-        if trial.mae is not None and trial.scored and trial.mae <= self.limit:
+        if trial.mae is not None and trial.is_scored and trial.mae <= self.limit:
             return trial.mae
         return (self.edge + self.top) / 2
 
@@ -218,7 +217,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 def _is_shown(trial: TrialRecord) -> bool:
     """Whether a trial has a place among MAEs: those that failed without one do, in the strip."""
-    return trial.scored or trial.state == "failed"
+    return trial.is_scored or trial.state == "failed"
 
 
 def _summary(study: StudyRecord) -> str:
@@ -229,7 +228,7 @@ def _summary(study: StudyRecord) -> str:
 
 def _draw_best_so_far(axes: Axes, trials: Sequence[TrialRecord], places: Sequence[float], **look: Any) -> None:
     """A step line that falls where a complete trial is better than all before it."""
-    maes = [trial.mae if trial.state == "complete" and trial.scored else None for trial in trials]
+    maes = [trial.mae if trial.state == "complete" and trial.is_scored else None for trial in trials]
     best = list(accumulate((math.inf if mae is None else mae for mae in maes), min))
     seen = [(place, mae) for place, mae in zip(places, best, strict=True) if mae < math.inf]
     if seen:
@@ -237,7 +236,7 @@ def _draw_best_so_far(axes: Axes, trials: Sequence[TrialRecord], places: Sequenc
 
 
 def _draw_slice(axes: Axes, study: StudyRecord, name: str, scale: MaeScale) -> None:
-    trials = [trial for trial in study.trials if name in trial.values and trial.scored]
+    trials = [trial for trial in study.trials if name in trial.values and trial.is_scored]
     values = [trial.values[name] for trial in trials]
     paper = PAPER_POINT.get(name)
     if is_weight(name, values):

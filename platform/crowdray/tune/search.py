@@ -1,10 +1,10 @@
-"""Optuna's suggestions, started in the order in which their beginnings are shared, and stopped when they are poor."""
+"""A Ray Tune searcher over Optuna: shared prefixes are trained first, unpromising trials are stopped."""
 
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,379 +13,362 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from crowdray import storage
-from crowdray.cluster.train import RETRIES
-from crowdray.config import Config, to_json
+from crowdray.cluster.runtime import MAX_RETRIES
+from crowdray.config import Config
 from crowdray.errors import UserError
+from crowdray.pipeline.run import RESUME_HINT
 from crowdray.stage_cache.keys import StageKey, stage_keys
 from crowdray.stage_cache.store import StageStore, StateId
-from crowdray.storage.lease import Keeper, Lease
+from crowdray.tune.optuna_study import open_optuna_study, sampled_trials
 from crowdray.tune.record import State
+from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialSpec
 from crowdray.tune.space import first_points
-from crowdray.tune.study import Study, drawn_trials
+from crowdray.tune.study import Study
 from crowdray.tune.trial_tracker import RECORD, TrialTracker
 
-STARTUP = 10
-"""Trials that TPE draws at random before it looks at results."""
-REDUCTION = 3
-"""Of so many trials at a rung one goes on."""
+STARTUP_TRIALS = 10
+"""Trials that TPE samples at random before it uses results."""
+REDUCTION_FACTOR = 3
+"""One of this many trials continues after each rung of successive halving."""
 FIRST_RUNG = 1 / 8
-"""Trials are first judged after this part of the shortest joint stage, again after REDUCTION times as long, ..."""
+"""First rung, as a fraction of the shortest joint stage; each following rung is REDUCTION_FACTOR times as long."""
 REFERENCE = "reference"
-"""Mark of the trials that others are compared with: they are never stopped."""
+"""User attribute of the trials that others are compared with: they are never stopped."""
 
-PATIENCE_S = 300.0
-"""Seconds for which a stage store may be out of reach."""
+OUTAGE_S = 300.0
+"""Seconds for which the stage cache may be unreachable."""
+TOUCH_S = 600.0
+"""Seconds between two renewals of the best trial's state, which protect it from eviction."""
 
-GOES_ON = ". The same command goes on with the trials that were under way"
-"""What a message ends with after which nothing is lost."""
+_NO_MORE = cast(dict[str, Any], Searcher.FINISHED)
+"""Tells Tune that the search has ended."""
 
 _log = logging.getLogger(__name__)
-
-FINISHED = Searcher.FINISHED
-"""What Tune takes for the end of a search."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial that Optuna has drawn and nobody trains yet."""
+    """A sampled trial, waiting to be scheduled or running."""
 
-    number: int
+    trial: optuna.Trial
     values: Mapping[str, Any]
+    """Sampled values by dotted field name."""
     config: Config
-    chains: tuple[StageKey, ...]
+    keys: tuple[StageKey, ...]
+    """The keys of its stages."""
 
-    def missing(self, store: StageStore, stored: Mapping[str, Sequence[int]]) -> tuple[StageKey, ...]:
-        """The chains that this trial would have to extend, the first one first."""
-        found = store.find(self.chains, stored)
+    @property
+    def number(self) -> int:
+        """Its number in the study."""
+        return self.trial.number
+
+    def untrained(self, store: StageStore, stored: Mapping[str, Sequence[int]]) -> tuple[StageKey, ...]:
+        """The keys of the stages that it would have to train, in order."""
+        found = store.find(self.keys, stored)
         if found is None:
-            return self.chains
-        place = [chain.key for chain in self.chains].index(found.chain)
-        return self.chains[place + (found.epoch >= self.chains[place].epochs) :]
+            return self.keys
+        index = [key.key for key in self.keys].index(found.chain)
+        return self.keys[index + (found.epoch >= self.keys[index].epochs) :]
 
 
-class StageTreeSearch(OptunaSearch):
-    """Optuna's search over a study's space, for Ray Tune.
+class StageTreeSearch(Searcher):
+    """Optuna's ask and tell as a Ray Tune searcher.
 
-    A drawn trial waits, holding no worker, while somebody else trains a beginning that it needs. Of those that could
-    start, the one whose beginning most others wait for goes first, the longest before shorter ones, which find their
-    states on its way. Optuna's own record is the only memory: a trial that was under way when its driver died is taken
-    up again, under its number. Poor trials are stopped on the best validation MAE at equal epochs of the joint stage,
-    and told to Optuna as pruned.
+    A sampled trial waits, without workers, while a running trial trains a stage that it needs as well. Of the trials
+    that can start, the one whose next stage most others wait for goes first, the longest before shorter ones, which
+    then find their states in the stage cache. Optuna's record is the only state: a trial that was running when its
+    driver died is resumed under its number. Unpromising trials are stopped on the best validation MAE at equal epochs
+    of the joint stage, and told to Optuna as pruned.
     """
 
     def __init__(
         self,
         study: Study,
-        book: TrialTracker,
+        tracker: TrialTracker,
+        opened: BaseStorage,
         *,
-        places: int,
-        trials: int,
+        max_concurrent: int,
+        num_trials: int,
         store: StageStore,
-        keeper: Keeper,
         numerics: Mapping[str, str | int],
-        driver: Lease | None = None,
+        lock_is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._study, self._book = study, book
-        self._places, self._wanted = places, trials
-        self._store, self._keeper, self._numerics, self._driver = store, keeper, numerics, driver
-        self._prunes = study.prune and len(study.objectives) == 1
-        shortest = min(study.space.quanta("joint"), default=study.config.stages.joint.epochs)
-        first = max(1, int(shortest * FIRST_RUNG))
-        self._pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
-        self._pool: dict[str, Candidate] = {}
-        self._live: dict[str, Candidate] = {}
-        self._leases: dict[str, dict[str, Lease]] = {}
-        self._pinned: Lease | None = None
-        self._errors: dict[str, str] = {}
-        self._unbegun: Counter[int] = Counter()
-        self._away: float | None = None
-        self.mistake: str | None = None
-        single = len(study.objectives) == 1
-        self._record = study.optuna_study()
-        # Trials that look at no result may be drawn, and ordered, all at once.
-        self._blind = STARTUP if study.sampler == "tpe" else trials
-        super().__init__(
-            space=study.space.suggest,
-            metric=study.objectives[0] if single else list(study.objectives),
-            mode="min" if single else ["min"] * len(study.objectives),
-            sampler=_sampler(study, len(drawn_trials(self._record))),
-            study_name=study.name,
-            storage=self._record._storage,
-        )
-        self._pin()
+        """Enqueue the points that every study starts with.
+
+        Args:
+            study: What to search.
+            tracker: Records of the trials.
+            opened: Optuna's storage of the study.
+            max_concurrent: Trials that run at once.
+            num_trials: Trials in total, including those of earlier starts.
+            store: The stage cache.
+            numerics: What `numerics_facts` returns in a trial's process.
+            lock_is_lost: Whether another driver may have taken over the study.
+        """
+        super().__init__()
+        self._study, self._tracker, self._store, self._numerics = study, tracker, store, numerics
+        self._max_concurrent, self._num_trials = max_concurrent, num_trials
+        self._lock_is_lost = lock_is_lost
+        self._waiting: dict[int, Candidate] = {}
+        self._running: dict[str, Candidate] = {}
+        self._training: dict[str, dict[str, str]] = {}
+        """Stage keys that each running trial has still to finish, by stage."""
+        self._losses: dict[str, str] = {}
+        self._unstarted: Counter[int] = Counter()
+        self._unreachable_since: float | None = None
+        self._touched = -math.inf
+        self.stop_reason: str | None = None
+        """Why the search stops early; None while it runs."""
+        # Trials that depend on no result can be sampled, and ordered, all at once.
+        self._independent = STARTUP_TRIALS if study.sampler == "tpe" else num_trials
+        self._storage, self._trials = opened, open_optuna_study(study, opened)
+        self._trials.sampler = _sampler(study, len(sampled_trials(self._trials)))
+        shortest = min(study.space.stage_lengths("joint"), default=study.config.stages.joint.epochs)
+        first_rung = max(1, int(shortest * FIRST_RUNG))
+        self._trials.pruner = SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=REDUCTION_FACTOR)
         for point in first_points(study.space, study.config):
-            self._record.enqueue_trial(point, user_attrs={REFERENCE: True}, skip_if_exists=True)
-        assert self._ot_study is not None
-        self._asked: optuna.Study = self._ot_study  # the one with the sampler
+            self._trials.enqueue_trial(point, user_attrs={REFERENCE: True}, skip_if_exists=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray writes copies of the search beside its results, and Optuna's record is what counts."""
+        """Return nothing: Ray stores copies of the search next to its results, but Optuna's record counts."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing, likewise."""
+        """Write nothing, for the same reason."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read nothing, for the same reason."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial to start; None while all that are drawn have to wait, and the end when all are told."""
-        if self._driver is not None and self._driver.ended:
-            self.mistake = "this driver was suspended so long that another one may have taken the study; start it again"
+        """Return the next trial to start; None while all have to wait, FINISHED after the last one."""
+        if self._lock_is_lost():
+            self.stop_reason = (
+                "this driver was suspended for so long that another one may have taken over the study; " + RESUME_HINT
+            )
         suggested = None
-        with self._mistakes_noted(), self._patience():
-            if self.mistake is None and len(self._live) < self._places:
+        with self._stopping_on_errors(), self._tolerating_outages():
+            self._protect_best()
+            if self.stop_reason is None and len(self._running) < self._max_concurrent:
                 suggested = self._suggest(trial_id)
-        return suggested if self.mistake is None else cast(None, FINISHED)
+        return suggested if self.stop_reason is None else _NO_MORE
 
     def _suggest(self, trial_id: str) -> dict[str, Any] | None:
         self._adopt()
-        self._draw(self._blind)
+        while self._remaining() and len(sampled_trials(self._trials)) < self._independent:
+            self._add(self._trials.ask())
         chosen = self._choose()
-        if chosen is None and len(self._pool) < self._places:
-            self._draw(None)
+        if chosen is None and len(self._waiting) < self._max_concurrent and self._remaining():
+            self._add(self._trials.ask())
             chosen = self._choose()
         if chosen is None:
-            over = not (self._pool or self._live or self._left())
-            return cast(None, FINISHED) if over else None
-        candidate = self._live[trial_id] = self._pool.pop(chosen)
-        self._ot_trials[trial_id] = self._ot_trials.pop(chosen)
-        self._leases[trial_id] = self._leases.pop(chosen)
-        self._book.started(candidate.number, candidate.values, candidate.config)
-        return {
-            "name": self._study.trial(candidate.number, candidate.config).name,
-            "config": to_json(candidate.config),
-            "chains": candidate.chains,
-        }
+            return None if self._waiting or self._running or self._remaining() else _NO_MORE
+        candidate, untrained = chosen
+        del self._waiting[candidate.number]
+        self._running[trial_id] = candidate
+        self._training[trial_id] = {key.stage: key.key for key in untrained}
+        self._tracker.on_start(candidate.number, candidate.values, candidate.config)
+        name = self._study.run_of(candidate.number, candidate.config).identity.name
+        return {SPEC: TrialSpec(name, candidate.config, candidate.keys)}
 
-    def heard(self, trial_id: str, report: Mapping[str, Any]) -> bool:
-        """Take in a trial's report; says whether the trial is to stop here."""
-        poor = False
-        with self._mistakes_noted():
-            if "mistake" in report:
-                raise UserError(report["mistake"])
-            if self.mistake is None and "settings" in report:
-                self._judge_settings(trial_id, report["failed"])
-            if self.mistake is None and "rows" in report:
-                candidate, trial = self._live[trial_id], self._ot_trials[trial_id]
-                trial.set_user_attr(RECORD, self._book.heard(candidate.number, report))
-                if report["rows"]:
-                    self._release(trial_id, before=str(report["rows"][-1]["stage"]))
-                poor = self._prunes and self._is_poor(candidate, trial, report)
-        return poor or self.mistake is not None  # after one all stop, and go on when the study is started again
+    def on_report(self, trial_id: str, report: TrialReport) -> bool:
+        """Record a trial's report; returns whether the trial has to stop."""
+        prune = False
+        with self._stopping_on_errors():
+            if report.status == "user_error":
+                raise UserError(report.message)
+            if self.stop_reason is None and report.status == "infeasible":
+                self._stop_if_reference(trial_id, report.message)
+            if self.stop_reason is None and report.status in ("running", "finished"):
+                candidate = self._running[trial_id]
+                candidate.trial.set_user_attr(RECORD, self._tracker.on_report(candidate.number, report))
+                if report.rows:
+                    self._finish_stages(trial_id, before=str(report.rows[-1]["stage"]))
+                prune = self._study.prunes and self._should_prune(candidate, report)
+        return prune or self.stop_reason is not None  # all trials stop, and resume at the next start
 
-    def _judge_settings(self, trial_id: str, reason: str) -> None:
-        """End the search where what it starts from cannot be trained: neither could the others."""
-        if self._book.record.best() is None and self._is_reference(self._live[trial_id].number):
-            self.mistake = f"{reason}. No trial has ended yet, and this one is what the search starts from"
+    def _stop_if_reference(self, trial_id: str, reason: str) -> None:
+        """Stop the search if the configuration that it starts from is infeasible: others would be too."""
+        if self._tracker.record.best() is None and _is_reference(self._running[trial_id]):
+            self.stop_reason = f"{reason}. No trial has finished yet, and the search starts from this one"
 
     @contextmanager
-    def _mistakes_noted(self) -> Iterator[None]:
-        """Tune would repeat a trial whose end could not be written down, or end with a traceback."""
+    def _stopping_on_errors(self) -> Iterator[None]:
+        """Turn errors into a stop: Tune would repeat a trial whose end was not recorded, or show a traceback."""
         try:
             yield
         except UserError as error:
-            self.mistake = f"{error}{GOES_ON}"
+            self.stop_reason = f"{error}; then {RESUME_HINT}"
         except (OSError, StorageInternalError) as error:
-            place = "--database" if self._study.database else self._study.uri  # a URL may hold a password
-            mend = "free space there, or bring the database back"
-            self.mistake = f"the trials' record in {place} cannot be kept ({error}); {mend}{GOES_ON}"
+            location = "--database" if self._study.database else self._study.uri  # a URL may contain a password
+            self.stop_reason = (
+                f"the record of the trials in {location} cannot be written ({error}); free space there, or restart "
+                f"the database, then {RESUME_HINT}"
+            )
 
     @contextmanager
-    def _patience(self) -> Iterator[None]:
-        """A store that is out of reach for a while is asked again, at Tune's next question."""
+    def _tolerating_outages(self) -> Iterator[None]:
+        """Ignore a temporary outage of the stage cache; Tune asks again soon."""
         try:
             yield
         except UserError as error:
-            self._away = time.monotonic() if self._away is None else self._away
-            if not storage.is_transient(error) or time.monotonic() - self._away > PATIENCE_S:
+            now = time.monotonic()
+            self._unreachable_since = self._unreachable_since or now
+            if not storage.is_transient(error) or now - self._unreachable_since > OUTAGE_S:
                 raise
-            _log.warning("%s; it will be asked again", error)
+            _log.warning("%s; trying again", error)
         else:
-            self._away = None
+            self._unreachable_since = None
 
-    def _is_poor(self, candidate: Candidate, trial: optuna.Trial, report: Mapping[str, Any]) -> bool:
-        """Report the errors of new joint epochs, those found in the store too, and let the pruner judge each.
+    def _should_prune(self, candidate: Candidate, report: TrialReport) -> bool:
+        """Report new epochs of the joint stage, also those from the stage cache, and ask the pruner about each.
 
-        References are judged for the others' sake alone; a trial at its end has nothing left to stop.
+        References are reported for the comparison alone. A trial in its last epoch has nothing left to stop.
         """
-        poor = False
-        for epoch, mae in report["curve"]:
-            frozen = self._frozen(candidate.number)
-            if epoch not in frozen.intermediate_values and math.isfinite(mae):
-                trial.report(float(mae), epoch)
-                judged = self._pruner.prune(self._record, self._frozen(candidate.number))
-                poor = poor or (judged and epoch < candidate.chains[-1].epochs)
-        return poor and not report.get("finished") and not self._is_reference(candidate.number)
+        known = self._trials.get_trials(deepcopy=False)[candidate.number].intermediate_values
+        prune = False
+        for epoch, mae in report.curve.items():
+            if epoch not in known and math.isfinite(mae):
+                candidate.trial.report(mae, epoch)
+                prune |= candidate.trial.should_prune() and epoch < candidate.keys[-1].epochs
+        return prune and report.status == "running" and not _is_reference(candidate)
 
-    def _is_reference(self, number: int) -> bool:
-        return REFERENCE in self._frozen(number).user_attrs
-
-    def unbegun(self, trial_id: str) -> bool:
-        """Whether a trial whose process died before it began is to be suggested again: Tune starts anew only what
-        ran."""
-        number = self._live[trial_id].number
-        self._unbegun[number] += 1
-        if self._unbegun[number] > RETRIES:
+    def retry_unstarted(self, trial_id: str) -> bool:
+        """Whether to start a trial again whose process died before it started: Tune only restarts started ones."""
+        number = self._running[trial_id].number
+        self._unstarted[number] += 1
+        if self._unstarted[number] > MAX_RETRIES:
             return False
-        self._release(trial_id)
-        del self._live[trial_id]  # Optuna's record has it as running, so that it is adopted
+        del self._running[trial_id], self._training[trial_id]  # it is still running in Optuna, and will be adopted
         return True
 
-    def lost(self, trial_id: str, error: str) -> None:
-        """Remember why a trial's process was lost for the last time."""
-        self._errors[trial_id] = error
+    def on_process_loss(self, trial_id: str, error: str) -> None:
+        """Remember why a trial's process was lost; the last reason is reported."""
+        self._losses[trial_id] = error
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Do nothing: `heard` was told before, by the scheduler."""
+        """Do nothing: the scheduler has already called `on_report`."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a trial ended: complete with its values, pruned or failed without any."""
-        if trial_id in self._live:
-            with self._mistakes_noted():
-                self._complete(trial_id, result or {}, error)
+        """Tell Optuna how a trial ended: complete with its values, pruned, or failed."""
+        if trial_id in self._running:
+            with self._stopping_on_errors():
+                self._complete(trial_id, (result or {}).get(REPORT), error)
 
-    def _complete(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
-        candidate = self._live[trial_id]
-        self._release(trial_id)
-        if self.mistake is not None:
-            del self._live[trial_id]  # at the next start it is taken up again
-            return
-        state, reason = self._end_of(trial_id, result, error)
-        record = self._book.ended(candidate.number, state, reason)
-        self._ot_trials[trial_id].set_user_attr(RECORD, record)
-        super().on_trial_complete(trial_id, result if state == "complete" else None, error=state == "failed")
-        del self._live[trial_id]
-        with self._patience():
-            self._pin()
+    def _complete(self, trial_id: str, report: TrialReport | None, error: bool) -> None:
+        candidate = self._running[trial_id]
+        self._training.pop(trial_id, None)
+        if self.stop_reason is None:
+            state, reason = self._final_state(trial_id, report, error)
+            candidate.trial.set_user_attr(RECORD, self._tracker.on_end(candidate.number, state, reason))
+            if state == "complete":
+                self._trials.tell(candidate.trial, [getattr(report, name) for name in self._study.objectives])
+            else:
+                self._trials.tell(candidate.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
+        del self._running[trial_id]  # after a stop, the next start resumes it
+        self._touched = -math.inf
 
-    def _end_of(self, trial_id: str, result: Mapping[str, Any], error: bool) -> tuple[State, str]:
+    def _final_state(self, trial_id: str, report: TrialReport | None, error: bool) -> tuple[State, str]:
         """How a trial ended, and why if it failed."""
         if error:
-            return "failed", f"its process was lost again and again: {self._errors.get(trial_id, 'no reason is known')}"
-        if "failed" in result:
-            return "failed", str(result["failed"])
-        if not result.get("finished"):
+            return "failed", f"its process was lost repeatedly: {self._losses.get(trial_id, 'unknown reason')}"
+        if report is None or report.status == "running":
             return "pruned", ""
-        if "mae" not in result:
-            return "failed", "its validation errors are no finite numbers"
+        if report.status != "finished":
+            return "failed", report.message
+        if report.mae is None:
+            return "failed", "its validation errors are not finite"
         return "complete", ""
 
     def _adopt(self) -> None:
-        """Take up the trials that were under way when an earlier driver died."""
-        known = {candidate.number for candidate in [*self._pool.values(), *self._live.values()]}
-        for frozen in self._record.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        """Resume the trials that were running when an earlier driver died."""
+        known = {candidate.number for candidate in [*self._waiting.values(), *self._running.values()]}
+        for frozen in self._trials.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             if frozen.number not in known:
-                self._take(optuna.trial.Trial(self._asked, frozen._trial_id))
+                study_id = self._storage.get_study_id_from_name(self._trials.study_name)
+                trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, frozen.number)
+                self._add(optuna.Trial(self._trials, trial_id))
 
-    def _draw(self, until: int | None) -> None:
-        """Ask Optuna for one trial, or for all of the first ones, which depend on no result."""
-        while self._left() and (until is None or len(drawn_trials(self._record)) < until):
-            self._take(self._asked.ask())
-            if until is None:
-                return
+    def _add(self, trial: optuna.Trial) -> None:
+        """Sample a trial's values, or read those that it has, and let it wait."""
+        study = self._study
+        values = study.space.suggest(trial)
+        config = study.space.configure(study.config, values)
+        keys = stage_keys(config, study.identity.data_digest, study.identity.max_workers, self._numerics)
+        self._waiting[trial.number] = Candidate(trial, values, config, keys)
 
-    def _left(self) -> int:
-        return max(0, self._wanted - len(drawn_trials(self._record)))
+    def _remaining(self) -> int:
+        return max(0, self._num_trials - len(sampled_trials(self._trials)))
 
-    def _take(self, trial: optuna.Trial) -> None:
-        key = f"waiting-{trial.number}"
-        self._ot_trials[key] = trial
-        drawn = super().suggest(key) or {}
-        values = {name: drawn[name] for name in self._study.space.dimensions}
-        config = self._study.space.configure(self._study.config, values)
-        chains = stage_keys(config, self._study.digest, self._study.workers, self._numerics)
-        self._pool[key] = Candidate(trial.number, values, config, chains)
+    def _choose(self) -> tuple[Candidate, tuple[StageKey, ...]] | None:
+        """The waiting trial to start, with the keys of the stages that it will train; None if all have to wait."""
+        stored = self._store.stored()
+        untrained = {number: candidate.untrained(self._store, stored) for number, candidate in self._waiting.items()}
+        demand = Counter(keys[0].key for keys in untrained.values() if keys)
+        busy = {key for training in self._training.values() for key in training.values()}
 
-    def _choose(self) -> str | None:
-        """Of those in the pool that could start now the one to start, with the leases that it needs."""
-        stored, claims = self._store.stored(), self._store.claims()
-        missing = {key: candidate.missing(self._store, stored) for key, candidate in self._pool.items()}
-        waiting: dict[str, int] = {}
-        for chains in missing.values():
-            if chains:
-                waiting[chains[0].key] = waiting.get(chains[0].key, 0) + 1
+        def priority(number: int) -> tuple[int, int, int]:
+            first = untrained[number][:1]
+            return (-demand[first[0].key] if first else 0, -first[0].epochs if first else 0, number)
 
-        def urgency(key: str) -> tuple[int, int, int]:
-            first = missing[key][:1]
-            shared = waiting[first[0].key] if first else 0
-            return (-shared, -first[0].epochs if first else 0, self._pool[key].number)
-
-        for key in sorted(self._pool, key=urgency):
-            if not claims.isdisjoint(chain.key for chain in missing[key]):
-                continue
-            if (leases := self._claim(missing[key])) is not None:
-                self._leases[key] = leases
-                return key
+        for number in sorted(self._waiting, key=priority):
+            if busy.isdisjoint(key.key for key in untrained[number]):
+                return self._waiting[number], untrained[number]
         return None
 
-    def _claim(self, chains: Sequence[StageKey]) -> dict[str, Lease] | None:
-        """Leases on all chains by stage, or None where somebody has one of them."""
-        leases: dict[str, Lease] = {}
-        for chain in chains:
-            if (lease := self._store.claim(chain, self._study.uri)) is None:
-                for claimed in leases.values():
-                    claimed.release()
-                return None
-            leases[chain.stage] = lease
-        for lease in leases.values():
-            self._keeper.add(lease)
-        return leases
+    def _finish_stages(self, trial_id: str, before: str) -> None:
+        """Let other trials use the stages that a running trial has finished: all before the stage `before`."""
+        stages = [key.stage for key in self._running[trial_id].keys]
+        for stage in stages[: stages.index(before)]:
+            self._training[trial_id].pop(stage, None)
 
-    def _release(self, trial_id: str, before: str | None = None) -> None:
-        """Give back a trial's leases: all, or those of the stages before the one under way."""
-        leases = self._leases.get(trial_id, {})
-        stages = [chain.stage for chain in self._live[trial_id].chains]
-        for stage in stages[: stages.index(before)] if before else stages:
-            if (lease := leases.pop(stage, None)) is not None:
-                self._keeper.discard(lease)
-                lease.release()
-
-    def _pin(self) -> None:
-        """Keep the end of the best trial from eviction: it is what ships."""
-        best = self._book.record.best()
-        if best is not None and best.legs:
-            last, before = best.legs[-1], self._pinned
-            self._pinned = self._store.hold(StateId(last.chain, last.stage, last.epochs))
-            self._keeper.add(self._pinned)
-            if before is not None:
-                self._keeper.discard(before)
-                before.release()
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self._record.get_trials(deepcopy=False)[number]
+    def _protect_best(self) -> None:
+        """Mark the best trial's final state as used, so that it is not evicted before it is published."""
+        if time.monotonic() - self._touched < TOUCH_S:
+            return
+        best = self._tracker.record.best()
+        if best is not None and best.stage_costs:
+            last = best.stage_costs[-1]
+            self._store.touch(StateId(last.key, last.stage, last.epochs))
+        self._touched = time.monotonic()
 
 
-def _sampler(study: Study, drawn: int) -> BaseSampler:
-    """A study's sampler after so many trials: seeded alike at every start, it would draw the same points again."""
-    seed = study.config.seed + drawn
-    return RandomSampler(seed) if study.sampler == "random" else TPESampler(seed=seed, n_startup_trials=STARTUP)
+def _is_reference(candidate: Candidate) -> bool:
+    return REFERENCE in candidate.trial.user_attrs
+
+
+def _sampler(study: Study, sampled: int) -> BaseSampler:
+    """The study's sampler; its seed depends on the trials so far, or every start would sample the same points."""
+    seed = study.config.seed + sampled
+    return RandomSampler(seed) if study.sampler == "random" else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 
 
 class StudyScheduler(FIFOScheduler):
-    """Starts trials as they come, and asks the search whether they go on."""
+    """Starts trials in the order of the search, and asks it whether to stop them."""
 
     def __init__(self, search: StageTreeSearch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._search = search
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: see the search."""
+        """Return nothing, as the search does."""
         return {}
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Hand on why a trial's process was lost; the last time counts."""
-        if trial.status == Trial.PENDING and self._search.unbegun(trial.trial_id):
+        """Pass on why a trial's process was lost."""
+        if trial.status == Trial.PENDING and self._search.retry_unstarted(trial.trial_id):
             return
         error = trial.get_error()
-        self._search.lost(trial.trial_id, str(error).strip().splitlines()[-1] if error else "no reason is known")
+        reason = str(error).strip().splitlines()[-1] if error else "unknown reason"
+        self._search.on_process_loss(trial.trial_id, reason)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Hand on a report, and stop the trial if it is poor."""
-        if self._search.heard(trial.trial_id, result):
-            return str(TrialScheduler.STOP)
-        return str(TrialScheduler.CONTINUE)
+        """Pass on a report, and stop the trial if the search says so."""
+        stop = self._search.on_report(trial.trial_id, result[REPORT])
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)

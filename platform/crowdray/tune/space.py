@@ -213,7 +213,7 @@ class Space:
         switches = {name + SWITCH: values[name] != 0 for name, item in self.dimensions.items() if item.zero}
         return switches | {name: value for name, value in values.items() if switches.get(name + SWITCH, True)}
 
-    def quanta(self, stage: str) -> tuple[int, ...]:
+    def stage_lengths(self, stage: str) -> tuple[int, ...]:
         """The lengths in epochs that the space can ask of a stage, ascending; none where its length is not varied."""
         item: Any = self.dimensions.get(f"stages.{stage}.epochs", Dimension(choices=()))
         if item.choices is not None:

@@ -90,26 +90,26 @@ class Layout:
 
 def rank(trial: TrialRecord) -> float:
     """A trial's MAE, infinite where it has none."""
-    return trial.mae if trial.mae is not None and trial.scored else math.inf
+    return trial.mae if trial.mae is not None and trial.is_scored else math.inf
 
 
 def grow(study: StudyRecord) -> list[Segment]:
     """The trees of a search, one for each first chain; trials that trained nothing stand in none."""
     cuts: dict[str, set[int]] = defaultdict(set)
-    for leg in (leg for trial in study.trials for leg in trial.legs):
-        cuts[leg.chain].add(leg.epochs)
+    for leg in (leg for trial in study.trials for leg in trial.stage_costs):
+        cuts[leg.key].add(leg.epochs)
     roots: list[Segment] = []
     known: dict[tuple[str, int], Segment] = {}
     for trial in study.trials:
         last: Segment | None = None
-        for leg in trial.legs:
-            for cut in (cut for cut in sorted(cuts[leg.chain]) if 0 < cut <= leg.epochs):
-                if (leg.chain, cut) not in known:
+        for leg in trial.stage_costs:
+            for cut in (cut for cut in sorted(cuts[leg.key]) if 0 < cut <= leg.epochs):
+                if (leg.key, cut) not in known:
                     start = last.end if last else 0
-                    done = start - max((c for c in cuts[leg.chain] if c < cut), default=0)
-                    known[leg.chain, cut] = Segment(leg.chain, leg.stage, start, done + cut)
-                    (last.children if last else roots).append(known[leg.chain, cut])
-                last = known[leg.chain, cut]
+                    done = start - max((c for c in cuts[leg.key] if c < cut), default=0)
+                    known[leg.key, cut] = Segment(leg.key, leg.stage, start, done + cut)
+                    (last.children if last else roots).append(known[leg.key, cut])
+                last = known[leg.key, cut]
                 last.trials.append(trial)
         if last:
             last.ended.append(trial)

@@ -133,14 +133,14 @@ def _draw_label(axes: Axes, family: Family, best: TrialRecord | None) -> None:
         axes.plot([tip.segment.end, axes.get_xlim()[1] * 1.02], [tip.y, tip.y], linestyle=(0, (1, 2)), **faint)
         bold = tip.trial is best
         _write(axes, tip.y, 32, "right", f"{tip.trial.number}", bold)
-        if tip.trial.scored:
+        if tip.trial.is_scored:
             _write(axes, tip.y, 66, "right", f"{tip.trial.mae:.2f}", bold)
         if tip.trial.state != "complete":
             _write(axes, tip.y, 74, "left", tip.trial.state, bold)
 
 
 def _fan_words(family: Family) -> str:
-    maes = [tip.trial.mae for tip in family.tips if tip.trial.mae is not None and tip.trial.scored]
+    maes = [tip.trial.mae for tip in family.tips if tip.trial.mae is not None and tip.trial.is_scored]
     found = f"{min(maes):.2f} to {max(maes):.2f}" if maes else "no MAE"
     return f"{len(family.tips)} trials: {found}"
 
@@ -209,11 +209,11 @@ def _line(colour: str, width: float) -> Line2D:
 def _price(study: StudyRecord) -> str:
     divisor, unit = time_unit(study.spent)
     words = f"{study.spent / divisor:.1f} worker-{unit} spent, {study.saved / divisor:.1f} saved: "
-    words += f"{study.factor:.2f} times as much training as was paid for.\n"
-    words += f"A tree in which nothing is trained twice: {study.bound:.2f} times."
-    if study.factor > study.bound * 1.001:
+    words += f"{study.speedup:.2f} times as much training as was paid for.\n"
+    words += f"A tree in which nothing is trained twice: {study.max_speedup:.2f} times."
+    if study.speedup > study.max_speedup * 1.001:
         words += " Part was found in the store from before."
-    idle = sum(not any(leg.epochs for leg in trial.legs) for trial in study.trials)
+    idle = sum(not any(leg.epochs for leg in trial.stage_costs) for trial in study.trials)
     words += f" Not drawn: {idle} that trained nothing." if idle else ""
     beyond = MaeScale(study.trials).words()
     return words + (f" In the grey strip at the right: {beyond}." if beyond else "")

@@ -1,4 +1,4 @@
-"""The book of a study: what each trial does, told to whoever looks on and to MLflow."""
+"""Records of all trials of a study, passed to the display and to MLflow."""
 
 import logging
 import time
@@ -14,11 +14,13 @@ from crowdray.errors import UserError
 from crowdray.pipeline.publish import metric_rows
 from crowdray.registry.tracking import Status, Tracker, open_tracker
 from crowdray.training.checkpoint import EpochMetrics
+from crowdray.tune.optuna_study import sampled_trials
 from crowdray.tune.record import StageCost, State, StudyRecord, TrialRecord
-from crowdray.tune.study import Study, drawn_trials
+from crowdray.tune.report import TrialReport
+from crowdray.tune.study import Study
 
 RECORD = "record"
-"""Name under which Optuna keeps the record of an ended trial."""
+"""Optuna's user attribute with the record of a trial."""
 
 _STATUS: dict[State, Status] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
@@ -26,84 +28,96 @@ _log = logging.getLogger(__name__)
 
 
 class TrialTracker:
-    """Records of all trials, those of earlier starts of the study too.
+    """Records of all trials, including those of earlier starts of the study.
 
-    show: told the whole study after each change. Each trial is an MLflow run of its own below the study's, opened again
-    under its number after a restart; it ends there before Optuna hears of the end, so that the two agree.
+    Each trial is an MLflow run below the study's run, reopened under its number after a restart. It ends in MLflow
+    before it ends in Optuna, so that a trial that is complete in Optuna is complete in MLflow too.
     """
 
     def __init__(
         self,
         study: Study,
-        told: optuna.Study,
-        show: Callable[[StudyRecord], None],
+        trials: optuna.Study,
+        on_record: Callable[[StudyRecord], None],
         *,
         dataset: str,
         tracking_uri: str | None,
         parent: str | None,
         tags: Mapping[str, str],
     ) -> None:
-        self._study, self._show = study, show
+        """Load the records of earlier starts.
+
+        Args:
+            study: The study.
+            trials: Optuna's record of it.
+            on_record: Receives the whole study after each change.
+            dataset: Name of the dataset, part of the MLflow experiment's name.
+            tracking_uri: Where MLflow tracks the trials; None for nowhere.
+            parent: Id of the study's MLflow run.
+            tags: MLflow tags of every trial.
+        """
+        self._study, self._on_record = study, on_record
         self._dataset, self._tracking_uri, self._parent, self._tags = dataset, tracking_uri, parent, tags
         self._running: dict[int, _Running] = {}
-        kept = [trial.user_attrs[RECORD] for trial in drawn_trials(told) if RECORD in trial.user_attrs]
-        records = map(TypeAdapter(TrialRecord).validate_python, kept)
+        stored = [trial.user_attrs[RECORD] for trial in sampled_trials(trials) if RECORD in trial.user_attrs]
+        records = map(TypeAdapter(TrialRecord).validate_python, stored)
         self._records: dict[int, TrialRecord] = {record.number: record for record in records}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the MLflow runs of trials that are still under way: whoever takes them up opens them again."""
-        for running in list(self._running.values()):  # a thread of Tune's may still write in it
+        """End the MLflow runs of running trials; a resumed trial reopens its run."""
+        for running in list(self._running.values()):  # Tune's thread may still change it
             if running.tracker:
                 running.tracker.finish("KILLED")
 
     @property
     def record(self) -> StudyRecord:
-        """The study as it stands."""
-        return StudyRecord(self._study.name, tuple(self._records[number] for number in sorted(self._records)))
+        """The current state of the study."""
+        trials = tuple(self._records[number] for number in sorted(self._records))
+        return StudyRecord(self._study.identity.name, trials)
 
-    def tracker(self, number: int, config: Config) -> Tracker:
-        """The MLflow run of a trial."""
-        run = self._study.trial(number, config)
-        name = f"{self._study.name}/{run.name}"
+    def open_run(self, number: int, config: Config) -> Tracker:
+        """Open the MLflow run of a trial."""
+        run, identity = self._study.run_of(number, config), self._study.identity
+        name = f"{identity.name}/{run.identity.name}"
         tracker = open_tracker(self._tracking_uri, f"crowdray-{self._dataset}", name, run.uri, parent=self._parent)
         tracker.log_config(asdict(config), self._tags)
-        tracker.log_dataset(self._dataset, self._study.data, self._study.digest)
+        tracker.log_dataset(self._dataset, identity.data, identity.data_digest)
         return tracker
 
-    def started(self, number: int, values: Mapping[str, Any], config: Config) -> None:
-        """A trial starts, or starts again; what it spent before its driver died counts on."""
+    def on_start(self, number: int, values: Mapping[str, Any], config: Config) -> None:
+        """A trial starts, or restarts: then it keeps the costs from before its driver died."""
         before = self._records.get(number)
-        legs = before.legs if before else ()
-        self._records[number] = TrialRecord(number, "running", dict(values), None, None, {}, legs)
-        self._running[number] = _Running(config, self._tracked(number, config))
-        self._show(self.record)
+        costs = before.stage_costs if before else ()
+        self._records[number] = TrialRecord(number, "running", dict(values), None, None, {}, costs)
+        self._running[number] = _Running(config, self._try_open_run(number, config))
+        self._on_record(self.record)
 
-    def heard(self, number: int, report: Mapping[str, Any]) -> dict[str, Any]:
-        """A trial reports its new epochs, or once more those that a lost process had reported; gives its record."""
+    def on_report(self, number: int, report: TrialReport) -> dict[str, Any]:
+        """A trial reports new epochs, or after a worker loss some epochs again; returns its record for Optuna."""
         record, running = self._records[number], self._running[number]
-        running.history.update({int(row["epoch"]): row for row in report["rows"]})
-        if running.attempt != report["attempt"]:
-            running.attempt, running.lost = report["attempt"], record.legs
+        running.history.update({int(row["epoch"]): row for row in report.rows})
+        if running.attempt != report.attempt:
+            running.attempt, running.lost = report.attempt, record.stage_costs
         self._records[number] = replace(
             record,
-            mae=report.get("mae"),
-            rmse=report.get("rmse"),
-            curve=dict(record.curve) | {int(epoch): float(mae) for epoch, mae in report["curve"]},
-            legs=_with_lost([StageCost(**leg) for leg in report["legs"]], running.lost),
+            mae=report.mae,
+            rmse=report.rmse,
+            curve={**record.curve, **report.curve},
+            stage_costs=_with_lost(report.stage_costs, running.lost),
         )
         if running.tracker:
             running.tracker.sync_history(running.rows())
-        self._show(self.record)
+        self._on_record(self.record)
         return asdict(self._records[number])
 
-    def ended(self, number: int, state: State, reason: str) -> dict[str, Any]:
-        """A trial ends; gives its record as Optuna keeps it."""
+    def on_end(self, number: int, state: State, reason: str) -> dict[str, Any]:
+        """A trial ends; returns its record for Optuna."""
         record = self._records[number] = replace(self._records[number], state=state, reason=reason, ended=time.time())
         running = self._running.pop(number)
-        if tracker := running.tracker or self._tracked(number, running.config):
+        if tracker := running.tracker or self._try_open_run(number, running.config):
             tracker.sync_history(running.rows())
             errors = {"mae": record.mae, "rmse": record.rmse}
             summary = {f"trial/val/{name}": value for name, value in errors.items() if value is not None}
@@ -111,13 +125,13 @@ class TrialTracker:
             tracker.log_summary(summary | costs, max(running.history, default=0))
             tracker.set_tags({"crowdray.trial": state} | ({"crowdray.reason": reason} if reason else {}))
             tracker.finish(_STATUS[state])
-        self._show(self.record)
+        self._on_record(self.record)
         return asdict(record)
 
-    def _tracked(self, number: int, config: Config) -> Tracker | None:
-        """A trial's MLflow run; one that cannot be opened costs a warning, and another try at the trial's end."""
+    def _try_open_run(self, number: int, config: Config) -> Tracker | None:
+        """Open a trial's MLflow run; a failure costs a warning, and a second attempt at the trial's end."""
         try:
-            return self.tracker(number, config)
+            return self.open_run(number, config)
         except UserError as error:
             _log.warning("trial %d is not tracked: %s", number, error)
             return None
@@ -125,31 +139,31 @@ class TrialTracker:
 
 @dataclass
 class _Running:
-    """A trial under way."""
+    """A running trial."""
 
     config: Config
     tracker: Tracker | None
     history: dict[int, EpochMetrics] = field(default_factory=dict)
     """Rows by epoch."""
     attempt: str = ""
-    """The process that reports."""
+    """The reporting process."""
     lost: tuple[StageCost, ...] = ()
-    """What earlier processes had spent."""
+    """Costs of earlier attempts."""
 
     def rows(self) -> list[dict[str, float]]:
-        """The history as MLflow takes it."""
+        """The history in MLflow's form."""
         return metric_rows([self.history[epoch] for epoch in sorted(self.history)])
 
 
-def _with_lost(legs: Sequence[StageCost], lost: Sequence[StageCost]) -> tuple[StageCost, ...]:
-    """A trial's stages with what its lost processes spent on them; what they had trained was not saved by others."""
-    before, told = {leg.stage: leg for leg in lost}, {leg.stage for leg in legs}
+def _with_lost(costs: Sequence[StageCost], lost: Sequence[StageCost]) -> tuple[StageCost, ...]:
+    """Add the costs of lost attempts; epochs that these had trained themselves do not count as saved."""
+    before, stages = {cost.stage: cost for cost in lost}, {cost.stage for cost in costs}
     return (
-        *(_joined(leg, before[leg.stage]) if leg.stage in before else leg for leg in legs),
-        *(leg for leg in lost if leg.stage not in told),  # not reached again yet
+        *(_sum(cost, before[cost.stage]) if cost.stage in before else cost for cost in costs),
+        *(cost for cost in lost if cost.stage not in stages),  # not reached again yet
     )
 
 
-def _joined(leg: StageCost, lost: StageCost) -> StageCost:
-    reused, saved = min(leg.reused, lost.reused), min(leg.saved, lost.saved)
-    return replace(leg, seconds=leg.seconds + lost.seconds, reused=reused, saved=saved)
+def _sum(cost: StageCost, lost: StageCost) -> StageCost:
+    reused, saved = min(cost.reused, lost.reused), min(cost.saved, lost.saved)
+    return replace(cost, seconds=cost.seconds + lost.seconds, reused=reused, saved=saved)

@@ -12,7 +12,8 @@ from crowdray.config import Config, Device
 from crowdray.console.arguments import console, parse_with_config, tracking_uri, write_json
 from crowdray.console.progress import TrainingDisplay
 from crowdray.console.tables import show_outcome
-from crowdray.pipeline.run import plan, workers_of
+from crowdray.pipeline.identity import parse_workers
+from crowdray.pipeline.run import plan_run
 from crowdray.stage_cache.session import StageCacheOptions
 from crowdray.training.stages import build_stages
 
@@ -52,13 +53,13 @@ class TrainJob:
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     job = parse_with_config(TrainJob, arguments, "train")
-    workers, measured = workers_of(job.workers), job.batch == "auto"
-    run = plan(job.config, job.data, workers, job.storage, job.name, job.preset, measured=measured)
+    workers, measured = parse_workers(job.workers), job.batch == "auto"
+    run = plan_run(job.config, job.data, workers, job.storage, job.name, job.preset, auto_batch=measured)
     screen = console()
-    with TrainingDisplay(build_stages(run.config), screen) as display:
+    with TrainingDisplay(build_stages(run.identity.config), screen) as display:
         if measured:
-            run = find_batch_size(run, display, device=job.device)
-        stage_cache = job.cache.config(run.storage)
+            run = find_batch_size(run, display.on_status, device=job.device)
+        stage_cache = job.cache.config(run.identity.storage)
         outcome = train(run, display, tracking_uri=tracking_uri(), stage_cache=stage_cache, device=job.device)
     show_outcome(outcome, screen)
     write_json(job.json, dataclasses.asdict(outcome))

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
             trials=job.trials,
             concurrent=job.concurrent,
             tracking_uri=tracking_uri(),
-            stage_cache=job.cache.config(study.storage),
+            stage_cache=job.cache.config(study.identity.storage),
             device=job.device,
         )
     show_study(outcome, screen)

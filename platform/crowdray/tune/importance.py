@@ -1,0 +1,83 @@
+"""Which searched fields decide the validation error: fANOVA over the complete trials."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
+
+from crowdray.tune.record import StudyRecord, Value, is_weight
+
+MIN_TRIALS = 4
+"""Complete trials below which no importance is computed."""
+
+
+def importances(study: StudyRecord) -> dict[str, float]:
+    """Fraction of the MAE's variance that each field explains, of all that single fields explain.
+
+    fANOVA (Hutter et al., ICML 2014) over complete trials: a random forest learns the MAE, and its variance over the
+    whole space, with each field uniform over its range, is decomposed by field.
+
+    Returns:
+        Fractions by field in descending order, with sum 1. Empty with fewer than MIN_TRIALS complete trials, and when
+        their MAEs or all of their fields are equal.
+    """
+    trials = [trial for trial in study.trials if trial.state == "complete" and trial.is_scored]
+    if len(trials) < MIN_TRIALS or len({trial.mae for trial in trials}) == 1:
+        return {}
+    axes = {name: _axis(name, [trial.values.get(name) for trial in trials]) for name in study.fields()}
+    with _without_logs():
+        search = optuna.create_study()
+    for number, trial in enumerate(trials):
+        params = {name: values[number] for name, (values, _) in axes.items()}
+        ranges = {name: distribution for name, (_, distribution) in axes.items()}
+        search.add_trial(optuna.trial.create_trial(value=trial.mae, params=params, distributions=ranges))
+    try:
+        fractions = FanovaImportanceEvaluator(seed=0).evaluate(search)
+    except RuntimeError:  # to the forest, all MAEs are equal
+        return {}
+    total = sum(fractions.values())
+    if not total > 0:
+        return {}
+    ordered = sorted(fractions.items(), key=lambda item: (-item[1], item[0]))
+    return {name: float(fraction / total) for name, fraction in ordered}
+
+
+def _axis(name: str, values: Sequence[Value | None]) -> tuple[list[Any], BaseDistribution]:
+    """Coordinates of a field's values in all trials, and the distribution that spans them.
+
+    Weights are seen by their logarithm; Optuna's fANOVA would take them as they are. A weight of 0, which drops its
+    task, and a missing field lie below the lowest value, in an interval as wide as that of all values together: by
+    default a search drops a task in every second trial. Integers have intervals of equal width.
+    """
+    known = [value for value in values if value is not None]
+    if any(isinstance(value, bool | str) for value in known):
+        return list(values), CategoricalDistribution(sorted(set(values), key=lambda v: (type(v).__name__, v)))
+    weight = is_weight(name, known)
+    scale: Callable[[Any], float] = math.log10 if weight else float
+    outside = (None, 0) if weight else (None,)
+    inside = [scale(value) for value in known if value not in outside] or [0.0]
+    low, high = min(inside), max(inside)
+    width = (high - low) or 1.0
+    coordinates = [low - width if value in outside else scale(value) for value in values]
+    if len(set(coordinates)) == 1:
+        return coordinates, FloatDistribution(coordinates[0], coordinates[0])
+    if any(value in outside for value in values):  # trees split half-way to it, at low - width / 2
+        low -= 2 * width
+    elif all(isinstance(value, int) for value in known):
+        half = math.gcd(*(int(value - low) for value in inside)) / 2
+        low, high = low - half, high + half
+    return coordinates, FloatDistribution(low, high)
+
+
+@contextlib.contextmanager
+def _without_logs() -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
