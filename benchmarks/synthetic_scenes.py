@@ -1,6 +1,6 @@
-"""Rendered scenes: images a minute on two processes, and how far one gets without a network.
+"""Rendering speed in images per minute on two processes, and the difficulty of the counts.
 
-The difficulty is the error of predictors that see no people: the mean count, and a linear fit on image statistics.
+Difficulty: the error of two predictors without a network, the mean count and a linear fit on image statistics.
 """
 
 import argparse
@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.sample import decode_image
 from crowdray.datasets.sources import Item, open_source
 
-WARM = 64
+WARM_UP = 64
 
 
 def render(items: list[Item]) -> list[tuple[int, NDArray[np.float64]]]:
-    """Heads of each picture, and statistics of its pixels."""
+    """Return the number of heads and pixel statistics of each image."""
     source = open_source("synthetic", None)
     found = []
     for item in items:
@@ -38,22 +38,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     arguments = parser.parse_args()
-    items = open_source("synthetic", None, train=arguments.images + 2 * WARM, test=1).items(["train"])
+    items = open_source("synthetic", None, train=arguments.images + 2 * WARM_UP, test=1).items(["train"])
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        list(pool.map(render, [items[:WARM], items[WARM : 2 * WARM]]))  # builds the cameras' backgrounds
+        list(
+            pool.map(render, [items[:WARM_UP], items[WARM_UP : 2 * WARM_UP]])
+        )  # caches the backgrounds
         started = time.perf_counter()
-        halves = list(pool.map(render, [items[2 * WARM :: 2], items[2 * WARM + 1 :: 2]]))
+        halves = list(pool.map(render, [items[2 * WARM_UP :: 2], items[2 * WARM_UP + 1 :: 2]]))
         seconds = time.perf_counter() - started
     counts = np.array([count for half in halves for count, _ in half], dtype=np.float64)
     statistics = np.array([values for half in halves for _, values in half])
-    find_batch_size = np.arange(len(counts)) % 4 > 0
-    weights = np.linalg.lstsq(statistics[find_batch_size], counts[find_batch_size], rcond=None)[0]
-    linear = np.abs(statistics[~find_batch_size] @ weights - counts[~find_batch_size]).mean()
-    mean = np.abs(counts[find_batch_size].mean() - counts[~find_batch_size]).mean()
-    print(f"  {60 * len(counts) / seconds:.0f} images of 320x240 a minute on two processes (goal: at least 500)")
-    print(
-        f"  heads per image {counts.mean():.1f}, deviation {counts.std():.1f}, {counts.min():.0f} to {counts.max():.0f}"
-    )
+    train = np.arange(len(counts)) % 4 > 0
+    weights = np.linalg.lstsq(statistics[train], counts[train], rcond=None)[0]
+    linear = np.abs(statistics[~train] @ weights - counts[~train]).mean()
+    mean = np.abs(counts[train].mean() - counts[~train]).mean()
+    print(f"  {60 * len(counts) / seconds:.0f} images of 320x240 per minute on two processes (goal: at least 500)")
+    print(f"  heads per image {counts.mean():.1f} +- {counts.std():.1f}, {counts.min():.0f} to {counts.max():.0f}")
     print(f"  MAE of the mean count {mean:.1f}, of a linear fit on image statistics {linear:.1f}")
 
 

@@ -1,4 +1,4 @@
-"""Laws of the synthetic scenes: determinism, perspective, occlusion, a truth that agrees with the picture."""
+"""Synthetic scenes: determinism, perspective, occlusion, and ground truth that matches the image."""
 
 import dataclasses
 import hashlib
@@ -14,36 +14,36 @@ import pytest
 import crowdray
 from crowdray.errors import UserError
 from crowdray.scenes import RenderedScene, SceneSpec, render
-from crowdray.scenes.background import background
+from crowdray.scenes.background import render_background
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.crowd import ELBOW_ROOM, gather
-from crowdray.scenes.layout import place
-from crowdray.scenes.people import HEAD_PARTS, wardrobe
+from crowdray.scenes.crowd import MIN_DISTANCE, sample_crowd
+from crowdray.scenes.layout import scene_layout
+from crowdray.scenes.people import HEAD_PARTS, person_sprites
 from crowdray.scenes.raster import FINE, Figure, Raster
-from crowdray.scenes.render import _annotated
+from crowdray.scenes.render import annotated_heads
 from crowdray.scenes.spec import MAX_DEPTH, generator
 
 SPEC = SceneSpec(seed=3, width=160, height=120, cameras=4)
 CAMERA = Camera(width=320, height=240, focal=300, altitude=6, pitch=0.35)
 
 
-def _digest(scene: RenderedScene) -> str:
+def digest(scene: RenderedScene) -> str:
     parts = (scene.image, scene.points, scene.depth, scene.roi)
     return hashlib.sha256(b"".join(part.tobytes() for part in parts) + scene.scene.encode()).hexdigest()
 
 
-def _empty(camera: Camera) -> Raster:
+def empty_raster(camera: Camera) -> Raster:
     return Raster(camera, np.full((camera.height * FINE, camera.width * FINE), 1e4, np.float32))
 
 
-def test_a_picture_depends_on_spec_and_index_alone() -> None:
-    forwards = {index: _digest(render(SPEC, index)) for index in (0, 5, 6)}
-    place.cache_clear()
-    background.cache_clear()
-    backwards = {index: _digest(render(SPEC, index)) for index in (6, 5, 0)}
-    assert forwards == backwards
-    assert len(set(forwards.values())) == 3
-    assert _digest(render(dataclasses.replace(SPEC, seed=4), 0)) != forwards[0]
+def test_render_depends_on_spec_and_index_only() -> None:
+    in_order = {index: digest(render(SPEC, index)) for index in (0, 5, 6)}
+    scene_layout.cache_clear()
+    render_background.cache_clear()
+    reversed_order = {index: digest(render(SPEC, index)) for index in (6, 5, 0)}
+    assert in_order == reversed_order
+    assert len(set(in_order.values())) == 3
+    assert digest(render(dataclasses.replace(SPEC, seed=4), 0)) != in_order[0]
 
     program = (
         "import hashlib; from crowdray.scenes import SceneSpec, render;"
@@ -59,10 +59,10 @@ def test_a_picture_depends_on_spec_and_index_alone() -> None:
         text=True,
         env={**os.environ, "PYTHONPATH": path},
     )
-    assert other.stdout.strip() == forwards[5], other.stderr
+    assert other.stdout.strip() == in_order[5], other.stderr
 
 
-def test_shapes_types_and_scenes() -> None:
+def test_render_returns_documented_shapes_and_dtypes() -> None:
     for index in range(6):
         scene = render(SPEC, index)
         assert scene.image.shape == (120, 160, 3) and scene.image.dtype == np.uint8
@@ -74,7 +74,7 @@ def test_shapes_types_and_scenes() -> None:
     assert render(SPEC, 1).scene == render(SPEC, 5).scene
 
 
-def test_projection_equals_a_rotation_matrix() -> None:
+def test_project_equals_rotation_matrix() -> None:
     sin, cos = np.sin(CAMERA.pitch), np.cos(CAMERA.pitch)
     axes = np.array([[1, 0, 0], [0, -sin, -cos], [0, cos, -sin]])  # right, down, forward of the camera
     world = np.random.default_rng(0).uniform([-10, 5, 0], [10, 40, 2], (50, 3))
@@ -83,7 +83,7 @@ def test_projection_equals_a_rotation_matrix() -> None:
     np.testing.assert_allclose(CAMERA.project(world), expected, rtol=1e-9)
 
 
-def test_rays_meet_the_plane_that_projects_back_to_them() -> None:
+def test_ground_inverts_project() -> None:
     columns, rows = np.array([10.5, 160.0, 300.5]), np.array([100.5, 239.5])
     for plane in (0.0, 1.7):
         x, y = CAMERA.ground(columns, rows, plane)
@@ -93,10 +93,10 @@ def test_rays_meet_the_plane_that_projects_back_to_them() -> None:
 
 
 @pytest.mark.parametrize("distance", [7.0, 12.0, 20.0, 33.0])
-def test_people_and_heads_obey_the_pinhole_law(distance: float) -> None:
-    sprite = next(s for s in wardrobe() if s.size[2] < 1.85 and s.head is not None)
+def test_figure_size_follows_pinhole_model(distance: float) -> None:
+    sprite = next(s for s in person_sprites() if s.size[2] < 1.85 and s.head is not None)
     assert sprite.head is not None
-    raster = _empty(CAMERA)
+    raster = empty_raster(CAMERA)
     raster.draw(Figure(sprite, 1.0, distance, 1.0), 0)
     rows = np.flatnonzero((raster.code > 0).any(1))
     top = CAMERA.project([1.0, distance, sprite.size[2]])
@@ -104,17 +104,17 @@ def test_people_and_heads_obey_the_pinhole_law(distance: float) -> None:
     assert (rows[-1] - rows[0] + 1) / FINE == pytest.approx(foot[1] - top[1], abs=1.5)
     # An upright line of height h at forward distance Y spans f * h / z pixels, foreshortened by Y / z.
     middle = CAMERA.project([1.0, distance, sprite.size[2] / 2])
-    law = CAMERA.focal * sprite.size[2] / middle[2] * distance / middle[2]
-    assert (rows[-1] - rows[0] + 1) / FINE == pytest.approx(law, rel=0.03, abs=1.0)
+    expected = CAMERA.focal * sprite.size[2] / middle[2] * distance / middle[2]
+    assert (rows[-1] - rows[0] + 1) / FINE == pytest.approx(expected, rel=0.03, abs=1.0)
     x, y, z = CAMERA.project([1.0 + sprite.head[0], distance, sprite.head[1]])
     head = np.argwhere(np.isin((raster.code >> 8) & 15, HEAD_PARTS)) / FINE
     np.testing.assert_allclose(head.mean(0)[::-1], [x, y], atol=0.03 * CAMERA.focal / z + 0.5)
     assert np.ptp(head[:, 1]) == pytest.approx(CAMERA.focal * 0.19 / z, rel=0.35, abs=1.0)
 
 
-def test_the_nearer_covers_the_farther_in_any_order() -> None:
-    near, far = Figure(wardrobe()[0], 0.0, 10.0, 1.0), Figure(wardrobe()[7], 0.05, 10.6, 1.0)
-    forwards, backwards, alone = _empty(CAMERA), _empty(CAMERA), _empty(CAMERA)
+def test_raster_nearer_figure_occludes_in_any_order() -> None:
+    near, far = Figure(person_sprites()[0], 0.0, 10.0, 1.0), Figure(person_sprites()[7], 0.05, 10.6, 1.0)
+    forwards, backwards, alone = empty_raster(CAMERA), empty_raster(CAMERA), empty_raster(CAMERA)
     forwards.draw(far, 1)
     forwards.draw(near, 0)
     backwards.draw(near, 0)
@@ -127,29 +127,29 @@ def test_the_nearer_covers_the_farther_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_depth_of_bare_ground_is_the_planes_and_grows_with_distance(number: int) -> None:
-    where, still = place(SPEC, number), background(SPEC, number)
-    camera = where.camera
+def test_background_ground_depth_equals_plane(number: int) -> None:
+    layout, static = scene_layout(SPEC, number), render_background(SPEC, number)
+    camera = layout.camera
     rows = (np.arange(camera.height * FINE) + 0.5) / FINE
     v = (rows - camera.height / 2) / camera.focal
     plane = camera.altitude / np.maximum(np.sin(camera.pitch) + v * np.cos(camera.pitch), 1e-9)
     per_depth, _ = camera.row_terms(rows)
-    depth = still.forward / per_depth[:, None]
-    expected = np.broadcast_to(plane[:, None], depth.shape)[still.ground]
-    np.testing.assert_allclose(depth[still.ground], expected, rtol=1e-4)
-    below = still.ground[:-1] & still.ground[1:]
+    depth = static.forward / per_depth[:, None]
+    expected = np.broadcast_to(plane[:, None], depth.shape)[static.ground]
+    np.testing.assert_allclose(depth[static.ground], expected, rtol=1e-4)
+    below = static.ground[:-1] & static.ground[1:]
     assert below.any() and (np.diff(depth, axis=0)[below] < 0).all()
 
 
 @pytest.mark.parametrize("index", range(8, 12))
-def test_points_are_the_heads_that_the_depth_map_shows(index: int) -> None:
-    scene, where = render(SPEC, index), place(SPEC, index % 4)
-    crowd = gather(SPEC, where, generator(SPEC.seed, 3, index))
+def test_render_points_match_depth_map(index: int) -> None:
+    scene, layout = render(SPEC, index), scene_layout(SPEC, index % 4)
+    crowd = sample_crowd(SPEC, layout, generator(SPEC.seed, 3, index))
     people = [f for f, person in zip(crowd.figures, crowd.is_person, strict=True) if person]
     heads = np.array(
         [[f.x + f.sprite.head[0] * f.size, f.y, f.sprite.head[1] * f.size] for f in people if f.sprite.head]
     )
-    projected = where.camera.project(heads)
+    projected = layout.camera.project(heads)
     offset = np.hypot(*(projected[:, None, :2] - scene.points[None]).transpose(2, 0, 1))
     owner = offset.argmin(0)
     assert offset.min(0).max(initial=0) < 1e-3
@@ -157,58 +157,60 @@ def test_points_are_the_heads_that_the_depth_map_shows(index: int) -> None:
     column, row = np.floor(scene.points).astype(int).T
     assert (scene.points >= 0).all() and (scene.points < [160, 120]).all()
     assert scene.roi[row, column].all()
-    # The centre of an annotated head shows the person, or something nearer that hides a part of the head.
+    # The pixel of an annotated head shows the person or a nearer object that hides part of the head.
     shown, person = scene.depth[row, column], projected[owner, 2]
     assert (shown <= person * 1.01).all()
     assert (np.abs(shown - person) < 0.02 * person).mean() > 0.8
 
 
-def test_nobody_stands_outside_the_roi_unless_the_camera_is_masked() -> None:
+def test_people_outside_roi_need_masked_camera() -> None:
     outside = {}
-    for share in (0.0, 1.0):
-        spec = dataclasses.replace(SPEC, masked_share=share)
-        outside[share] = 0
+    for fraction in (0.0, 1.0):
+        spec = dataclasses.replace(SPEC, masked_fraction=fraction)
+        outside[fraction] = 0
         for index in range(4, 12):
-            where = place(spec, index % 4)
-            crowd = gather(spec, where, generator(spec.seed, 3, index))
-            raster = Raster(where.camera, background(spec, index % 4).forward.copy())
+            layout = scene_layout(spec, index % 4)
+            crowd = sample_crowd(spec, layout, generator(spec.seed, 3, index))
+            raster = Raster(layout.camera, render_background(spec, index % 4).forward.copy())
             for i, figure in enumerate(crowd.figures):
                 raster.draw(figure, i)
-            everybody = _annotated(dataclasses.replace(where, roi=np.ones_like(where.roi)), crowd, raster)
-            assert len(everybody) >= len(_annotated(where, crowd, raster))
-            outside[share] += len(everybody) - len(_annotated(where, crowd, raster))
+            everyone = annotated_heads(dataclasses.replace(layout, roi=np.ones_like(layout.roi)), crowd, raster)
+            assert len(everyone) >= len(annotated_heads(layout, crowd, raster))
+            outside[fraction] += len(everyone) - len(annotated_heads(layout, crowd, raster))
     assert outside[0.0] == 0
     assert outside[1.0] > 0
 
 
-def test_people_keep_their_distance_and_their_size() -> None:
+def test_crowd_keeps_minimum_distance_and_heights() -> None:
     for index in range(8):
-        crowd = gather(SPEC, place(SPEC, index % 4), generator(SPEC.seed, 3, index))
+        crowd = sample_crowd(SPEC, scene_layout(SPEC, index % 4), generator(SPEC.seed, 3, index))
         feet = np.array([(f.x, f.y) for f in crowd.figures])
         gaps = np.hypot(*(feet[:, None] - feet[None]).transpose(2, 0, 1)) + 9 * np.eye(len(feet))
-        assert gaps.min() > ELBOW_ROOM
+        assert gaps.min() > MIN_DISTANCE
         heights = [1.75 * f.size for f, person in zip(crowd.figures, crowd.is_person, strict=True) if person]
         assert min(heights) >= 1.499 and max(heights) <= 1.901
         assert [f.y for f in crowd.figures] == sorted((f.y for f in crowd.figures), reverse=True)
 
 
-def test_counts_vary_strongly_at_one_camera() -> None:
-    where = place(SPEC, 1)
-    sizes = [int(gather(SPEC, where, generator(SPEC.seed, 3, index)).is_person.sum()) for index in range(1, 200, 4)]
+def test_crowd_sizes_vary_at_one_camera() -> None:
+    layout = scene_layout(SPEC, 1)
+    sizes = [
+        int(sample_crowd(SPEC, layout, generator(SPEC.seed, 3, index)).is_person.sum()) for index in range(1, 200, 4)
+    ]
     assert min(sizes) <= 10 and max(sizes) >= 150
     assert np.std(sizes) > 0.6 * np.mean(sizes)
 
 
-def test_people_asked_for_are_people_placed() -> None:
+def test_crowd_size_matches_requested_range() -> None:
     spec = dataclasses.replace(SPEC, min_people=30, max_people=30)
     for index in range(4):
-        assert gather(spec, place(spec, index), generator(spec.seed, 3, index)).is_person.sum() == 30
-    nobody = dataclasses.replace(SPEC, min_people=0, max_people=1, masked_share=0.0)
-    assert min(len(render(nobody, index).points) for index in range(6)) == 0
+        assert sample_crowd(spec, scene_layout(spec, index), generator(spec.seed, 3, index)).is_person.sum() == 30
+    nearly_empty = dataclasses.replace(SPEC, min_people=0, max_people=1, masked_fraction=0.0)
+    assert min(len(render(nearly_empty, index).points) for index in range(6)) == 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"seed": -1}, "seed = -1"),
         ({"width": 10}, "width = 10"),
@@ -217,23 +219,23 @@ def test_people_asked_for_are_people_placed() -> None:
         ({"cameras": True}, "cameras = True"),
         ({"max_people": 10**6}, "max_people = 1000000"),
         ({"min_people": 9, "max_people": 3}, "min_people = 9 is more than max_people = 3"),
-        ({"masked_share": 1.5}, "masked_share = 1.5"),
+        ({"masked_fraction": 1.5}, "masked_fraction = 1.5"),
         ({"sensor_noise": float("nan")}, "sensor_noise = nan"),
     ],
 )
-def test_a_nonsense_spec_is_refused_with_its_mend(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=r"give|lower") as caught:
+def test_spec_invalid_field_raises_with_fix(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=r"use|lower") as caught:
         SceneSpec(**fields)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_all_problems_of_a_spec_are_named_at_once() -> None:
+def test_spec_reports_all_problems_together() -> None:
     with pytest.raises(UserError) as caught:
-        SceneSpec(seed=-1, width=0, masked_share=-2)
-    assert all(word in str(caught.value) for word in ("seed", "width", "masked_share"))
+        SceneSpec(seed=-1, width=0, masked_fraction=-2)
+    assert all(word in str(caught.value) for word in ("seed", "width", "masked_fraction"))
 
 
 @pytest.mark.parametrize("index", [-1, 1.5, True])
-def test_a_nonsense_index_is_refused(index: Any) -> None:
+def test_render_invalid_index_raises(index: Any) -> None:
     with pytest.raises(UserError, match="index"):
         render(SPEC, index)

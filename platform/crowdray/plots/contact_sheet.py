@@ -1,4 +1,4 @@
-"""Contact sheet of a dataset: photos with heads and region of interest, next to depth and crowd segmentation.
+"""Contact sheet of a dataset: photos with heads and region of interest, depth and crowd segmentation.
 
 Shape legend: H W photo in displayed pixels, N heads.
 """
@@ -170,7 +170,7 @@ def _draw_photo(axes: Axes, tile: _Tile, scale: float) -> None:
 
 
 def _draw_map(axes: Axes, values: NDArray[Any] | None, colours: str, size: tuple[int, int], cell: int = 1) -> None:
-    """Draw a map in [0, 1] with cells of `cell` pixels over a photo of size (H, W), or "no depth" if it is None."""
+    """Draw a map in [0, 1] with cells of `cell` pixels of a photo (H, W); "no depth" if it is None."""
     if values is None:
         axes.set_facecolor(style.PAPER)
         axes.text(0.5, 0.5, "no depth", ha="center", va="center", size=7.5, color=style.FAINT)

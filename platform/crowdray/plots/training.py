@@ -153,7 +153,7 @@ def draw_density_levels(
 
 
 def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the unweighted losses and validation errors of each epoch; a ring marks the best epoch of each stage.
+    """Draw the losses and validation errors of each epoch, with the best epoch of each stage marked.
 
     Args:
         history: Rows with "epoch", "stage", "loss/<task>" and, in validated stages, "val/mae" and "val/rmse"; at least
@@ -184,7 +184,7 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def image_targets(decoded: DecodedImage, sigma: float, threshold: float, stride: int) -> Targets:
-    """Return the training targets of a whole image in cells of `stride` pixels; depth, which is not drawn, is 0."""
+    """Return the training targets of a whole image in cells of `stride` pixels, with zero depth."""
     points = torch.from_numpy(np.array(decoded.points, dtype=np.float32))[None]
     roi = None if decoded.roi is None else torch.from_numpy(decoded.roi.astype(np.float32))[None, None]
     depth = torch.zeros(1, 1, *decoded.size)

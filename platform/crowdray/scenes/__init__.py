@@ -1,8 +1,7 @@
-"""Synthetic crowds: a pinhole camera over a ground plane, drawn with exact head positions and exact depth.
+"""Synthetic crowds: images of a pinhole camera over a ground plane with exact head positions and depth.
 
-The way of one picture: `spec` (what is asked) -> `layout` (the place a camera looks at) -> `background`
-(its static layers, ray cast once) -> `crowd` (who stands where in this image) -> `render` (figures,
-shadows, light, sensor).
+Pipeline: `spec` (parameters) -> `layout` (static scene of a camera) -> `background` (its layers, ray cast once) ->
+`crowd` (positions of people in one image) -> `render` (figures, shadows, lighting, sensor).
 """
 
 from crowdray.scenes.render import render

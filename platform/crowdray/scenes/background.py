@@ -1,5 +1,4 @@
-"""The static layers of a place, ray cast once per process: what light falls where on what colour, and how
-far away it is."""
+"""Static layers of a scene, ray cast once per process: colour, illumination and distance."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +8,8 @@ from scipy import ndimage
 
 from crowdray.scenes import surfaces
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.layout import Place, place
-from crowdray.scenes.plans import Wall, turn
+from crowdray.scenes.layout import SceneLayout, scene_layout
+from crowdray.scenes.plans import Wall, to_site
 from crowdray.scenes.raster import FINE, Figure, Raster, cast_shadows, contact_shade, shade_figures
 from crowdray.scenes.spec import MAX_DEPTH, Bools, Floats, SceneSpec, generator, linear
 from crowdray.scenes.sprites import normal_vectors
@@ -18,56 +17,57 @@ from crowdray.scenes.sprites import normal_vectors
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Background:
-    """Layers of FINE samples per pixel; a sample's colour is albedo * (sky + sun * light + own)."""
+    """Layers with FINE x FINE samples per pixel; radiance = albedo * (sky + sun * light + emission)."""
 
     albedo: Floats
     """(3, FINE * H, FINE * W), linear."""
     light: Floats
-    """(FINE * H, FINE * W) share of the sun's light that arrives, its angle included."""
-    own: Floats
-    """(FINE * H, FINE * W) light that lamps and lit windows give off, none by day."""
+    """(FINE * H, FINE * W) received fraction of direct sunlight, including the cosine of its angle."""
+    emission: Floats
+    """(FINE * H, FINE * W) light emitted by lamps and lit windows, zero by day."""
     forward: Floats
-    """(FINE * H, FINE * W) metres forward on the ground at which the ray ends."""
+    """(FINE * H, FINE * W) forward distance on the ground, in metres, at which the ray ends."""
     ground: Bools
-    """(FINE * H, FINE * W) where bare ground shows, on which shadows fall."""
+    """(FINE * H, FINE * W) whether bare ground is visible, which receives shadows."""
     sunlit: Floats
-    """(H, W) share of the sun's light on the ground, whatever stands on it."""
+    """(H, W) fraction of sunlight that reaches the ground plane, without occlusion by figures."""
 
 
 @lru_cache(maxsize=16)
-def background(spec: SceneSpec, number: int) -> Background:
-    """The static layers of camera `number`."""
-    where = place(spec, number)
-    camera = where.camera
+def render_background(spec: SceneSpec, number: int) -> Background:
+    """Render the static layers of a camera."""
+    layout = scene_layout(spec, number)
+    camera = layout.camera
     raster = Raster(camera, _far_end(camera))
     albedo = np.zeros((*raster.forward.shape, 3), np.float32)
-    own = np.zeros(raster.forward.shape, np.float32)
+    emission = np.zeros(raster.forward.shape, np.float32)
     light = np.zeros(raster.forward.shape, np.float32)
 
-    _paint_sky(where, raster, albedo)
-    ground = _paint_ground(where, raster, albedo)
-    figures = [Figure(t.sprite, t.x, t.y, t.size) for t in where.things]
-    sunlight = _ground_light(where, raster, figures)
+    _paint_sky(layout, raster, albedo)
+    ground = _paint_ground(layout, raster, albedo)
+    figures = [Figure(p.sprite, p.x, p.y, p.size) for p in layout.props]
+    sunlight = _ground_light(layout, raster, figures)
     albedo[ground] *= (1 - 0.5 * contact_shade(camera, figures))[ground][:, None]
     light[ground] = sunlight[ground]
-    sunlit = sunlight[::FINE, ::FINE] / np.float32(max(where.sun[2], 0.1))
-    for wall in where.walls:
-        _paint_wall(where, wall, raster, (albedo, light, own, ground))
+    sunlit = sunlight[::FINE, ::FINE] / np.float32(max(layout.sun[2], 0.1))
+    for wall in layout.walls:
+        _paint_wall(layout, wall, raster, (albedo, light, emission, ground))
     for i, figure in enumerate(figures):
         raster.draw(figure, i)
     drawn = raster.code > 0
     if figures:
-        palettes = np.stack([t.palette for t in where.things])
-        shares = light_at(camera, sunlit, np.array([(t.x, t.y) for t in where.things]))
-        albedo[drawn], light[drawn] = shade_figures(raster.code[drawn], palettes, shares, normal_vectors(), where.sun)
-        lamps = np.array([0] + [t.kind in ("lamp", "globe") for t in where.things])
-        own[drawn & (lamps[raster.code >> 12] > 0) & ((raster.code >> 8 & 15) == 2)] = 2.5 if where.night else 0.0
+        palettes = np.stack([p.palette for p in layout.props])
+        sunlight_at = light_at(camera, sunlit, np.array([(p.x, p.y) for p in layout.props]))
+        codes = raster.code[drawn]
+        albedo[drawn], light[drawn] = shade_figures(codes, palettes, sunlight_at, normal_vectors(), layout.sun)
+        lamps = np.array([0] + [p.kind in ("lamp", "globe") for p in layout.props])
+        emission[drawn & (lamps[raster.code >> 12] > 0) & ((raster.code >> 8 & 15) == 2)] = 2.5 if layout.night else 0.0
     ground &= ~drawn
-    return Background(np.ascontiguousarray(albedo.transpose(2, 0, 1)), light, own, raster.forward, ground, sunlit)
+    return Background(np.ascontiguousarray(albedo.transpose(2, 0, 1)), light, emission, raster.forward, ground, sunlit)
 
 
 def light_at(camera: Camera, sunlit: Floats, feet: Floats) -> Floats:
-    """The share of sunlight where figures stand, (N,) for ground points (N, 2); 1 outside the image."""
+    """Return the sunlight (N,) at ground points (N, 2); the median of the image for points outside it."""
     at = camera.project(np.concatenate([feet, np.zeros((len(feet), 1))], 1))
     column, row = np.floor(at[:, 0]).astype(int), np.floor(at[:, 1]).astype(int)
     inside = (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
@@ -76,24 +76,24 @@ def light_at(camera: Camera, sunlit: Floats, feet: Floats) -> Floats:
 
 
 def _far_end(camera: Camera) -> Floats:
-    """Metres forward at which each ray ends when it meets nothing: at MAX_DEPTH along the optical axis."""
+    """Return the forward distance at which a free ray ends: MAX_DEPTH along the optical axis."""
     per_depth, _ = camera.row_terms((np.arange(camera.height * FINE) + 0.5) / FINE)
     return np.repeat(per_depth[:, None] * MAX_DEPTH, camera.width * FINE, axis=1)
 
 
-def _paint_sky(where: Place, raster: Raster, albedo: Floats) -> None:
+def _paint_sky(layout: SceneLayout, raster: Raster, albedo: Floats) -> None:
     rows = np.flatnonzero(raster.down < 0.2)
     if len(rows) == 0:
         return
-    cloud = float(generator(where.salt, 3).uniform(0.1, 0.95))
+    cloud = float(generator(layout.salt, 3).uniform(0.1, 0.95))
     across = raster.across[None, :] / raster.per_depth[rows, None]
     down = np.broadcast_to(raster.down[rows, None], across.shape)
-    colour = surfaces.sky(down.ravel(), across.ravel(), cloud, where.night, where.salt % 97)
+    colour = surfaces.sky(down.ravel(), across.ravel(), cloud, layout.night, layout.salt % 97)
     albedo[rows] = 1.7 * colour.reshape(*across.shape, 3)
 
 
-def _paint_ground(where: Place, raster: Raster, albedo: Floats) -> Bools:
-    camera = where.camera
+def _paint_ground(layout: SceneLayout, raster: Raster, albedo: Floats) -> Bools:
+    camera = layout.camera
     with np.errstate(divide="ignore"):
         distance = np.where(raster.down > 1e-3, camera.altitude / raster.down, np.inf).astype(np.float32)
     depth = distance / raster.per_depth
@@ -103,17 +103,17 @@ def _paint_ground(where: Place, raster: Raster, albedo: Floats) -> Bools:
         return ground
     x = raster.across[None, :] * depth[rows, None]
     y = np.broadcast_to(distance[rows, None], x.shape)
-    s, t = turn(where.angle, x, y)
+    s, t = to_site(layout.angle, x, y)
     footprint = np.broadcast_to((depth[rows] ** 2 / (camera.focal * camera.altitude) / FINE * 0.6)[:, None], x.shape)
     zone_of = np.zeros(x.shape, np.int64)
-    for i, zone in enumerate(where.zones):
+    for i, zone in enumerate(layout.zones):
         zone_of[zone.contains(s, t)] = i
     view = albedo[rows[0] : rows[-1] + 1]
-    for i, zone in enumerate(where.zones):
+    for i, zone in enumerate(layout.zones):
         inside = zone_of == i
         if not inside.any():
             continue
-        colour = surfaces.ground(zone.material, s[inside], t[inside], footprint[inside], where.salt % 9973 + i)
+        colour = surfaces.ground(zone.material, s[inside], t[inside], footprint[inside], layout.salt % 9973 + i)
         if zone.paint:
             white = surfaces.markings(zone.paint, s[inside] - zone.centre[0], t[inside] - zone.centre[1])
             colour[white] = linear(222, 220, 212) * 0.9
@@ -123,29 +123,29 @@ def _paint_ground(where: Place, raster: Raster, albedo: Floats) -> Bools:
     return ground
 
 
-def _ground_light(where: Place, raster: Raster, figures: list[Figure]) -> Floats:
-    """Share of sunlight on the ground: by day less the shadows, by night the pools under the lamps."""
-    camera = where.camera
-    if not where.night:
-        shade = cast_shadows(camera, figures, where.sun, softness=1.5)
-        shade = np.maximum(shade, _house_shadows(where))
-        return np.asarray(where.sun[2] * (1 - 0.92 * shade), np.float32)
+def _ground_light(layout: SceneLayout, raster: Raster, figures: list[Figure]) -> Floats:
+    """Return the light on the ground: sunlight without shadows by day, pools under the lamps by night."""
+    camera = layout.camera
+    if not layout.night:
+        shade = cast_shadows(camera, figures, layout.sun, softness=1.5)
+        shade = np.maximum(shade, _building_shadows(layout))
+        return np.asarray(layout.sun[2] * (1 - 0.92 * shade), np.float32)
     rows, columns = (np.arange(camera.height) + 0.5), (np.arange(camera.width) + 0.5)
     x, y = camera.ground(columns, rows)
     pools = np.full(x.shape, 0.22, np.float32)
-    lamps = [(t.x, t.y) for t in where.things if t.kind in ("lamp", "globe")] + [(-4.0, 9.0), (6.0, 20.0)]
+    lamps = [(p.x, p.y) for p in layout.props if p.kind in ("lamp", "globe")] + [(-4.0, 9.0), (6.0, 20.0)]
     for lx, ly in lamps:
         pools += 0.8 / (1 + ((x - lx) ** 2 + (y - ly) ** 2) / 9)
     return np.nan_to_num(pools, nan=0.3).clip(0, 1.6).repeat(FINE, 0).repeat(FINE, 1)
 
 
-def _house_shadows(where: Place) -> Floats:
-    """Shadows of the walls: each a parallelogram on the ground from the wall's foot to its roof's shadow."""
-    camera = where.camera
+def _building_shadows(layout: SceneLayout) -> Floats:
+    """Return the shadows of the walls: parallelograms from the base to the shadow of the top edge."""
+    camera = layout.camera
     x, y = camera.ground(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
     shade = np.zeros(x.shape, np.float32)
-    sx, sy, sz = where.sun
-    for wall in where.walls:
+    sx, sy, sz = layout.sun
+    for wall in layout.walls:
         (ax, ay), (bx, by) = wall.start, wall.end
         dx, dy = bx - ax, by - ay
         cross = dx * sy - dy * sx
@@ -158,28 +158,28 @@ def _house_shadows(where: Place) -> Floats:
     return np.asarray(ndimage.uniform_filter(fine, 5, mode="nearest"), np.float32)
 
 
-def _paint_wall(where: Place, wall: Wall, raster: Raster, layers: tuple[Floats, Floats, Floats, Bools]) -> None:
-    albedo, light, own, ground = layers
+def _paint_wall(layout: SceneLayout, wall: Wall, raster: Raster, layers: tuple[Floats, Floats, Floats, Bools]) -> None:
+    albedo, light, emission, ground = layers
     (ax, ay), (bx, by) = wall.start, wall.end
     dx, dy = bx - ax, by - ay
     slope = raster.across[None, :] / raster.per_depth[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         y = (dx * ay - dy * ax) / (dx - dy * slope)
-        share = ((slope * y - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy)
+        position = ((slope * y - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy)
         z = np.asarray(raster.camera.altitude - y * raster.down[:, None], np.float32)
-    hit = (y > 0.5) & (y < raster.forward) & (share >= 0) & (share <= 1) & (z >= 0)
+    hit = (y > 0.5) & (y < raster.forward) & (position >= 0) & (position <= 1) & (z >= 0)
     length = float(np.hypot(dx, dy))
-    along = np.asarray(share[hit] * length, np.float32)
+    along = np.asarray(position[hit] * length, np.float32)
     below_top = z[hit] <= surfaces.ragged_top(wall.kind, along, wall.height)
     hit[hit], along = below_top, along[below_top]
     if not hit.any():
         return
-    colour, glow = surfaces.facade(wall.kind, along, z[hit], wall.height, wall.salt, where.night)
+    colour, glow = surfaces.facade(wall.kind, along, z[hit], wall.height, wall.salt, layout.night)
     facing = np.array([-dy, dx]) / length
     facing *= -np.sign(facing @ np.array([ax, ay]))
-    sunny = max(0.0, float(facing @ np.array(where.sun[:2])))
+    sunny = max(0.0, float(facing @ np.array(layout.sun[:2])))
     albedo[hit] = colour * (0.75 + 0.25 * np.clip(z[hit] / 3, 0, 1))[:, None]
-    light[hit] = np.float32(0.45 / (1 + (0.3 * z[hit]) ** 2)) if where.night else sunny
-    own[hit] = glow
+    light[hit] = np.float32(0.45 / (1 + (0.3 * z[hit]) ** 2)) if layout.night else sunny
+    emission[hit] = glow
     raster.forward[hit] = y[hit]
     ground[hit] = False

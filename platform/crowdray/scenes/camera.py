@@ -1,8 +1,7 @@
-"""The pinhole camera over the ground plane.
+"""The pinhole camera above the ground plane.
 
-World: X to the right and Y forward on the ground, Z up, metres, the camera above the origin. Image: x to
-the right, y down, continuous pixels. No roll, so what depends on the ray's steepness depends on the image
-row alone.
+World: X right and Y forward on the ground, Z up, in metres; the camera is above the origin. Image: x right, y down, in
+continuous pixels. There is no roll, so the slope of a ray depends on its image row alone.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from crowdray.scenes.spec import Floats
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera above the ground, pitched down, its principal point in the middle of the image."""
+    """A pinhole camera above the ground, pitched down, with its principal point at the image centre."""
 
     width: int
     """Pixels."""
@@ -29,9 +28,10 @@ class Camera:
     """Angle below the horizon in radians."""
 
     def project(self, world: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Where world points appear in the image, and how far away they are.
+        """Project world points (..., 3), in metres, to pixels.
 
-        (..., 3) in metres to (..., 3): x and y in pixels, the depth z in metres along the optical axis.
+        Returns:
+            (..., 3): x and y in pixels, depth in metres along the optical axis.
         """
         world = np.asarray(world, np.float64)
         right, forward, drop = world[..., 0], world[..., 1], self.altitude - world[..., 2]
@@ -42,9 +42,9 @@ class Camera:
         return np.stack([x, y, z], axis=-1)
 
     def row_terms(self, y: npt.ArrayLike) -> tuple[Floats, Floats]:
-        """How rays go through image rows y: metres forward per metre of depth, metres down per metre forward.
+        """Return, for image rows y, the forward distance per depth and the drop per forward distance of their rays.
 
-        The second is negative above the horizon, where a ray rises and never meets the ground.
+        The drop is negative above the horizon, where rays never meet the ground.
         """
         v = (np.asarray(y, np.float64) - self.height / 2) / self.focal
         sin, cos = np.sin(self.pitch), np.cos(self.pitch)
@@ -52,13 +52,14 @@ class Camera:
         return forward.astype(np.float32), ((sin + v * cos) / forward).astype(np.float32)
 
     def column_terms(self, x: npt.ArrayLike) -> Floats:
-        """For image columns x: metres to the right per metre of depth."""
+        """Return, for image columns x, the distance to the right per depth."""
         return ((np.asarray(x, np.float64) - self.width / 2) / self.focal).astype(np.float32)
 
     def ground(self, x: npt.ArrayLike, y: npt.ArrayLike, plane: float = 0.0) -> tuple[Floats, Floats]:
-        """Where the rays through columns x (W,) and rows y (H,) meet a horizontal plane at some height.
+        """Intersect the rays through columns x (W,) and rows y (H,) with a horizontal plane at height `plane`.
 
-        Returns X and Y, both (H, W) in metres; NaN where a ray never meets it.
+        Returns:
+            X and Y, both (H, W) in metres; NaN where a ray does not meet the plane.
         """
         forward, down = self.row_terms(y)
         distance = np.full(down.shape, np.nan, np.float32)

@@ -1,4 +1,4 @@
-"""Who stands where: groups, queues, gatherings and people on their own, different in every image."""
+"""Positions of people in one image: single people, groups, queues and gatherings."""
 
 from dataclasses import dataclass
 
@@ -6,90 +6,92 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial import cKDTree
 
-from crowdray.scenes.clutter import MOVABLE, STOCK, stock
-from crowdray.scenes.layout import Place, on_plan
-from crowdray.scenes.people import POSE_HEIGHT, dress, wardrobe
+from crowdray.scenes.layout import SceneLayout, is_walkable
+from crowdray.scenes.people import POSE_HEIGHT, clothing_palettes, person_sprites
+from crowdray.scenes.props import MOVABLE_KINDS, VARIANTS, prop_variants
 from crowdray.scenes.raster import Figure
 from crowdray.scenes.spec import Floats, SceneSpec
 
-ELBOW_ROOM = 0.42
-"""Least distance in metres between two people."""
+MIN_DISTANCE = 0.42
+"""Minimum distance in metres between two people."""
 
 Feet = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Crowd:
-    """The figures of one image, far to near, with their palettes (figures, PARTS, 3)."""
+    """The figures of one image, sorted far to near, with their palettes (figures, PARTS, 3)."""
 
     figures: tuple[Figure, ...]
     palettes: Floats
     is_person: npt.NDArray[np.bool_]
 
 
-def gather(spec: SceneSpec, where: Place, rng: np.random.Generator) -> Crowd:
-    """People and movable clutter of one image."""
+def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator) -> Crowd:
+    """Sample the people and the movable props of one image."""
     low, high = np.log(spec.min_people + 1), np.log(spec.max_people + 1)
-    busiest = low + (high - low) * where.busiest
-    target = max(round(float(np.exp(low + (busiest - low) * rng.random() ** 0.5))) - 1, spec.min_people)
-    clutter = _apart(_pick_cells(where, rng, 0.8, int(rng.integers(3, 15))))
-    people = _positions(where, rng, target + len(clutter))
-    people = _apart(np.concatenate([clutter, people]))[len(clutter) :][:target]
+    peak_crowd = low + (high - low) * layout.peak_crowd
+    target = max(round(float(np.exp(low + (peak_crowd - low) * rng.random() ** 0.5))) - 1, spec.min_people)
+    props = _remove_overlaps(_pick_cells(layout, rng, 0.8, int(rng.integers(3, 15))))
+    people = _sample_positions(layout, rng, target + len(props))
+    people = _remove_overlaps(np.concatenate([props, people]))[len(props) :][:target]
 
     figures = []
     palettes = []
-    for x, y in clutter:
-        sprite, palette = stock(MOVABLE[int(rng.integers(len(MOVABLE)))])[int(rng.integers(STOCK))]
+    for x, y in props:
+        kind = MOVABLE_KINDS[int(rng.integers(len(MOVABLE_KINDS)))]
+        sprite, palette = prop_variants(kind)[int(rng.integers(VARIANTS))]
         figures.append(Figure(sprite, float(x), float(y), float(rng.uniform(0.9, 1.1))))
         palettes.append(palette)
-    poses = wardrobe()
+    poses = person_sprites()
     heights = rng.normal(1.71, 0.085, len(people)).clip(1.5, 1.9)
     for (x, y), height, pose in zip(people, heights, rng.integers(len(poses), size=len(people)), strict=True):
         figures.append(Figure(poses[pose], float(x), float(y), float(height) / POSE_HEIGHT))
-    colours = np.concatenate([np.array(palettes, np.float32).reshape(-1, 16, 3), dress(rng, len(people), where.sombre)])
+    clothes = clothing_palettes(rng, len(people), layout.darkness)
+    colours = np.concatenate([np.array(palettes, np.float32).reshape(-1, 16, 3), clothes])
     order = sorted(range(len(figures)), key=lambda i: -figures[i].y)
     return Crowd(
         tuple(figures[i] for i in order),
         colours[order],
-        np.array([i >= len(clutter) for i in order], np.bool_),
+        np.array([i >= len(props) for i in order], np.bool_),
     )
 
 
-def _pick_cells(where: Place, rng: np.random.Generator, nearness: float, count: int) -> Feet:
-    """Ground points; nearness 0 spreads them evenly on the ground, 2 evenly in the image."""
-    weight = np.cumsum(where.cells[:, 1].astype(np.float64) ** -nearness)
-    chosen = np.searchsorted(weight, rng.random(count) * weight[-1]).clip(0, len(where.cells) - 1)
-    return np.asarray(where.cells[chosen] + rng.uniform(-0.12, 0.12, (count, 2)), np.float64)
+def _pick_cells(layout: SceneLayout, rng: np.random.Generator, nearness: float, count: int) -> Feet:
+    """Sample visible ground points, uniform on the ground for nearness 0 and in the image for 2."""
+    weight = np.cumsum(layout.cells[:, 1].astype(np.float64) ** -nearness)
+    chosen = np.searchsorted(weight, rng.random(count) * weight[-1]).clip(0, len(layout.cells) - 1)
+    return np.asarray(layout.cells[chosen] + rng.uniform(-0.12, 0.12, (count, 2)), np.float64)
 
 
-def _positions(where: Place, rng: np.random.Generator, target: int) -> Feet:
-    """`target` ground points in this image's mixture of habits, fewer only where there is no room."""
+def _sample_positions(layout: SceneLayout, rng: np.random.Generator, target: int) -> Feet:
+    """Sample `target` ground points from a random mixture of formations; fewer if the free space is too small."""
     nearness = float(rng.uniform(0.2, 1.6))
-    habits = rng.dirichlet([1.6, 1.4, 0.5, 0.7])
+    weights = rng.dirichlet([1.6, 1.4, 0.5, 0.7])
     found = np.zeros((0, 2))
     for _ in range(6):
         missing = round((target - len(found)) * 1.25) + 3
-        share = rng.multinomial(missing, habits)
+        counts = rng.multinomial(missing, weights)
         parts = [
-            _pick_cells(where, rng, nearness, int(share[0])),
-            _groups(where, rng, nearness, int(share[1])),
-            _queue(where, rng, int(share[2])),
-            _gathering(where, rng, int(share[3])),
+            _pick_cells(layout, rng, nearness, int(counts[0])),
+            _groups(layout, rng, nearness, int(counts[1])),
+            _queue(layout, rng, int(counts[2])),
+            _gathering(layout, rng, int(counts[3])),
         ]
         found = np.concatenate([found, rng.permutation(np.concatenate(parts))])
-        found = _apart(found[on_plan(where.walkable, found[:, 0], found[:, 1])])
+        found = _remove_overlaps(found[is_walkable(layout.walkable, found[:, 0], found[:, 1])])
         if len(found) >= target:
             break
-        habits = np.array([0.8, 0.2, 0.0, 0.0])
+        weights = np.array([0.8, 0.2, 0.0, 0.0])
     return found[:target]
 
 
-def _groups(where: Place, rng: np.random.Generator, nearness: float, count: int) -> Feet:
-    """Small groups of 2 to 6: in a ring talking, or abreast walking."""
+def _groups(layout: SceneLayout, rng: np.random.Generator, nearness: float, count: int) -> Feet:
+    """Sample groups of 2 to 6 people, standing in a circle or walking side by side."""
     parts = [np.zeros((0, 2))]
     while count > 0:
         size = min(int(rng.integers(2, 7)), max(count, 2))
-        centre = _pick_cells(where, rng, nearness, 1)
+        centre = _pick_cells(layout, rng, nearness, 1)
         if rng.random() < 0.5:
             angle = rng.uniform(0, 2 * np.pi) + np.arange(size) * 2 * np.pi / size
             offset = np.stack([np.cos(angle), np.sin(angle)], 1) * (0.3 + 0.09 * size)
@@ -101,17 +103,17 @@ def _groups(where: Place, rng: np.random.Generator, nearness: float, count: int)
     return np.concatenate(parts)
 
 
-def _queue(where: Place, rng: np.random.Generator, count: int) -> Feet:
-    """A line of people that bends a little."""
-    x, y, heading = where.queues[int(rng.integers(len(where.queues)))]
+def _queue(layout: SceneLayout, rng: np.random.Generator, count: int) -> Feet:
+    """Sample a slightly curved queue."""
+    x, y, heading = layout.queues[int(rng.integers(len(layout.queues)))]
     bend = heading + np.cumsum(rng.normal(0, 0.09, count))
     step = rng.uniform(0.55, 0.95, count)
     return np.stack([x + np.cumsum(step * np.cos(bend)), y + np.cumsum(step * np.sin(bend))], 1)
 
 
-def _gathering(where: Place, rng: np.random.Generator, count: int) -> Feet:
-    """A dense crowd around a point, open in its middle."""
-    x, y = where.stages[int(rng.integers(len(where.stages)))]
+def _gathering(layout: SceneLayout, rng: np.random.Generator, count: int) -> Feet:
+    """Sample a dense crowd around a point with a free centre."""
+    x, y = layout.gathering_points[int(rng.integers(len(layout.gathering_points)))]
     density = rng.uniform(0.5, 2.2)
     inner = rng.uniform(0.3, 2.0)
     radius = np.sqrt(inner**2 + rng.random(count) ** 1.3 * count / density / np.pi)
@@ -119,11 +121,11 @@ def _gathering(where: Place, rng: np.random.Generator, count: int) -> Feet:
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1)
 
 
-def _apart(feet: Feet) -> Feet:
-    """Without those who stand too close to somebody earlier in the list."""
+def _remove_overlaps(feet: Feet) -> Feet:
+    """Remove points closer than MIN_DISTANCE to an earlier one."""
     if len(feet) < 2:
         return feet
-    pairs = cKDTree(feet).query_pairs(ELBOW_ROOM, output_type="ndarray")
+    pairs = cKDTree(feet).query_pairs(MIN_DISTANCE, output_type="ndarray")
     keep = np.ones(len(feet), np.bool_)
     keep[pairs.max(1)] = False
     return feet[keep]

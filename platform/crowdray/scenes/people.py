@@ -1,7 +1,6 @@
-"""People: a wardrobe of poses drawn once, and the colours that each person wears.
+"""Sprites of people in many poses, and palettes of their clothes.
 
-A pose is drawn for a person of 1.75 m and scaled to the height of whoever takes it, so a head is as wide as
-0.11 of the height.
+A pose is drawn at a height of 1.75 m and scaled to each person, so a head's width is 0.11 of the height.
 """
 
 from dataclasses import dataclass
@@ -15,19 +14,19 @@ from crowdray.scenes.sprites import PARTS, Pen, Sprite
 FACE, HAIR, HAT, BEARD, SKIN, TOP, SLEEVE, BOTTOM, SHOE, BAG = range(1, 11)
 TRAIL, ACCENT, CANOPY, INNER, METAL = range(11, 16)
 HEAD_PARTS = (FACE, HAIR, HAT, BEARD)
-"""The parts that make up the disc of a head, as an annotator sees it."""
+"""The visible parts of a head."""
 
 POSE_HEIGHT = 1.75
 HEAD_CENTRE = 1.628
 HEAD_WIDTH = 0.19
-"""Metres across the head of a person of POSE_HEIGHT."""
+"""Width in metres of a head at POSE_HEIGHT."""
 POSES = 224
 SCALE = 80.0
 
 
 @lru_cache(maxsize=1)
-def wardrobe() -> tuple[Sprite, ...]:
-    """All poses, each also mirrored; the same in every process and for every seed."""
+def person_sprites() -> tuple[Sprite, ...]:
+    """Return all poses and their mirror images; the same in every process and for every seed."""
     rng = generator(0x9E0F1E)
     poses = [draw_person(rng) for _ in range(POSES)]
     return tuple(sprite for pose in poses for sprite in (pose, pose.mirrored()))
@@ -35,17 +34,17 @@ def wardrobe() -> tuple[Sprite, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """What is drawn of one person."""
+    """Parameters of the drawing of a person."""
 
     side: float
-    """0 facing the camera or turned away from it, 1 in profile to the right."""
+    """0 for front or back view, 1 for profile to the right."""
     back: bool
     wide: float
-    """Width of the body as seen, 1 for an average person from the front."""
+    """Visible width of the body; 1 is an average person from the front."""
     stride: float
-    """Phase of walking in [-1, 1], 0 standing."""
+    """Phase of the walk in [-1, 1]; 0 is standing."""
     lean: float
-    """Metres that the shoulders are off the feet."""
+    """Horizontal offset in metres of the shoulders from the feet."""
     cut: str
     bare_arms: bool
     carried: str
@@ -61,7 +60,7 @@ def _one_of(rng: np.random.Generator, chances: dict[str, float]) -> str:
 
 
 def draw_person(rng: np.random.Generator) -> Sprite:
-    """One person: facing, stride, arms, clothes' cut, hair, hat and what is carried, all drawn at random."""
+    """Draw a person with a random pose, clothes, hair and luggage."""
     side = float(rng.choice([0.0, 0.45, 1.0], p=[0.45, 0.25, 0.3]))
     stride = float(rng.uniform(-1, 1)) if rng.random() < 0.6 else float(rng.normal(0, 0.12))
     cut = _one_of(rng, _CUTS)
@@ -204,7 +203,7 @@ def _head(pen: Pen, rng: np.random.Generator, pose: Pose, head: tuple[float, flo
 
 
 def _colours(table: str) -> Floats:
-    """Hexadecimal sRGB colours as linear light, (N, 3)."""
+    """Convert hexadecimal sRGB colours to linear light (N, 3)."""
     return np.stack([linear(*bytes.fromhex(colour)) for colour in table.split()])
 
 
@@ -217,8 +216,8 @@ CLOTH_COLOURS = _colours(
 TROUSER_COLOURS = _colours("1c1d21 242c42 344462 4e6488 46464a 7a6e5c b0a084 d4d0c8 3c3028")
 
 
-def dress(rng: np.random.Generator, count: int, sombre: float) -> Floats:
-    """Palettes (count, PARTS, 3) in linear light; `sombre` in [0, 1] makes dark clothes more frequent."""
+def clothing_palettes(rng: np.random.Generator, count: int, darkness: float) -> Floats:
+    """Sample palettes (count, PARTS, 3) in linear light; `darkness` in [0, 1] favours dark clothes."""
     pick = rng.random((10, count), np.float32)
     tone = rng.normal(1.0, 0.16, (count, PARTS, 1)).clip(0.5, 1.5).astype(np.float32)
     tint = rng.normal(1.0, 0.07, (count, PARTS, 3)).clip(0.7, 1.3).astype(np.float32)
@@ -229,12 +228,12 @@ def dress(rng: np.random.Generator, count: int, sombre: float) -> Floats:
 
     palette = np.zeros((count, PARTS, 3), np.float32)
     skin, hair = of(SKIN_COLOURS, pick[0]), of(HAIR_COLOURS, pick[1], 1.7)
-    top = of(CLOTH_COLOURS, pick[2], 1 + 1.4 * sombre)
+    top = of(CLOTH_COLOURS, pick[2], 1 + 1.4 * darkness)
     palette[:, FACE] = palette[:, SKIN] = skin * 0.85
     palette[:, HAIR] = palette[:, TRAIL] = palette[:, BEARD] = hair
     palette[:, TOP] = top
     palette[:, SLEEVE] = np.where(pick[3, :, None] < 0.85, top * 0.92, of(CLOTH_COLOURS, pick[4]))
-    palette[:, BOTTOM] = of(TROUSER_COLOURS, pick[5], 1 + sombre)
+    palette[:, BOTTOM] = of(TROUSER_COLOURS, pick[5], 1 + darkness)
     palette[:, SHOE] = of(TROUSER_COLOURS, pick[6], 1.5) * 0.8
     palette[:, BAG] = of(CLOTH_COLOURS, pick[7])
     palette[:, HAT] = palette[:, ACCENT] = of(CLOTH_COLOURS, pick[8])

@@ -1,7 +1,6 @@
-"""What each kind of place is made of: its ground, its walls, and the things that stand about in it.
+"""Site plans of each kind of scene: ground zones, walls and numbers of props.
 
-Drawn in the place's own axes: s along its facades, t away from the camera, turned by an angle against X and
-Y.
+Site axes: s along the facades, t away from the camera, rotated by an angle against X and Y.
 """
 
 from collections.abc import Callable
@@ -25,14 +24,14 @@ class Zone:
     paint: str = ""
 
     def contains(self, s: Floats, t: Floats) -> Bools:
-        """Whether place coordinates lie in the zone."""
+        """Return whether site coordinates lie in the zone."""
         u, v = (s - self.centre[0]) / self.half[0], (t - self.centre[1]) / self.half[1]
         return np.asarray(u * u + v * v <= 1 if self.round else (np.abs(u) <= 1) & (np.abs(v) <= 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Wall:
-    """A vertical wall from one ground point to another (X, Y), seen from the camera's side."""
+    """A vertical wall between two ground points (X, Y), seen from the camera's side."""
 
     start: tuple[float, float]
     end: tuple[float, float]
@@ -41,43 +40,42 @@ class Wall:
     salt: int
 
 
-def turn(angle: float, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Floats, Floats]:
-    """Camera ground coordinates to place coordinates s, t."""
+def to_site(angle: float, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Convert ground coordinates X, Y to site coordinates s, t."""
     x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     return np.asarray(x * cos - y * sin, np.float32), np.asarray(x * sin + y * cos, np.float32)
 
 
-def unturn(angle: float, s: float, t: float) -> tuple[float, float]:
-    """Place coordinates to camera ground coordinates."""
+def to_ground(angle: float, s: float, t: float) -> tuple[float, float]:
+    """Convert site coordinates s, t to ground coordinates X, Y."""
     return s * np.cos(angle) + t * np.sin(angle), -s * np.sin(angle) + t * np.cos(angle)
 
 
-def _row_of_houses(
+def _building_row(
     rng: np.random.Generator,
     angle: float,
     t: float,
     s0: float,
     s1: float,
-    tall: tuple[float, float] = (8, 17),
+    heights: tuple[float, float] = (8, 17),
 ) -> list[Wall]:
     walls, s = [], s0
     while s < s1:
         length = float(rng.uniform(9, 18))
         back = float(rng.uniform(0, 0.6))
-        ends = unturn(angle, s, t + back), unturn(angle, s + length, t + back)
-        walls.append(Wall(*ends, float(rng.uniform(*tall)), "house", int(rng.integers(1 << 30))))
+        ends = to_ground(angle, s, t + back), to_ground(angle, s + length, t + back)
+        walls.append(Wall(*ends, float(rng.uniform(*heights)), "building", int(rng.integers(1 << 30))))
         s += length
     return walls
 
 
-Wanted = dict[str, dict[str, int]]
-Plan = tuple[list[Zone], list[Wall], Wanted]
-"""Ground, walls, and the most things of each kind for each manner of placing them: anywhere, in a row, in
-the beds, far."""
+PropCounts = dict[str, dict[str, int]]
+SitePlan = tuple[list[Zone], list[Wall], PropCounts]
+"""Ground zones, walls, and the maximum number of props of each kind per arrangement: any, row, bed, far."""
 
 
-def _plaza(rng: np.random.Generator, angle: float, far: float) -> Plan:
+def _plaza(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     depth = far + float(rng.uniform(2, 12))
     zones = [
         Zone(str(rng.choice(["slabs", "cobbles", "brick"])), (0, 40), (90, 90)),
@@ -89,16 +87,16 @@ def _plaza(rng: np.random.Generator, angle: float, far: float) -> Plan:
         zones.append(Zone("grass", (s, t), (float(rng.uniform(1.5, 4)), float(rng.uniform(1, 3))), False, True))
     if rng.random() < 0.5:
         zones.append(Zone("water", (float(rng.uniform(-6, 6)), far * 0.6), (2.4, 2.4), False, True))
-    walls = _row_of_houses(rng, angle, depth, -60, 60)
-    wanted = {
+    walls = _building_row(rng, angle, depth, -60, 60)
+    prop_counts = {
         "bed": {"tree": 4, "bush": 7},
         "any": {"lamp": 4, "globe": 4, "statue": 2, "parasol": 4, "bench": 4, "kiosk": 1, "bin": 2},
         "row": {"bollard": 6, "topiary": 3, "planter": 3},
     }
-    return zones, walls, wanted
+    return zones, walls, prop_counts
 
 
-def _street(rng: np.random.Generator, angle: float, far: float) -> Plan:
+def _street(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     left, right = -float(rng.uniform(5, 10)), float(rng.uniform(5, 10))
     zones = [
         Zone("slabs", (0, 40), (90, 90)),
@@ -111,26 +109,26 @@ def _street(rng: np.random.Generator, angle: float, far: float) -> Plan:
     walls = [
         *_side(rng, angle, left),
         *_side(rng, angle, right),
-        *_row_of_houses(rng, angle, far + float(rng.uniform(8, 30)), -30, 30),
+        *_building_row(rng, angle, far + float(rng.uniform(8, 30)), -30, 30),
     ]
-    wanted = {
+    prop_counts = {
         "row": {"lamp": 3, "tree": 2, "bollard": 8, "bicycle": 4, "topiary": 4, "planter": 3},
         "any": {"globe": 3, "board": 3, "bench": 3, "mannequin": 4, "parasol": 3, "bin": 2, "pillar": 2},
     }
-    return zones, walls, wanted
+    return zones, walls, prop_counts
 
 
 def _side(rng: np.random.Generator, angle: float, s: float) -> list[Wall]:
     walls, t = [], -4.0
     while t < 62:
         length = float(rng.uniform(8, 16))
-        ends = [unturn(angle, s, t), unturn(angle, s, t + length)]
-        walls.append(Wall(ends[0], ends[1], float(rng.uniform(8, 15)), "house", int(rng.integers(1 << 30))))
+        ends = [to_ground(angle, s, t), to_ground(angle, s, t + length)]
+        walls.append(Wall(ends[0], ends[1], float(rng.uniform(8, 15)), "building", int(rng.integers(1 << 30))))
         t += length
     return walls
 
 
-def _park(rng: np.random.Generator, angle: float, far: float) -> Plan:
+def _park(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     zones = [Zone("grass", (0, 40), (90, 90))]
     for _ in range(int(rng.integers(1, 3))):
         zones.append(Zone("gravel", (float(rng.uniform(-8, 8)), 30), (float(rng.uniform(1.5, 3)), 90)))
@@ -140,11 +138,11 @@ def _park(rng: np.random.Generator, angle: float, far: float) -> Plan:
         side = float(rng.choice([-1, 1]))
         zones.append(Zone("water", (side * far * 0.45, far * 0.75), (6, 4), False, True))
     depth = far + float(rng.uniform(2, 6))
-    walls = [Wall(unturn(angle, -60, depth), unturn(angle, 60, depth), float(rng.uniform(1.2, 2.2)), "hedge", 1)]
+    walls = [Wall(to_ground(angle, -60, depth), to_ground(angle, 60, depth), float(rng.uniform(1.2, 2.2)), "hedge", 1)]
     for back in (5, 14):
-        ends = unturn(angle, -90, depth + back), unturn(angle, 90, depth + back)
+        ends = to_ground(angle, -90, depth + back), to_ground(angle, 90, depth + back)
         walls.append(Wall(*ends, float(rng.uniform(7, 12)) + back / 3, "woods", int(rng.integers(1 << 30))))
-    wanted = {
+    prop_counts = {
         "far": {"tree": 12, "conifer": 5},
         "any": {
             "bush": 12,
@@ -158,10 +156,10 @@ def _park(rng: np.random.Generator, angle: float, far: float) -> Plan:
         },
         "row": {"topiary": 6},
     }
-    return zones, walls, wanted
+    return zones, walls, prop_counts
 
 
-def _station(rng: np.random.Generator, angle: float, far: float) -> Plan:
+def _station(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     depth = far + float(rng.uniform(1, 6))
     road = far * float(rng.uniform(0.72, 0.85))
     zones = [
@@ -169,19 +167,19 @@ def _station(rng: np.random.Generator, angle: float, far: float) -> Plan:
         Zone("asphalt", (0, road), (90, 3.2), False, paint="lane"),
         Zone("asphalt", (float(rng.uniform(-6, 6)), road), (2.4, 3.2), paint="zebra"),
     ]
-    walls = _row_of_houses(rng, angle, depth, -60, 60, (6, 13))
-    wanted = {
+    walls = _building_row(rng, angle, depth, -60, 60, (6, 13))
+    prop_counts = {
         "row": {"bicycle": 10, "bollard": 10, "planter": 4},
         "any": {"lamp": 4, "globe": 3, "pillar": 4, "bin": 3, "kiosk": 2, "bench": 4, "board": 3, "bush": 4},
         "far": {"tree": 3},
     }
-    return zones, walls, wanted
+    return zones, walls, prop_counts
 
 
-PLANS: dict[str, Callable[[np.random.Generator, float, float], Plan]] = {
+SITE_PLANS: dict[str, Callable[[np.random.Generator, float, float], SitePlan]] = {
     "plaza": _plaza,
     "street": _street,
     "park": _park,
     "station": _station,
 }
-"""Draws a place of each kind from its random numbers, its angle and the distance to its far end in metres."""
+"""Planners of each kind of site, given a generator, the site's angle and the distance to its far end in metres."""

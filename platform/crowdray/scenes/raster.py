@@ -1,8 +1,7 @@
-"""Drawing figures into a picture of codes, twice as fine as the image, with a depth test at every pixel.
+"""Rasterize figures with a depth test into a buffer of codes at twice the image's resolution.
 
-A figure is a flat sprite standing upright on the ground and facing the camera, seen through the exact
-pinhole: each image row meets it at one height, each column at one sideways distance. What is drawn is which
-figure, part and normal a pixel shows; its colour follows later for all pixels at once.
+A figure is a flat sprite that stands upright and faces the camera, so each image row meets it at one height and each
+column at one lateral distance. The buffer stores figure, part and normal; all samples are shaded later at once.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ FINE = 2
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A sprite standing at a ground point, `size` times as large as it was drawn."""
+    """A sprite at a ground point, scaled by `size`."""
 
     sprite: Sprite
     x: float
@@ -31,10 +30,10 @@ class Figure:
 
 
 class Raster:
-    """The fine picture: what each sample shows and how far forward on the ground that stands.
+    """Sample buffers (FINE * H, FINE * W) of visible figures and their distance.
 
-    `code` int32 (FINE * H, FINE * W): (figure + 1) << 12 | part << 8 | normal, 0 = no figure. `forward`
-    float32: metres.
+    `code`, int32, is (figure + 1) << 12 | part << 8 | normal, or 0 without a figure; `forward`, float32, is the forward
+    distance on the ground in metres.
     """
 
     def __init__(self, camera: Camera, forward: Floats) -> None:
@@ -47,16 +46,16 @@ class Raster:
         self.across = camera.column_terms(columns)
 
     def draw(self, figure: Figure, number: int) -> None:
-        """Draw one figure where it is nearer than what is there already."""
+        """Draw a figure where it is nearer than the buffer's content."""
         sprite, size, y = figure.sprite, figure.size, figure.y
         left, right, top = (metres * size for metres in sprite.size)
-        ends = [
+        bounds = [
             [figure.x - left, y, 0],
             [figure.x + right, y, 0],
             [figure.x - left, y, top],
             [figure.x + right, y, top],
         ]
-        corners = self.camera.project(ends)[:, :2] * FINE
+        corners = self.camera.project(bounds)[:, :2] * FINE
         height, width = self.camera.height * FINE, self.camera.width * FINE
         x0, y0 = np.maximum(corners.min(0).astype(int), 0)
         x1, y1 = np.minimum(corners.max(0).astype(int) + 2, (width, height))
@@ -80,9 +79,9 @@ class Raster:
 def cast_shadows(
     camera: Camera, figures: Sequence[Figure], sun: tuple[float, float, float], *, softness: float
 ) -> Floats:
-    """Share of sunlight taken from each fine sample of the ground, (FINE * H, FINE * W) in [0, 1].
+    """Return the fraction of sunlight that shadows block on the ground, (FINE * H, FINE * W) in [0, 1].
 
-    A figure's shadow is its outline, turned to the sun and laid on the ground.
+    A figure's shadow is its outline, rotated to face the sun and projected onto the ground.
     """
     canvas = Image.new("L", (camera.width * FINE, camera.height * FINE))
     if figures:
@@ -99,10 +98,7 @@ def cast_shadows(
 
 
 def contact_shade(camera: Camera, figures: Sequence[Figure]) -> Floats:
-    """Share of the sky's light that figures take from the ground at their feet.
-
-    Returns (FINE * H, FINE * W) in [0, 1].
-    """
+    """Return the fraction of sky light that figures block at their feet, (FINE * H, FINE * W) in [0, 1]."""
     canvas = Image.new("L", (camera.width * FINE, camera.height * FINE))
     if figures:
         feet = np.array([(f.x, f.y) for f in figures])
@@ -110,8 +106,8 @@ def contact_shade(camera: Camera, figures: Sequence[Figure]) -> Floats:
         reach = np.minimum(stance + 0.25, 2.0) * np.array([f.size for f in figures]) / 2
         angle = np.linspace(0, 2 * np.pi, 10, endpoint=False)
         rim = np.stack([np.cos(angle), 0.8 * np.sin(angle)], -1)
-        for share, value in ((1.25, 70), (0.9, 150), (0.6, 255)):
-            ground = feet[:, None] + share * reach[:, None, None] * rim
+        for scale, value in ((1.25, 70), (0.9, 150), (0.6, 255)):
+            ground = feet[:, None] + scale * reach[:, None, None] * rim
             ground[..., 1] = np.maximum(ground[..., 1], 0.3)
             _fill(canvas, camera, ground, value)
     return _blurred(canvas, 2.0)
@@ -135,9 +131,17 @@ def shade_figures(
     normals: Floats,
     sun: tuple[float, float, float],
 ) -> tuple[Floats, Floats]:
-    """Albedo (N, 3) and share of sunlight (N,) of codes (N,) that show figures.
+    """Shade figure samples.
 
-    palettes (figures, PARTS, 3); sunlit (figures,) the sunlight where each stands.
+    Args:
+        code: (N,) codes of samples that show figures.
+        palettes: (figures, PARTS, 3) colours.
+        sunlit: (figures,) sunlight at each figure's position.
+        normals: Vectors of `normal_vectors`.
+        sun: Unit vector to the sun.
+
+    Returns:
+        Albedo (N, 3) and received fraction of sunlight (N,).
     """
     towards = np.array([sun[0], -sun[1], sun[2]], np.float32)
     sky = (0.6 + 0.28 * normals[:, 2] + 0.2 * normals[:, 1]).astype(np.float32)

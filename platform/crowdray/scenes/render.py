@@ -1,6 +1,6 @@
-"""One picture: figures over the static layers, light, air, lens and sensor, and the truth that belongs to it.
+"""Render one image: figures over the static layers, lighting, haze, lens and sensor, and its ground truth.
 
-Shape letters: H, W image rows and columns; fine layers are FINE times as large.
+Shape legend: H W image; supersampled layers are FINE times as large.
 """
 
 import numpy as np
@@ -8,106 +8,107 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from crowdray.errors import UserError
-from crowdray.scenes.background import Background, background, light_at
-from crowdray.scenes.crowd import Crowd, gather
-from crowdray.scenes.layout import Place, place
+from crowdray.scenes.background import Background, light_at, render_background
+from crowdray.scenes.crowd import Crowd, sample_crowd
+from crowdray.scenes.layout import SceneLayout, scene_layout
 from crowdray.scenes.people import HEAD_PARTS
 from crowdray.scenes.raster import FINE, Raster, cast_shadows, contact_shade, shade_figures
 from crowdray.scenes.spec import MAX_DEPTH, Floats, RenderedScene, SceneSpec, generator, linear
 from crowdray.scenes.sprites import PARTS, normal_vectors
 
-VISIBLE_SHARE = 0.3
-"""Least visible share of a head's disc at which it is annotated; an annotator would not see less."""
+MIN_VISIBLE_FRACTION = 0.3
+"""Minimum visible fraction of an annotated head; annotators would miss less."""
 
 _TONE = (np.linspace(0, 1, 4096, dtype=np.float64) ** (1 / 2.2) * 255).astype(np.float32)
 
 
 def render(spec: SceneSpec, index: int) -> RenderedScene:
-    """Picture `index` of a spec: the same bits in any process, in any order, on one kind of machine.
+    """Render image `index` of a spec: bit-identical in any process and order on the same kind of machine.
 
-    A person is annotated when the centre of the head lies in the image and in the ROI and at least
-    VISIBLE_SHARE of the head is not hidden by others, by things or by the image's edge. Raises UserError
-    for a negative index.
+    A person is annotated if the head's centre lies in the image and the ROI and at least MIN_VISIBLE_FRACTION of the
+    head is visible. Raises UserError for a negative index.
     """
     if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
-        raise UserError(f"synthetic scene: index = {index!r}: give a whole number from 0 on")
+        raise UserError(f"synthetic scene: index = {index!r}: use an integer of at least 0")
     number = spec.camera_of(int(index))
-    where, still = place(spec, number), background(spec, number)
+    layout, static = scene_layout(spec, number), render_background(spec, number)
     rng = generator(spec.seed, 3, int(index))
-    crowd = gather(spec, where, rng)
-    raster = Raster(where.camera, still.forward.copy())
+    crowd = sample_crowd(spec, layout, rng)
+    raster = Raster(layout.camera, static.forward.copy())
     for i, figure in enumerate(crowd.figures):
         raster.draw(figure, i)
     depth = _depth(raster)
-    image = _sensor(spec, where, _light(where, still, crowd, raster, rng), depth, rng)
-    return RenderedScene(image, _annotated(where, crowd, raster), depth, where.roi.copy(), f"camera-{number:02d}")
+    image = _sensor(spec, layout, _light(layout, static, crowd, raster, rng), depth, rng)
+    return RenderedScene(
+        image, annotated_heads(layout, crowd, raster), depth, layout.roi.copy(), f"camera-{number:02d}"
+    )
 
 
 def _depth(raster: Raster) -> Floats:
-    """Depth (H, W) in metres of the nearest thing in each pixel."""
+    """Return the depth (H, W) in metres of the nearest sample of each pixel."""
     fine = raster.forward * (1 / raster.per_depth)[:, None]
     rows = np.minimum(fine[::FINE], fine[1::FINE])
     return np.minimum(np.minimum(rows[:, ::FINE], rows[:, 1::FINE]), np.float32(MAX_DEPTH))
 
 
-def _annotated(where: Place, crowd: Crowd, raster: Raster) -> Floats:
-    """Centres (N, 2) of the heads that an annotator would mark."""
-    camera = where.camera
+def annotated_heads(layout: SceneLayout, crowd: Crowd, raster: Raster) -> Floats:
+    """Return the centres (N, 2) of the heads that an annotator would mark."""
+    camera = layout.camera
     part = (raster.code >> 8) & (PARTS - 1)
-    showing = raster.code[np.isin(part, HEAD_PARTS)] >> 12
-    seen = np.bincount(showing, minlength=len(crowd.figures) + 1)[1:]
+    visible = raster.code[np.isin(part, HEAD_PARTS)] >> 12
+    seen = np.bincount(visible, minlength=len(crowd.figures) + 1)[1:]
     heads = []
     for i in np.flatnonzero(crowd.is_person):
         figure = crowd.figures[i]
         assert figure.sprite.head is not None
         right, up = (metres * figure.size for metres in figure.sprite.head)
         x, y, z = camera.project([figure.x + right, figure.y, up])
-        # The disc of the barest head is 0.186 by 0.244 m; hats and buns only add to what is seen.
-        # Seen from above it is flattened by forward distance / depth, as everything upright is.
+        # A bald head is an ellipse of 0.186 x 0.244 m; hats and buns only enlarge it.
+        # Seen from above, anything upright is foreshortened by forward distance / depth.
         full = np.pi / 4 * 0.186 * 0.244 * (figure.size * camera.focal / z * FINE) ** 2 * figure.y / z
         inside = 0 <= x < camera.width and 0 <= y < camera.height
-        if inside and seen[i] >= VISIBLE_SHARE * full and seen[i] > 0 and where.roi[int(y), int(x)]:
+        if inside and seen[i] >= MIN_VISIBLE_FRACTION * full and seen[i] > 0 and layout.roi[int(y), int(x)]:
             heads.append((x, y))
     return np.array(heads, np.float32).reshape(-1, 2)
 
 
-def _light(where: Place, still: Background, crowd: Crowd, raster: Raster, rng: np.random.Generator) -> Floats:
-    """The picture in linear light, (3, H, W): the mean over the fine samples of each pixel."""
+def _light(layout: SceneLayout, static: Background, crowd: Crowd, raster: Raster, rng: np.random.Generator) -> Floats:
+    """Return the image in linear light (3, H, W), the mean over the samples of each pixel."""
     clear = float(np.clip(rng.beta(1.2, 0.9), 0.02, 1))
-    sky, sun = _weather(where, clear, rng)
+    sky, sun = _weather(layout, clear, rng)
     drawn = np.flatnonzero(raster.code)
     feet = np.array([(f.x, f.y) for f in crowd.figures], np.float32).reshape(-1, 2)
-    sunlit = light_at(where.camera, still.sunlit, feet)
-    colour, direct = shade_figures(raster.code.ravel()[drawn], crowd.palettes, sunlit, normal_vectors(), where.sun)
+    sunlit = light_at(layout.camera, static.sunlit, feet)
+    colour, direct = shade_figures(raster.code.ravel()[drawn], crowd.palettes, sunlit, normal_vectors(), layout.sun)
 
-    shade = 1 - np.float32(0.45) * contact_shade(where.camera, crowd.figures) * still.ground
-    light = still.light * shade
-    if not where.night:
-        cast = cast_shadows(where.camera, crowd.figures, where.sun, softness=0.5 + 2 * (1 - clear))
-        light *= 1 - np.float32(0.92) * cast * still.ground
+    shade = 1 - np.float32(0.45) * contact_shade(layout.camera, crowd.figures) * static.ground
+    light = static.light * shade
+    if not layout.night:
+        cast = cast_shadows(layout.camera, crowd.figures, layout.sun, softness=0.5 + 2 * (1 - clear))
+        light *= 1 - np.float32(0.92) * cast * static.ground
     shade.ravel()[drawn] = 1
     light.ravel()[drawn] = direct
-    own = still.own.copy()
-    own.ravel()[drawn] = 0
-    picture = np.empty((3, where.camera.height, where.camera.width), np.float32)
+    emission = static.emission.copy()
+    emission.ravel()[drawn] = 0
+    radiance = np.empty((3, layout.camera.height, layout.camera.width), np.float32)
     for channel, glow in enumerate(linear(255, 206, 138)):
-        albedo = still.albedo[channel].copy()
+        albedo = static.albedo[channel].copy()
         albedo.ravel()[drawn] = colour[:, channel]
         arriving = light * sun[channel]
         arriving += shade * sky[channel]
-        if where.night:
-            arriving += own * (2 * glow)
+        if layout.night:
+            arriving += emission * (2 * glow)
         arriving *= albedo
-        picture[channel] = _coarse(arriving)
-    return picture
+        radiance[channel] = _downsample(arriving)
+    return radiance
 
 
-def _weather(where: Place, clear: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Colours of the sky's and of the sun's light."""
+def _weather(layout: SceneLayout, clear: float, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Return the colours of sky light and sunlight."""
     jitter = rng.normal(1, 0.03, 3).astype(np.float32)
-    if where.night:
+    if layout.night:
         return linear(120, 128, 160) * 0.9 * jitter, linear(255, 210, 150) * np.float32(0.8) * jitter
-    low = np.clip(1.3 - where.sun[2] * 1.5, 0, 1)
+    low = np.clip(1.3 - layout.sun[2] * 1.5, 0, 1)
     warm = linear(255, 244, 228) * (1 - low) + linear(255, 206, 150) * low
     sky = linear(186, 204, 232) * clear + linear(222, 224, 228) * (1 - clear)
     return np.asarray(sky * (0.75 - 0.3 * clear) * jitter, np.float32), np.asarray(
@@ -115,34 +116,34 @@ def _weather(where: Place, clear: float, rng: np.random.Generator) -> tuple[Floa
     )
 
 
-def _coarse(fine: Floats) -> Floats:
-    """Mean over the fine samples of each pixel, (FINE * H, FINE * W) to (H, W)."""
+def _downsample(fine: Floats) -> Floats:
+    """Average the samples of each pixel, (FINE * H, FINE * W) to (H, W)."""
     rows = fine[::FINE] + fine[1::FINE]
     return np.asarray((rows[:, ::FINE] + rows[:, 1::FINE]) * np.float32(1 / FINE**2), np.float32)
 
 
 def _sensor(
-    spec: SceneSpec, where: Place, light: Floats, depth: Floats, rng: np.random.Generator
+    spec: SceneSpec, layout: SceneLayout, light: Floats, depth: Floats, rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """Haze, exposure, vignette, blur, tone and noise: linear light (3, H, W) to uint8 RGB (H, W, 3)."""
+    """Convert linear light (3, H, W) to uint8 RGB (H, W, 3): haze, exposure, blur, tone curve, noise."""
     height, width = depth.shape
     level = max(float(light[:, height // 4 :].mean()), 1e-4)
     reach = float(np.exp(rng.uniform(np.log(90), np.log(900))))
     clear_air = np.exp(depth * np.float32(-1 / reach))
-    veil = (linear(120, 128, 150) if where.night else linear(222, 228, 236)) * np.float32(level * 1.5)
-    target = float(np.exp(rng.normal(np.log(0.15 if where.night else 0.2), 0.16)))
+    veil = (linear(120, 128, 150) if layout.night else linear(222, 228, 236)) * np.float32(level * 1.5)
+    target = float(np.exp(rng.normal(np.log(0.15 if layout.night else 0.2), 0.16)))
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     vignette = 1 - np.float32(rng.uniform(0.08, 0.3) / 2) * (x**2 + y**2).astype(np.float32)
     balance = rng.normal(target / level, 0.035 * target / level, 3).astype(np.float32)
     blur = float(rng.uniform(0.3, 0.62))
-    strength = spec.sensor_noise * float(rng.uniform(0.7, 1.6)) * (1.7 if where.night else 1.0)
+    strength = spec.sensor_noise * float(rng.uniform(0.7, 1.6)) * (1.7 if layout.night else 1.0)
     grain = rng.standard_normal((height, width), np.float32) * np.float32(1.7 * strength)
-    grain += np.float32(0.5)  # the last step rounds by cutting off
+    grain += np.float32(0.5)  # rounds when the cast to uint8 truncates
     image = np.empty((height, width, 3), np.uint8)
     for channel in range(3):
         plane = (veil[channel] + clear_air * (light[channel] - veil[channel])) * (vignette * balance[channel])
         plane = ndimage.gaussian_filter(plane, blur, truncate=3, mode="nearest")
-        plane = plane * (1 + 0.35 * plane) / (1 + plane)  # a shoulder that keeps highlights from clipping hard
+        plane = plane * (1 + 0.35 * plane) / (1 + plane)  # soft shoulder for highlights
         signal = _TONE[np.clip(plane * np.float32(1.12 * 4095), 0, 4095).astype(np.int32)]
         tint = rng.standard_normal(((height + 1) // 2, (width + 1) // 2), np.float32) * np.float32(1.6 * strength)
         signal += grain

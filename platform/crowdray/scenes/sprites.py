@@ -1,8 +1,7 @@
-"""Sprites: flat figures drawn once in metres, each pixel knowing its part and its surface normal.
+"""Sprites: flat figures drawn once in metres, with a part and a surface normal per pixel.
 
-A sprite has no colours and no light: a figure brings a palette with one colour per part, and the scene
-brings the sun. So one drawing serves people in any clothes under any sky, and a picture full of people is a
-handful of array look-ups.
+Colours come from a palette with one colour per part, light from the scene, so one sprite serves any clothes and any
+lighting, and rendering a crowd takes a few array look-ups.
 """
 
 from collections.abc import Sequence
@@ -30,20 +29,20 @@ class Sprite:
     scale: float
     """Texels per metre."""
     foot: float
-    """Column, in texels from the left edge, that stands over the figure's ground point."""
+    """Column, in texels from the left edge, above the figure's ground point."""
     outline: Floats
-    """(OUTLINE_STEPS, 3) height, left and right extent in metres: the shape of its shadow."""
+    """(OUTLINE_STEPS, 3) height, left and right extent in metres, which shape the shadow."""
     head: tuple[float, float] | None = None
-    """Centre of the head, metres to the right of the ground point and above it."""
+    """Centre of the head in metres, right of and above the ground point."""
 
     @property
     def size(self) -> tuple[float, float, float]:
-        """Metres to the left and to the right of the ground point, and the height."""
+        """Extent in metres left and right of the ground point, and the height."""
         rows, columns = self.texels.shape
         return self.foot / self.scale, (columns - self.foot) / self.scale, rows / self.scale
 
     def mirrored(self) -> "Sprite":
-        """The same figure seen in a mirror."""
+        """Return the mirror image."""
         part, normal = self.texels >> 8, self.texels & 255
         flipped = np.where(part > 0, part << 8 | (15 - (normal >> 4)) << 4 | (normal & 15), 0)
         head = None if self.head is None else (-self.head[0], self.head[1])
@@ -53,7 +52,7 @@ class Sprite:
 
 
 def normal_vectors() -> Floats:
-    """The (NORMALS, 3) unit vectors behind the normal codes: right, towards the camera, up."""
+    """Return the unit vectors (NORMALS, 3) of the normal codes: right, towards the camera, up."""
     code = np.arange(NORMALS)
     right, up = (code >> 4) / 7.5 - 1, (code & 15) / 7.5 - 1
     length = np.maximum(np.hypot(right, up), 1)
@@ -63,10 +62,7 @@ def normal_vectors() -> Floats:
 
 
 class Pen:
-    """Draws a sprite shape by shape, later shapes over earlier ones.
-
-    All lengths are metres, x to the right of the ground point and z above it.
-    """
+    """Draws a sprite shape by shape, later shapes on top; x is to the right, z up, in metres."""
 
     def __init__(self, half_width: float, top: float, scale: float) -> None:
         self.scale = scale
@@ -92,13 +88,13 @@ class Pen:
         np.copyto(self.normal[rows, columns], code, where=inside)
 
     def disc(self, x: float, z: float, rx: float, rz: float, part: int, above: float = -9.0) -> None:
-        """An ellipsoid; `above` cuts off what lies below that height."""
+        """Draw an ellipsoid, cut off below the height `above`."""
         rows, columns, gx, gz = self._window(x - rx, x + rx, max(z - rz, above), z + rz)
         right, up = (gx - x) / np.float32(rx), (gz - z) / np.float32(rz)
         self._paint(rows, columns, right**2 + up**2 <= 1, part, right + 0 * up, up + 0 * right)
 
     def limb(self, *joints: tuple[float, float, float], part: int) -> None:
-        """Tapered capsules through joints (x, z, radius)."""
+        """Draw tapered capsules through joints (x, z, radius)."""
         for (xa, za, ra), (xb, zb, rb) in pairwise(joints):
             r = max(ra, rb)
             rows, columns, gx, gz = self._window(min(xa, xb) - r, max(xa, xb) + r, min(za, zb) - r, max(za, zb) + r)
@@ -109,7 +105,7 @@ class Pen:
             self._paint(rows, columns, right**2 + up**2 <= 1, part, right.astype(np.float32), up.astype(np.float32))
 
     def lathe(self, profile: Sequence[tuple[float, float]], part: int, x: float = 0.0, up: float = 0.1) -> None:
-        """A body turned around a vertical axis at x, its profile given as (z, half width) upwards."""
+        """Draw a solid of revolution about a vertical axis at x with a profile (z, half width), bottom first."""
         heights, widths = np.array(profile, np.float32).T
         widest = float(widths.max())
         rows, columns, gx, gz = self._window(x - widest, x + widest, float(heights[0]), float(heights[-1]))
@@ -120,13 +116,13 @@ class Pen:
         self._paint(rows, columns, np.abs(right) <= 1, part, right, lift + 0 * right)
 
     def box(self, x0: float, x1: float, z0: float, z1: float, part: int, right: float = 0.0, up: float = 0.0) -> None:
-        """A flat rectangle with one normal."""
+        """Draw a flat rectangle with one normal."""
         rows, columns, gx, gz = self._window(x0, x1, z0, z1)
         flat = 0 * gx + 0 * gz
         self._paint(rows, columns, flat == 0, part, flat + np.float32(right), flat + np.float32(up))
 
     def ring(self, x: float, z: float, r: float, thickness: float, part: int) -> None:
-        """A hoop seen from the side."""
+        """Draw a ring seen from the side."""
         rows, columns, gx, gz = self._window(x - r, x + r, z - r, z + r)
         distance = np.hypot(gx - x, gz - z)
         self._paint(
@@ -139,7 +135,7 @@ class Pen:
         )
 
     def sprite(self, head: tuple[float, float] | None = None) -> Sprite:
-        """The finished drawing, cut to what is drawn with a transparent rim of one texel."""
+        """Return the drawing, cropped to its content plus a transparent border of one texel."""
         rows = np.flatnonzero(self.part.any(1))
         columns = np.flatnonzero(self.part.any(0))
         c0, c1 = max(int(columns[0]) - 1, 0), min(int(columns[-1]) + 2, self.part.shape[1])
@@ -152,7 +148,7 @@ class Pen:
 
 
 def _outline(drawn: npt.NDArray[np.bool_], scale: float, foot: float) -> Floats:
-    """Heights with the left and right extent of what is drawn there, bottom first."""
+    """Return heights with the left and right extent of the drawing, bottom first."""
     rows = np.flatnonzero(drawn.any(1))
     bands = np.array_split(rows[::-1], OUTLINE_STEPS)
     result = np.zeros((OUTLINE_STEPS, 3), np.float32)

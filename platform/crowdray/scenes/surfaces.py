@@ -1,8 +1,6 @@
-"""Albedo of large surfaces: paving, asphalt, grass, facades. All functions are pure in their coordinates
-and their seed.
+"""Albedo of large surfaces: paving, asphalt, grass, facades, sky; pure functions of coordinates and salt.
 
-Fine detail fades where a pixel covers more ground than the detail measures, which is what keeps far paving
-from shimmering.
+Detail fades where it is smaller than a pixel's footprint, so that distant paving does not alias.
 """
 
 from functools import lru_cache
@@ -24,19 +22,19 @@ def _lattice() -> Floats:
 
 
 def noise(x: Reals, y: Reals, size: float) -> Floats:
-    """Smooth noise in [0, 1] with bumps of about `size` metres."""
+    """Return smooth noise in [0, 1] with a feature size of `size` metres."""
     at = np.stack([np.mod(x / size, _TABLE - 1), np.mod(y / size, _TABLE - 1)])
     return np.asarray(ndimage.map_coordinates(_lattice(), at, order=1, mode="nearest"), np.float32)
 
 
 def cell(i: npt.NDArray[np.int64], j: npt.NDArray[np.int64], salt: int = 0) -> Floats:
-    """One random number in [0, 1) for each integer cell."""
+    """Return a random number in [0, 1) for each integer cell."""
     row, column = (i * 7 + j * 131 + salt * 61) % _TABLE, (j * 5 - i * 83 + salt * 29) % _TABLE
     return np.asarray(_lattice()[row, column], np.float32)
 
 
 def _fade(detail: float, footprint: Floats) -> Floats:
-    """1 where a pixel is much smaller than the detail, 0 where it is larger."""
+    """Return a weight: 1 where a pixel is much smaller than the detail, 0 where it is larger."""
     return np.clip(1.6 * detail / np.maximum(footprint, 1e-4) - 0.6, 0, 1)
 
 
@@ -46,22 +44,22 @@ def _tiles(
     footprint: Floats,
     tile: tuple[float, float],
     joint: float,
-    spread: float,
+    variation: float,
     salt: int,
     stagger: bool = False,
 ) -> Floats:
-    """Relative brightness of tiles with dark joints."""
+    """Return the relative brightness of tiles with dark joints."""
     j = np.floor(t / tile[1]).astype(np.int64)
     across = s / tile[0] + (0.5 * (j % 2) if stagger else 0)
     i = np.floor(across).astype(np.int64)
     edge_s, edge_t = np.abs(across - i - 0.5), np.abs(t / tile[1] - j - 0.5)
     dark = (edge_s > 0.5 - joint / tile[0] / 2) | (edge_t > 0.5 - joint / tile[1] / 2)
-    shade = 1 + spread * (cell(i, j, salt) - 0.5) * _fade(min(tile), footprint)
+    shade = 1 + variation * (cell(i, j, salt) - 0.5) * _fade(min(tile), footprint)
     return np.asarray(shade * (1 - 0.45 * dark * _fade(3 * joint, footprint)), np.float32)
 
 
 def ground(kind: str, s: Floats, t: Floats, footprint: Floats, salt: int) -> Floats:
-    """Linear albedo (N, 3) of a ground at place coordinates s, t (N,); footprint (N,) is metres per pixel."""
+    """Return the albedo (N, 3) of a ground at s, t (N,); `footprint` (N,) is in metres per pixel."""
     rng = generator(0x6A0, salt)
     stain = 1 + 0.16 * (noise(s, t, 2.7) - 0.5) + 0.14 * (noise(t + 31, s, 9.0) - 0.5)
     grain = 1 + 0.1 * (noise(s, t, 0.09) - 0.5) * _fade(0.12, footprint)
@@ -102,14 +100,14 @@ def ground(kind: str, s: Floats, t: Floats, footprint: Floats, salt: int) -> Flo
 
 
 def markings(kind: str, s: Floats, t: Floats) -> Bools:
-    """Where white paint lies on a road running along s, t measured from its middle line."""
+    """Return where a road along s has white paint; t is measured from its centre line."""
     if kind == "zebra":
         return np.asarray((np.abs(s) < 2.2) & (np.mod(t, 1.0) < 0.5))
     return np.asarray((np.abs(t) < 0.07) & (np.mod(s, 4.0) < 2.0))
 
 
 def ragged_top(kind: str, along: Reals, height: float) -> Floats:
-    """Height of a wall at metres along it: level for houses and hedges, crowns for woods."""
+    """Return the height of a wall at positions along it: constant for buildings and hedges, crowns for woods."""
     if kind != "woods":
         return np.full(along.shape, height, np.float32)
     top = 0.2 * noise(along, np.zeros_like(along), 0.7)
@@ -122,7 +120,7 @@ def ragged_top(kind: str, along: Reals, height: float) -> Floats:
 
 
 def facade(kind: str, along: Floats, z: Floats, height: float, salt: int, night: bool) -> tuple[Floats, Floats]:
-    """Albedo (N, 3) and own light (N,) of a wall at metres along it and metres up (N,)."""
+    """Return albedo (N, 3) and emission (N,) of a wall at positions along it and heights z (N,), in metres."""
     if kind in ("hedge", "woods"):
         clump = 0.5 if kind == "hedge" else 1.6
         leaf = 0.5 + 0.9 * noise(along, z, clump / 3) * (0.4 + 0.6 * noise(along + 7, z, clump)) + 0.25 * z / height
@@ -180,7 +178,7 @@ def _shops(
     salt: int,
     night: bool,
 ) -> None:
-    """Shop fronts on the ground floor: glass between pillars, a sign band, here and there an awning."""
+    """Paint shop fronts: glass between pillars, a sign band and some awnings."""
     k = np.floor(along / span).astype(np.int64)
     u = along / span - k
     which, style = cell(k, k * 0, salt + 1), cell(k, k * 0 + 3, salt + 2)
@@ -188,7 +186,7 @@ def _shops(
     glass = ground_floor & (np.abs(u - 0.5) < 0.44) & (z > 0.35) & (z < street * 0.72)
     mirror = np.clip(noise(along + z, z - along, 1.6) * 1.4 - 0.3, 0, 1) * (0.3 + 0.5 * z / street)
     colour[glass] = (linear(58, 60, 64) * 0.7 + linear(150, 166, 180) * mirror[:, None])[glass]
-    _dummies(colour, glass, along, z, salt)
+    _mannequins(colour, glass, along, z, salt)
     colour[glass & (np.abs(u - 0.75) < 0.09)] = linear(40, 36, 34)
     mullion = glass & (np.mod(along, span / 4) < 0.06)
     colour[mullion] = linear(60, 58, 56)
@@ -210,20 +208,20 @@ def _shops(
     light[awning] = 0.0
 
 
-def _dummies(colour: Floats, glass: Bools, along: Floats, z: Floats, salt: int) -> None:
-    """Dressed dummies behind the glass: a body and a head, as large as a customer's."""
+def _mannequins(colour: Floats, glass: Bools, along: Floats, z: Floats, salt: int) -> None:
+    """Paint life-size mannequins behind the glass."""
     spot = np.floor(along / 1.3).astype(np.int64)
     across = along - (spot + 0.5) * 1.3
-    here = glass & (cell(spot, spot * 0, salt + 7) > 0.35)
+    shown = glass & (cell(spot, spot * 0, salt + 7) > 0.35)
     hue = np.stack([cell(spot, spot * 0 + k, salt + 8) for k in range(3)], 1)
-    body = here & (np.abs(across) < 0.2 - 0.06 * np.abs(z - 1.35)) & (z > 0.7) & (z < 1.62)
+    body = shown & (np.abs(across) < 0.2 - 0.06 * np.abs(z - 1.35)) & (z > 0.7) & (z < 1.62)
     colour[body] = (0.02 + 0.5 * hue[body] ** 2).astype(np.float32)
-    colour[here & (np.abs(np.abs(across) - 0.07) < 0.05) & (z <= 0.7)] = linear(60, 58, 60)
-    colour[here & ((across / 0.1) ** 2 + ((z - 1.74) / 0.13) ** 2 < 1)] = linear(206, 188, 168)
+    colour[shown & (np.abs(np.abs(across) - 0.07) < 0.05) & (z <= 0.7)] = linear(60, 58, 60)
+    colour[shown & ((across / 0.1) ** 2 + ((z - 1.74) / 0.13) ** 2 < 1)] = linear(206, 188, 168)
 
 
 def sky(down: Floats, across: Floats, cloud: float, night: bool, salt: int) -> Floats:
-    """Brightness (N, 3) of the sky along rays of slopes (N,) down, negative above the horizon, and across."""
+    """Return the radiance (N, 3) of the sky along rays with slopes (N,); down is negative above the horizon."""
     up = np.maximum(-down, np.float32(0))
     low = np.exp(-3 * up)[:, None]
     if night:

@@ -1,4 +1,4 @@
-"""The annotation of one image: heads, regions of interest and ignored shapes, by the same rules for every format.
+"""The annotation of one image and the rules, common to all formats, by which shapes are heads.
 
 Coordinates are continuous pixels (x, y); the centre of the first pixel is (0.5, 0.5).
 """
@@ -70,7 +70,9 @@ class ImageAnnotation:
     """What is wrong with the annotation; raised when the image is loaded."""
 
     def add_shape(self, rules: HeadRules, kind: str, label: str, corners: Sequence[Corner], location: str) -> None:
-        """Add a shape: each of `points` or the centre of a `box` is a head, a `polygon` may be a region of interest.
+        """Add a shape to the heads, the regions of interest or the ignored shapes.
+
+        Each of `points` is a head, and with `--boxes centre` the centre of a `box`; a `polygon` may be a region.
 
         Raises:
             DataError: for coordinates far outside the image, or a shape that `rules` accept but that is not a point.

@@ -1,4 +1,4 @@
-"""Read JSON annotation files: pydantic models declare the parts we use, errors name the file, JSON path and value."""
+"""Read JSON annotation files into pydantic models; errors name the file, JSON path and value."""
 
 import json
 import reprlib

@@ -188,7 +188,7 @@ def _image_size(shape: Shape, where: str) -> tuple[int, int]:
 
 
 def _corners(value: dict[str, Any], kind: str, size: tuple[int, int], uri: str, *path: str | int) -> list[Corner]:
-    """Convert a shape to pixels: a point, two opposite corners of a box, a polygon; other shapes have no corners."""
+    """Convert a point, two opposite corners of a box, or a polygon to pixels; other shapes to nothing."""
     height, width = size[0] / 100, size[1] / 100
     if kind == "polygon":
         return [(x * width, y * height) for x, y in validate(PolygonValue, value, uri, *path).points]

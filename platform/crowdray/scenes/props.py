@@ -1,7 +1,6 @@
-"""Things that stand about, many of them as tall, as slim or as round-headed as people.
+"""Street furniture and plants, many of them as tall, slim or round-topped as people.
 
-Each function draws one thing at random and returns its sprite and its palette; `CATALOGUE` draws a fixed
-stock of each.
+Each function draws a random variant and returns its sprite and palette.
 """
 
 from collections.abc import Callable
@@ -13,9 +12,9 @@ from crowdray.scenes.people import BAG, BOTTOM, CLOTH_COLOURS, SLEEVE, TOP, draw
 from crowdray.scenes.spec import Floats, generator, linear
 from crowdray.scenes.sprites import PARTS, Pen, Sprite
 
-Thing = tuple[Sprite, Floats]
-STOCK = 6
-"""Number of differently drawn things of each kind."""
+ColouredSprite = tuple[Sprite, Floats]
+VARIANTS = 6
+"""Number of variants of each kind."""
 
 _FOLIAGE = ((38, 62, 26), (58, 88, 34), (84, 116, 48), (112, 140, 66))
 _METAL = (66, 70, 74)
@@ -35,18 +34,18 @@ def _cloth(rng: np.random.Generator) -> Floats:
 
 
 def _foliage(rng: np.random.Generator) -> Floats:
-    """Parts 1..4 from shade to light, part 5 bark, in one tree's own green."""
+    """Return a palette: parts 1 to 4 are leaves from dark to light in a random green, part 5 is bark."""
     palette = _palette(*_FOLIAGE, (78, 62, 46))
     palette[1:5] *= rng.normal(1, 0.14, 3).clip(0.7, 1.4).astype(np.float32) * np.float32(rng.uniform(0.7, 1.15))
     return palette
 
 
 def _crown(
-    pen: Pen, rng: np.random.Generator, x: float, z: float, rx: float, rz: float, leaf: float, many: int
+    pen: Pen, rng: np.random.Generator, x: float, z: float, rx: float, rz: float, leaf: float, clumps: int
 ) -> None:
-    """A cloud of leaf clumps, dark below and inside, light above."""
+    """Draw a crown of leaf clumps, dark below and inside, light above."""
     pen.disc(x, z, rx * 0.82, rz * 0.82, 1)
-    for _ in range(many):
+    for _ in range(clumps):
         angle, radius = rng.uniform(0, 2 * np.pi), np.sqrt(rng.random())
         cx, cz = x + rx * radius * np.cos(angle), z + rz * radius * np.sin(angle)
         height = (cz - z) / rz
@@ -55,19 +54,19 @@ def _crown(
         pen.disc(float(cx), float(cz), float(size), float(size * 0.8), part)
 
 
-def tree(rng: np.random.Generator) -> Thing:
+def tree(rng: np.random.Generator) -> ColouredSprite:
     """A broad-leaved tree of 4 to 8 m."""
-    height, spread = rng.uniform(4, 8), rng.uniform(1.3, 2.6)
-    pen = Pen(spread * 1.4, height * 1.15, 30)
+    height, half_width = rng.uniform(4, 8), rng.uniform(1.3, 2.6)
+    pen = Pen(half_width * 1.4, height * 1.15, 30)
     trunk = height * 0.45
     pen.limb((0, 0, 0.16), (rng.normal(0, 0.1), trunk, 0.1), part=5)
     for sign in (-1, 1):
-        pen.limb((0, trunk * 0.85, 0.08), (sign * spread * 0.5, height * 0.65, 0.04), part=5)
-    _crown(pen, rng, 0, height * 0.68, spread, height * 0.3, 0.2, 190)
+        pen.limb((0, trunk * 0.85, 0.08), (sign * half_width * 0.5, height * 0.65, 0.04), part=5)
+    _crown(pen, rng, 0, height * 0.68, half_width, height * 0.3, 0.2, 190)
     return pen.sprite(), _foliage(rng)
 
 
-def conifer(rng: np.random.Generator) -> Thing:
+def conifer(rng: np.random.Generator) -> ColouredSprite:
     """A slim conifer of 3 to 7 m."""
     height = float(rng.uniform(3, 7))
     pen = Pen(1.3, height + 0.5, 30)
@@ -80,16 +79,16 @@ def conifer(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _foliage(rng)
 
 
-def bush(rng: np.random.Generator) -> Thing:
-    """A shrub of 0.7 to 1.6 m: a round dark blob the size of a person's upper half."""
-    height, spread = float(rng.uniform(0.7, 1.6)), float(rng.uniform(0.4, 0.9))
-    pen = Pen(spread * 1.5, height * 1.4, 60)
-    _crown(pen, rng, 0, height * 0.52, spread, height * 0.5, 0.11, 90)
+def bush(rng: np.random.Generator) -> ColouredSprite:
+    """A shrub of 0.7 to 1.6 m, similar to the upper half of a person."""
+    height, half_width = float(rng.uniform(0.7, 1.6)), float(rng.uniform(0.4, 0.9))
+    pen = Pen(half_width * 1.5, height * 1.4, 60)
+    _crown(pen, rng, 0, height * 0.52, half_width, height * 0.5, 0.11, 90)
     return pen.sprite(), _foliage(rng)
 
 
-def topiary(rng: np.random.Generator) -> Thing:
-    """A ball of leaves on a stem in a pot, its ball at head height."""
+def topiary(rng: np.random.Generator) -> ColouredSprite:
+    """A potted tree with a ball of leaves at head height."""
     height = float(rng.uniform(1.35, 1.8))
     pen = Pen(0.6, 2.3, 70)
     pen.limb((0, 0.3, 0.03), (0, height - 0.1, 0.03), part=5)
@@ -101,7 +100,7 @@ def topiary(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def planter(rng: np.random.Generator) -> Thing:
+def planter(rng: np.random.Generator) -> ColouredSprite:
     """A tub with flowers."""
     pen = Pen(0.8, 1.6, 60)
     half = float(rng.uniform(0.35, 0.6))
@@ -114,7 +113,7 @@ def planter(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def street_lamp(rng: np.random.Generator) -> Thing:
+def street_lamp(rng: np.random.Generator) -> ColouredSprite:
     """A lamp post of 3.5 to 7 m with an arm or with globes."""
     height = float(rng.uniform(3.5, 7))
     pen = Pen(1.6, height + 0.6, 40)
@@ -130,8 +129,8 @@ def street_lamp(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(_METAL, (226, 222, 206))
 
 
-def globe_lamp(rng: np.random.Generator) -> Thing:
-    """A low lamp with one globe on a post: a head on a thin body."""
+def globe_lamp(rng: np.random.Generator) -> ColouredSprite:
+    """A low lamp with a globe on a post, similar to a head on a thin body."""
     height = float(rng.uniform(1.3, 2.0))
     pen = Pen(0.4, 2.5, 70)
     pen.limb((0, 0, 0.05), (0, height - 0.1, 0.04), part=1)
@@ -139,7 +138,7 @@ def globe_lamp(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(_METAL, (214, 206, 186) if rng.random() < 0.6 else (60, 62, 66))
 
 
-def bollard(rng: np.random.Generator) -> Thing:
+def bollard(rng: np.random.Generator) -> ColouredSprite:
     """A bollard with a round top, 0.8 to 1.2 m."""
     height = float(rng.uniform(0.8, 1.2))
     pen = Pen(0.25, 1.5, 80)
@@ -149,7 +148,7 @@ def bollard(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(_METAL if rng.random() < 0.6 else (120, 40, 36), (214, 210, 200))
 
 
-def bin_(rng: np.random.Generator) -> Thing:
+def bin_(rng: np.random.Generator) -> ColouredSprite:
     """A litter bin of 0.9 to 1.2 m."""
     pen = Pen(0.5, 1.5, 60)
     height = float(rng.uniform(0.85, 1.15))
@@ -160,7 +159,7 @@ def bin_(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(colour, (44, 46, 48), (18, 18, 20))
 
 
-def pillar_box(rng: np.random.Generator) -> Thing:
+def pillar_box(rng: np.random.Generator) -> ColouredSprite:
     """A post box or an advertising pillar, as tall as a person."""
     height, half = float(rng.uniform(1.4, 1.8)), float(rng.uniform(0.2, 0.3))
     pen = Pen(0.6, 2.3, 60)
@@ -172,7 +171,7 @@ def pillar_box(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(colour, colour, (24, 24, 26))
 
 
-def statue(rng: np.random.Generator) -> Thing:
+def statue(rng: np.random.Generator) -> ColouredSprite:
     """A figure of stone or bronze on a plinth."""
     person = draw_person(rng)
     plinth = float(rng.uniform(0.5, 1.3))
@@ -195,8 +194,8 @@ def statue(rng: np.random.Generator) -> Thing:
     return Sprite(whole, person.scale, left + 1, outline), palette.astype(np.float32)
 
 
-def mannequin(rng: np.random.Generator) -> Thing:
-    """A shop's dummy or a cardboard figure: dressed, with a featureless pale head."""
+def mannequin(rng: np.random.Generator) -> ColouredSprite:
+    """A shop mannequin: dressed, with a featureless pale head."""
     sprite = draw_person(rng)
     pale = linear(*[(214, 206, 194), (190, 186, 180), (36, 36, 38)][int(rng.integers(3))])
     palette = np.broadcast_to(pale, (PARTS, 3)).copy()
@@ -205,8 +204,8 @@ def mannequin(rng: np.random.Generator) -> Thing:
     return Sprite(sprite.texels, sprite.scale, sprite.foot, sprite.outline), palette
 
 
-def coat_stand(rng: np.random.Generator) -> Thing:
-    """Coats and a hat on a stand: clothes with nobody in them."""
+def coat_stand(rng: np.random.Generator) -> ColouredSprite:
+    """A stand with coats and a hat."""
     pen = Pen(0.5, 2.1, 70)
     pen.limb((0, 0, 0.03), (0, 1.6, 0.03), part=1)
     pen.limb((-0.22, 0.02, 0.025), (0, 0.15, 0.03), (0.22, 0.02, 0.025), part=1)
@@ -219,7 +218,7 @@ def coat_stand(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def bicycle(rng: np.random.Generator) -> Thing:
+def bicycle(rng: np.random.Generator) -> ColouredSprite:
     """A parked bicycle."""
     pen = Pen(1.0, 1.3, 70)
     for x in (-0.52, 0.52):
@@ -237,7 +236,7 @@ def bicycle(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def bench(rng: np.random.Generator) -> Thing:
+def bench(rng: np.random.Generator) -> ColouredSprite:
     """A bench."""
     half = float(rng.uniform(0.7, 1.0))
     pen = Pen(1.1, 1.2, 60)
@@ -249,7 +248,7 @@ def bench(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette(_METAL, _WOOD, (150, 114, 78))
 
 
-def parasol(rng: np.random.Generator) -> Thing:
+def parasol(rng: np.random.Generator) -> ColouredSprite:
     """A parasol over a table with chairs."""
     pen = Pen(1.7, 3.0, 45)
     for x in (-0.75, 0.75):
@@ -273,8 +272,8 @@ def parasol(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def a_board(rng: np.random.Generator) -> Thing:
-    """A board with a poster, often of a face."""
+def a_board(rng: np.random.Generator) -> ColouredSprite:
+    """An advertising board, often with a face."""
     pen = Pen(0.6, 1.9, 60)
     height = float(rng.uniform(1.0, 1.7))
     pen.box(-0.36, 0.36, 0.05, height, 1)
@@ -291,7 +290,7 @@ def a_board(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def cone(rng: np.random.Generator) -> Thing:
+def cone(rng: np.random.Generator) -> ColouredSprite:
     """A traffic cone."""
     pen = Pen(0.3, 0.9, 70)
     pen.box(-0.2, 0.2, 0, 0.05, 1)
@@ -300,8 +299,8 @@ def cone(rng: np.random.Generator) -> Thing:
     return pen.sprite(), _palette((216, 92, 34), (232, 230, 224))
 
 
-def balloons(rng: np.random.Generator) -> Thing:
-    """A bunch of balloons at a stall, each as big as a head."""
+def balloons(rng: np.random.Generator) -> ColouredSprite:
+    """A bunch of balloons, each as large as a head."""
     pen = Pen(0.9, 2.9, 60)
     for _ in range(int(rng.integers(5, 12))):
         x, z = float(rng.normal(0, 0.28)), float(rng.uniform(1.5, 2.4))
@@ -314,7 +313,7 @@ def balloons(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-def kiosk(rng: np.random.Generator) -> Thing:
+def kiosk(rng: np.random.Generator) -> ColouredSprite:
     """A small stall with a striped awning."""
     pen = Pen(1.7, 3.1, 45)
     pen.box(-1.4, 1.4, 0, 2.5, 1)
@@ -331,7 +330,7 @@ def kiosk(rng: np.random.Generator) -> Thing:
     return pen.sprite(), palette
 
 
-CATALOGUE: dict[str, Callable[[np.random.Generator], Thing]] = {
+PROP_KINDS: dict[str, Callable[[np.random.Generator], ColouredSprite]] = {
     "tree": tree,
     "conifer": conifer,
     "bush": bush,
@@ -353,7 +352,7 @@ CATALOGUE: dict[str, Callable[[np.random.Generator], Thing]] = {
     "balloons": balloons,
     "kiosk": kiosk,
 }
-MOVABLE = (
+MOVABLE_KINDS = (
     "topiary",
     "planter",
     "globe",
@@ -366,11 +365,11 @@ MOVABLE = (
     "cone",
     "balloons",
 )
-"""Kinds that are put elsewhere in every picture, so that a model cannot learn their places by heart."""
+"""Kinds that move from image to image, so that a model cannot memorize their positions."""
 
 
 @cache
-def stock(kind: str) -> tuple[Thing, ...]:
-    """The things of one kind that exist; the same in every process and for every seed."""
-    key = sorted(CATALOGUE).index(kind)
-    return tuple(CATALOGUE[kind](generator(0xC1, key, number)) for number in range(STOCK))
+def prop_variants(kind: str) -> tuple[ColouredSprite, ...]:
+    """Return the variants of one kind; the same in every process and for every seed."""
+    key = sorted(PROP_KINDS).index(kind)
+    return tuple(PROP_KINDS[kind](generator(0xC1, key, number)) for number in range(VARIANTS))
