@@ -1,4 +1,4 @@
-"""What a training's display warns of."""
+"""Display of a training run: warnings, time left and numbers of workers."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from crowdray.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
+def test_on_history_with_a_dead_density_map_prints_a_warning(discs: Dataset, dead: bool) -> None:
     stages = StagesConfig(StageConfig(1, 1e-9), StageConfig(0, 1e-3), StageConfig(0, 1e-3))
     config = preset("debug")
     sampling = dataclasses.replace(config.sampling, validation_fraction=0.25)
@@ -28,12 +28,12 @@ def test_a_dead_density_map_is_warned_of(discs: Dataset, dead: bool) -> None:
     if dead:
         torch.nn.init.constant_(run.state.counter.get_parameter(f"decoders.{DENSITY}.conv.bias"), -1e4)
     run.fit()
-    said = io.StringIO()
-    TrainingDisplay(run.stages, Console(file=said)).on_history(run.state.progress.history)
-    assert ("the density map is dead" in said.getvalue()) == dead
+    output = io.StringIO()
+    TrainingDisplay(run.stages, Console(file=output)).on_history(run.state.progress.history)
+    assert ("the density map is dead" in output.getvalue()) == dead
 
 
-def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_history_time_left_is_rounded_to_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     stages = build_stages(preset("debug"))
     epoch: EpochMetrics = {"epoch": 1, "stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 29.95}
     TrainingDisplay(stages, Console(file=io.StringIO())).on_history([epoch])
@@ -41,9 +41,9 @@ def test_the_time_left_is_rounded_before_it_is_divided(capsys: pytest.CaptureFix
     assert "0:02:00 left" in capsys.readouterr().out
 
 
-def test_another_number_of_workers_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    seen: EpochMetrics = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
-    rows: list[EpochMetrics] = [{**seen, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
+def test_on_history_reports_each_change_of_workers_once(capsys: pytest.CaptureFixture[str]) -> None:
+    row: EpochMetrics = {"stage": "baseline", "images_per_s": 1.0, "loss/density": 1.0, "seconds": 1.0}
+    rows: list[EpochMetrics] = [{**row, "epoch": epoch, "workers": n} for epoch, n in enumerate((2, 2, 1, 1, 3), 1)]
     display = TrainingDisplay(build_stages(preset("debug")), Console(file=io.StringIO()))
     for number in range(1, 5):
         display.on_history(rows[:number])

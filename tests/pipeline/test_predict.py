@@ -1,4 +1,4 @@
-"""Prediction and evaluation as jobs: what is written agrees, and each mistake has its message."""
+"""Prediction and evaluation: their files agree with the model, and each usage error has its message."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def brightness(image: Tensor) -> Tensor:
-    """A counter that sees heads in light: as many cells as pixels."""
+    """A density proportional to brightness, with a cell for each pixel."""
     if min(image.shape[2:]) < 5:
         raise UserError("too small")
     return image.float().mean(dim=1, keepdim=True) / 255 / 100
@@ -43,13 +43,13 @@ def photo(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three photos of two formats, two of which share their stem, and something else."""
+    """Three photos in two formats, two with the same stem, a text file and an empty folder."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, name in enumerate(("b.jpg", "a.PNG", "b.png")):
         photo(number).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
-    (folder / "deeper").mkdir()
+    (folder / "empty").mkdir()
     return folder
 
 
@@ -57,7 +57,7 @@ def names(uris: list[str]) -> list[str]:
     return [uri.rpartition("/")[2] for uri in uris]
 
 
-def test_images_are_found_by_file_folder_and_pattern(photos: Path) -> None:
+def test_find_images_by_file_folder_and_pattern(photos: Path) -> None:
     assert names(find_images(str(photos), "out")) == ["a.PNG", "b.jpg", "b.png"]
     assert names(find_images(f"{photos}/b.*", "out")) == ["b.jpg", "b.png"]
     assert names(find_images(f"{photos}/[a-z].png", "out")) == ["b.png"]
@@ -67,23 +67,23 @@ def test_images_are_found_by_file_folder_and_pattern(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("location", "message"),
     [
-        ("photos/deeper", "there is no image in .*deeper; name a file or a folder with .jpg"),
+        ("photos/empty", "there is no image in .*empty; give a file or a folder with .jpg"),
         ("photos/*.webp", "there is no image in"),
         ("photos/c.jpg", "there is no image at .*c.jpg; check the path"),
         ("nowhere", "cannot list .*nowhere: it does not exist"),
-        ("pho*/b.jpg", "only the last part of a path may hold"),
-        ("photos", "give another folder as --output"),
+        ("pho*/b.jpg", "only the last part of a path may contain"),
+        ("photos", "the images are in --output .*; give another folder"),
     ],
 )
-def test_input_that_cannot_be_used_is_explained(photos: Path, place: str, message: str) -> None:
+def test_find_images_without_images_raises_with_the_fix(photos: Path, location: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_images(str(photos.parent / place), str(photos))
+        find_images(str(photos.parent / location), str(photos))
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "memory"])
-def test_counts_are_the_sums_of_the_densities(photos: Path, tmp_path: Path, remote: bool) -> None:
+def test_predict_images_counts_are_the_sums_of_the_densities(photos: Path, tmp_path: Path, remote: bool) -> None:
     source, output = str(photos), str(tmp_path / "out")
     if remote:
         source, output = (f"memory://{uuid.uuid4().hex}/{name}" for name in ("in", "out"))
@@ -106,13 +106,13 @@ def test_counts_are_the_sums_of_the_densities(photos: Path, tmp_path: Path, remo
     prediction.check()
 
 
-def test_photos_that_cannot_be_counted_are_named_and_the_others_done(photos: Path, tmp_path: Path) -> None:
+def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(photos: Path, tmp_path: Path) -> None:
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
     photo(4, (3, 8)).save(photos / "tiny.png")
     output = str(tmp_path / "out")
     images = [*find_images(str(photos), output), str(photos / "gone.jpg")]
     prediction = predict_images(brightness, images, output)
-    assert [one.image for one in prediction.counted] == ["a.PNG", "b.jpg", "b.png"]
+    assert [photo.image for photo in prediction.counted] == ["a.PNG", "b.jpg", "b.png"]
     with pytest.raises(PredictionError) as error:
         prediction.check()
     first, *reasons = str(error.value).splitlines()
@@ -125,7 +125,7 @@ def test_photos_that_cannot_be_counted_are_named_and_the_others_done(photos: Pat
         assert all(word in reason for word in words)
 
 
-def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_without_a_gpu_is_the_cpu_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cpu"):
@@ -134,7 +134,7 @@ def test_a_gpu_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedCounter, str]:
-    """A counter that halves its photos, and the folder in which it is packaged."""
+    """A counter with downsampling 2, and the folder of its package."""
     counter = ExportedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
     folder = tmp_path_factory.mktemp("package") / "model"
     example = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
@@ -152,7 +152,7 @@ def status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     return 0
 
 
-def test_the_predict_job_prints_what_the_model_counts(
+def test_predict_command_prints_and_writes_the_counts_of_the_model(
     package: tuple[ExportedCounter, str],
     photos: Path,
     tmp_path: Path,
@@ -180,7 +180,7 @@ def test_the_predict_job_prints_what_the_model_counts(
     assert capsys.readouterr().err.startswith("error: cannot list")
 
 
-def test_the_evaluate_job_writes_what_evaluation_finds(
+def test_evaluate_command_writes_the_metrics_of_evaluation(
     package: tuple[ExportedCounter, str],
     discs: Dataset,
     tmp_path: Path,
@@ -191,11 +191,11 @@ def test_the_evaluate_job_writes_what_evaluation_finds(
     arguments = ["--model", model, "--data", discs.uri, "--split", "test", "--device", "cpu"]
     assert status(main, [*arguments, "--json", str(result)]) == 0
     content = json.loads(result.read_text())
-    wanted = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
+    expected = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
     assert content["digest"] == discs.digest
     assert content["overall"]["images"] == 7
     for name in ("mae", "rmse", "bias", "nae", "game"):
-        assert content["overall"][name] == pytest.approx(getattr(wanted.overall, name), rel=1e-5)
-    assert f"{wanted.overall.mae:.2f}" in capsys.readouterr().out
+        assert content["overall"][name] == pytest.approx(getattr(expected.overall, name), rel=1e-5)
+    assert f"{expected.overall.mae:.2f}" in capsys.readouterr().out
     assert status(main, [*arguments[:-3], "holidays"]) == 2
     assert "has no split 'holidays'; it has" in capsys.readouterr().err

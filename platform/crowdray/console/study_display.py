@@ -1,4 +1,4 @@
-"""What a study shows while it works: its trials as a live table on a terminal, a line per end of a trial in a log."""
+"""Progress of a study: a live table of its trials on a terminal, a line per finished trial in a log."""
 
 import time
 from collections.abc import Sequence
@@ -9,44 +9,44 @@ from rich.table import Table
 from crowdray.console.progress import LiveDisplay
 from crowdray.tune.record import StudyRecord, TrialRecord
 
-LINES = 24
-"""Trials that a terminal shows at once: those that run, and the latest others."""
-PLAIN_EVERY_S = 20.0
-"""Seconds between two lines of progress in a log."""
+MAX_ROWS = 24
+"""Trials in the live table: the running ones, and the latest of the others."""
+LOG_INTERVAL_S = 20.0
+"""Seconds between two lines about running trials in a log."""
 
 
 class StudyDisplay(LiveDisplay):
-    """The trials of a study as they pass."""
+    """Display of the trials of a study."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
         self._record: StudyRecord | None = None
-        self._ended: set[int] = set()
-        self._told = 0.0
+        self._finished: set[int] = set()
+        self._printed_at = 0.0
 
     def on_record(self, record: StudyRecord) -> None:
-        """Show the study as it stands; in a log, the trials that ended since, and now and then those that run."""
+        """Show the state of the study; a log gets newly finished trials, and at intervals the running ones."""
         self._record = record
         if self._live:
             return
         for trial in record.trials:
-            if trial.state != "running" and trial.number not in self._ended:
-                self._ended.add(trial.number)
-                print(f"trial {trial.number}: {_line(trial)}{_outlook(record)}", flush=True)
+            if trial.state != "running" and trial.number not in self._finished:
+                self._finished.add(trial.number)
+                print(f"trial {trial.number}: {_line(trial)}{_best(record)}", flush=True)
         running = [trial for trial in record.trials if trial.state == "running" and trial.stage_costs]
-        if running and time.monotonic() - self._told > PLAIN_EVERY_S:
-            self._told = time.monotonic()
+        if running and time.monotonic() - self._printed_at > LOG_INTERVAL_S:
+            self._printed_at = time.monotonic()
             print("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running), flush=True)
 
     def __rich__(self) -> Table:
-        """The table that a terminal shows."""
+        """Return the table for a terminal."""
         if self._record is None:
             return Table(title=self._status, title_justify="left", title_style="bold")
-        return trial_table(self._record, self._status, LINES)
+        return trial_table(self._record, self._status, MAX_ROWS)
 
 
-def trial_table(record: StudyRecord, title: str, most: int | None = None) -> Table:
-    """A study's trials: what was chosen, how far each came, what its beginning cost and saved."""
+def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) -> Table:
+    """Return a row per trial: sampled values, progress, errors, and worker-seconds spent and saved."""
     best = record.best()
     caption = "" if best is None else f"best: trial {best.number}, validation MAE {best.mae:.2f}"
     caption += f"  worker-seconds: {record.spent:.0f} spent, {record.saved:.0f} saved"
@@ -57,14 +57,14 @@ def trial_table(record: StudyRecord, title: str, most: int | None = None) -> Tab
     table.add_column("stage")
     for name in ("val MAE", "RMSE", "reused", "spent s", "saved s"):
         table.add_column(name, justify="right")
-    for trial in _chosen(record.trials, most):
+    for trial in _select(record.trials, max_rows):
         mark = "*" if best is not None and trial.number == best.number else ""
         table.add_row(
             f"{trial.number}{mark}",
             *(_value(trial.values.get(name)) for name in record.fields()),
             _stage(trial),
             *("" if value is None else f"{value:.2f}" for value in (trial.mae, trial.rmse)),
-            str(sum(leg.reused for leg in trial.stage_costs)),
+            str(sum(cost.reused for cost in trial.stage_costs)),
             f"{trial.spent:.0f}",
             f"{trial.saved:.0f}",
             style={"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state],
@@ -72,23 +72,23 @@ def trial_table(record: StudyRecord, title: str, most: int | None = None) -> Tab
     return table
 
 
-def _chosen(trials: Sequence[TrialRecord], most: int | None) -> Sequence[TrialRecord]:
-    if most is None or len(trials) <= most:
+def _select(trials: Sequence[TrialRecord], max_rows: int | None) -> Sequence[TrialRecord]:
+    if max_rows is None or len(trials) <= max_rows:
         return trials
     running = {trial.number for trial in trials if trial.state == "running"}
-    latest = [trial.number for trial in trials if trial.number not in running][-max(1, most - len(running)) :]
+    latest = [trial.number for trial in trials if trial.number not in running][-max(1, max_rows - len(running)) :]
     return [trial for trial in trials if trial.number in running or trial.number in latest]
 
 
 def _line(trial: TrialRecord) -> str:
-    chosen = " ".join(f"{_short(name)} {_value(value)}" for name, value in trial.values.items())
+    values = " ".join(f"{_short(name)} {_value(value)}" for name, value in trial.values.items())
     error = "" if trial.mae is None else f"  val MAE {trial.mae:.2f}"
-    reused = sum(leg.reused for leg in trial.stage_costs)
-    costs = f"{trial.spent:.0f} s spent, {trial.saved:.0f} s saved"
-    return f"{_stage(trial)}{error}  {chosen}  {reused} epochs reused, {costs}"
+    reused = sum(cost.reused for cost in trial.stage_costs)
+    cost = f"{trial.spent:.0f} s spent, {trial.saved:.0f} s saved"
+    return f"{_stage(trial)}{error}  {values}  {reused} epochs reused, {cost}"
 
 
-def _outlook(record: StudyRecord) -> str:
+def _best(record: StudyRecord) -> str:
     best = record.best()
     return "" if best is None else f"  best {best.mae:.2f} (trial {best.number})"
 
@@ -100,7 +100,7 @@ def _stage(trial: TrialRecord) -> str:
 
 
 def _short(name: str) -> str:
-    """A field without the group that goes without saying: baseline.epochs, depth."""
+    """Return the name of a field without its obvious group: baseline.epochs, depth."""
     return name.removeprefix("stages.").removeprefix("loss.")
 
 

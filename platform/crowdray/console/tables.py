@@ -92,10 +92,10 @@ def validation_table(report: ValidationReport) -> Table:
         "unusable": lambda facts: f"{facts.unusable:,}",
         "without heads": lambda facts: f"{facts.empty:,}",
         "grey / CMYK": lambda facts: f"{facts.colours.get('grey', 0):,} / {facts.colours.get('CMYK', 0):,}",
-        "height": lambda facts: _spread(facts.heights),
-        "width": lambda facts: _spread(facts.widths),
+        "height": lambda facts: _min_median_max(facts.heights),
+        "width": lambda facts: _min_median_max(facts.widths),
         "heads": lambda facts: f"{facts.heads:,}",
-        "per image": lambda facts: _spread(facts.counts),
+        "per image": lambda facts: _min_median_max(facts.counts),
         "per image, mean": lambda facts: f"{facts.counts.mean:,.1f}" if facts.counts else "-",
         "outside the image": lambda facts: f"{facts.outside:,}",
         "on the same pixel": lambda facts: f"{facts.crowded:,}",
@@ -219,10 +219,10 @@ def _metric_cells(metrics: GridMetrics) -> list[str]:
     return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
 
 
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
+def _min_median_max(values: Spread | None) -> str:
+    if values is None:
         return "-"
-    return " / ".join(f"{value:,.10g}" for value in (spread.least, spread.median, spread.most))
+    return " / ".join(f"{value:,.10g}" for value in (values.least, values.median, values.most))
 
 
 def _print_fields(console: Console, values: dict[str, str]) -> None:

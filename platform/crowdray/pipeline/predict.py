@@ -1,7 +1,4 @@
-"""Count people in photos: a file, a folder or a pattern goes in, overlays, densities and counts come out.
-
-One process does it, without Ray: a light counter is done with a photo before a worker has been sent one. On a
-cluster it runs as any job does, through ray job submit.
+"""Counting of people in photos, in one process: overlays, density maps and a table of counts.
 
 Shape legend: H W photo, h w density.
 """
@@ -30,16 +27,16 @@ from crowdray.registry.loading import LoadedCounter
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 COUNTS = "counts.csv"
-"""The file of all counts: written last, it stands for the whole."""
+"""Table of all counts, written last."""
 
 
 class PredictionError(JobFailed):
-    """Some photos could not be counted; the message names each of them. The others are done."""
+    """Some photos could not be counted; the message lists them, the others are finished."""
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """One photo that was counted."""
+class PhotoCount:
+    """Count of one photo, and the files written for it."""
 
     image: str
     """File name."""
@@ -48,52 +45,53 @@ class Counted:
     width: int
     """Width in pixels, upright."""
     count: float
-    """Heads: the sum of the density."""
+    """Number of heads: the sum of the density."""
     density: str
     """URI of the density, (h, w) float32 heads per cell, as .npy."""
     overlay: str
-    """URI of the picture."""
+    """URI of the overlay image."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of the photos of one call."""
+    """Results of a set of photos."""
 
-    counted: list[Counted]
-    """Those that were counted, in the order given."""
+    counted: list[PhotoCount]
+    """Counted photos, in input order."""
     failed: dict[str, str]
-    """URI and reason of those that could not be."""
+    """Reason of each failure by the URI of its photo."""
     counts: str
-    """URI of the file with all counts."""
+    """URI of the table of counts."""
 
     def check(self) -> None:
-        """Raise PredictionError when a photo failed."""
+        """Raise PredictionError if a photo failed."""
         if self.failed:
             total = len(self.counted) + len(self.failed)
             reasons = "\n".join(f"  {uri}: {reason}" for uri, reason in self.failed.items())
             raise PredictionError(f"{len(self.failed)} of {total} images could not be counted:\n{reasons}")
 
 
-def find_images(place: str, output: str) -> list[str]:
-    """URIs of the photos at `place`: one file, those of a folder, or those that match a pattern, a/*.jpg.
+def find_images(location: str, output: str) -> list[str]:
+    """Return the URIs of a photo, of all photos in a folder, or of those that match a pattern such as a/*.jpg.
 
-    Raises UserError when there are none, and when their folder is `output`, where results would become input.
+    Raises:
+        UserError: There are none, or their folder is `output`, where results would be mistaken for photos.
     """
-    resolved = storage.resolve(place)
+    resolved = storage.resolve(location)
     folder, _, last = resolved.rpartition("/")
     if PurePosixPath(last).suffix.lower() in SUFFIXES:
         if storage.exists(resolved):
             return [resolved]
         if not _is_pattern(resolved):
-            raise UserError(f"there is no image at {place}; check the path")
+            raise UserError(f"there is no image at {location}; check the path")
     if _is_pattern(folder):
-        raise UserError(f"{place}: only the last part of a path may hold *, ? or [; name one folder")
+        raise UserError(f"{location}: only the last part of a path may contain *, ? or [; give one folder")
     listed = storage.list_files(folder if _is_pattern(last) else resolved, SUFFIXES)
     images = [uri for uri in listed if not _is_pattern(last) or _matches(uri, last)]
     if not images:
-        raise UserError(f"there is no image in {place}; name a file or a folder with {', '.join(SUFFIXES)}")
+        raise UserError(f"there is no image in {location}; give a file or a folder with {', '.join(SUFFIXES)}")
     if images[0].rpartition("/")[0] == storage.resolve(output):
-        raise UserError(f"the images are in {output} themselves; give another folder as --output")
+        raise UserError(f"the images are in --output {output}; give another folder")
     return images
 
 
@@ -103,13 +101,18 @@ def predict_images(
     output: str,
     advance: Callable[[int], None] = lambda number: None,
 ) -> Prediction:
-    """Count each photo and write its overlay, its density, and all counts as CSV below the URI `output`.
+    """Count each photo and write its overlay, its density map and a table of all counts to the URI `output`.
 
-    `density` maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w). `advance` is told of each photo that
-    is done. A photo that cannot be read or decoded, or is too small, is left out and named in the result; a
-    UserError is raised when the results cannot be written.
+    A photo that is unreadable or too small is listed as failed in the result.
+
+    Args:
+        density: Maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w).
+        advance: Called with 1 after each photo.
+
+    Raises:
+        UserError: The results cannot be written.
     """
-    counted: list[Counted] = []
+    counted: list[PhotoCount] = []
     failed: dict[str, str] = {}
     for uri, stem in zip(images, _stems(images), strict=True):
         try:
@@ -127,52 +130,58 @@ def predict_images(
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
-    """A counter that looks at about `side` pixels at once; at whole photos where its package does not say how its cells
-    lie, or `side` is 0."""
+    """Return a counter that processes tiles of about `side` pixels.
+
+    Photos are processed whole if `side` is 0 or the package does not contain the geometry of its cells.
+    """
     if side < 0:
         raise UserError(f"--tile is {side}; give the side of a tile in pixels, or 0 for whole photos")
     return tiled_density(counter, counter.geometry, side) if side and counter.geometry else counter
 
 
 def choose_device(device: Device) -> torch.device:
-    """Where to count: auto takes a GPU where there is one; a UserError when a GPU is asked for in vain."""
-    there = torch.cuda.is_available()
-    if device == "gpu" and not there:
-        raise UserError("--device gpu: torch finds no GPU here; give --device cpu")
-    return torch.device("cuda" if there and device != "cpu" else "cpu")
+    """Return the device to count on; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: A GPU is requested and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "gpu" and not available:
+        raise UserError("--device gpu: torch finds no GPU; give --device cpu")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
 def _count(density: Callable[[Tensor], Tensor], image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Density (h, w) of a photo (H, W, 3)."""
+    """Return the density (h, w) of a photo (H, W, 3)."""
     with torch.inference_mode():
         cells: NDArray[np.float32] = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
     return cells
 
 
-def _write(image: NDArray[np.uint8], density: NDArray[np.float32], uri: str, stem: str) -> Counted:
-    map_uri, picture_uri = f"{stem}.density.npy", f"{stem}.overlay.png"
+def _write(image: NDArray[np.uint8], density: NDArray[np.float32], uri: str, stem: str) -> PhotoCount:
+    density_uri, overlay_uri = f"{stem}.density.npy", f"{stem}.overlay.png"
     buffer = io.BytesIO()
     np.save(buffer, density, allow_pickle=False)
-    storage.write_bytes(map_uri, buffer.getvalue())
-    draw_overlay(image, density, picture_uri)
+    storage.write_bytes(density_uri, buffer.getvalue())
+    draw_overlay(image, density, overlay_uri)
     height, width = image.shape[:2]
     count = float(density.sum(dtype=np.float64))
-    return Counted(PurePosixPath(uri).name, height, width, count, map_uri, picture_uri)
+    return PhotoCount(PurePosixPath(uri).name, height, width, count, density_uri, overlay_uri)
 
 
-def _csv(counted: Sequence[Counted]) -> bytes:
+def _csv(counted: Sequence[PhotoCount]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "count"])
-    writer.writerows([one.image, f"{one.count:.6f}"] for one in counted)
+    writer.writerows([photo.image, f"{photo.count:.6f}"] for photo in counted)
     return text.getvalue().encode()
 
 
 def _stems(images: Sequence[str]) -> list[str]:
-    """A name for each photo's results: without its suffix, where no two photos share that."""
+    """Return a name for the results of each photo: without its suffix, if that is unique."""
     paths = [PurePosixPath(uri) for uri in images]
-    taken = Counter(path.stem.lower() for path in paths)
-    return [path.stem if taken[path.stem.lower()] == 1 else path.name for path in paths]
+    uses = Counter(path.stem.lower() for path in paths)
+    return [path.stem if uses[path.stem.lower()] == 1 else path.name for path in paths]
 
 
 def _is_pattern(part: str) -> bool:

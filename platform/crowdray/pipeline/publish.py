@@ -127,7 +127,7 @@ def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, fold
 
 
 def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, path: Path) -> None:
-    """Draw images spread evenly over the test split, or over the training split if there is no other."""
+    """Draw images evenly spaced in the test split, or in the training split if there is no other."""
     config = checkpoint.config
     counter, baseline = (build_counter(config, checkpoint.progress.density_scale).eval() for _ in range(2))
     counter.load_state_dict(checkpoint.weights)
