@@ -1,4 +1,4 @@
-"""Laws of the stage store: whole states or none, the longest beginning is found, and what is in use stays."""
+"""The stage store: states are whole, the longest prefix is found, and recently used states are not evicted."""
 
 import logging
 import os
@@ -16,15 +16,14 @@ from safetensors import SafetensorError
 from crowdray import storage
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.stage_cache import store
+from crowdray.stage_cache import store as store_module
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.store import MANIFEST, StageStore, StateId
-from crowdray.storage import lease as leases
 from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, load_checkpoint, save_checkpoint
 
-PLENTY = 10**9
-CHAIN = StageKey("a" * 32, "baseline", 10)
-OTHER = StageKey("b" * 32, "decoders", 4)
+UNLIMITED = 10**9
+BASELINE = StageKey("a" * 32, "baseline", 10)
+DECODERS = StageKey("b" * 32, "decoders", 4)
 
 
 def checkpoint(number: int) -> Checkpoint:
@@ -35,15 +34,15 @@ def checkpoint(number: int) -> Checkpoint:
     return Checkpoint(Config(seed=number), progress, weights, weights, moments, {"baseline": weights})
 
 
-def publish(at: StageStore, chain: StageKey, epoch: int, number: int | None = None) -> StateId:
+def publish(store: StageStore, key: StageKey, epoch: int, number: int | None = None) -> StateId:
     made = checkpoint(epoch if number is None else number)
-    at.publish(chain, epoch, lambda folder: save_checkpoint(made, folder))
-    return StateId(chain.key, chain.stage, epoch)
+    store.publish(key, epoch, lambda folder: save_checkpoint(made, folder))
+    return StateId(key.key, key.stage, epoch)
 
 
 def same(one: Checkpoint | None, other: Checkpoint) -> bool:
-    def tensors(of: Checkpoint) -> dict[str, torch.Tensor]:
-        named = {"weights": of.weights, "average": of.ema, "optimizer": of.optimizer, **of.best_weights}
+    def tensors(saved: Checkpoint) -> dict[str, torch.Tensor]:
+        named = {"weights": saved.weights, "average": saved.ema, "optimizer": saved.optimizer, **saved.best_weights}
         return {f"{group} {name}": value for group, values in named.items() for name, value in values.items()}
 
     if one is None or (one.config, one.progress) != (other.config, other.progress):
@@ -52,89 +51,83 @@ def same(one: Checkpoint | None, other: Checkpoint) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def files(at: StageStore, folder: str = "") -> list[str]:
-    return [file.name for file in storage.find_files(storage.join(at.uri, folder) if folder else at.uri)]
+def files(store: StageStore, folder: str = "") -> list[str]:
+    return [file.name for file in storage.find_files(storage.join(store.uri, folder) if folder else store.uri)]
 
 
-def refuse(folder: Path) -> None:
-    raise AssertionError("saved again")
+def must_not_save(folder: Path) -> None:
+    raise AssertionError("a stored state was saved again")
 
 
-def test_a_state_comes_back_bit_for_bit(place: str) -> None:
-    at = StageStore(place, PLENTY)
-    state = publish(at, CHAIN, 3)
-    assert at.find([CHAIN]) == state and at.epochs(CHAIN) == [3]
-    assert same(at.load(state), checkpoint(3))
-    at.publish(CHAIN, 3, refuse)
-    assert at.load(StateId(CHAIN.key, CHAIN.stage, 4)) is None
-    assert at.size() == sum(f.size for f in storage.find_files(storage.join(place, "states"))) > 0
-    assert not files(at, "leases")
+def test_load_returns_the_published_state_bit_for_bit(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    state = publish(store, BASELINE, 3)
+    assert store.find([BASELINE]) == state and store.epochs(BASELINE) == [3]
+    assert same(store.load(state), checkpoint(3))
+    store.publish(BASELINE, 3, must_not_save)
+    assert store.load(StateId(BASELINE.key, BASELINE.stage, 4)) is None
+    assert store.size() == sum(f.size for f in storage.find_files(storage.join(root_uri, "states"))) > 0
 
 
-def test_an_empty_store_has_nothing(place: str) -> None:
-    at = StageStore(place, PLENTY)
-    assert at.find([CHAIN, OTHER]) is None and at.find([]) is None
-    assert at.epochs(CHAIN) == [] and at.size() == 0 and not at.claimed(CHAIN)
+def test_find_in_an_empty_store_returns_none(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    assert store.find([BASELINE, DECODERS]) is None and store.find([]) is None
+    assert store.epochs(BASELINE) == [] and store.size() == 0
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.sets(st.integers(1, 8))), max_size=4))
-def test_the_longest_beginning_is_found(stored: list[tuple[int, set[int]]]) -> None:
-    at = StageStore(f"memory://{uuid.uuid4().hex}", PLENTY)
-    chains = [StageKey(f"{number:032x}", "baseline", epochs) for number, (epochs, _) in enumerate(stored)]
-    for chain, (_, epochs) in zip(chains, stored, strict=True):
+def test_find_returns_the_longest_stored_prefix(stored: list[tuple[int, set[int]]]) -> None:
+    store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
+    keys = [StageKey(f"{number:032x}", "baseline", length) for number, (length, _) in enumerate(stored)]
+    for key, (_, epochs) in zip(keys, stored, strict=True):
         for epoch in epochs:
-            storage.write_bytes(storage.join(at.uri, "states", chain.key, f"{epoch:05d}", MANIFEST), b"{}")
-        storage.write_bytes(storage.join(at.uri, "states", chain.key, "00001", "0f", "half.bin"), b"no manifest")
-    usable = [
-        (number, epoch)
-        for number, (longest, epochs) in enumerate(stored)
-        for epoch in range(1, longest + 1)
-        if epoch in epochs
-    ]
-    found = at.find(chains)
-    expected = max(usable, default=None)
-    assert (found and (found.chain, found.epoch)) == (expected and (chains[expected[0]].key, expected[1]))
+            storage.write_bytes(storage.join(store.uri, "states", key.key, f"{epoch:05d}", MANIFEST), b"{}")
+        storage.write_bytes(storage.join(store.uri, "states", key.key, "00001", "0f", "half.bin"), b"no manifest")
+    usable = [(n, epoch) for n, (length, epochs) in enumerate(stored) for epoch in epochs if epoch <= length]
+    found, expected = store.find(keys), max(usable, default=None)
+    assert (found and (found.key, found.epoch)) == (expected and (keys[expected[0]].key, expected[1]))
+    assert store.find(keys, store.stored()) == found
 
 
 @pytest.mark.parametrize("victim", ["weights.safetensors", "state.json", MANIFEST])
-@pytest.mark.parametrize("harm", ["flip", "cut", "lose"])
-def test_a_damaged_state_is_not_used_but_trained_again(
-    place: str, victim: str, harm: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_load_removes_a_damaged_state(
+    root_uri: str, victim: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at = StageStore(place, PLENTY)
-    publish(at, CHAIN, 1)
-    state = publish(at, CHAIN, 2)
-    name = next(name for name in files(at, f"states/{CHAIN.key}/00002") if name.endswith(victim))
-    uri = storage.join(place, "states", CHAIN.key, "00002", name)
+    store = StageStore(root_uri, UNLIMITED)
+    publish(store, BASELINE, 1)
+    state = publish(store, BASELINE, 2)
+    name = next(name for name in files(store, f"states/{BASELINE.key}/00002") if name.endswith(victim))
+    uri = storage.join(root_uri, "states", BASELINE.key, "00002", name)
     content = bytearray(storage.read_bytes(uri))
-    content[-1] ^= 1  # in the weights a number, which only the hash tells
-    if harm == "lose":
+    content[-1] ^= 1  # in the weights a number, which only the hash detects
+    if damage == "lose":
         storage.remove(uri)
     else:
-        storage.write_bytes(uri, bytes(content) if harm == "flip" else bytes(content[: len(content) // 2]))
-    if (victim, harm) != (MANIFEST, "flip"):  # a flipped bit there may hit what is not read
-        assert at.load(state) is None
-        assert (victim, harm) == (MANIFEST, "lose") or "cannot be used and will be trained again" in caplog.text
-        assert at.find([CHAIN]) == StateId(CHAIN.key, CHAIN.stage, 1)
-        publish(at, CHAIN, 2)
-    assert (loaded := at.load(state)) is None or same(loaded, checkpoint(2))
+        storage.write_bytes(uri, bytes(content) if damage == "flip" else bytes(content[: len(content) // 2]))
+    if (victim, damage) != (MANIFEST, "flip"):  # a flipped bit there may be in unused bytes
+        assert store.load(state) is None
+        assert (victim, damage) == (MANIFEST, "lose") or "cannot be used and will be trained again" in caplog.text
+        assert store.find([BASELINE]) == StateId(BASELINE.key, BASELINE.stage, 1)
+        publish(store, BASELINE, 2)
+    assert (loaded := store.load(state)) is None or same(loaded, checkpoint(2))
 
 
-def test_a_state_with_fields_of_another_time_is_trained_again(place: str) -> None:
-    at = StageStore(place, PLENTY)
+def test_load_removes_a_state_with_unknown_config_fields(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
 
     def save(folder: Path) -> None:
         save_checkpoint(checkpoint(1), folder)
-        (folder / "config.json").write_text('{"sampling": {"a_field_of_old": 1}}')
+        (folder / "config.json").write_text('{"sampling": {"removed_field": 1}}')
 
-    at.publish(CHAIN, 1, save)
-    assert at.load(StateId(CHAIN.key, CHAIN.stage, 1)) is None and at.epochs(CHAIN) == []
+    store.publish(BASELINE, 1, save)
+    assert store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None and store.epochs(BASELINE) == []
 
 
-def test_what_this_user_may_not_read_stays(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = StageStore(place, PLENTY)
-    state = publish(at, CHAIN, 1)
+def test_load_keeps_a_state_without_read_permission(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    state = publish(store, BASELINE, 1)
 
     def forbidden(path: Path) -> str:
         if path.name != "weights.safetensors":
@@ -144,72 +137,74 @@ def test_what_this_user_may_not_read_stays(place: str, monkeypatch: pytest.Monke
     hash_file = storage.hash_file
     monkeypatch.setattr(storage, "hash_file", forbidden)
     with pytest.raises(UserError, match=r"cannot read .*weights.*ermission"):
-        at.load(state)
-    assert at.epochs(CHAIN) == [1]
+        store.load(state)
+    assert store.epochs(BASELINE) == [1]
 
 
-def test_a_manifest_that_points_elsewhere_is_damaged(place: str, tmp_path: Path) -> None:
-    at = StageStore(place, PLENTY)
-    state = publish(at, CHAIN, 1)
-    uri = storage.join(place, "states", CHAIN.key, "00001", MANIFEST)
+def test_load_rejects_a_manifest_with_paths_to_other_folders(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    state = publish(store, BASELINE, 1)
+    uri = storage.join(root_uri, "states", BASELINE.key, "00001", MANIFEST)
     for bad in (
         b'{"folder": "..", "files": {}}',
         b"[]",
         b'{"folder": "a", "files": {"../x": {"bytes": 1, "sha256": ""}}}',
     ):
         storage.write_bytes(uri, bad)
-        assert at.load(state) is None and at.epochs(CHAIN) == []
+        assert store.load(state) is None and store.epochs(BASELINE) == []
 
 
-def test_one_that_is_removed_while_it_is_read_is_gone_without_a_warning(
-    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
+    root_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at = StageStore(place, PLENTY)
-    state = publish(at, CHAIN, 1)
+    store = StageStore(root_uri, UNLIMITED)
+    state = publish(store, BASELINE, 1)
     read = storage.read_bytes_or_none
 
-    def removed_after(uri: str) -> bytes | None:
+    def remove_after_reading(uri: str) -> bytes | None:
         content = read(uri)
         if uri.endswith(MANIFEST):
             monkeypatch.setattr(storage, "read_bytes_or_none", read)
-            storage.unpublish_directory(storage.join(place, "states", CHAIN.key, "00001"), MANIFEST)
+            storage.unpublish_directory(storage.join(root_uri, "states", BASELINE.key, "00001"), MANIFEST)
         return content
 
-    monkeypatch.setattr(storage, "read_bytes_or_none", removed_after)
-    assert at.load(state) is None and not caplog.records
+    monkeypatch.setattr(storage, "read_bytes_or_none", remove_after_reading)
+    assert store.load(state) is None and not caplog.records
 
 
-def test_the_first_whole_one_stays(place: str) -> None:
-    at = StageStore(place, PLENTY)
+def test_publish_keeps_the_first_whole_state(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
 
     def save(folder: Path) -> None:
-        publish(at, CHAIN, 1, number=5)  # another is quicker
+        publish(store, BASELINE, 1, number=5)  # another process is faster
         save_checkpoint(checkpoint(6), folder)
 
-    at.publish(CHAIN, 1, save)
-    assert same(at.load(StateId(CHAIN.key, CHAIN.stage, 1)), checkpoint(5))
+    store.publish(BASELINE, 1, save)
+    assert same(store.load(StateId(BASELINE.key, BASELINE.stage, 1)), checkpoint(5))
 
 
-def test_remains_without_a_manifest_do_not_stand_in_the_way(place: str) -> None:
-    at = StageStore(place, PLENTY)
-    storage.write_bytes(storage.join(place, "states", CHAIN.key, "00001", "0f", "weights.safetensors"), b"half")
-    assert at.find([CHAIN]) is None and at.load(StateId(CHAIN.key, CHAIN.stage, 1)) is None
-    assert same(at.load(publish(at, CHAIN, 1)), checkpoint(1))
+def test_publish_replaces_a_folder_without_manifest(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    storage.write_bytes(storage.join(root_uri, "states", BASELINE.key, "00001", "0f", "weights.safetensors"), b"half")
+    assert store.find([BASELINE]) is None and store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None
+    assert same(store.load(publish(store, BASELINE, 1)), checkpoint(1))
 
 
-@pytest.mark.parametrize("said", ["os", "safetensors"])
-def test_a_full_disk_is_the_users_and_leaves_nothing(place: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = StageStore(place, PLENTY)
+@pytest.mark.parametrize("source", ["os", "safetensors"])
+def test_publish_on_a_full_disk_raises_user_error_and_leaves_nothing(
+    root_uri: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StageStore(root_uri, UNLIMITED)
 
     def full(folder: Path) -> None:
         (folder / "weights.safetensors").write_bytes(b"half")
-        if said == "os":
+        if source == "os":
             raise OSError(28, os.strerror(28))
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with pytest.raises(UserError, match=r"no space left.*00001.*TMPDIR"):
-        at.publish(CHAIN, 1, full)
-    assert files(at) == []
+        store.publish(BASELINE, 1, full)
+    assert files(store) == []
     fs = fsspec.filesystem("memory")
 
     def no_space(*_: object, **__: object) -> None:
@@ -218,108 +213,124 @@ def test_a_full_disk_is_the_users_and_leaves_nothing(place: str, said: str, monk
     monkeypatch.setattr("shutil.copytree", no_space)
     monkeypatch.setattr(type(fs), "put_file", no_space)
     with pytest.raises(UserError, match=r"00001.*no space left"):
-        publish(at, CHAIN, 1)
-    assert files(at) == []
+        publish(store, BASELINE, 1)
+    assert files(store) == []
 
 
-def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(place: str) -> None:
-    at = StageStore(place, PLENTY)
+@pytest.fixture
+def all_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every state as idle for long."""
+    monkeypatch.setattr(store_module, "IDLE_S", -5.0)
+
+
+@pytest.mark.usefixtures("all_idle")
+def test_eviction_removes_the_least_recently_used_states(root_uri: str) -> None:
+    store = StageStore(root_uri, UNLIMITED)
     states = []
     for epoch in range(1, 6):
-        states.append(publish(at, CHAIN, epoch))
+        states.append(publish(store, BASELINE, epoch))
         time.sleep(0.02)
-    publish(at, OTHER, 1)
+    assert store.load(states[0]) is not None
     time.sleep(0.02)
-    assert at.load(states[0]) is not None
+    store.touch(states[1])
     time.sleep(0.02)
-    room = at.size() * 4 // 6 + 100  # for four of the seven
-    tight = StageStore(place, room)
-    with tight.hold(states[1]), tight.claim(CHAIN, "me") or pytest.fail("nobody has it"):
-        publish(tight, OTHER, 2)
-    # Used in the order 2 3 4 5, then the other chain's, then 1, which was loaded. 2 is held, 5 is where the claimed
-    # chain goes on: 3 and 4 go, and the next one after them.
-    assert tight.epochs(CHAIN) == [1, 2, 5] and tight.epochs(OTHER) == [2]
-    assert tight.size() <= room
-    publish(tight, OTHER, 3)
-    assert tight.epochs(CHAIN) == [1, 5] and tight.epochs(OTHER) == [2, 3]
-    marks = {f"{CHAIN.key}-00001"}
-    assert set(files(at, "used")) == marks
+    tight = StageStore(root_uri, store.size() * 4 // 5 + 100)  # four of the six states
+    publish(tight, DECODERS, 1)
+    # In the order of their last use: 3, 4, 5, 1 (loaded), 2 (touched), the new one.
+    assert tight.epochs(BASELINE) == [1, 2, 5] and tight.epochs(DECODERS) == [1]
+    assert tight.size() <= tight.limit_bytes
+    publish(tight, DECODERS, 2)
+    assert tight.epochs(BASELINE) == [1, 2] and tight.epochs(DECODERS) == [1, 2]
+    assert set(files(store, "used")) == {f"{BASELINE.key}-0000{epoch}" for epoch in (1, 2)}
 
 
-def test_a_state_larger_than_the_limit_is_kept_with_a_warning(place: str, caplog: pytest.LogCaptureFixture) -> None:
-    at = StageStore(place, 10)
-    publish(at, CHAIN, 1)
-    assert at.epochs(CHAIN) == [1]
-    assert "more than its limit of 10" in caplog.text
-    publish(at, CHAIN, 2)
-    assert at.epochs(CHAIN) == [2]
+@pytest.mark.parametrize("use", ["publish", "load", "touch"])
+def test_eviction_spares_recently_used_states(
+    root_uri: str, use: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store_module, "IDLE_S", 1.0)
+    tight = StageStore(root_uri, 10)
+    publish(tight, BASELINE, 1)
+    state = publish(tight, BASELINE, 2)
+    assert tight.epochs(BASELINE) == [1, 2] and "more than its limit of 10" in caplog.text
+    time.sleep(1.1)
+    if use == "publish":
+        state = publish(tight, BASELINE, 3)
+    elif use == "load":
+        assert same(tight.load(state), checkpoint(2))
+    else:
+        tight.touch(state)
+    publish(tight, DECODERS, 1)
+    assert tight.epochs(BASELINE) == [state.epoch] and tight.epochs(DECODERS) == [1]
 
 
-def test_two_evictors_at_once_do_no_harm(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = StageStore(place, PLENTY)
+@pytest.mark.usefixtures("all_idle")
+def test_eviction_spares_the_state_just_published(root_uri: str) -> None:
+    store = StageStore(root_uri, 10)
+    for epoch in (1, 2):
+        publish(store, BASELINE, epoch)
+        assert store.epochs(BASELINE) == [epoch]
+
+
+@pytest.mark.usefixtures("all_idle")
+def test_eviction_by_two_processes_at_once_removes_only_idle_states(
+    root_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StageStore(root_uri, UNLIMITED)
     for epoch in (1, 2, 3):
-        publish(at, CHAIN, epoch)
-    tight = StageStore(place, at.size() // 3 + 100)
-    remove = StageStore._remove
+        publish(store, BASELINE, epoch)
+    tight = StageStore(root_uri, store.size() // 3 + 100)
+    unpublish = storage.unpublish_directory
 
-    def twice(self: StageStore, chain: str, epoch: int) -> None:
-        monkeypatch.setattr(StageStore, "_remove", remove)
-        publish(tight, OTHER, 1)  # evicts all of them
-        remove(self, chain, epoch)
+    def publish_meanwhile(uri: str, last: str) -> None:
+        monkeypatch.setattr(storage, "unpublish_directory", unpublish)
+        publish(tight, DECODERS, 1)  # evicts all baseline states
+        unpublish(uri, last)
 
-    monkeypatch.setattr(StageStore, "_remove", twice)
-    publish(tight, OTHER, 2)
-    assert tight.epochs(CHAIN) == [] and tight.size() <= tight.limit_bytes
-    assert len(tight.epochs(OTHER)) == 1  # for each evictor the other one's state is a state like any other
-
-
-def test_a_hold_lasts_while_a_slow_reader_reads(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "LEASE_S", 0.2)
-    at = StageStore(place, PLENTY)
-    state = publish(at, CHAIN, 1)
-    load, seen = load_checkpoint, []
-
-    def slow(folder: Path) -> Checkpoint:
-        time.sleep(0.5)
-        publish(StageStore(place, 1), OTHER, 1)
-        seen.append(at.epochs(CHAIN))
-        return load(folder)
-
-    monkeypatch.setattr(store, "load_checkpoint", slow)
-    assert same(at.load(state), checkpoint(1))
-    assert seen == [[1]]
+    monkeypatch.setattr(storage, "unpublish_directory", publish_meanwhile)
+    publish(tight, DECODERS, 2)
+    assert tight.epochs(BASELINE) == [] and tight.size() <= tight.limit_bytes
+    assert len(tight.epochs(DECODERS)) == 1  # each process treats the other's state like any other
 
 
-def test_what_killed_ones_left_is_swept_when_it_is_old(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = StageStore(place, PLENTY)
-    at.load(publish(at, CHAIN, 1))
+def test_load_protects_a_state_while_a_slow_reader_reads(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "IDLE_S", 1.0)
+    store = StageStore(root_uri, UNLIMITED)
+    state = publish(store, BASELINE, 1)
+    time.sleep(1.1)
+    epochs_while_reading: list[list[int]] = []
+
+    def load_slowly(folder: Path) -> Checkpoint:
+        publish(StageStore(root_uri, 1), DECODERS, 1)
+        epochs_while_reading.append(store.epochs(BASELINE))
+        return load_checkpoint(folder)
+
+    monkeypatch.setattr(store_module, "load_checkpoint", load_slowly)
+    assert same(store.load(state), checkpoint(1))
+    assert epochs_while_reading == [[1]]
+
+
+def test_publish_removes_old_remains_of_killed_processes(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StageStore(root_uri, UNLIMITED)
+    store.load(publish(store, BASELINE, 1))
     remains = ["states/c/.partial-0-00001/manifest.json", "states/c/00002/0f/half.bin", f"used/{'c' * 32}-00001"]
     for name in remains:
-        storage.write_bytes(storage.join(place, name), b"remains")
-    publish(at, CHAIN, 2)
-    assert set(remains) <= set(files(at))
-    monkeypatch.setattr(store, "LEFTOVER_S", -5.0)
-    publish(at, CHAIN, 3)
-    assert not set(remains) & set(files(at))
-    assert at.epochs(CHAIN) == [1, 2, 3] and f"used/{CHAIN.key}-00001" in files(at)
+        storage.write_bytes(storage.join(root_uri, name), b"remains")
+    publish(store, BASELINE, 2)
+    assert set(remains) <= set(files(store))
+    monkeypatch.setattr(store_module, "LEFTOVER_S", -5.0)
+    publish(store, BASELINE, 3)
+    assert not set(remains) & set(files(store))
+    assert store.epochs(BASELINE) == [1, 2, 3] and f"used/{BASELINE.key}-00001" in files(store)
 
 
-def test_a_chain_is_claimed_by_one(place: str) -> None:
-    at, again = StageStore(place, PLENTY), StageStore(place, PLENTY)
-    claim = at.claim(CHAIN, "me")
-    assert claim is not None and claim.owner == "me"
-    assert again.claim(CHAIN, "you") is None and again.claimed(CHAIN) and not again.claimed(OTHER)
-    claim.release()
-    assert not again.claimed(CHAIN) and again.claim(CHAIN, "you") is not None
+def test_publish_rejects_epoch_zero(root_uri: str) -> None:
+    with pytest.raises(AssertionError, match="epoch is 0"):
+        publish(StageStore(root_uri, UNLIMITED), BASELINE, 0)
 
 
-def test_an_epoch_is_counted_from_one(place: str) -> None:
-    with pytest.raises(AssertionError, match="counted from 1"):
-        publish(StageStore(place, PLENTY), CHAIN, 0)
-
-
-def test_nothing_is_said_when_all_is_well(place: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_publish_and_load_log_nothing(root_uri: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="crowdray"):
-        at = StageStore(place, PLENTY)
-        at.load(publish(at, CHAIN, 1))
+        store = StageStore(root_uri, UNLIMITED)
+        store.load(publish(store, BASELINE, 1))
     assert [record for record in caplog.records if record.name.startswith("crowdray")] == []

@@ -23,8 +23,8 @@ from crowdray.training.stages import Stage, build_stages
 FORMAT = 1
 """Part of every key: a higher number invalidates all stored states."""
 
-HASHED_CODE = ("data", "models", "training", *(f"evaluation/{name}.py" for name in ("inference", "metrics", "tiles")))
-"""Folders and modules that decide a training run; validation, which picks the best epoch, uses those of evaluation/."""
+HASHED_CODE = ("data", "models", "training", "evaluation/inference.py", "evaluation/metrics.py")
+"""Folders and modules that decide a training run; validation picks the best epoch with the two of evaluation/."""
 
 LIBRARIES = ("torch", "pytorch-optimizer", "numpy", "pillow", "simplejpeg")
 """Distributions whose versions decide a training run."""
