@@ -201,7 +201,7 @@ def test_a_full_disk_while_a_shard_is_written(part: Path, tmp_path: Path, monkey
     # Every write to this device fails as on a full disk.
     real = pa.OSFile
     monkeypatch.setattr(pa, "OSFile", lambda path, mode: real("/dev/full", mode))
-    with pytest.raises(UserError, match=r"made/shard-00000.*no space left.*choose another place"):
+    with pytest.raises(UserError, match=r"made/shard-00000.*no space left.*choose another path"):
         convert(part, tmp_path / "made")
     assert not list((tmp_path / "made").iterdir())
 

@@ -112,20 +112,20 @@ def test_train_on_faulty_store_equals_local_run(
     arguments = ["--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty", "--json", "out.json"]
     arguments += ["--numerics.threads", "1"]
 
-    missing = store.proxy.plan("gone", "/data/shard", times=1000)
+    missing = store.proxy.inject("gone", "/data/shard", times=1000)
     job = train(*arguments)
-    assert_refused(job, "/data/shard-00000.* is missing though the index names it")
+    assert_refused(job, "/data/shard-00000.* is missing but listed in the index")
     missing.times = 0
     assert storage.find_files(f"{store.uri}/runs/faulty/trained") == []
 
-    expired = store.proxy.plan("expired", "/runs/faulty/checkpoint-00002", method="PUT", times=1000)
+    expired = store.proxy.inject("expired", "/runs/faulty/checkpoint-00002", method="PUT", times=1000)
     for kind, path, method in TRANSIENT_FAULTS:
-        store.proxy.plan(kind, path, method=method)
-    slow = store.proxy.plan("slow", "/data/shard")
+        store.proxy.inject(kind, path, method=method)
+    slow = store.proxy.inject("slow", "/data/shard")
     job = train(*arguments)
-    assert slow.held.wait(120), job.output
+    assert slow.stalled.wait(120), job.output
     time.sleep(2)
-    slow.go_on.set()
+    slow.resume.set()
     assert_refused(job, "token has expired.*renew your credentials")
     expired.times = 0
 
@@ -143,7 +143,7 @@ def test_train_on_faulty_store_equals_local_run(
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     registered = load_counter(outcome["registered"], tracking_uri=tracking)
     assert torch.equal(registered(image), load_counter(outcome["model"])(image))
-    assert any("/artifacts/" in path and path.endswith("overview.png") for _, path in store.proxy.seen)
+    assert any("/artifacts/" in path and path.endswith("overview.png") for _, path in store.proxy.requests)
     stage_cache = StageStore(f"{store.uri}/runs/stages", 10**9)
     stored = {file.name.split("/")[0] for file in storage.find_files(f"{store.uri}/runs/stages/states")}
     assert len(stored) == 3 and storage.find_files(f"{store.uri}/runs/stages/leases") == []

@@ -75,7 +75,7 @@ def _publish_until(uri: str, limit: int, last: int, events: Any) -> None:
 
 @pytest.mark.usefixtures("all_idle")
 def test_publish_killed_at_any_operation_leaves_whole_states_only(tmp_path: Path) -> None:
-    """Twenty moments spread over the file-system operations of a publication with an eviction."""
+    """Twenty moments distributed over the file-system operations of a publication with an eviction."""
     base = StageStore(str(tmp_path / "base"), UNLIMITED)
     base.publish(KEY, 1, save(1))
     limit = base.size() + 100  # the second state evicts the first

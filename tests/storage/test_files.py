@@ -1,4 +1,4 @@
-"""Storage: whole or not there at all, the same on a local folder and on a remote file system."""
+"""Storage: atomic publication, with the same results on a local folder and on a remote file system."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from crowdray import storage
 from crowdray.errors import DataError, UserError
-from crowdray.storage import files, paths
+from crowdray.storage import paths
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_resolve_makes_local_paths_absolute_and_keeps_remote_ones(
+def test_resolve_makes_local_paths_absolute_and_keeps_remote_uris(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -47,32 +47,32 @@ def test_resolve_makes_local_paths_absolute_and_keeps_remote_ones(
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", ""])
-def test_what_cannot_be_resolved_is_the_users_error(uri: str) -> None:
+def test_resolve_rejects_unknown_schemes_and_empty_paths(uri: str) -> None:
     with pytest.raises(UserError, match=r"scheme|empty"):
         storage.resolve(uri)
 
 
-def test_written_bytes_come_back_and_are_listed_in_order(place: str) -> None:
+def test_list_files_returns_written_files_in_order(root_uri: str) -> None:
     for name in ("b.txt", "a.TXT", "c.bin"):
-        storage.write_bytes(storage.join(place, name), name.encode())
-    assert storage.read_bytes(storage.join(place, "b.txt")) == b"b.txt"
-    assert storage.list_files(place, (".txt",)) == [
-        storage.join(place, "a.TXT"),
-        storage.join(place, "b.txt"),
+        storage.write_bytes(storage.join(root_uri, name), name.encode())
+    assert storage.read_bytes(storage.join(root_uri, "b.txt")) == b"b.txt"
+    assert storage.list_files(root_uri, (".txt",)) == [
+        storage.join(root_uri, "a.TXT"),
+        storage.join(root_uri, "b.txt"),
     ]
-    assert len(storage.list_files(place)) == 3
-    storage.remove(storage.join(place, "c.bin"))
-    storage.remove(storage.join(place, "c.bin"))
-    assert not storage.exists(storage.join(place, "c.bin"))
+    assert len(storage.list_files(root_uri)) == 3
+    storage.remove(storage.join(root_uri, "c.bin"))
+    storage.remove(storage.join(root_uri, "c.bin"))
+    assert not storage.exists(storage.join(root_uri, "c.bin"))
 
 
-def test_a_missing_file_is_named(place: str) -> None:
+def test_read_of_a_missing_file_names_it(root_uri: str) -> None:
     for read in (storage.read_bytes, storage.list_files):
         with pytest.raises(UserError, match=r"nothing\.bin.*does not exist"):
-            read(storage.join(place, "nothing.bin"))
+            read(storage.join(root_uri, "nothing.bin"))
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_bytes_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "file"
     storage.write_bytes(str(target), b"old")
     monkeypatch.setattr(os, "fsync", no_space)
@@ -83,30 +83,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("method", "ask"),
+    ("method", "call"),
     [
-        ("find", lambda place: [file.name for file in storage.find_files(place)] == ["a"]),
-        ("exists", lambda place: storage.exists(f"{place}/a")),
-        ("pipe_file", lambda place: storage.write_bytes(f"{place}/a", b"new")),
-        ("rm_file", lambda place: storage.remove(f"{place}/a")),
+        ("find", lambda uri: [file.name for file in storage.find_files(uri)] == ["a"]),
+        ("exists", lambda uri: storage.exists(f"{uri}/a")),
+        ("pipe_file", lambda uri: storage.write_bytes(f"{uri}/a", b"new")),
+        ("rm_file", lambda uri: storage.remove(f"{uri}/a")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_connection_that_is_cut_once_is_tried_again(
-    method: str, ask: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+def test_operations_retry_after_a_lost_connection(
+    method: str, call: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, cut = f"memory://{uuid.uuid4().hex}", list[str]()
-    storage.write_bytes(f"{place}/a", b"old")
-    whole = getattr(MemoryFileSystem, method)
+    uri, failed = f"memory://{uuid.uuid4().hex}", list[str]()
+    storage.write_bytes(f"{uri}/a", b"old")
+    original = getattr(MemoryFileSystem, method)
 
-    def once(*arguments: Any, **named: Any) -> Any:
-        if not cut:
-            cut.append(method)
-            raise ConnectionResetError("cut")
-        return whole(*arguments, **named)
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        if not failed:
+            failed.append(method)
+            raise ConnectionResetError("connection lost")
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(MemoryFileSystem, method, once)
-    assert ask(place) is not False and cut == [method]
+    monkeypatch.setattr(MemoryFileSystem, method, fail_once)
+    assert call(uri) is not False and failed == [method]
 
 
 def make_folder(root: Path) -> dict[str, bytes]:
@@ -117,39 +117,39 @@ def make_folder(root: Path) -> dict[str, bytes]:
     return content
 
 
-def test_a_published_folder_is_whole(place: str, tmp_path: Path) -> None:
+def test_publish_directory_copies_every_file(root_uri: str, tmp_path: Path) -> None:
     content = make_folder(tmp_path / "made")
-    storage.publish_directory(tmp_path / "made", place, "a_complete.json")
-    assert {name: storage.read_bytes(storage.join(place, name)) for name in content} == content
-    with pytest.raises(UserError, match="already holds"):
-        storage.publish_directory(tmp_path / "made", place, "a_complete.json")
-    with pytest.raises(UserError, match=r"holds no other\.json"):
-        storage.publish_directory(tmp_path / "made", place, "other.json")
+    storage.publish_directory(tmp_path / "made", root_uri, "a_complete.json")
+    assert {name: storage.read_bytes(storage.join(root_uri, name)) for name in content} == content
+    with pytest.raises(UserError, match="already contains"):
+        storage.publish_directory(tmp_path / "made", root_uri, "a_complete.json")
+    with pytest.raises(UserError, match=r"does not contain other\.json"):
+        storage.publish_directory(tmp_path / "made", root_uri, "other.json")
 
 
-def test_the_last_file_is_put_last_and_a_failed_upload_is_taken_back(
+def test_publish_directory_uploads_last_file_last_and_cleans_up_on_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_folder(tmp_path / "made")
     fs = fsspec.filesystem("memory")
-    seen: list[str] = []
-    real = type(fs).put_file
+    uploaded: list[str] = []
+    original = type(fs).put_file
 
     def put_file(self: Any, local: str, remote: str, **options: Any) -> None:
-        seen.append(remote.rsplit("/", 1)[1])
-        if len(seen) == 3:
+        uploaded.append(remote.rsplit("/", 1)[1])
+        if len(uploaded) == 3:
             no_space()
-        real(self, local, remote, **options)
+        original(self, local, remote, **options)
 
     monkeypatch.setattr(type(fs), "put_file", put_file)
-    place = f"memory://{uuid.uuid4().hex}"
+    uri = f"memory://{uuid.uuid4().hex}"
     with pytest.raises(UserError, match="no space left"):
-        storage.publish_directory(tmp_path / "made", place, "a_complete.json")
-    assert seen[-1] == "a_complete.json" and len(seen) == 3
-    assert fs.find(place) == []
+        storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
+    assert uploaded[-1] == "a_complete.json" and len(uploaded) == 3
+    assert fs.find(uri) == []
 
 
-def test_a_failed_local_publish_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publish_directory_failing_locally_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "made")
     monkeypatch.setattr("shutil.copytree", no_space)
     with pytest.raises(UserError, match="no space left"):
@@ -157,55 +157,61 @@ def test_a_failed_local_publish_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_published_folder_is_taken_back_and_then_is_gone(place: str, tmp_path: Path) -> None:
+def test_unpublish_directory_removes_only_that_folder(root_uri: str, tmp_path: Path) -> None:
     make_folder(tmp_path / "made")
-    uri = storage.join(place, "folder")
+    uri = storage.join(root_uri, "folder")
     storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
-    storage.write_bytes(storage.join(place, "folder-2"), b"a neighbour")
+    storage.write_bytes(storage.join(root_uri, "folder-2"), b"sibling")
     for _ in range(2):
         storage.unpublish_directory(uri, "a_complete.json")
-        assert [file.name for file in storage.find_files(place)] == ["folder-2"]
+        assert [file.name for file in storage.find_files(root_uri)] == ["folder-2"]
     storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
 
 
-def test_taken_back_remotely_the_last_file_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpublish_directory_removes_last_file_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "made")
-    place = f"memory://{uuid.uuid4().hex}"
-    storage.publish_directory(tmp_path / "made", place, "a_complete.json")
+    uri = f"memory://{uuid.uuid4().hex}"
+    storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
     fs = fsspec.filesystem("memory")
-    gone: list[str] = []
-    monkeypatch.setattr(type(fs), "rm_file", lambda self, path: gone.append(path.rsplit("/", 1)[1]))
-    storage.unpublish_directory(place, "a_complete.json")
-    assert gone[0] == "a_complete.json" and len(gone) == 3
+    removed: list[str] = []
+    monkeypatch.setattr(type(fs), "rm_file", lambda self, path: removed.append(path.rsplit("/", 1)[1]))
+    storage.unpublish_directory(uri, "a_complete.json")
+    assert removed[0] == "a_complete.json" and len(removed) == 3
 
 
-def test_all_files_below_a_folder_are_found_with_size_and_time(place: str) -> None:
-    assert storage.find_files(place) == []
+def test_find_files_returns_sizes_and_times_of_all_files_below(root_uri: str) -> None:
+    assert storage.find_files(root_uri) == []
     before = time.time()
     for name in ("b", "a/deep/c", "a/d"):
-        storage.write_bytes(storage.join(place, name), name.encode())
-    found = storage.find_files(place)
+        storage.write_bytes(storage.join(root_uri, name), name.encode())
+    found = storage.find_files(root_uri)
     assert {file.name: file.size for file in found} == {"b": 1, "a/deep/c": 8, "a/d": 3}
     assert all(before - 1 < file.modified < time.time() + 1 for file in found)
-    assert {file.name for file in storage.find_files(storage.join(place, "a"))} == {"deep/c", "d"}
+    assert {file.name for file in storage.find_files(storage.join(root_uri, "a"))} == {"deep/c", "d"}
 
 
 @pytest.mark.parametrize("name", ["mtime", "LastModified", "last_modified", "updated"])
 @pytest.mark.parametrize("value", [12.5, datetime.fromtimestamp(12.5, UTC), "1970-01-01T00:00:12.500Z"])
-def test_each_file_systems_time_is_understood(name: str, value: object) -> None:
-    assert files._modified({name: value}) == 12.5
+def test_find_files_understands_each_file_systems_times(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(self: Any, path: str, **options: Any) -> dict[str, Any]:
+        return {f"{path}/file": {"size": 3, name: value}}
+
+    monkeypatch.setattr(MemoryFileSystem, "find", find)
+    assert storage.find_files("memory://folder") == [storage.FileInfo("file", 3, 12.5)]
 
 
-def test_a_file_is_created_once(place: str) -> None:
-    uri = storage.join(place, "deep", "file")
+def test_create_bytes_creates_a_file_once(root_uri: str) -> None:
+    uri = storage.join(root_uri, "deep", "file")
     assert storage.read_bytes_or_none(uri) is None
     assert storage.create_bytes(uri, b"first")
     assert not storage.create_bytes(uri, b"second")
     assert storage.read_bytes_or_none(uri) == b"first"
 
 
-def test_a_refusal_in_any_words_means_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Object stores refuse a taken name with errors of their own, and refuse what they took when it comes twice."""
+def test_create_bytes_decides_by_content_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object stores refuse an existing name with various errors, and refuse a retried request that had succeeded."""
     fs = type(fsspec.filesystem("memory"))
     uri = f"memory://{uuid.uuid4().hex}/file"
 
@@ -219,10 +225,10 @@ def test_a_refusal_in_any_words_means_what_lies_there(monkeypatch: pytest.Monkey
     storage.write_bytes(uri, b"ours")
     monkeypatch.setattr(fs, "pipe_file", refuse)
     assert storage.create_bytes(uri, b"ours")
-    assert not storage.create_bytes(uri, b"another's")
+    assert not storage.create_bytes(uri, b"other")
 
 
-def test_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_bytes_on_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "file"
 
     @contextlib.contextmanager
@@ -236,7 +242,7 @@ def test_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(tmp_path) == []
 
 
-def test_a_remote_file_is_fetched_once_and_verified(cache: Path) -> None:
+def test_fetch_downloads_a_remote_file_once_and_verifies_it(cache: Path) -> None:
     content = os.urandom(1000)
     uri = f"memory://{uuid.uuid4().hex}/shard"
     storage.write_bytes(uri, content)
@@ -247,7 +253,7 @@ def test_a_remote_file_is_fetched_once_and_verified(cache: Path) -> None:
     assert storage.fetch(uri, sha256=sha256(content), size=1000) == path
 
 
-def test_a_damaged_cache_is_replaced(cache: Path) -> None:
+def test_fetch_replaces_a_damaged_copy(cache: Path) -> None:
     content = os.urandom(1000)
     uri = f"memory://{uuid.uuid4().hex}/shard"
     storage.write_bytes(uri, content)
@@ -256,7 +262,7 @@ def test_a_damaged_cache_is_replaced(cache: Path) -> None:
     assert storage.fetch(uri, sha256=sha256(content), size=1000).read_bytes() == content
 
 
-def test_a_wrong_remote_file_never_enters_the_cache(cache: Path) -> None:
+def test_fetch_never_caches_a_wrong_file(cache: Path) -> None:
     uri = f"memory://{uuid.uuid4().hex}/shard"
     storage.write_bytes(uri, b"x" * 1000)
     for size, digest, message in (
@@ -268,7 +274,7 @@ def test_a_wrong_remote_file_never_enters_the_cache(cache: Path) -> None:
     assert list(cache.glob("??/[!.]*[!k]")) == []
 
 
-def test_a_local_file_is_its_own_cache(cache: Path, tmp_path: Path) -> None:
+def test_fetch_returns_a_local_file_itself(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(b"abc")
     assert storage.fetch(str(path), sha256=sha256(b"abc"), size=3) == path

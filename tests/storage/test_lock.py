@@ -20,8 +20,8 @@ FIX = "choose another --name"
 
 
 @pytest.fixture
-def uri(place: str) -> str:
-    return f"{place}/locks/driver"
+def uri(root_uri: str) -> str:
+    return f"{root_uri}/locks/driver"
 
 
 def make_lock(uri: str, messages: list[str] | None = None) -> Lock:
@@ -168,15 +168,15 @@ def test_acquire_refuses_a_running_holder_and_replaces_a_dead_one(uri: str, monk
     assert len(messages) == 2 and all("waiting up to" in message and lock.owner in message for message in messages)
 
 
-def test_lock_warns_where_exclusive_creation_is_unsupported(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(uri: str, data: bytes) -> bool:
+def test_lock_warns_where_exclusive_creation_is_unsupported(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(uri_: str, data: bytes) -> bool:
         raise storage.ExclusiveCreateUnsupportedError("the store ignores If-None-Match")
 
     monkeypatch.setattr(storage, "create_bytes", unsupported)
     messages: list[str] = []
-    with make_lock(f"{place}/driver", messages) as lock:
+    with make_lock(uri, messages) as lock:
         assert ["If-None-Match" in message for message in messages] == [True]
-        assert not make_lock(f"{place}/driver").try_acquire()
+        assert not make_lock(uri).try_acquire()
         storage.write_bytes(lock.uri, b'{"owner": "another", "token": "of another", "expires": 9e9}')
         assert not lock.renew()
 
@@ -191,10 +191,10 @@ def _race(folder: str, start: Any, done: Any, wins: Any) -> None:
         done.wait(60)  # no process releases before all have tried
 
 
-@pytest.mark.parametrize("stale", [False, True], ids=["new", "takeover"])
-def test_acquire_from_many_processes_has_exactly_one_winner(tmp_path: Path, stale: bool) -> None:
+@pytest.mark.parametrize("expired", [False, True], ids=["new", "takeover"])
+def test_acquire_from_many_processes_has_exactly_one_winner(tmp_path: Path, expired: bool) -> None:
     folder, racers = str(tmp_path), 4
-    if stale:
+    if expired:
         for number in range(20):
             content = {"owner": "dead", "token": "dead", "expires": time.time() - 1}
             (tmp_path / f"lock-{number}.000001.json").write_text(json.dumps(content))
@@ -206,5 +206,5 @@ def test_acquire_from_many_processes_has_exactly_one_winner(tmp_path: Path, stal
         process.join()
         assert process.exitcode == 0
     won = sorted(wins.get(timeout=5) for _ in range(20))
-    assert won == [(number, 2 if stale else 1) for number in range(20)]
+    assert won == [(number, 2 if expired else 1) for number in range(20)]
     assert wins.empty() and len(list(tmp_path.iterdir())) == 20

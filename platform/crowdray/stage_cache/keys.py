@@ -92,7 +92,7 @@ def numerics_facts(config: Config, device: torch.device, threads: int) -> dict[s
 
 @cache
 def code_digest() -> str:
-    """The digest of the installed package's result_fields code, read once per process."""
+    """The digest of the installed package's hashed code, read once per process."""
     return package_digest(Path(crowdray.__file__).parent)
 
 

@@ -1,6 +1,6 @@
-"""Reading and publishing through fsspec, the only judge of URIs: folders, buckets and memory behave alike."""
+"""Reading and writing through fsspec: local folders, object stores and memory behave alike."""
 
-from crowdray.storage.cache import CacheFullError, cache_folder, check_content, fetch, hash_file, verify
+from crowdray.storage.cache import CacheFullError, cache_folder, fetch, hash_file, verify
 from crowdray.storage.files import (
     ExclusiveCreateUnsupportedError,
     FileInfo,
@@ -28,7 +28,6 @@ __all__ = [
     "ExclusiveCreateUnsupportedError",
     "FileInfo",
     "cache_folder",
-    "check_content",
     "create_bytes",
     "exists",
     "fetch",

@@ -1,4 +1,4 @@
-"""Files and folders at URIs: read, listed, and published so that each is either whole or not there."""
+"""Files and folders at URIs: reading, listing, and atomic publication, so that readers see whole files only."""
 
 import contextlib
 import functools
@@ -17,14 +17,15 @@ import fsspec
 from crowdray.errors import DataError, UserError
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve, retry, translated_errors
 
+exclusive_create_support: dict[str, bool] = {}
+"""Result of `_supports_exclusive_create` by bucket."""
+
 _PART = 2**26
-"""Bytes of a file that are held in memory while it is copied."""
-_exclusive: dict[str, bool] = {}
-"""Whether the stores at these roots were seen to refuse a second creation."""
+"""Bytes held in memory while a file is copied."""
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or a folder lies at the URI."""
+    """Whether a file or a folder exists at the URI."""
     with translated_errors("look for", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
@@ -32,9 +33,9 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file; a missing one is a UserError that names it."""
+    """Read a whole file; raise UserError if it does not exist."""
     with translated_errors("read", uri):
-        if is_local(uri):  # a file system object costs more than a small file
+        if is_local(uri):  # creating a file system object costs more than reading a small file
             return Path(resolve(uri)).read_bytes()
         fs, path = filesystem(uri)
         content = retry(lambda: fs.cat_file(path))
@@ -43,7 +44,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_bytes_or_none(uri: str) -> bytes | None:
-    """The whole content of a file, None when there is no such file."""
+    """Read a whole file; None if it does not exist."""
     try:
         return read_bytes(uri)
     except UserError as error:
@@ -53,16 +54,13 @@ def read_bytes_or_none(uri: str) -> bytes | None:
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Parts of a file, each from its first byte up to its end, which is not part of it.
-
-    Raises DataError where the file has fewer bytes.
-    """
-    some = [(start, end) for start, end in ranges if start < end]
-    starts, ends = [start for start, _ in some], [end for _, end in some]
+    """Read byte ranges of a file, as (start, end) with an exclusive end; raise DataError if the file is shorter."""
+    nonempty = [(start, end) for start, end in ranges if start < end]
+    starts, ends = [start for start, _ in nonempty], [end for _, end in nonempty]
 
     def read() -> list[bytes]:
-        parts: list[bytes] = fs.cat_ranges([path] * len(some), starts, ends, on_error="raise")
-        if [len(part) for part in parts] != [end - start for start, end in some]:
+        parts: list[bytes] = fs.cat_ranges([path] * len(nonempty), starts, ends, on_error="raise")
+        if [len(part) for part in parts] != [end - start for start, end in nonempty]:
             raise DataError(
                 f"{uri} is truncated or was replaced: it ends before byte {max(ends)}; copy it again or convert again"
             )
@@ -70,24 +68,32 @@ def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
     with translated_errors("read", uri):
         fs, path = filesystem(uri)
-        parts = iter(retry(read) if some else [])
+        parts = iter(retry(read) if nonempty else [])
     return [next(parts) if start < end else b"" for start, end in ranges]
 
 
 @contextlib.contextmanager
 def open_read(uri: str) -> Iterator[IO[bytes]]:
-    """A file opened for reading, where a part of it is enough; a missing one is a UserError that names it."""
+    """Open a file for reading; raise UserError if it does not exist."""
     with translated_errors("read", uri):
         fs, path = filesystem(uri)
-        fs.invalidate_cache(path)  # a size of earlier would cut the file off
+        fs.invalidate_cache(path)  # a cached size would truncate a file that has grown
         with fs.open(path, "rb") as file:
             yield file
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """URIs of the files directly in a folder, sorted by name, that end with one of the suffixes in any case.
+    """List the files directly in a folder, sorted by name.
 
-    Without suffixes all files are listed; a folder that is not there is a UserError.
+    Args:
+        uri: The folder.
+        suffixes: List only files that end with one of these, ignoring case; all files by default.
+
+    Returns:
+        URIs of the files.
+
+    Raises:
+        UserError: The folder does not exist.
     """
     resolved = resolve(uri)
     with translated_errors("list", uri):
@@ -112,7 +118,7 @@ class FileInfo:
 
 
 def find_files(uri: str, depth: int | None = None) -> list[FileInfo]:
-    """All files below a folder, at most `depth` levels deep, in one listing; none when the folder is not there."""
+    """List all files below a folder, at most `depth` levels deep; empty if the folder does not exist."""
     with translated_errors("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
@@ -123,8 +129,12 @@ def find_files(uri: str, depth: int | None = None) -> list[FileInfo]:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """The files directly in a folder, locally: the folder itself, or a copy for the length of the block, each file as
-    long as the listing says. One that is not there is a UserError."""
+    """Yield a local folder with the files directly in a folder: the folder itself, or a temporary copy.
+
+    Raises:
+        UserError: The remote folder does not exist.
+        DataError: A file is shorter than listed.
+    """
     if is_local(uri):
         yield Path(resolve(uri))
         return
@@ -158,23 +168,23 @@ def create_bytes(uri: str, data: bytes) -> bool:
         try:
             if is_local(uri):
                 _create_locally(Path(path), data)
-            elif _creates_once(fs, path):
+            elif _supports_exclusive_create(fs, path):
                 retry(lambda: fs.pipe_file(path, data, mode="create"))
             else:
                 raise ExclusiveCreateUnsupportedError(
-                    f"cannot create {uri}: its store ignores `If-None-Match: *`, so two could both believe to be "
-                    "first; use a store that keeps it, as AWS S3 does, or a folder that all nodes reach"
+                    f"cannot create {uri} exclusively: its store ignores `If-None-Match: *`; use one that supports it, "
+                    "such as AWS S3, or a folder that all nodes share"
                 )
         except OSError:
-            # Object stores say "taken" in several ways, and a put that was sent twice is refused though it is ours.
-            if (there := read_bytes_or_none(uri)) is None:
+            # Object stores refuse in several ways, and a request that was retried is refused because of itself.
+            if (existing := read_bytes_or_none(uri)) is None:
                 raise
-            return there == data
+            return existing == data
     return True
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file so that it is either whole or not there: a rename locally, one put remotely."""
+    """Write a file atomically: by a rename locally, by one request remotely."""
     with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
@@ -194,7 +204,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def publish_file(local: Path, uri: str) -> None:
-    """Move a finished local file to its URI, where it appears whole: by one rename or one put."""
+    """Move a local file to its URI atomically: by a rename locally, by one request remotely."""
     with translated_errors("write", uri):
         fs, path = filesystem(uri)
         if not is_local(uri):
@@ -213,9 +223,9 @@ def publish_file(local: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def staging_file(uri: str) -> Iterator[Path]:
-    """A local file name to write before publish_file publishes it at the URI: beside a local target, else in temp.
+    """Yield a local path to write before `publish_file`: next to a local target, else in the temporary folder.
 
-    Whatever is left there at the end is removed, and a full disk becomes a UserError that names the URI.
+    A file that is still there at the end is removed; a full disk is a UserError that names the URI.
     """
     with translated_errors("write", uri):
         target = Path(resolve(uri)) if is_local(uri) else Path(tempfile.gettempdir()) / Path(uri).name
@@ -228,24 +238,26 @@ def staging_file(uri: str) -> Iterator[Path]:
 
 
 def remove(uri: str) -> None:
-    """Remove one file; one that is gone already is no error."""
+    """Remove a file if it exists."""
     with translated_errors("remove", uri), contextlib.suppress(FileNotFoundError):
         fs, path = filesystem(uri)
         retry(lambda: fs.rm_file(path))
 
 
 def publish_directory(local: Path, uri: str, last: str) -> None:
-    """Publish every file of a local folder at a URI, the file named `last` last: it stands for the whole.
+    """Copy a local folder to a URI so that readers who look for the file `last` see all of it or nothing.
 
-    Locally the folder is copied to a hidden sibling that is then renamed once. A place that is taken already
-    is a UserError, and an attempt that fails takes back what it had uploaded.
+    A local target appears by one rename; on an object store `last` is uploaded last.
+
+    Raises:
+        UserError: `last` is missing locally or exists at the URI, or the copy failed; nothing is left behind.
     """
     files = sorted(path for path in local.rglob("*") if path.is_file())
     names = [path.relative_to(local).as_posix() for path in files]
     if last not in names:
-        raise UserError(f"{local} holds no {last}, the file that is published last; found {names[:5]}")
+        raise UserError(f"{local} does not contain {last}, the file to publish last; found {names[:5]}")
     if exists(join(uri, last)):
-        raise UserError(f"{uri} already holds {last}; choose another place, or remove that folder first")
+        raise UserError(f"{uri} already contains {last}; choose another path, or remove that folder first")
     with translated_errors("publish", uri):
         if is_local(uri):
             _publish_locally(local, Path(resolve(uri)))
@@ -254,7 +266,7 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
 
 
 def unpublish_directory(uri: str, last: str) -> None:
-    """Take back what publish_directory published: at once locally, elsewhere `last` first; if gone, no error."""
+    """Remove a folder of `publish_directory` if it exists: by one rename locally, `last` first remotely."""
     with translated_errors("remove", uri):
         fs, path = filesystem(uri)
         if is_local(uri):
@@ -275,33 +287,33 @@ def _partial_sibling(target: Path) -> Path:
 
 def _create_locally(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("xb") as file:  # LocalFileSystem.pipe_file looks first and then writes
+    with target.open("xb") as file:  # LocalFileSystem.pipe_file checks and writes in two steps
         try:
             file.write(data)
-            file.flush()  # a full disk shows here
+            file.flush()  # raises if the disk is full
         except OSError:
             target.unlink()
             raise
 
 
-def _creates_once(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    """Whether a store refuses to create what is there; tried once per bucket and process, on a file of its own."""
-    root = f"{fs.protocol}{path.lstrip('/').split('/')[0]}"
-    if root not in _exclusive:
+def _supports_exclusive_create(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether a store refuses to create an existing file; tested once per bucket and process, with a probe file."""
+    bucket = f"{fs.protocol}{path.lstrip('/').split('/')[0]}"
+    if bucket not in exclusive_create_support:
         probe = f"{path.rpartition('/')[0]}/{PARTIAL}{uuid.uuid4().hex}"
         fs.pipe_file(probe, b"first", mode="create")
         try:
             fs.pipe_file(probe, b"second", mode="create")
-            _exclusive[root] = False
+            exclusive_create_support[bucket] = False
         except OSError:
-            _exclusive[root] = retry(lambda: fs.cat_file(probe)) == b"first"
+            exclusive_create_support[bucket] = retry(lambda: fs.cat_file(probe)) == b"first"
         finally:
             fs.rm_file(probe)
-    return _exclusive[root]
+    return exclusive_create_support[bucket]
 
 
 def _modified(entry: Mapping[str, Any]) -> float:
-    """When a listed file was written: each file system has its own name and type for it."""
+    """The modification time of a listed file, whose name and type differ between file systems."""
     times = (entry.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
     time = next((value for value in times if value is not None), 0.0)
     if isinstance(time, str):
@@ -321,13 +333,13 @@ def _publish_locally(local: Path, target: Path) -> None:
 
 def _publish_remotely(local: Path, uri: str, names: Sequence[str]) -> None:
     fs, root = filesystem(uri)
-    done: list[str] = []
+    uploaded: list[str] = []
     try:
         for name in names:
-            done.append(join(root, name))
-            retry(functools.partial(fs.put_file, str(local / name), done[-1]))
+            uploaded.append(join(root, name))
+            retry(functools.partial(fs.put_file, str(local / name), uploaded[-1]))
     except BaseException:
-        for path in done:
+        for path in uploaded:
             with contextlib.suppress(Exception):
                 fs.rm_file(path)
         raise

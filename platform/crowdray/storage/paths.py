@@ -1,4 +1,4 @@
-"""URIs and the file systems behind them: which there are, what may be tried again, what their errors mean."""
+"""URIs, their file systems, retries of transient faults, and translation of errors to messages for users."""
 
 import contextlib
 import errno
@@ -15,30 +15,31 @@ from crowdray.errors import DataError, UserError
 T = TypeVar("T")
 
 PARTIAL = ".partial-"
-"""Start of the names that half-written files and folders carry until their one rename."""
+"""Prefix of the names of unfinished files and folders, until they are renamed."""
 
 RETRY_DELAYS_S = (0.2, 1.0, 4.0)
-"""Seconds before each further attempt."""
+"""Seconds before each retry."""
 RETRY_DEADLINE_S = 120.0
-"""Seconds after whose end there is no further attempt: below this, clients have their own retries and timeouts."""
+"""Seconds after which there is no retry, since the client libraries have their own retries and timeouts."""
 
-_PASSING = {
+_TRANSIENT = {
     *("HTTPClientError", "IncompleteReadError", "FlexibleChecksumError"),  # botocore
     *("EndpointConnectionError", "ConnectTimeoutError"),
     *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
 }
-"""Errors that say nothing of the object: a timeout, a cut connection, half an answer."""
+"""Client errors that may not recur: a timeout, a lost connection, an incomplete response."""
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def resolve(uri: str | os.PathLike[str]) -> str:
-    """The absolute form of a URI: an absolute path for local files, everything else without a trailing slash.
+    """Normalize a URI: local files to an absolute path, others without a trailing slash.
 
-    Raises UserError for a scheme that nothing here can read.
+    Raises:
+        UserError: The URI is empty, or its scheme is unknown or needs a package that is not installed.
     """
     text = os.fspath(uri)
     if not text:
-        raise UserError("an empty path was given; name a folder, a file or a URI such as s3://bucket/folder")
+        raise UserError("the path is empty; give a folder, a file or a URI such as s3://bucket/folder")
     if text.startswith(("file://", "local://")):
         text = text.split("://", 1)[1]
     if "://" not in text:
@@ -48,7 +49,7 @@ def resolve(uri: str | os.PathLike[str]) -> str:
         fsspec.get_filesystem_class(scheme)
     except ValueError:
         raise UserError(
-            f"{text}: the scheme {scheme!r} is not known; use a path or a scheme of fsspec: s3://, gs://, ..."
+            f"{text}: unknown scheme {scheme!r}; use a path or a scheme that fsspec supports: s3://, gs://, ..."
         ) from None
     except ImportError as error:
         raise UserError(f"{text}: {error}; install that package to read {scheme}://") from error
@@ -56,17 +57,17 @@ def resolve(uri: str | os.PathLike[str]) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """A URI below another one: join("s3://b/c", "d") is "s3://b/c/d"."""
+    """Append path components to a URI: join("s3://b/c", "d") is "s3://b/c/d"."""
     return "/".join([uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)])
 
 
 def is_local(uri: str) -> bool:
-    """Whether a URI names a place in this machine's own file system."""
+    """Whether a URI is a path in this machine's file system."""
     return "://" not in resolve(uri)
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URI, and the URI's path in it."""
+    """The fsspec file system of a URI, and its path there."""
     resolved = resolve(uri)
     if "://" not in resolved:
         return LocalFileSystem(), resolved
@@ -75,32 +76,31 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def retry(attempt: Callable[[], T]) -> T:
-    """What a read, or a write of something whole, gives; tried again a few times where the fault may pass.
+    """Call `attempt` until it succeeds, a few times, as long as its faults may be transient.
 
-    A timeout, a cut connection, an answer with 500 or 503 and content that is not what it should be may pass. A
-    missing object and refused credentials do not.
+    Transient are a timeout, a lost connection, a response with status 408, 429 or 5xx, and damaged content; a missing
+    object and refused credentials are not. `attempt` must be safe to repeat.
     """
-    end = time.monotonic() + RETRY_DEADLINE_S
-    for pause in RETRY_DELAYS_S:
+    deadline = time.monotonic() + RETRY_DEADLINE_S
+    for delay in RETRY_DELAYS_S:
         try:
             return attempt()
         except Exception as error:
-            if time.monotonic() > end or not _is_transient(error):
+            if time.monotonic() > deadline or not _is_transient(error):
                 raise
-        time.sleep(pause)
+        time.sleep(delay)
     return attempt()
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(status := getattr(error, "status", None), int):  # aiohttp: an answer that is a refusal
+    if isinstance(status := getattr(error, "status", None), int):  # aiohttp: a response with an error status
         return status in (408, 429) or status >= 500
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, (DataError, TimeoutError, ConnectionError)) or not names.isdisjoint(_PASSING)
+    return isinstance(error, (DataError, TimeoutError, ConnectionError)) or not names.isdisjoint(_TRANSIENT)
 
 
 def is_transient(error: UserError) -> bool:
-    """Whether the fault behind an error may pass by itself: the network's or a shared disk's, not refused credentials
-    nor a full disk."""
+    """Whether the cause of an error may be transient, as a network fault is; refused access and a full disk are not."""
     cause = error.__cause__
     if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return False
@@ -109,7 +109,7 @@ def is_transient(error: UserError) -> bool:
 
 @contextlib.contextmanager
 def translated_errors(action: str, uri: str) -> Iterator[None]:
-    """Turn what the system says into a UserError with the URI and the mend."""
+    """Translate errors of file systems and their clients to a UserError with the URI and a fix."""
     try:
         yield
     except UserError:
@@ -117,17 +117,17 @@ def translated_errors(action: str, uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"cannot {action} {uri}: it does not exist; check the path") from error
     except PermissionError as error:
-        said = "permission denied" if error.errno else str(error)  # a store's own words, such as an expired token
-        raise UserError(f"cannot {action} {uri}: {said}; check its owner, or renew your credentials") from error
+        reason = "permission denied" if error.errno else str(error)  # the store's message, such as an expired token
+        raise UserError(f"cannot {action} {uri}: {reason}; check its owner, or renew your credentials") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"cannot {action} {uri}: no space left on the device; free some, or choose another place. "
-                "Nothing was left half-written"
+                f"cannot {action} {uri}: no space left on the device; free some, or choose another path. "
+                "No partial file was left"
             ) from error
         raise UserError(f"cannot {action} {uri}: {error}") from error
     except Exception as error:
-        # Remote file systems raise exceptions of their client libraries, which share no base class.
+        # Remote file systems raise exceptions of their client libraries, which have no common base class.
         if not type(error).__module__.startswith(_CLIENTS):
             raise
         raise UserError(f"cannot {action} {uri}: {error}; check the address and your credentials") from error
