@@ -62,7 +62,7 @@ class Cluster:
 
     def train(self, spec: TrialSpec) -> Iterator[TrialReport]:
         found = self.store.find(spec.keys)
-        reached = [key.key for key in spec.keys].index(found.chain) if found else -1
+        reached = [key.key for key in spec.keys].index(found.key) if found else -1
         rows: list[dict[str, Any]] = []
         curve: dict[int, float] = {}
         for index, key in enumerate(spec.keys):

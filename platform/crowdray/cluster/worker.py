@@ -82,7 +82,7 @@ def _train(task: WorkerTask) -> None:
         ):
             checkpoint = None
             if world.rank == 0:
-                session.keep(trainer, save)
+                session.save(trainer, save)
                 if not run.study_file:  # the states of a trial are in the stage cache alone
                     save(Path(folder))
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
@@ -93,13 +93,11 @@ def _train(task: WorkerTask) -> None:
                 checkpoint_upload_fn=partial(upload, run.uri),
             )
 
+    trainer.fit(report)
     if run.study_file:
-        trainer.fit(report)
         if first:  # the stage cache held the final state
             ray.train.report({ROWS: list(trainer.state.progress.history)})
         return
-    with session.advertise(run.uri):
-        trainer.fit(report)
     _publish(run, trainer)
 
 

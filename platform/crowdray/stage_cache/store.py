@@ -26,7 +26,7 @@ from crowdray import storage
 from crowdray.config import ConfigError
 from crowdray.errors import DataError, UserError
 from crowdray.stage_cache.keys import StageKey
-from crowdray.training.checkpoint import Checkpoint, load_checkpoint, disk_full_as_user_error
+from crowdray.training.checkpoint import Checkpoint, disk_full_as_user_error, load_checkpoint
 
 MANIFEST = "manifest.json"
 
@@ -137,7 +137,10 @@ class StageStore:
         uri = self._uri(key.key, epoch)
         if storage.exists(storage.join(uri, MANIFEST)):
             return
-        with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch, disk_full_as_user_error(f"the state {uri}", _FIX):
+        with (
+            tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch,
+            disk_full_as_user_error(f"the state {uri}", _FIX),
+        ):
             files = Path(scratch, uuid.uuid4().hex)
             files.mkdir()
             save(files)

@@ -105,7 +105,7 @@ def tune(
         callback.on_status(warning)
     tags = {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
     lengths = {stage: study.space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")}
-    stage_cache = replace(stage_cache, quanta=lengths)
+    stage_cache = replace(stage_cache, snapshot_epochs=lengths)
     with (
         _driver_lock(study, callback) as is_lost,
         finish_on_exit(open_tracker(tracking_uri, f"crowdray-{name}", identity.name, study.uri)) as tracker,

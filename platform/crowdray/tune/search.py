@@ -74,7 +74,7 @@ class Candidate:
         found = store.find(self.keys, stored)
         if found is None:
             return self.keys
-        index = [key.key for key in self.keys].index(found.chain)
+        index = [key.key for key in self.keys].index(found.key)
         return self.keys[index + (found.epoch >= self.keys[index].epochs) :]
 
 

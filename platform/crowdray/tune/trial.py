@@ -75,7 +75,7 @@ def _train_here(task: TrialTask, spec: TrialSpec) -> None:
     reporter.start(trainer.state.progress.history)
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        session.keep(trainer, save)
+        session.save(trainer, save)
         _send(reporter.after_epoch(trainer.state.progress.history))
 
     trainer.fit(report)
