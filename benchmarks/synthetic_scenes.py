@@ -40,9 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     items = open_source("synthetic", None, train=arguments.images + 2 * WARM_UP, test=1).items(["train"])
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        list(
-            pool.map(render, [items[:WARM_UP], items[WARM_UP : 2 * WARM_UP]])
-        )  # caches the backgrounds
+        list(pool.map(render, [items[:WARM_UP], items[WARM_UP : 2 * WARM_UP]]))  # caches the backgrounds
         started = time.perf_counter()
         halves = list(pool.map(render, [items[2 * WARM_UP :: 2], items[2 * WARM_UP + 1 :: 2]]))
         seconds = time.perf_counter() - started

@@ -56,17 +56,12 @@ class TaskAnnotation(BaseModel):
         return bool(self.ground_truth), self.updated_at or self.created_at or ""
 
 
-class ResultType(BaseModel):
-    """What every result has; a shape and its label may be two results with the same id."""
+class Result(BaseModel):
+    """A shape, its label, or a description of the image; a shape and its label may be two results with the same id."""
 
     type: Text
     id: Id | None = None
-
-
-class Shape(BaseModel):
-    """A result that is a shape; percentages need the image's size."""
-
-    value: dict[str, Any]
+    value: dict[str, Any] = {}
     original_height: Number | None = None
     original_width: Number | None = None
     image_rotation: Number | None = None
@@ -131,29 +126,26 @@ class LabelStudio(AnnotatedFolder):
         return image
 
     def _add_shapes(self, image: ImageAnnotation, annotation: TaskAnnotation, path: tuple[str | int, ...]) -> None:
-        results = []
-        for number, entry in enumerate(annotation.result):
-            at = (*path, "result", number)
-            results.append((validate(ResultType, entry, image.uri, *at), entry, at))
-        labels = {
-            result.id: self._label(validate(Shape, entry, image.uri, *at).value, "labels", image.uri, *at)
-            for result, entry, at in results
-            if result.type == "labels"
-        }
-        for result, entry, at in results:
+        paths = [(*path, "result", number) for number in range(len(annotation.result))]
+        results = [
+            (validate(Result, entry, image.uri, *at), at) for entry, at in zip(annotation.result, paths, strict=True)
+        ]
+        labels = {result.id: self._label(result, image.uri, *at) for result, at in results if result.type == "labels"}
+        for result, at in results:
             if result.type in NOT_SHAPES:
                 continue
-            shape, where = validate(Shape, entry, image.uri, *at), location(image.uri, *at)
-            kind, size = SHAPES.get(result.type, result.type), _image_size(shape, where)
+            where = location(image.uri, *at)
+            kind, size = SHAPES.get(result.type, result.type), _image_size(result, where)
             if image.size not in (None, size):
                 raise DataError(f"{where}: the image's size differs from that of other shapes; export it again")
             image.size = size
-            label = self._label(shape.value, result.type, image.uri, *at) or labels.get(result.id, "")
-            image.add_shape(self._rules, kind, label, _corners(shape.value, kind, size, image.uri, *at, "value"), where)
+            label = self._label(result, image.uri, *at) or labels.get(result.id, "")
+            corners = _corners(result.value, kind, size, image.uri, *at, "value")
+            image.add_shape(self._rules, kind, label, corners, where)
 
-    def _label(self, value: dict[str, Any], kind: str, uri: str, *path: str | int) -> str:
-        """Return the label of a shape; of several, prefer one that marks heads."""
-        labels = validate(Labels, value.get(kind), uri, *path, "value", kind).root or [""]
+    def _label(self, result: Result, uri: str, *path: str | int) -> str:
+        """Return the label in a result; of several, prefer one that marks heads."""
+        labels = validate(Labels, result.value.get(result.type), uri, *path, "value", result.type).root or [""]
         return next((label for label in labels if self._rules.accepts(label)), labels[0])
 
 
@@ -177,11 +169,13 @@ def _path(text: str, where: str) -> str:
         raise DataError(f"{where}: {text!r} is not a valid URL ({error}); correct it") from error
 
 
-def _image_size(shape: Shape, where: str) -> tuple[int, int]:
+def _image_size(result: Result, where: str) -> tuple[int, int]:
     """Return the image's size (H, W), which percentages need."""
-    if (shape.image_rotation or 0) % 360:
-        raise DataError(f"{where}: the image was rotated by {shape.image_rotation:g} degrees; undo it and export again")
-    size = known_size(shape.original_height, shape.original_width)
+    if (result.image_rotation or 0) % 360:
+        raise DataError(
+            f"{where}: the image was rotated by {result.image_rotation:g} degrees; undo it and export again"
+        )
+    size = known_size(result.original_height, result.original_width)
     if size is None:
         raise DataError(f"{where} has no original_height and original_width; export it again")
     return size
