@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.presets import preset
+
+if TYPE_CHECKING:
+    from crowdray.pipeline.run import Run
 
 HEIGHT, WIDTH = 64, 96
 
@@ -72,6 +77,14 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     info = write_shard(pictures, str(place), 0)
     write_index(str(place), [info], source="discs", depth_teacher="test")
     return Dataset.open(str(place))
+
+
+@pytest.fixture
+def run(discs: Dataset, tmp_path: Path) -> "Run":
+    """A planned run of the debug preset with two workers; its folder does not exist yet."""
+    from crowdray.pipeline.run import plan_run
+
+    return plan_run(preset("debug"), discs.uri, 2, str(tmp_path / "runs"), "run", "debug")
 
 
 _NOISE_SIZES = [(64, 96), (33, 41), (97, 30), (20, 20), (64, 96), (50, 51)]

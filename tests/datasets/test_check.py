@@ -10,12 +10,12 @@ from PIL import Image
 
 from crowdray import storage
 from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET, check
+from crowdray.console.commands import convert
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.validation import InvalidDatasetError
 from crowdray.errors import DataError, UserError
 
 from ..support.builders import make_shanghaitech
-from ..test_jobs import job
 
 
 @pytest.fixture
@@ -47,17 +47,17 @@ def test_the_job_looks_without_converting_and_is_strict_when_asked(
     dest = tmp_path / "made"
     command = ["shanghaitech", "--source", str(part), "--dest", str(dest), "--check"]
     with pytest.raises(InvalidDatasetError, match="train and test share 2 images"):
-        job("convert")([*command, "--strict"])
+        convert.main([*command, "--strict"])
     told = capsys.readouterr().out
     assert "PROBLEM: train and test share 2 images, " in told and "  train/IMG_2 = test/IMG_2\n" in told
     assert not dest.exists()
     report = tmp_path / "outputs" / "check" / "shanghaitech-b"
     assert sorted(path.name for path in report.iterdir()) == sorted([REPORT, SHEET, HISTOGRAMS])
     with pytest.raises(UserError, match=r"--dest is missing.*--check"):
-        job("convert")(command[:3])
-    job("convert")([*command[:-1], "--split", "train"])
+        convert.main(command[:3])
+    convert.main([*command[:-1], "--split", "train"])
     assert f"jobs/convert.py crowdray --source {dest} --check" in capsys.readouterr().out
-    job("convert")(["crowdray", "--source", str(dest), "--check", "--strict", "--report", str(tmp_path / "elsewhere")])
+    convert.main(["crowdray", "--source", str(dest), "--check", "--strict", "--report", str(tmp_path / "elsewhere")])
     assert "valid: " in capsys.readouterr().out and (tmp_path / "elsewhere" / SHEET).exists()
 
 

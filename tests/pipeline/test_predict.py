@@ -1,11 +1,8 @@
-"""Prediction and evaluation: their files agree with the model, and each usage error has its message."""
+"""Prediction: files found, counts and files written, failures listed."""
 
 import csv
 import io
-import json
-import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from crowdray import storage
-from crowdray.console.commands import evaluate, predict
-from crowdray.console.main import run_job
 from crowdray.data.sample import decode_image
-from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.evaluation.report import evaluate_images, summarise_images
-from crowdray.models.build import build_counter
-from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images
-from crowdray.presets import debug
-from crowdray.registry.packaging import package_counter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,72 +119,3 @@ def test_choose_device_without_a_gpu_is_the_cpu_or_raises(monkeypatch: pytest.Mo
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cpu"):
         choose_device("gpu")
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedCounter, str]:
-    """A counter with downsampling 2, and the folder of its package."""
-    counter = ExportedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
-    folder = tmp_path_factory.mktemp("package") / "model"
-    example = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
-    package_counter(counter, example, folder, config={}, metrics={}, tags={})
-    return counter, str(folder)
-
-
-def status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Exit status of a job."""
-    try:
-        run_job(main, arguments)
-    except SystemExit as exit_:
-        assert isinstance(exit_.code, int)
-        return exit_.code
-    return 0
-
-
-def test_predict_command_prints_and_writes_the_counts_of_the_model(
-    package: tuple[ExportedCounter, str],
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    counter, model = package
-    main, output = predict.main, tmp_path / "out"
-    arguments = ["--model", model, "--input", str(photos), "--output", str(output), "--device", "cpu"]
-    assert status(main, arguments) == 0
-    printed = capsys.readouterr().out
-    for name, stem in (("a.PNG", "a"), ("b.jpg", "b.jpg")):
-        image = torch.from_numpy(decode_image((photos / name).read_bytes()).copy()).permute(2, 0, 1)[None]
-        with torch.inference_mode():
-            density = counter(image)[0, 0].numpy()
-        np.testing.assert_allclose(np.load(output / f"{stem}.density.npy"), density, rtol=1e-4, atol=1e-7)
-        line = next(line for line in printed.splitlines() if name in line)
-        assert f"{density.sum():.2f}" in line
-    assert str(output / "counts.csv") in printed
-
-    (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
-    assert status(main, arguments) == 1
-    assert "1 of 4 images could not be counted" in capsys.readouterr().err
-    shutil.rmtree(photos)
-    assert status(main, arguments) == 2
-    assert capsys.readouterr().err.startswith("error: cannot list")
-
-
-def test_evaluate_command_writes_the_metrics_of_evaluation(
-    package: tuple[ExportedCounter, str],
-    discs: Dataset,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    counter, model = package
-    main, result = evaluate.main, tmp_path / "result.json"
-    arguments = ["--model", model, "--data", discs.uri, "--split", "test", "--device", "cpu"]
-    assert status(main, [*arguments, "--json", str(result)]) == 0
-    content = json.loads(result.read_text())
-    expected = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
-    assert content["digest"] == discs.digest
-    assert content["overall"]["images"] == 7
-    for name in ("mae", "rmse", "bias", "nae", "game"):
-        assert content["overall"][name] == pytest.approx(getattr(expected.overall, name), rel=1e-5)
-    assert f"{expected.overall.mae:.2f}" in capsys.readouterr().out
-    assert status(main, [*arguments[:-3], "holidays"]) == 2
-    assert "has no split 'holidays'; it has" in capsys.readouterr().err

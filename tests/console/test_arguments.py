@@ -1,0 +1,69 @@
+"""Parsing of arguments, and overrides of single configuration fields."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crowdray.config import ConfigError, to_json
+from crowdray.console.arguments import load_preset, parse, parse_with_config
+from crowdray.console.commands.convert import ConvertJob
+from crowdray.console.commands.train import TrainJob
+from crowdray.console.commands.tune import TuneJob
+from crowdray.errors import UserError
+from crowdray.presets import preset
+
+REQUIRED = ["--preset", "debug", "--data", "d"]
+
+
+def test_parse_with_config_reports_all_invalid_overrides_at_once() -> None:
+    invalid = ["--loss.depth", "much", "--stages.joint.epochs=few", "--seed", "-3", "--optimizer.name", "adam"]
+    with pytest.raises(ConfigError) as caught:
+        parse_with_config(TrainJob, [*REQUIRED, *invalid, "--los.count", "1"], "train")
+    message = "\n".join(caught.value.problems)
+    for part in ("loss.depth", "'much'", "stages.joint.epochs", "'few'", "seed is -3", "'adam'", "use --loss.count"):
+        assert part in message
+    assert len(caught.value.problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "option"),
+    [
+        (TuneJob, [*REQUIRED, "--trials", "2", "--vary", "a=[1]", "--vary=b=[2]"], "--vary"),
+        (TrainJob, [*REQUIRED, "--preset", "demo"], "--preset"),
+        (TrainJob, [*REQUIRED, "--loss.depth_", "1", "--loss.depth-=2"], "--loss.depth-"),
+    ],
+)
+def test_parse_with_config_with_a_repeated_option_raises(job: type, arguments: list[str], option: str) -> None:
+    with pytest.raises(UserError, match=rf"^{option} is given twice; give it once, followed by all its values"):
+        parse_with_config(job, arguments, "job")
+
+
+def test_parse_with_a_repeated_option_raises() -> None:
+    with pytest.raises(UserError, match="^--split is given twice"):
+        parse(ConvertJob, ["csv", "--split", "train", "--split", "test"], "convert")
+
+
+def test_parse_with_config_overrides_the_preset() -> None:
+    overrides = ["--sampling.roi", "False", "--optimizer.weight-decay=0"]
+    base = preset("debug")
+    assert parse_with_config(TrainJob, [*REQUIRED, *overrides], "train").config == replace(
+        base,
+        sampling=replace(base.sampling, roi=False),
+        optimizer=replace(base.optimizer, weight_decay=0.0),
+    )
+
+
+def test_parse_with_config_accepts_previous_option_names() -> None:
+    previous = ["--optimizer.accumulate", "2", "--loss.share=0.5", "--store", "stages", "--store_gib=3"]
+    current = ["--optimizer.grad-accumulation-steps", "2", "--loss.gradient-share=0.5"]
+    current += ["--stage-cache", "stages", "--stage-cache-gib=3"]
+    parsed = [parse_with_config(TrainJob, [*REQUIRED, *options], "train") for options in (previous, current)]
+    assert parsed[0] == parsed[1]
+
+
+def test_load_preset_reads_a_saved_config(tmp_path: Path) -> None:
+    config = replace(preset("debug"), seed=7)
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert load_preset(str(path)) == config
