@@ -52,8 +52,12 @@ def content(uri: str) -> bytes:
     return uri[-1].encode() * SIZE
 
 
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def fetch(uri: str) -> Path:
-    path = storage.fetch(uri, sha256=hashlib.sha256(content(uri)).hexdigest(), size=SIZE)
+    path = storage.fetch(uri, sha256=sha256(content(uri)), size=SIZE)
     assert path.read_bytes() == content(uri)
     return path
 
@@ -137,13 +141,13 @@ def test_fetch_from_racing_processes_downloads_once(
 def test_fetch_removes_partial_downloads_of_killed_processes(
     cache: Path, uris: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dying(self: Any, remote: str, local: str, **options: Any) -> None:
+    def die(self: Any, remote: str, local: str, **options: Any) -> None:
         Path(local).write_bytes(content(remote)[: SIZE // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
     a, b, c, _ = uris
     with monkeypatch.context() as patch:
-        patch.setattr(MEMORY, "get_file", dying)
+        patch.setattr(MEMORY, "get_file", die)
         for uri in (a, b):
             process = start_process(partial(fetch, uri))
             process.join()
@@ -211,6 +215,52 @@ def test_cache_limit_rejects_invalid_sizes(uris: list[str], monkeypatch: pytest.
     monkeypatch.setenv("CROWDRAY_CACHE_GIB", size)
     with pytest.raises(UserError, match=f"CROWDRAY_CACHE_GIB is '{size}'"):
         fetch(uris[0])
+
+
+def test_fetch_downloads_a_remote_file_once_and_verifies_it(cache: Path) -> None:
+    data = os.urandom(1000)
+    uri = f"memory://{uuid.uuid4().hex}/shard"
+    storage.write_bytes(uri, data)
+    path = storage.fetch(uri, sha256=sha256(data), size=1000)
+    assert path.read_bytes() == data and cache in path.parents
+
+    storage.remove(uri)
+    assert storage.fetch(uri, sha256=sha256(data), size=1000) == path
+
+
+def test_fetch_replaces_a_damaged_copy(cache: Path) -> None:
+    data = os.urandom(1000)
+    uri = f"memory://{uuid.uuid4().hex}/shard"
+    storage.write_bytes(uri, data)
+    path = storage.fetch(uri, sha256=sha256(data), size=1000)
+    path.write_bytes(data[:500])
+    assert storage.fetch(uri, sha256=sha256(data), size=1000).read_bytes() == data
+
+
+def test_fetch_never_caches_a_wrong_file(cache: Path) -> None:
+    uri = f"memory://{uuid.uuid4().hex}/shard"
+    storage.write_bytes(uri, b"x" * 1000)
+    for size, digest, message in (
+        (999, sha256(b"x" * 999), "1000 bytes"),
+        (1000, sha256(b"y"), sha256(b"y")),
+    ):
+        with pytest.raises(DataError, match=message):
+            storage.fetch(uri, sha256=digest, size=size)
+    assert list(cache.glob("??/[!.]*[!k]")) == []
+
+
+def test_fetch_returns_a_local_file_itself(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"abc")
+    assert storage.fetch(str(path), sha256=sha256(b"abc"), size=3) == path
+    path.write_bytes(b"abd")
+    assert storage.fetch(str(path), sha256=sha256(b"abc"), size=3, verify=False) == path
+    with pytest.raises(DataError, match=f"{sha256(b'abd')}.*{sha256(b'abc')}.*convert"):
+        storage.fetch(str(path), sha256=sha256(b"abc"), size=3)
+    path.unlink()
+    with pytest.raises(DataError, match="missing"):
+        storage.fetch(str(path), sha256=sha256(b"abc"), size=3)
+    assert not cache.exists()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import time
 import uuid
@@ -17,19 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from crowdray import storage
-from crowdray.errors import DataError, UserError
-from crowdray.storage import paths
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (0.0, 0.0))
-    return tmp_path / "cache"
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+from crowdray.errors import UserError
 
 
 def no_space(*_: Any, **__: Any) -> None:
@@ -240,49 +227,3 @@ def test_create_bytes_on_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="no space left"):
         storage.create_bytes(str(target), b"content")
     assert os.listdir(tmp_path) == []
-
-
-def test_fetch_downloads_a_remote_file_once_and_verifies_it(cache: Path) -> None:
-    content = os.urandom(1000)
-    uri = f"memory://{uuid.uuid4().hex}/shard"
-    storage.write_bytes(uri, content)
-    path = storage.fetch(uri, sha256=sha256(content), size=1000)
-    assert path.read_bytes() == content and cache in path.parents
-
-    storage.remove(uri)
-    assert storage.fetch(uri, sha256=sha256(content), size=1000) == path
-
-
-def test_fetch_replaces_a_damaged_copy(cache: Path) -> None:
-    content = os.urandom(1000)
-    uri = f"memory://{uuid.uuid4().hex}/shard"
-    storage.write_bytes(uri, content)
-    path = storage.fetch(uri, sha256=sha256(content), size=1000)
-    path.write_bytes(content[:500])
-    assert storage.fetch(uri, sha256=sha256(content), size=1000).read_bytes() == content
-
-
-def test_fetch_never_caches_a_wrong_file(cache: Path) -> None:
-    uri = f"memory://{uuid.uuid4().hex}/shard"
-    storage.write_bytes(uri, b"x" * 1000)
-    for size, digest, message in (
-        (999, sha256(b"x" * 999), "1000 bytes"),
-        (1000, sha256(b"y"), sha256(b"y")),
-    ):
-        with pytest.raises(DataError, match=message):
-            storage.fetch(uri, sha256=digest, size=size)
-    assert list(cache.glob("??/[!.]*[!k]")) == []
-
-
-def test_fetch_returns_a_local_file_itself(cache: Path, tmp_path: Path) -> None:
-    path = tmp_path / "shard"
-    path.write_bytes(b"abc")
-    assert storage.fetch(str(path), sha256=sha256(b"abc"), size=3) == path
-    path.write_bytes(b"abd")
-    assert storage.fetch(str(path), sha256=sha256(b"abc"), size=3, verify=False) == path
-    with pytest.raises(DataError, match=f"{sha256(b'abd')}.*{sha256(b'abc')}.*convert"):
-        storage.fetch(str(path), sha256=sha256(b"abc"), size=3)
-    path.unlink()
-    with pytest.raises(DataError, match="missing"):
-        storage.fetch(str(path), sha256=sha256(b"abc"), size=3)
-    assert not cache.exists()
