@@ -43,9 +43,12 @@ class SceneLayout:
     """Everything in a camera's scene that is the same in all of its images."""
 
     kind: str
+    """Key of SITE_PLANS."""
     salt: int
+    """Seed of its textures."""
     camera: Camera
     angle: float
+    """Rotation of the site axes in radians."""
     sun: tuple[float, float, float]
     """Unit vector to the sun: right, forward, up."""
     night: bool

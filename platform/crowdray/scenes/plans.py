@@ -17,11 +17,17 @@ class Zone:
     """A rectangle or an ellipse of one ground material."""
 
     material: str
+    """Kind of `surfaces.ground`."""
     centre: tuple[float, float]
+    """Site coordinates s, t in metres."""
     half: tuple[float, float]
+    """Half extent along s and t in metres."""
     walkable: bool = True
+    """Whether people may stand on it."""
     round: bool = False
+    """Whether it is an ellipse."""
     paint: str = ""
+    """Kind of `surfaces.markings`; "" for none."""
 
     def contains(self, s: Floats, t: Floats) -> Bools:
         """Return whether site coordinates lie in the zone."""
@@ -36,8 +42,11 @@ class Wall:
     start: tuple[float, float]
     end: tuple[float, float]
     height: float
+    """Metres."""
     kind: str
+    """building, hedge or woods."""
     salt: int
+    """Seed of its facade."""
 
 
 def to_site(angle: float, x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Floats, Floats]:

@@ -9,6 +9,7 @@ import pytest
 
 from crowdray.data.sample import decode_roi
 from crowdray.datasets.sources import open_source
+from crowdray.errors import DataError
 
 from ...support.annotation_builders import (
     HEADS,
@@ -146,6 +147,19 @@ def test_coco_invalid_value_reports_json_path(tmp_path: Path, path: list[Any], v
     inner[path[-1]] = value
     write_json(folder / "people.json", content)
     assert message in conversion_error("coco", folder)
+
+
+@pytest.mark.parametrize("kind", ["coco", "label-studio"])
+def test_broken_annotation_costs_only_its_image(tmp_path: Path, kind: str) -> None:
+    folder = write_images(tmp_path / "market")
+    people, tasks = coco(), [task(name, points) for name, points in HEADS.items()]
+    people["annotations"][2]["keypoints"][0] = tasks[1]["annotations"][0]["result"][0]["value"]["x"] = "8"
+    write_json(folder / "export.json", people if kind == "coco" else tasks)
+    source = open_source(kind, str(folder))
+    first, broken, empty = source.items()
+    assert len(source.load(first).points) == 2 and len(source.load(empty).points) == 0
+    with pytest.raises(DataError, match="is '8': Input should be a valid number"):
+        source.load(broken)
 
 
 def test_label_studio_urls_resolve_to_images(tmp_path: Path) -> None:

@@ -90,9 +90,8 @@ def test_find_annotations_several_files_requires_option(tmp_path: Path) -> None:
     write_json(folder / "notes" / "other.json", {})
     assert heads("coco", folder) == HEADS  # a file in annotations/ comes before others
     write_json(folder / "more.json", coco())
-    assert "several .json files" in conversion_error("coco", folder) and "--annotations" in conversion_error(
-        "coco", folder
-    )
+    error = conversion_error("coco", folder)
+    assert "several .json files" in error and "--annotations" in error
     apart = write_json(tmp_path / "apart.json", coco())
     for given in ("more.json", str(apart)):
         assert heads("coco", folder, annotations=[given]) == HEADS
