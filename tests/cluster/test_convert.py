@@ -1,4 +1,4 @@
-"""What a conversion tells on its way, and what it makes of a worker that sees other files; none of it starts Ray."""
+"""Progress messages of a conversion, and workers that cannot reach its files; no test starts Ray."""
 
 import io
 from pathlib import Path
@@ -10,17 +10,18 @@ import simplejpeg
 from rich.console import Console
 from scipy.io import savemat
 
-from crowdray.cluster.convert import _check_reach, convert
+from crowdray.cluster.convert import check_reachable, convert
 from crowdray.console.progress import image_progress
 from crowdray.console.tables import show_dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import open_source
+from crowdray.datasets.statistics import DatasetStats
 from crowdray.errors import UserError
 
 
 def make_part(part: Path) -> Path:
-    """Eight images, of which the second is broken."""
+    """Eight images; the second is truncated."""
     content = simplejpeg.encode_jpeg(np.zeros((24, 32, 3), np.uint8))
     for name in ("images", "ground_truth"):
         (part / "train_data" / name).mkdir(parents=True)
@@ -32,7 +33,7 @@ def make_part(part: Path) -> Path:
     return part
 
 
-def test_an_interrupted_conversion_says_how_it_goes_on_and_what_it_left_out(
+def test_convert_interrupted_reports_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 2)
@@ -48,23 +49,25 @@ def test_an_interrupted_conversion_says_how_it_goes_on_and_what_it_left_out(
         patch.setattr(conversion.Conversion, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert(source, dest)
-    said = capsys.readouterr().out
-    assert f"2 of 4 slices are finished and stay in {dest}: the same command goes on" in said
+    output = capsys.readouterr().out
+    assert f"2 of 4 slices are finished and kept in {dest}; run the same command again to resume" in output
 
     index = convert(source, dest, progress=image_progress)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "going on after 2 of 4 slices"
+    assert lines[0] == "resuming after 2 of 4 slices"
     assert lines[-1].startswith("8/8 images, ") and lines[-1].endswith(" per second, 1 quarantined, 2 slices resumed")
 
     shown = io.StringIO()
     show_dataset(index, dest, Console(file=shown, width=140))
-    assert "note: 1 items cannot be used and were left out, see quarantine.json" in shown.getvalue()
+    assert "note: 1 item left out as unusable, see quarantine.json" in shown.getvalue()
     assert "left out: train/IMG_2: " in shown.getvalue()
 
 
-def test_a_file_that_a_worker_alone_misses_is_no_bad_item(tmp_path: Path) -> None:
-    there = tmp_path / "IMG_1.jpg"
-    _check_reach(SliceResult(0, missing=[str(there)]))
-    there.write_bytes(b"")
-    with pytest.raises(UserError, match=rf"a worker finds no {there}, which this process does: with several nodes"):
-        _check_reach(SliceResult(0, missing=[str(there)]))
+def test_check_reachable_file_missing_for_a_worker_only_raises(tmp_path: Path) -> None:
+    path = tmp_path / "IMG_1.jpg"
+    check_reachable(SliceResult(0, stats=DatasetStats(missing=[str(path)])))
+    path.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"a worker cannot find {path}, which exists for this process: with several nodes"
+    ):
+        check_reachable(SliceResult(0, stats=DatasetStats(missing=[str(path)])))

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdray.console.tables import evaluation_table, validation_table
-from crowdray.datasets.statistics import DatasetStats, image_facts
+from crowdray.datasets.statistics import DatasetStats, image_stats
 from crowdray.datasets.validation import validate
 from crowdray.evaluation.report import EvaluatedImage, RegionCount, summarise_images
 
@@ -38,8 +38,8 @@ def test_evaluation_table_with_roi_and_scenes_shows_all_and_fits_80_columns() ->
 
 
 def test_validation_table_shows_minimum_median_and_maximum() -> None:
-    facts = [image_facts(sample) for sample in samples(5)]
+    stats = [image_stats(sample) for sample in samples(5)]
     text = text_of(
-        validation_table(validate("made", "none", DatasetStats(facts, [], {"train": np.zeros(112, dtype=np.int64)})))
+        validation_table(validate("made", "none", DatasetStats(stats, [], {"train": np.zeros(112, dtype=np.int64)})))
     )
     assert ["per", "image", "0", "/", "2", "/", "4"] in [line.split() for line in text.splitlines()]

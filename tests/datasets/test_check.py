@@ -1,4 +1,4 @@
-"""A check of a source, or of what was converted from it: what it leaves, where, and with which status."""
+"""`--check` of a source or a converted dataset: the files it writes, and its exit."""
 
 import io
 import json
@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from crowdray import storage
-from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET, check
+from crowdray.cluster.check import HISTOGRAMS, SHEET, check
 from crowdray.console.commands import convert
 from crowdray.datasets.sources import open_source
-from crowdray.datasets.validation import InvalidDatasetError
+from crowdray.datasets.validation import REPORT, InvalidDatasetError
 from crowdray.errors import DataError, UserError
 
 from ..support.builders import make_shanghaitech
@@ -24,14 +24,14 @@ def part(tmp_path: Path) -> Path:
     return make_shanghaitech(part, "test", 2)
 
 
-def test_a_check_leaves_figures_and_pictures_and_nothing_else(part: Path) -> None:
+def test_check_writes_its_report_and_nothing_else(part: Path) -> None:
     (part / "test_data" / "images" / "IMG_2.jpg").write_bytes(b"no image")
     source = open_source("shanghaitech", str(part))
     before = sorted(part.rglob("*"))
     report = f"memory://{uuid.uuid4().hex}"
-    sound = check(source, report)
+    result = check(source, report)
     assert [uri.rpartition("/")[2] for uri in storage.list_files(report)] == sorted([REPORT, SHEET, HISTOGRAMS])
-    assert json.loads(storage.read_bytes(storage.join(report, REPORT))) == json.loads(json.dumps(sound.content()))
+    assert json.loads(storage.read_bytes(storage.join(report, REPORT))) == json.loads(json.dumps(result.as_dict()))
     for name in (SHEET, HISTOGRAMS):
         Image.open(io.BytesIO(storage.read_bytes(storage.join(report, name)))).load()
     assert sorted(part.rglob("*")) == before
@@ -39,7 +39,7 @@ def test_a_check_leaves_figures_and_pictures_and_nothing_else(part: Path) -> Non
     assert list(only.splits) == ["test"] and (only.splits["test"].images, only.splits["test"].unusable) == (1, 1)
 
 
-def test_the_job_looks_without_converting_and_is_strict_when_asked(
+def test_check_job_converts_nothing_and_fails_if_strict(
     part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -48,8 +48,8 @@ def test_the_job_looks_without_converting_and_is_strict_when_asked(
     command = ["shanghaitech", "--source", str(part), "--dest", str(dest), "--check"]
     with pytest.raises(InvalidDatasetError, match="train and test share 2 images"):
         convert.main([*command, "--strict"])
-    told = capsys.readouterr().out
-    assert "PROBLEM: train and test share 2 images, " in told and "  train/IMG_2 = test/IMG_2\n" in told
+    output = capsys.readouterr().out
+    assert "PROBLEM: train and test share 2 images, " in output and "  train/IMG_2 = test/IMG_2\n" in output
     assert not dest.exists()
     report = tmp_path / "outputs" / "check" / "shanghaitech-b"
     assert sorted(path.name for path in report.iterdir()) == sorted([REPORT, SHEET, HISTOGRAMS])
@@ -61,7 +61,7 @@ def test_the_job_looks_without_converting_and_is_strict_when_asked(
     assert "valid: " in capsys.readouterr().out and (tmp_path / "elsewhere" / SHEET).exists()
 
 
-def test_nothing_to_check_is_said(part: Path) -> None:
+def test_check_of_no_items_raises(part: Path) -> None:
     for path in [*(part / "train_data").rglob("*.*"), *(part / "test_data").rglob("*.*")]:
         path.unlink()
     with pytest.raises(DataError, match="nothing to check; check --source and --split"):

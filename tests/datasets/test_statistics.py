@@ -1,4 +1,4 @@
-"""What a look at a source finds: every defect by name, figures equal to brute force, the same for any slicing."""
+"""Statistics and validation: each defect is reported by name, numbers equal brute force for any slicing."""
 
 import io
 import json
@@ -16,20 +16,20 @@ from crowdray.datasets.sources import Source, open_source
 from crowdray.datasets.statistics import (
     SPACING_EDGES,
     DatasetStats,
-    evenly_by_count,
-    image_facts,
-    inspect_items,
+    compute_stats,
+    count_quantiles,
+    image_stats,
     spacing_histogram,
 )
-from crowdray.datasets.validation import InvalidDatasetError, Spread, ValidationReport, validate
+from crowdray.datasets.validation import Distribution, InvalidDatasetError, ValidationReport, validate
 from crowdray.errors import DataError, UserError
 
 from ..support.builders import HEIGHT, WIDTH, jpeg, make_shanghaitech, samples, write_annotation
 
 
-def look(source: Source, rows: int = 5) -> ValidationReport:
-    found = [inspect_items(source, items) for items in conversion.slices(source.items(), rows)]
-    return validate(source.name, source.depth_teacher, sum(found, DatasetStats()), source.notes())
+def check(source: Source, rows: int = 5) -> ValidationReport:
+    stats = [compute_stats(source, items) for items in conversion.split_into_slices(source.items(), rows)]
+    return validate(source.name, source.depth_teacher, sum(stats, DatasetStats()), source.notes())
 
 
 def encoded(mode: str, **options: object) -> bytes:
@@ -40,7 +40,7 @@ def encoded(mode: str, **options: object) -> bytes:
 
 @pytest.fixture
 def part(tmp_path: Path) -> Path:
-    """A part B with one of each defect; image n has n - 1 heads where nothing else is said."""
+    """A part B with one of each defect; by default image n has n - 1 heads."""
     part = make_shanghaitech(tmp_path / "part_B", count=9)
     make_shanghaitech(part, "test", 3)
     train, test = (part / f"{split}_data" for split in ("train", "test"))
@@ -52,8 +52,8 @@ def part(tmp_path: Path) -> Path:
     (images / "IMG_4.jpg").write_bytes(jpeg(4)[:300])
     write_annotation(annotations / "GT_IMG_6.mat", np.array([[1.0, 2.0], [np.nan, 3.0]]))
     (images / "IMG_7.jpg").write_bytes(encoded("L"))
-    strange = [[-3.0, 5.0], [WIDTH + 0.1, 5.0], [10.0, 10.0], [10.9, 10.9], [10.5, 10.2], [WIDTH, HEIGHT]]
-    write_annotation(annotations / "GT_IMG_7.mat", np.array(strange))
+    unusual = [[-3.0, 5.0], [WIDTH + 0.1, 5.0], [10.0, 10.0], [10.9, 10.9], [10.5, 10.2], [WIDTH, HEIGHT]]
+    write_annotation(annotations / "GT_IMG_7.mat", np.array(unusual))
     (images / "IMG_8.jpg").write_bytes(encoded("CMYK"))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -61,124 +61,122 @@ def part(tmp_path: Path) -> Path:
     return part
 
 
-def test_every_defect_is_found_and_named(part: Path) -> None:
-    sound = look(open_source("shanghaitech", str(part), depth="none"))
-    train, test = sound.splits["train"], sound.splits["test"]
+def test_validate_reports_every_defect(part: Path) -> None:
+    report = check(open_source("shanghaitech", str(part), depth="none"))
+    train, test = report.splits["train"], report.splits["test"]
     assert (train.images, train.unusable, train.empty, train.heads) == (7, 2, 1, 0 + 1 + 2 + 4 + 6 + 7 + 8)
     assert (test.images, test.unusable, test.empty, test.heads) == (3, 0, 1, 3)
-    assert train.counts == Spread(0, 4, 4, 8) and test.counts == Spread(0, 1, 1, 2)
-    assert train.heights == Spread(HEIGHT, HEIGHT, HEIGHT, HEIGHT)
+    assert train.counts == Distribution(0, 4, 4, 8) and test.counts == Distribution(0, 1, 1, 2)
+    assert train.heights == Distribution(HEIGHT, HEIGHT, HEIGHT, HEIGHT)
     assert train.colours == {"colour": 5, "grey": 1, "CMYK": 1} and test.colours == {"colour": 3}
-    assert (train.outside, train.crowded, train.turned) == (2, 2, 1)
+    assert (train.outside, train.overlapping, train.exif_rotated) == (2, 2, 1)
     assert (train.roi, train.depth, train.with_roi, train.with_depth) == (None, None, 0, 0)
-    assert [(one.split, one.name) for one in sound.unusable] == [("train", "IMG_4"), ("train", "IMG_6")]
-    assert "cannot be decoded" in sound.unusable[0].reason and "1 of 2 points" in sound.unusable[1].reason
-    assert [[f"{i.split}/{i.name}" for i in group] for group in sound.repeated] == [
+    assert [(image.split, image.name) for image in report.unusable] == [("train", "IMG_4"), ("train", "IMG_6")]
+    assert "cannot be decoded" in report.unusable[0].reason and "1 of 2 points" in report.unusable[1].reason
+    assert [[f"{i.split}/{i.name}" for i in group] for group in report.duplicates] == [
         ["train/IMG_2", "train/IMG_3"],
         ["train/IMG_5", "test/IMG_2"],
     ]
-    unusable, shared = (problem.splitlines() for problem in sound.problems)
+    unusable, shared = (problem.splitlines() for problem in report.problems)
     assert unusable[0] == "2 images cannot be used:" and unusable[1].startswith("  train/IMG_4: ")
     assert shared[0].startswith("train and test share 1 image, ")
     assert shared[1] == "  train/IMG_5 (4 heads) = test/IMG_2 (1 head)"
-    assert sound.notes == [
+    assert report.notes == [
         "1 image repeated within a split: train/IMG_2 (1 head) = train/IMG_3 (2 heads)",
         "2 heads outside the image, in 1 image: train/IMG_7 (2)",
-        "2 heads on a pixel that another head has already, in 1 image: train/IMG_7 (2)",
-        "2 images without a head: train/IMG_1, test/IMG_1",
+        "2 heads on a pixel that already has one, in 1 image: train/IMG_7 (2)",
+        "2 images without heads: train/IMG_1, test/IMG_1",
         "1 image stored in grey, read as RGB: train/IMG_7",
         "1 image stored in CMYK, read as RGB: train/IMG_8",
-        "1 image with an EXIF turn, which training does not follow: train/IMG_9",
+        "1 image with an EXIF rotation, which training ignores: train/IMG_9",
     ]
     with pytest.raises(
-        InvalidDatasetError, match="is not sound: 2 images cannot be used; train and test share 1 image, keep"
+        InvalidDatasetError, match="is not valid: 2 images cannot be used; train and test share 1 image, keep"
     ):
-        sound.require()
+        report.raise_for_problems()
 
 
-def test_the_findings_do_not_depend_on_who_looked_at_what(part: Path) -> None:
+def test_statistics_do_not_depend_on_slices(part: Path) -> None:
     source = open_source("shanghaitech", str(part))
-    whole = look(source, 100).content()
-    assert json.loads(json.dumps(whole))["sound"] is False
+    whole = check(source, 100).as_dict()
+    assert json.loads(json.dumps(whole))["valid"] is False
     for rows in (1, 5):
-        assert look(source, rows).content() == whole
-    a, b, c = (inspect_items(source, items) for items in conversion.slices(source.items(), 4))
-    left, right = (validate("x", "y", sums).content() for sums in ((a + b) + c, a + (b + c)))
+        assert check(source, rows).as_dict() == whole
+    a, b, c = (compute_stats(source, items) for items in conversion.split_into_slices(source.items(), 4))
+    left, right = (validate("x", "y", sums).as_dict() for sums in ((a + b) + c, a + (b + c)))
     assert left == right and left["splits"] == whole["splits"] and left["images"] == whole["images"]
 
 
-def test_a_sound_source_passes_and_an_empty_split_has_no_figures(tmp_path: Path) -> None:
+def test_validate_accepts_a_valid_source_and_an_unusable_split(tmp_path: Path) -> None:
     part = make_shanghaitech(tmp_path / "part_B", count=3)
-    look(open_source("shanghaitech", str(part))).require()
+    check(open_source("shanghaitech", str(part))).raise_for_problems()
     for number in (1, 2, 3):
         (part / "train_data" / "images" / f"IMG_{number}.jpg").write_bytes(b"no image")
-    facts = look(open_source("shanghaitech", str(part))).splits["train"]
-    assert (facts.images, facts.unusable, facts.heads) == (0, 3, 0)
-    assert [facts.counts, facts.heights, facts.widths, facts.spacing, facts.depth] == [None] * 5
+    stats = check(open_source("shanghaitech", str(part))).splits["train"]
+    assert (stats.images, stats.unusable, stats.heads) == (0, 3, 0)
+    assert [stats.counts, stats.heights, stats.widths, stats.spacing, stats.depth] == [None] * 5
 
 
-def outside_by_hand(sample: Sample) -> int:
+def count_outside_roi(sample: Sample) -> int:
     assert sample.roi is not None
     mask = decode_roi(sample.roi)
     return sum(not mask[min(int(y), sample.height - 1), min(int(x), sample.width - 1)] for x, y in sample.points)
 
 
-def test_figures_equal_those_of_brute_force() -> None:
+def test_image_stats_equal_brute_force() -> None:
     made = samples(40)
-    facts = [image_facts(sample) for sample in made]
-    for sample, one in zip(made, facts, strict=True):
-        assert (one.height, one.width) == decode_image(sample.image).shape[:2]
-        assert one.heads == len(sample.points)
-        assert one.crowded == len(sample.points) - len({(int(x), int(y)) for x, y in sample.points})
+    stats = [image_stats(sample) for sample in made]
+    for sample, image in zip(made, stats, strict=True):
+        assert (image.height, image.width) == decode_image(sample.image).shape[:2]
+        assert image.heads == len(sample.points)
+        assert image.overlapping == len(sample.points) - len({(int(x), int(y)) for x, y in sample.points})
         if sample.roi is not None and sample.depth is not None:
-            assert one.roi == decode_roi(sample.roi).mean() and one.outside_roi == outside_by_hand(sample)
-            assert one.depth == (decode_depth(sample.depth).min(), decode_depth(sample.depth).max())
+            assert image.roi == decode_roi(sample.roi).mean() and image.outside_roi == count_outside_roi(sample)
+            assert image.depth == (decode_depth(sample.depth).min(), decode_depth(sample.depth).max())
     distances = [np.sort(cdist(s.points, s.points), axis=1)[:, 1] for s in made if len(s.points) > 1]
     nearest = np.concatenate(distances)
     histogram = sum((spacing_histogram(sample.points) for sample in made), np.zeros(112, dtype=np.int64))
     bins = np.searchsorted(SPACING_EDGES, nearest, side="right") - 1
     np.testing.assert_array_equal(histogram, np.bincount(bins, minlength=112))
-    found = validate("made", "none", DatasetStats(facts, [], {"train": histogram})).splits["train"]
+    found = validate("made", "none", DatasetStats(stats, [], {"train": histogram})).splits["train"]
     counts = [len(sample.points) for sample in made]
-    assert found.counts == Spread(min(counts), float(np.median(counts)), float(np.mean(counts)), max(counts))
+    assert found.counts == Distribution(min(counts), float(np.median(counts)), float(np.mean(counts)), max(counts))
     with_roi = [decode_roi(sample.roi) for sample in made if sample.roi is not None]
     assert found.roi == pytest.approx(np.concatenate([mask.ravel() for mask in with_roi]).mean())
     assert found.spacing == pytest.approx(np.median(nearest), rel=0.1)
 
 
-def test_spacings_beyond_the_histogram_are_in_its_last_bins() -> None:
+def test_spacing_histogram_outer_bins_include_what_lies_beyond() -> None:
     assert len(SPACING_EDGES) == 113 and SPACING_EDGES[[0, -1]].tolist() == [0.5, 8192]
     assert np.flatnonzero(spacing_histogram(np.zeros((3, 2)))).tolist() == [0]
     assert np.flatnonzero(spacing_histogram(np.array([[0, 0], [9000, 0]]))).tolist() == [111]
     assert spacing_histogram(np.zeros((1, 2))).sum() == 0
 
 
-def test_examples_span_the_counts_evenly() -> None:
-    facts = [image_facts(sample) for sample in samples(21)]
-    counts = sorted(one.heads for one in facts)
-    assert [one.heads for one in evenly_by_count(facts, 5)] == [counts[place] for place in (0, 5, 10, 15, 20)]
-    assert len({one.name for one in evenly_by_count(facts, 100)}) == 21
-    assert evenly_by_count([], 3) == []
+def test_count_quantiles_are_evenly_spaced() -> None:
+    stats = [image_stats(sample) for sample in samples(21)]
+    counts = sorted(image.heads for image in stats)
+    assert [image.heads for image in count_quantiles(stats, 5)] == [counts[rank] for rank in (0, 5, 10, 15, 20)]
+    assert len({image.name for image in count_quantiles(stats, 100)}) == 21
+    assert count_quantiles([], 3) == []
 
 
-def test_what_was_converted_is_looked_at_as_its_source_was(tmp_path: Path) -> None:
+def test_check_of_converted_dataset_equals_check_of_its_source(tmp_path: Path) -> None:
     part = make_shanghaitech(tmp_path / "part_B", count=5)
     source = open_source("shanghaitech", str(part))
     index = conversion.convert(source, str(tmp_path / "made"))
     made = open_source("crowdray", str(tmp_path / "made"))
-    here, there = look(made).content(), look(source).content()
-    assert {**here, "notes": []} == {**there, "notes": []}
+    assert check(made).as_dict() == check(source).as_dict()
     again = conversion.convert(made, str(tmp_path / "again"))
     assert again == index
-    bare = look(open_source("crowdray", str(tmp_path / "made"), depth="none"))
-    assert (
-        bare.depth_teacher == "none" and bare.splits["train"].with_depth == 0 < there["splits"]["train"]["with_depth"]
-    )
-    with pytest.raises(UserError, match="--depth points: converted data keeps its depth"):
+    bare = check(open_source("crowdray", str(tmp_path / "made"), depth="none"))
+    assert bare.depth_teacher == "none"
+    assert bare.splits["train"].with_depth == 0 < check(source).splits["train"].with_depth
+    with pytest.raises(UserError, match="--depth points: a converted dataset keeps its depth"):
         open_source("crowdray", str(tmp_path / "made"), depth="points")
 
 
-def test_a_bit_flipped_in_a_head_of_a_shard_is_told_before_any_of_it_is_used(tmp_path: Path) -> None:
+def test_converted_source_refuses_a_shard_with_a_flipped_bit(tmp_path: Path) -> None:
     part = make_shanghaitech(tmp_path / "part_B", count=5)
     conversion.convert(open_source("shanghaitech", str(part)), str(tmp_path / "made"))
     points = Dataset.open(str(tmp_path / "made")).sample(2).points.tobytes()

@@ -59,6 +59,6 @@ def test_convert_after_killed_worker_equals_single_process(
 
 def test_check_parallel_equals_single_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source("synthetic", train=130, test=2, width=96, height=64)
-    parallel_report = check(source, str(tmp_path / "parallel")).content()
+    parallel_report = check(source, str(tmp_path / "parallel")).as_dict()
     monkeypatch.setattr(parallel, "MIN_RAY_S", float("inf"))
-    assert check(source, str(tmp_path / "single")).content() == parallel_report
+    assert check(source, str(tmp_path / "single")).as_dict() == parallel_report

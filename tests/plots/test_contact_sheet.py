@@ -16,7 +16,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.config import TargetConfig
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.datasets.statistics import SPACING_EDGES, DatasetStats, ImageFacts, image_facts, spacing_histogram
+from crowdray.datasets.statistics import SPACING_EDGES, DatasetStats, ImageStats, image_stats, spacing_histogram
 from crowdray.datasets.validation import ValidationReport, validate
 from crowdray.plots import style
 from crowdray.plots.contact_sheet import draw_contact_sheet
@@ -113,11 +113,11 @@ def test_contact_sheet_rows_per_split_and_texts_fit(drawn: list[Figure]) -> None
 
 def counted(counts: dict[str, list[int]]) -> ValidationReport:
     """Return a report of splits of images with the given counts, heads 10 pixels apart."""
-    images: list[ImageFacts] = []
+    images: list[ImageStats] = []
     spacing = {}
     for split, numbers in counts.items():
         made = [grey_sample([(10 * k, 5) for k in range(n)], (20, 20), split=split) for n in numbers]
-        images += [image_facts(sample) for sample in made]
+        images += [image_stats(sample) for sample in made]
         spacing[split] = sum((spacing_histogram(sample.points) for sample in made), np.zeros(112, dtype=np.int64))
     return validate("made", "none", DatasetStats(images, [], spacing))
 

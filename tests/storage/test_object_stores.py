@@ -103,8 +103,8 @@ def test_conversion_to_a_store_resumes(
     source = open_source("synthetic", train=4, test=2, width=64, height=64)
     whole = conversion.convert(source, str(tmp_path / "whole"))
     messages: list[str] = []
-    with pytest.raises(KeyboardInterrupt), conversion.begun(source, prefix, tell=messages.append) as work:
-        for part in work.waiting[:2]:
+    with pytest.raises(KeyboardInterrupt), conversion.open_conversion(source, prefix, log=messages.append) as work:
+        for part in work.pending[:2]:
             work.add(work.convert(part))
         raise KeyboardInterrupt
     assert ["If-None-Match" in line for line in messages] == [True] * (store.name == "rclone")
@@ -112,7 +112,7 @@ def test_conversion_to_a_store_resumes(
     index = conversion.convert(source, prefix, on_slice=lambda result: done.append(result.number))
     assert done == [2] and index == whole == Dataset.open(prefix).index
     assert {file.name for file in storage.find_files(prefix)} == {"index.json", *(s.path for s in whole.shards)}
-    with pytest.raises(UserError, match="already holds a dataset"):
+    with pytest.raises(UserError, match="already contains a dataset"):
         conversion.convert(source, prefix)
 
 

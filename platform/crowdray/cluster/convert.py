@@ -1,11 +1,11 @@
-"""From a source to a dataset, slice by slice, by this process or by a cluster; what was stopped goes on."""
+"""Conversion of a source into a dataset, in this process or on a cluster; an interrupted one resumes."""
 
 from collections.abc import Sequence
 
 from crowdray import storage
 from crowdray.cluster.parallel import Progress, map_slices, no_progress
 from crowdray.data.shards import Index
-from crowdray.datasets.conversion import Conversion, begun, convert_slice
+from crowdray.datasets.conversion import Conversion, convert_slice, open_conversion
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import UserError
@@ -20,54 +20,63 @@ def convert(
     strict: bool = False,
     progress: Progress = no_progress,
 ) -> Index:
-    """Convert a source into a dataset at `dest` and publish it; returns its index.
+    """Convert a source into a dataset at `dest` and publish it.
 
-    The bytes depend neither on who converts nor on how often it was started. Items that cannot be used are left out
-    and listed; with `strict`, or when they are most of a split, a UserError lists them and nothing is published.
-    Whatever ends it early, finished slices stay for the next start.
+    The bytes depend neither on the number of workers nor on restarts; finished slices are kept on any failure.
+
+    Args:
+        source: The source to convert.
+        dest: Path or URI of the dataset.
+        splits: Splits to convert; empty for all.
+        overwrite: Replace a dataset at `dest`.
+        strict: Fail on any unusable item; otherwise only if most of a split is unusable.
+        progress: Display of the number of converted images.
+
+    Returns:
+        Index of the dataset.
     """
-    with begun(source, dest, splits=splits, overwrite=overwrite, tell=_say) as work:
+    with open_conversion(source, dest, splits=splits, overwrite=overwrite, log=_print) as conversion:
         try:
-            if work.waiting:
-                _convert(work, progress)
-            return work.publish(strict=strict)
+            if conversion.pending:
+                _convert_pending(conversion, progress)
+            return conversion.publish(strict=strict)
         except BaseException:
-            if work.finished:
-                kept = f"{len(work.finished)} of {len(work.parts)} slices are finished and stay in {work.dest}"
-                _say(f"{kept}: the same command goes on from there")
+            if conversion.results:
+                kept = f"{len(conversion.results)} of {len(conversion.slices)} slices are finished and kept"
+                _print(f"{kept} in {conversion.dest}; run the same command again to resume")
             raise
 
 
-def _convert(work: Conversion, progress: Progress) -> None:
-    """Bring all slices of a conversion to their end, and show how far it is."""
-    resumed = len(work.parts) - len(work.waiting)
+def _convert_pending(conversion: Conversion, progress: Progress) -> None:
+    pending = conversion.pending
+    resumed = len(conversion.slices) - len(pending)
     if resumed:
-        _say(f"going on after {resumed} of {len(work.parts)} slices")
-    dest, keys = work.dest, {part.number: part.key for part in work.waiting}
+        _print(f"resuming after {resumed} of {len(conversion.slices)} slices")
+    dest, keys = conversion.dest, {part.number: part.key for part in pending}
 
     def convert_part(source: Source, items: Sequence[Item], number: int) -> SliceResult:
         return convert_slice(source, items, dest, number, keys[number])
 
     def note(_newest: SliceResult) -> str:
-        bad = sum(len(result.quarantined) for result in work.finished.values())
-        counts = {"quarantined": bad, "slices resumed": resumed}
+        unusable = sum(len(result.stats.unusable) for result in conversion.results.values())
+        counts = {"quarantined": unusable, "slices resumed": resumed}
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
-    parts = [(part.number, part.items) for part in work.waiting]
-    done = sum(len(part.items) for part in work.parts if part.number not in keys)
-    for _, result in map_slices(convert_part, work.source, parts, done=done, note=note, progress=progress):
-        _check_reach(result)
-        work.add(result)
+    done = sum(len(part.items) for part in conversion.slices if part.number not in keys)
+    parts = [(part.number, part.items) for part in pending]
+    for _, result in map_slices(convert_part, conversion.source, parts, done=done, note=note, progress=progress):
+        check_reachable(result)
+        conversion.add(result)
 
 
-def _check_reach(result: SliceResult) -> None:
-    """A file that a worker misses and this process does not is no fault of the item."""
-    if strange := next(filter(storage.exists, result.missing), None):
+def check_reachable(result: SliceResult) -> None:
+    """Raise UserError if a file is missing for a worker but not for this process: the item is not at fault."""
+    if unreachable := next(filter(storage.exists, result.stats.missing), None):
         raise UserError(
-            f"a worker finds no {strange}, which this process does: with several nodes --source must be a place that "
-            "all of them reach, a shared folder or a URI such as s3://bucket/folder"
+            f"a worker cannot find {unreachable}, which exists for this process: with several nodes --source must be "
+            "reachable by all of them, as a shared folder or a URI such as s3://bucket/folder"
         )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from crowdray import storage
-from crowdray.cluster.check import HISTOGRAMS, REPORT, SHEET
+from crowdray.cluster.check import HISTOGRAMS, SHEET
 from crowdray.console.study_display import trial_table
 from crowdray.data.shards import Index
-from crowdray.datasets.quarantine import MOST_LISTED, QUARANTINE, read_quarantine
-from crowdray.datasets.validation import SplitFacts, Spread, ValidationReport
+from crowdray.datasets.quarantine import QUARANTINE, read_quarantine
+from crowdray.datasets.statistics import MAX_LISTED
+from crowdray.datasets.validation import REPORT, Distribution, SplitStats, ValidationReport
 from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics, Metrics
 from crowdray.evaluation.report import Evaluation
 from crowdray.pipeline.outcome import Outcome
@@ -40,9 +41,9 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
     for note in index.notes:
         console.print(f"note: {note}", **_PLAIN)
     left_out = read_quarantine(dest, index.digest)
-    for item in left_out[:MOST_LISTED]:
+    for item in left_out[:MAX_LISTED]:
         console.print(f"left out: {item}", **_PLAIN)
-    if more := len(left_out[MOST_LISTED:]):
+    if more := len(left_out[MAX_LISTED:]):
         console.print(f"left out: {more} more, see {storage.join(dest, QUARANTINE)}", **_PLAIN)
     _print_fields(
         console,
@@ -71,7 +72,7 @@ def show_check(report: ValidationReport, folder: str, console: Console, *, stric
     names = {"images": SHEET, "histograms": HISTOGRAMS, "statistics": REPORT}
     _print_fields(console, {what: storage.join(storage.resolve(folder), name) for what, name in names.items()})
     if strict:
-        report.require()
+        report.raise_for_problems()
 
 
 def validation_table(report: ValidationReport) -> Table:
@@ -87,30 +88,30 @@ def validation_table(report: ValidationReport) -> Table:
     table.add_column("")
     for split in report.splits:
         table.add_column(Text(split), justify="right", no_wrap=True)
-    rows: dict[str, Callable[[SplitFacts], str]] = {
-        "images": lambda facts: f"{facts.images:,}",
-        "unusable": lambda facts: f"{facts.unusable:,}",
-        "without heads": lambda facts: f"{facts.empty:,}",
-        "grey / CMYK": lambda facts: f"{facts.colours.get('grey', 0):,} / {facts.colours.get('CMYK', 0):,}",
-        "height": lambda facts: _min_median_max(facts.heights),
-        "width": lambda facts: _min_median_max(facts.widths),
-        "heads": lambda facts: f"{facts.heads:,}",
-        "per image": lambda facts: _min_median_max(facts.counts),
-        "per image, mean": lambda facts: f"{facts.counts.mean:,.1f}" if facts.counts else "-",
-        "outside the image": lambda facts: f"{facts.outside:,}",
-        "on the same pixel": lambda facts: f"{facts.crowded:,}",
-        "pixels to the nearest, median": lambda facts: f"{facts.spacing:.1f}" if facts.spacing else "-",
-        "images with region of interest": lambda facts: f"{facts.with_roi:,}",
-        "fraction of the pixels": lambda facts: f"{facts.roi:.1%}" if facts.roi is not None else "-",
-        "heads outside it": lambda facts: f"{facts.outside_roi:,}",
-        "images with depth": lambda facts: f"{facts.with_depth:,}",
-        "range": lambda facts: f"{facts.depth[0]:.2f} to {facts.depth[1]:.2f}" if facts.depth else "-",
+    rows: dict[str, Callable[[SplitStats], str]] = {
+        "images": lambda stats: f"{stats.images:,}",
+        "unusable": lambda stats: f"{stats.unusable:,}",
+        "without heads": lambda stats: f"{stats.empty:,}",
+        "grey / CMYK": lambda stats: f"{stats.colours.get('grey', 0):,} / {stats.colours.get('CMYK', 0):,}",
+        "height": lambda stats: _min_median_max(stats.heights),
+        "width": lambda stats: _min_median_max(stats.widths),
+        "heads": lambda stats: f"{stats.heads:,}",
+        "per image": lambda stats: _min_median_max(stats.counts),
+        "per image, mean": lambda stats: f"{stats.counts.mean:,.1f}" if stats.counts else "-",
+        "outside the image": lambda stats: f"{stats.outside:,}",
+        "on the same pixel": lambda stats: f"{stats.overlapping:,}",
+        "pixels to the nearest, median": lambda stats: f"{stats.spacing:.1f}" if stats.spacing else "-",
+        "images with region of interest": lambda stats: f"{stats.with_roi:,}",
+        "fraction of the pixels": lambda stats: f"{stats.roi:.1%}" if stats.roi is not None else "-",
+        "heads outside it": lambda stats: f"{stats.outside_roi:,}",
+        "images with depth": lambda stats: f"{stats.with_depth:,}",
+        "range": lambda stats: f"{stats.depth[0]:.2f} to {stats.depth[1]:.2f}" if stats.depth else "-",
     }
     for name, cell in rows.items():
         group = name in ("images", "heads", "images with region of interest", "images with depth")
         ends = name in ("width", "pixels to the nearest, median", "heads outside it")
         label = Text(name if group else f"  {name}", style="bold" if group else "")
-        table.add_row(label, *(cell(facts) for facts in report.splits.values()), end_section=ends)
+        table.add_row(label, *(cell(stats) for stats in report.splits.values()), end_section=ends)
     return table
 
 
@@ -219,10 +220,10 @@ def _metric_cells(metrics: GridMetrics) -> list[str]:
     return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
 
 
-def _min_median_max(values: Spread | None) -> str:
+def _min_median_max(values: Distribution | None) -> str:
     if values is None:
         return "-"
-    return " / ".join(f"{value:,.10g}" for value in (values.least, values.median, values.most))
+    return " / ".join(f"{value:,.10g}" for value in (values.min, values.median, values.max))
 
 
 def _print_fields(console: Console, values: dict[str, str]) -> None:

@@ -1,10 +1,9 @@
-"""From a source to a published dataset: slices become shards, the index comes last, and a broken conversion goes on.
+"""Conversion of a source into a dataset: slices become shards, the index is written last, interrupted runs resume.
 
-A slice needs nothing but its items, so any worker can convert it; the same source gives the same bytes for
-any number of workers, and for any number of starts.
+A slice needs only its items, so any worker can convert it. Equal sources result in equal bytes for any number of
+workers and any number of restarts.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,24 +11,18 @@ from itertools import chain
 from pathlib import PurePosixPath
 
 from crowdray import storage
-from crowdray.data.sample import Sample, points_outside
 from crowdray.data.shards import INDEX, SHARD_NAME, Index, ShardInfo, write_index, write_shard
 from crowdray.datasets import resume
-from crowdray.datasets.quarantine import (
-    MOST_LISTED,
-    QUARANTINE,
-    Quarantined,
-    check_quarantine,
-    read_quarantine,
-    write_quarantine,
-)
+from crowdray.datasets.quarantine import QUARANTINE, check_quarantine, read_quarantine, write_quarantine
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
+from crowdray.datasets.statistics import DatasetStats, load_usable
+from crowdray.datasets.validation import ValidationReport, shared_problems, validate
 from crowdray.errors import DataError, UserError
-from crowdray.storage.lease import Lease
+from crowdray.storage.lock import Lock
 
 ROWS_PER_SHARD = 128
-"""Items of one slice: few enough to spread over workers, enough to be worth a file."""
+"""Items per slice: few enough to distribute over workers, enough to fill a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,94 +30,94 @@ class Slice:
     """Items that become one shard."""
 
     number: int
-    """Its position, and the number of its shard."""
+    """Position of the slice, and number of its shard."""
     items: Sequence[Item]
-    """What it is made from."""
+    """Items to convert."""
     key: str
-    """Digest of all that its result depends on."""
+    """Digest of everything that decides its result."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A source on its way into a dataset, by this process or by workers that it sends slices to."""
+    """A running conversion; slices are converted by this process or by workers."""
 
     source: Source
     dest: str
     splits: tuple[str, ...]
-    lease: Lease
-    """The right to be the only one who converts into `dest`."""
-    parts: Sequence[Slice]
+    lock: Lock
+    """Exclusive right to convert into `dest`."""
+    slices: Sequence[Slice]
     """All slices."""
-    finished: dict[int, SliceResult]
-    """Results of slices by their number; an earlier start left those that are there at the beginning."""
+    results: dict[int, SliceResult]
+    """Results of finished slices by number, including those of an interrupted run."""
     published: Index | None = None
-    """The index of an earlier start that was stopped after it had written that."""
+    """The index, if an earlier run was interrupted after it was written."""
 
     @property
-    def waiting(self) -> list[Slice]:
-        """Slices that nobody has converted."""
-        return [] if self.published else [part for part in self.parts if part.number not in self.finished]
+    def pending(self) -> list[Slice]:
+        """Slices that are not converted yet."""
+        return [] if self.published else [part for part in self.slices if part.number not in self.results]
 
     def convert(self, part: Slice) -> SliceResult:
         """Convert a slice in this process."""
         return convert_slice(self.source, part.items, self.dest, part.number, part.key)
 
     def add(self, result: SliceResult) -> None:
-        """Take in the result of a slice; a UserError when another conversion has taken the destination over."""
-        self.finished[result.number] = result
-        if self.lease.ended:
-            self._give_way()
+        """Add the result of a slice; UserError if another process has taken over the destination."""
+        self.results[result.number] = result
+        if not self.lock.held:
+            self._fail_lock_lost()
 
     def publish(self, *, strict: bool = False) -> Index:
-        """See `publish`, for the slices that are finished: all of them."""
-        assert not self.waiting
-        if not self.lease.renew():
-            self._give_way()
+        """Publish the dataset once all slices are converted, see `publish`."""
+        assert not self.pending
+        if not self.lock.renew():
+            self._fail_lock_lost()
         if self.published:
             _clean(self.dest, self.published)
             return self.published
-        keys = [part.key for part in self.parts]
-        return publish(self.dest, self.source, self.finished.values(), splits=self.splits, strict=strict, keys=keys)
+        keys = [part.key for part in self.slices]
+        return publish(self.dest, self.source, self.results.values(), splits=self.splits, strict=strict, keys=keys)
 
-    def _give_way(self) -> None:
+    def _fail_lock_lost(self) -> None:
         raise UserError(
-            f"this process was silent for so long that another one took {self.dest} over and goes on; wait for its end"
+            f"this process was unresponsive, so another one took over {self.dest} and continues; wait until it finishes"
         )
 
 
-def slices(items: Sequence[Item], rows: int = ROWS_PER_SHARD) -> list[Sequence[Item]]:
-    """Cut items into slices of equal length, one for each shard, whoever converts them."""
+def split_into_slices(items: Sequence[Item], rows: int = ROWS_PER_SHARD) -> list[Sequence[Item]]:
+    """Cut items into slices of equal length, one per shard."""
     return [items[start : start + rows] for start in range(0, len(items), rows)]
 
 
 def check_destination(dest: str, *, overwrite: bool = False) -> None:
-    """Refuse a place that must not be touched: a finished dataset without `overwrite`, or foreign files.
+    """Raise UserError if `dest` contains other files, or a finished dataset without `overwrite`.
 
-    What a killed conversion left there is no obstacle: shards of the same content are written over, and
-    publish removes the rest.
+    Shards of an interrupted conversion are allowed: equal ones are overwritten, and publish removes the rest.
     """
     if not storage.exists(dest):
         return
     names = [PurePosixPath(uri).name for uri in storage.list_files(dest)]
-    foreign = [name for name in names if not _ours(name) and not name.startswith(".")]
+    foreign = [name for name in names if not _is_dataset_file(name) and not name.startswith(".")]
     if foreign:
-        raise UserError(f"{dest} holds files that are no dataset of ours, such as {foreign[0]}; choose another --dest")
+        raise UserError(f"{dest} contains other files, such as {foreign[0]}; choose another --dest")
     if INDEX in names and not overwrite:
-        raise UserError(f"{dest} already holds a dataset; choose another --dest, or replace it with --overwrite")
+        raise UserError(f"{dest} already contains a dataset; choose another --dest, or replace it with --overwrite")
 
 
 def convert_slice(source: Source, items: Sequence[Item], dest: str, number: int, key: str = "") -> SliceResult:
-    """Load a slice of items, write its shard, and with a key its record; items that cannot be used are in the result.
+    """Load the items of a slice, write its shard and, with a key, save its result.
 
-    Raises UserError where storage is to blame and not an item: a full disk, a server that does not answer.
+    Raises:
+        UserError: Storage failed, such as a full disk or a server that does not answer.
     """
     result = SliceResult(number)
-    samples = _loaded(source, items, result)
+    samples = load_usable(source, items, result.stats)
     if (first := next(samples, None)) is not None:
         result.shard = write_shard(chain([first], samples), dest, number)
-        # What was missing may be so for this worker alone, and a slice without a shard is soon tried again.
-        if key and not result.missing:
-            resume.record(dest, key, result)
+        # Missing files may be missing on this worker only, and a slice without a shard is quickly converted again.
+        if key and not result.stats.missing:
+            resume.save_result(dest, key, result)
     return result
 
 
@@ -137,60 +130,78 @@ def publish(
     strict: bool = False,
     keys: Sequence[str] = (),
 ) -> Index:
-    """Write the index over the shards of all slices, then remove leftovers: from here on the dataset exists.
+    """Write the index over the shards of all slices, which creates the dataset, and remove leftovers.
 
-    Items that cannot be used are listed in quarantine.json. With `strict`, or when a split loses most of its
-    items, nothing is published, and one DataError lists them. `keys` are those of all slices, where there are records.
+    Unusable items are listed in quarantine.json.
+
+    Args:
+        dest: Path or URI of the dataset.
+        source: The converted source.
+        results: Results of all slices.
+        splits: Splits that were converted; empty for all.
+        strict: Treat any unusable item as an error.
+        keys: Keys of all slices, if their results are saved.
+
+    Raises:
+        DataError: Nothing was published because of unusable items: any if `strict`, else most of a split.
+        UserError: Shards are missing at `dest`.
     """
-    done = sorted(results, key=lambda result: result.number)
-    quarantined = [item for result in done for item in result.quarantined]
-    shards = [result.shard for result in done if result.shard is not None]
-    used: Counter[str] = Counter()
-    for shard in shards:
-        used.update(shard.splits)
-    check_quarantine(source.name, quarantined, used, strict=strict)
+    ordered = sorted(results, key=lambda result: result.number)
+    shards = [result.shard for result in ordered if result.shard is not None]
+    stats = sum((result.stats for result in ordered), DatasetStats())
+    report = validate(source.name, source.depth_teacher, stats, source.notes(splits))
+    check_quarantine(report, strict=strict)
     if not shards:
         raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
     _check_shards(dest, shards)
-    notes = list(dict.fromkeys([*source.notes(splits), *_notes(done)]))
+    notes = _index_notes(report)
     digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
-    if quarantined:
-        write_quarantine(dest, quarantined, digest)
+    if report.unusable:
+        write_quarantine(dest, report.unusable, digest)
     if keys:
-        resume.seal(dest, keys, digest)
+        resume.mark_finished(dest, keys, digest)
     index = write_index(dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
     _clean(dest, index)
     return index
 
 
 @contextmanager
-def begun(
+def open_conversion(
     source: Source,
     dest: str,
     *,
     splits: Sequence[str] = (),
     overwrite: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Conversion]:
-    """A conversion with what an earlier start of the same one has finished; nobody else converts into `dest`.
+    """Lock `dest` and yield its conversion, with the results of an interrupted run of the same conversion.
 
-    Whatever ends the block early, finished slices stay for the next start. `tell` says what is waited for.
-    Raises UserError for a place that must not be touched, and where another conversion is under way.
+    Finished slices are kept if the block fails.
+
+    Args:
+        source: The source to convert.
+        dest: Path or URI of the dataset.
+        splits: Splits to convert; empty for all.
+        overwrite: Replace a dataset at `dest`.
+        log: Receives a message while the lock of a dead process expires.
+
+    Raises:
+        UserError: `dest` contains other files or a dataset, or another process converts into it.
     """
     dest = storage.resolve(dest)
-    check_destination(dest, overwrite=overwrite or resume.is_there(dest))
-    listed = slices(source.items(splits), ROWS_PER_SHARD)
-    with resume.claimed(dest, tell) as lease:
+    check_destination(dest, overwrite=overwrite or resume.is_unfinished(dest))
+    listed = split_into_slices(source.items(splits), ROWS_PER_SHARD)
+    with resume.lock_destination(dest, log) as lock:
         keys = resume.slice_keys(source, listed)
-        parts = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
-        published = _published(dest, resume.sealed(dest, keys))
+        slices = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
+        published = _published_index(dest, resume.finished_digest(dest, keys))
         if published is None:
             check_destination(dest, overwrite=overwrite)
-        work = Conversion(source, dest, tuple(splits), lease, parts, resume.finished(dest, keys), published)
+        results = resume.load_results(dest, keys)
         try:
-            yield work
+            yield Conversion(source, dest, tuple(splits), lock, slices, results, published)
         except BaseException:
-            if not lease.ended:
+            if lock.held:
                 _remove(dest, lambda name: name.startswith(storage.PARTIAL))
             raise
 
@@ -204,89 +215,57 @@ def convert(
     strict: bool = False,
     on_slice: Callable[[SliceResult], None] = lambda result: None,
 ) -> Index:
-    """Convert a whole source in this process; `on_slice` hears of each slice that it converts."""
-    with begun(source, dest, splits=splits, overwrite=overwrite) as work:
-        for part in work.waiting:
-            work.add(result := work.convert(part))
+    """Convert a source in this process; `on_slice` receives the result of each converted slice."""
+    with open_conversion(source, dest, splits=splits, overwrite=overwrite) as conversion:
+        for part in conversion.pending:
+            conversion.add(result := conversion.convert(part))
             on_slice(result)
-        return work.publish(strict=strict)
+        return conversion.publish(strict=strict)
 
 
-def _loaded(source: Source, items: Sequence[Item], result: SliceResult) -> Iterator[Sample]:
-    """Samples of the items that can be used; what is to be told of them and of the others goes into the result."""
-    for item in items:
-        try:
-            sample = source.load(item)
-        except UserError as error:
-            gone = [uri for uri in (item.image, item.annotation) if uri and not storage.exists(uri)]
-            if not gone and not isinstance(error, DataError):
-                raise
-            result.missing += gone
-            file = item.image or item.annotation or ""
-            result.quarantined.append(Quarantined(item.split, item.name, file, str(error)))
-            continue
-        name = f"{sample.split}/{sample.name}"
-        result.hashes.append((sample.sha256, name))
-        result.empty += len(sample.points) == 0
-        if outside := points_outside(sample.points, sample.height, sample.width):
-            result.outside.append((name, outside))
-        yield sample
+def _index_notes(report: ValidationReport) -> list[str]:
+    """Notes for the index, one line each; reasons for unusable items are in the quarantine file."""
+    shared = (problem.splitlines() for problem in shared_problems(report.duplicates))
+    notes = [f"{head} {'; '.join(map(str.strip, lines))}" for head, *lines in shared]
+    if count := len(report.unusable):
+        notes.insert(0, f"{count} item{'s' * (count != 1)} left out as unusable, see {QUARANTINE}")
+    return [*notes, *report.notes]
 
 
-def _published(dest: str, digest: str) -> Index | None:
-    """The index at the destination if it has this digest."""
-    place = storage.join(dest, INDEX)
+def _published_index(dest: str, digest: str) -> Index | None:
+    """The index at `dest` if it has this digest."""
+    uri = storage.join(dest, INDEX)
     with suppress(DataError):  # --overwrite must be able to replace a damaged index
-        if digest and storage.exists(place):
-            index = Index.from_json(storage.read_bytes(place), place)
+        if digest and storage.exists(uri):
+            index = Index.from_json(storage.read_bytes(uri), uri)
             return index if index.digest == digest else None
     return None
 
 
 def _clean(dest: str, index: Index) -> None:
-    """Remove what a published dataset does not need."""
+    """Remove everything that the published dataset does not need."""
     keep = {INDEX, *(shard.path for shard in index.shards)}
     if read_quarantine(dest, index.digest):
         keep.add(QUARANTINE)
-    _remove(dest, lambda name: _ours(name) and name not in keep)
-    resume.forget(dest)
+    _remove(dest, lambda name: _is_dataset_file(name) and name not in keep)
+    resume.clear(dest)
 
 
 def _check_shards(dest: str, shards: Sequence[ShardInfo]) -> None:
-    """Nodes with a disk of their own each would leave shards that only they can see."""
-    there = {file.name: file.size for file in storage.find_files(dest, depth=1)}
-    if lost := [shard.path for shard in shards if there.get(shard.path) != shard.bytes]:
+    """Raise UserError if shards are missing: nodes may have written them to disks of their own."""
+    sizes = {file.name: file.size for file in storage.find_files(dest, depth=1)}
+    if missing := [shard.path for shard in shards if sizes.get(shard.path) != shard.bytes]:
         raise UserError(
-            f"{dest} lacks {len(lost)} shards that workers wrote there, such as {lost[0]}: with several nodes --dest "
-            "must be a place that all of them reach, a shared folder or a URI such as s3://bucket/folder"
+            f"{dest} lacks {len(missing)} shards that workers wrote, such as {missing[0]}: with several nodes --dest "
+            "must be reachable by all of them, as a shared folder or a URI such as s3://bucket/folder"
         )
 
 
-def _ours(name: str) -> bool:
+def _is_dataset_file(name: str) -> bool:
     return name in (INDEX, QUARANTINE) or bool(SHARD_NAME.fullmatch(name)) or name.startswith(storage.PARTIAL)
 
 
-def _remove(dest: str, chosen: Callable[[str], bool]) -> None:
+def _remove(dest: str, matches: Callable[[str], bool]) -> None:
     for uri in storage.list_files(dest) if storage.exists(dest) else []:
-        if chosen(PurePosixPath(uri).name):
+        if matches(PurePosixPath(uri).name):
             storage.remove(uri)
-
-
-def _notes(results: Sequence[SliceResult]) -> list[str]:
-    notes = []
-    if quarantined := sum(len(result.quarantined) for result in results):
-        notes.append(f"{quarantined} items cannot be used and were left out, see {QUARANTINE}")
-    if outside := [pair for result in results for pair in result.outside]:
-        total = sum(count for _, count in outside)
-        listed = ", ".join(f"{name} ({count})" for name, count in outside[:MOST_LISTED])
-        notes.append(f"{total} heads lie outside their image and are kept, in {len(outside)} images: {listed}")
-    if empty := sum(result.empty for result in results):
-        notes.append(f"{empty} images hold no head")
-    names: dict[str, list[str]] = {}
-    for sha256, name in (pair for result in results for pair in result.hashes):
-        names.setdefault(sha256, []).append(name)
-    repeated = [same for same in names.values() if len(same) > 1]
-    if repeated:
-        listed = "; ".join(" = ".join(same) for same in repeated[:MOST_LISTED])
-        notes.append(f"{len(repeated)} images are there more than once: {listed}")
-    return notes

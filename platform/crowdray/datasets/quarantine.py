@@ -1,76 +1,56 @@
-"""Items that cannot be used: listed beside the index, told, and too many of them are an error.
+"""Quarantine: items that cannot be used are left out of the dataset and listed in a file of their own.
 
-A broken photo among a million is no reason to have no dataset, and none to lose it without a word.
+One broken photo among thousands must neither prevent a dataset nor vanish silently; too many of them are an error.
 """
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from crowdray import storage
+from crowdray.datasets.statistics import MAX_LISTED, UnusableItem
+from crowdray.datasets.validation import ValidationReport
 from crowdray.errors import DataError
 
 QUARANTINE = "quarantine.json"
+"""File of unusable items, next to the index."""
 
-MOST_SET_ASIDE = 0.5
-"""Share of a split above which the layout is to blame and not its items: nothing is published."""
-
-MOST_LISTED = 20
-"""How many problems or names a message lists before it only counts."""
+MAX_UNUSABLE = 0.5
+"""Fraction of a split above which the layout is at fault rather than single items: nothing is published."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """An item that was left out, and why."""
-
-    split: str
-    """The part of the dataset it would belong to."""
-    name: str
-    """Its name, unique in the split."""
-    file: str
-    """URI of its image, or of its annotation where that is all there is."""
-    reason: str
-    """What is wrong with it, and the mend."""
-
-    def __str__(self) -> str:
-        return f"{self.split}/{self.name}: {self.reason}"
-
-
-def check_quarantine(
-    source: str, items: Sequence[Quarantined], used: Mapping[str, int], *, strict: bool = False
-) -> None:
-    """A DataError that lists the items together: with `strict` for any, else when a split loses most of its items.
-
-    used: items of each split that can be used.
-    """
-    lost = Counter(item.split for item in items)
-    worst = [split for split, n in lost.items() if n > MOST_SET_ASIDE * (n + used.get(split, 0))]
+def check_quarantine(report: ValidationReport, *, strict: bool = False) -> None:
+    """Raise DataError with all unusable items if they are most of a split, or if `strict` and there are any."""
+    items = report.unusable
+    worst = [
+        f"{stats.unusable} of {stats.unusable + stats.images} in {split}"
+        for split, stats in report.splits.items()
+        if stats.unusable > MAX_UNUSABLE * (stats.unusable + stats.images)
+    ]
     if worst:
-        total = lost[worst[0]] + used.get(worst[0], 0)
-        why = f"of {worst[0]} {lost[worst[0]]} of {total}, so --source is no {source} or is damaged"
+        why = f"{worst[0]}: --source is not {report.source}, or it is damaged"
     elif strict and items:
-        why = "mend them, or set them aside by leaving --strict out"
+        why = "fix them, or leave --strict out to skip them"
     else:
         return
-    more = [f"... and {len(items) - MOST_LISTED} more"] if len(items) > MOST_LISTED else []
-    head = f"{source}: {len(items)} items cannot be used, nothing was published ({why}):"
-    raise DataError("\n  ".join([head, *map(str, items[:MOST_LISTED]), *more]))
+    more = [f"... and {len(items) - MAX_LISTED} more"] if len(items) > MAX_LISTED else []
+    head = f"{report.source}: {len(items)} items cannot be used, nothing was published ({why}):"
+    raise DataError("\n  ".join([head, *map(str, items[:MAX_LISTED]), *more]))
 
 
-def write_quarantine(dest: str, items: Sequence[Quarantined], digest: str) -> None:
-    """Write the list for the dataset with this digest."""
+def write_quarantine(dest: str, items: Sequence[UnusableItem], digest: str) -> None:
+    """Write the unusable items of the dataset with this digest."""
     content = {"digest": digest, "items": [asdict(item) for item in items]}
     storage.write_bytes(storage.join(dest, QUARANTINE), (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_quarantine(dest: str, digest: str) -> list[Quarantined]:
-    """The items that the conversion into the dataset with this digest left out; none when it has no such list."""
-    place = storage.join(dest, QUARANTINE)
-    if (text := storage.read_bytes_or_none(place)) is None:
+def read_quarantine(dest: str, digest: str) -> list[UnusableItem]:
+    """Items left out of the dataset with this digest; empty if the file is missing or of another dataset."""
+    uri = storage.join(dest, QUARANTINE)
+    if (text := storage.read_bytes_or_none(uri)) is None:
         return []
     try:
         content = json.loads(text)
-        return [Quarantined(**item) for item in content["items"] if content["digest"] == digest]
+        return [UnusableItem(**item) for item in content["items"] if content["digest"] == digest]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place} is damaged ({type(error).__name__}: {error}); convert the dataset again") from error
+        raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); convert the dataset again") from error

@@ -1,184 +1,151 @@
-"""What a conversion has finished, kept at its destination until the index is there: the next start goes on from it.
+"""State of an unfinished conversion, kept at its destination until the index exists, so that a restart can resume it.
 
-Below `.conversion/` lie the lease of the one who converts and a record of each finished slice, written after its
-shard. The name of a record holds the digest of all that its slice was made from, so a record of another conversion
-is never taken for one's own.
+    .conversion/writer.*.json     lock of the process that converts
+    .conversion/slice-*.json      result of a finished slice, written after its shard
+    .conversion/index-*.txt       digest of the index, written before it
+
+The name of a result contains a digest of everything that decides it, so the result of another conversion is never used.
 """
 
 import hashlib
-import inspect
 import json
-import os
 import pickle
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
 from crowdray import storage
 from crowdray.data.shards import ShardInfo, shard_from_json
-from crowdray.datasets.quarantine import Quarantined
+from crowdray.datasets.code_digest import code_digest
 from crowdray.datasets.sources import Item, Source
+from crowdray.datasets.statistics import DatasetStats
 from crowdray.errors import UserError
-from crowdray.storage import lease as leases
-from crowdray.storage.lease import Keeper, Lease
+from crowdray.storage.lock import Lock
 
 FOLDER = ".conversion"
-"""Folder of the journal at the destination."""
+"""Folder of the state, below the destination."""
 
-_WRITER = "writer"
-_RECORD = "slice-"
-_SEAL = "index-"
-_LIBRARIES = ("numpy", "pillow", "pyarrow", "scipy", "simplejpeg")
-"""They decide on the bytes of a shard."""
+_LOCK = "writer"
+_RESULT = "slice-"
+_FINISHED = "index-"
 
 
 @dataclass(slots=True)
 class SliceResult:
-    """What became of one slice: a shard and what is to be told of it; small, picklable, and the same as JSON."""
+    """Result of converting one slice; small and picklable, and equal after a round trip through JSON."""
 
     number: int
-    """Position of the slice, and the number of its shard."""
+    """Position of the slice, and number of its shard."""
     shard: ShardInfo | None = None
-    """None when no item can be used: then nothing was written."""
-    quarantined: list[Quarantined] = field(default_factory=list)
-    """The items that cannot be used."""
-    outside: list[tuple[str, int]] = field(default_factory=list)
-    """Images with heads outside their bounds, and how many."""
-    hashes: list[tuple[str, str]] = field(default_factory=list)
-    """Hash and name of each image, to find those that are there twice."""
-    empty: int = 0
-    """Images without a head."""
-    missing: list[str] = field(default_factory=list)
-    """Files that were not there for who converted the slice."""
+    """Its shard; None, and nothing written, if no item can be used."""
+    stats: DatasetStats = field(default_factory=DatasetStats)
+    """Statistics of its items."""
 
     def to_json(self) -> str:
-        """The content of a record."""
-        return json.dumps(asdict(self))
+        """JSON text that from_json reads back."""
+        shard = asdict(self.shard) if self.shard else None
+        return json.dumps({"number": self.number, "shard": shard, "stats": self.stats.as_dict()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """What to_json wrote, equal in every field; a ValueError, KeyError or TypeError for anything else."""
+        """Inverse of to_json; ValueError, KeyError or TypeError for anything else."""
         content = json.loads(text)
-        content["shard"] = content["shard"] and shard_from_json(content["shard"])
-        content["quarantined"] = [Quarantined(**item) for item in content["quarantined"]]
-        for name in ("outside", "hashes"):
-            content[name] = [(first, second) for first, second in content[name]]
-        return cls(**content)
+        shard = content["shard"] and shard_from_json(content["shard"])
+        return cls(content["number"], shard, DatasetStats.from_dict(content["stats"]))
 
 
 @contextmanager
-def claimed(dest: str, tell: Callable[[str], None]) -> Iterator[Lease]:
-    """The right to be the only one who converts into `dest`, which ends within LEASE_S of its holder's death.
+def lock_destination(dest: str, log: Callable[[str], None]) -> Iterator[Lock]:
+    """Hold the lock of a destination; UserError if another running process converts into it.
 
-    A holder who renews the lease lives, and is named by a UserError; one who does not is waited for, which `tell`
-    says.
+    Args:
+        dest: Path or URI of the dataset.
+        log: Receives a message while the lock of a dead process expires.
     """
     folder = storage.join(dest, FOLDER)
-    now = datetime.now(UTC).isoformat(" ", "seconds")
-    owner, seen = f"process {os.getpid()} on {socket.gethostname()} since {now}", None
-    while (lease := _lease(folder, owner, tell)) is None:
-        there = leases.holder(folder, _WRITER)
-        if seen and there and there != seen:
-            raise UserError(f"{there[0]} is converting into {dest}; wait for its end, or choose another --dest")
-        if seen is None and there:
-            tell(f"{there[0]} holds {dest}; it is taken over if it is silent for {leases.LEASE_S:.0f} s")
-        seen = seen or there
-        time.sleep(leases.LEASE_S / leases.RENEWALS / 4)
+    fix = "wait until it finishes, or choose another --dest"
     try:
-        _remove(dest, storage.PARTIAL)  # the dead left them, and nobody else writes there now
-        with Keeper() as keeper:
-            keeper.add(lease)
-            yield lease
+        with Lock(storage.join(folder, _LOCK), dest, fix, log) as lock:
+            _remove(dest, storage.PARTIAL)  # left by dead processes: no other process writes here now
+            yield lock
     finally:
         if storage.is_local(folder):
-            with suppress(OSError):  # it stays while it holds records
+            with suppress(OSError):  # it is not empty while it contains results
                 Path(storage.resolve(folder)).rmdir()
 
 
-def _lease(folder: str, owner: str, tell: Callable[[str], None]) -> Lease | None:
-    try:
-        return leases.take(folder, _WRITER, owner)
-    except storage.ExclusiveCreateUnsupportedError as error:
-        tell(f"{error}. Until then see to it that nobody else converts to the same place")
-        return leases.share(folder, _WRITER, owner)
+def slice_keys(source: Source, slices: Sequence[Sequence[Item]]) -> list[str]:
+    """For each slice, a digest of everything that decides its result.
 
-
-def slice_keys(source: Source, parts: Sequence[Sequence[Item]]) -> list[str]:
-    """For each slice the digest of all that its result depends on.
-
-    That is the code, the source as a worker gets it, the slice's items, and size and time of their files.
+    This is the code, the source as pickled for workers, the slice's items, and the size and time of their files.
     """
-    stamps = _stamps({uri for items in parts for item in items for uri in (item.image, item.annotation) if uri})
-    made_by = [_code(), _module(source), hashlib.sha256(pickle.dumps(source)).hexdigest()]
+    stamps = _stamps({uri for items in slices for item in items for uri in (item.image, item.annotation) if uri})
+    common = [code_digest(source), hashlib.sha256(pickle.dumps(source)).hexdigest()]
 
     def key(number: int, items: Sequence[Item]) -> str:
         listed = [(repr(item), stamps.get(item.image or ""), stamps.get(item.annotation or "")) for item in items]
-        return hashlib.sha256(json.dumps([made_by, number, listed]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([common, number, listed]).encode()).hexdigest()
 
-    return [key(number, items) for number, items in enumerate(parts)]
-
-
-def record(dest: str, key: str, result: SliceResult) -> None:
-    """Keep the result of a slice whose shard is written."""
-    storage.write_bytes(storage.join(dest, _record_name(result.number, key)), result.to_json().encode())
+    return [key(number, items) for number, items in enumerate(slices)]
 
 
-def finished(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
-    """Results of the slices that have a record under their key, and their whole shard at `dest`."""
+def save_result(dest: str, key: str, result: SliceResult) -> None:
+    """Save the result of a slice whose shard is written."""
+    storage.write_bytes(storage.join(dest, _result_path(result.number, key)), result.to_json().encode())
+
+
+def load_results(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
+    """Results by slice number, of the slices with a saved result under their key and a complete shard at `dest`."""
     sizes = {file.name: file.size for file in storage.find_files(dest, depth=2)}
-    found = {}
+    results = {}
     for number, key in enumerate(keys):
-        if (name := _record_name(number, key)) in sizes:
-            with suppress(ValueError, KeyError, TypeError):  # a damaged record is none
-                result = SliceResult.from_json(storage.read_bytes(storage.join(dest, name)))
+        if (path := _result_path(number, key)) in sizes:
+            with suppress(ValueError, KeyError, TypeError):  # a damaged result is converted again
+                result = SliceResult.from_json(storage.read_bytes(storage.join(dest, path)))
                 if result.shard and sizes.get(result.shard.path) == result.shard.bytes:
-                    found[number] = result
-    return found
+                    results[number] = result
+    return results
 
 
-def seal(dest: str, keys: Sequence[str], digest: str) -> None:
-    """Say, before the index is written, that the one with this digest ends the conversion of these slices."""
-    storage.write_bytes(storage.join(dest, FOLDER, _seal_name(keys)), digest.encode())
+def mark_finished(dest: str, keys: Sequence[str], digest: str) -> None:
+    """Record, before the index is written, that the index with this digest completes the conversion of these slices."""
+    storage.write_bytes(storage.join(dest, FOLDER, _finished_name(keys)), digest.encode())
 
 
-def sealed(dest: str, keys: Sequence[str]) -> str:
-    """Digest of the index that ended, or was about to end, the conversion of these slices; "" when there is none."""
-    return (storage.read_bytes_or_none(storage.join(dest, FOLDER, _seal_name(keys))) or b"").decode()
+def finished_digest(dest: str, keys: Sequence[str]) -> str:
+    """Digest given to mark_finished for the conversion of these slices; "" if there is none."""
+    return (storage.read_bytes_or_none(storage.join(dest, FOLDER, _finished_name(keys))) or b"").decode()
 
 
-def is_there(dest: str) -> bool:
-    """Whether a conversion into `dest` is under way or was cut off."""
+def is_unfinished(dest: str) -> bool:
+    """Whether a conversion into `dest` is running or was interrupted."""
     return storage.exists(storage.join(dest, FOLDER))
 
 
-def forget(dest: str) -> None:
-    """Remove all records, of other conversions too, and what is half-written of them; the seal last."""
-    _remove(dest, _RECORD)
-    _remove(dest, _SEAL)
+def clear(dest: str) -> None:
+    """Remove the results of all conversions and, last, the marks of finished ones."""
+    _remove(dest, _RESULT)
+    _remove(dest, _FINISHED)
 
 
-def _remove(dest: str, part: str) -> None:
+def _remove(dest: str, pattern: str) -> None:
     for file in storage.find_files(storage.join(dest, FOLDER)):
-        if part in file.name:
+        if pattern in file.name:
             storage.remove(storage.join(dest, FOLDER, file.name))
 
 
-def _record_name(number: int, key: str) -> str:
-    return f"{FOLDER}/{_RECORD}{number:05d}-{key[:32]}.json"
+def _result_path(number: int, key: str) -> str:
+    return f"{FOLDER}/{_RESULT}{number:05d}-{key[:32]}.json"
 
 
-def _seal_name(keys: Sequence[str]) -> str:
-    return f"{_SEAL}{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]}.txt"
+def _finished_name(keys: Sequence[str]) -> str:
+    return f"{_FINISHED}{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]}.txt"
 
 
 def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:
-    """Size and time of files, from one listing of each of their folders; nothing of folders that cannot be listed."""
+    """Size and modification time of files, by one listing per folder; folders that cannot be listed are left out."""
     stamps = {}
     for folder in sorted({uri.rpartition("/")[0] for uri in uris}):
         with suppress(UserError):
@@ -186,16 +153,3 @@ def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:
                 if (uri := storage.join(folder, file.name)) in uris:
                     stamps[uri] = (file.size, file.modified)
     return stamps
-
-
-def _code() -> list[str]:
-    """What turns items into bytes: the modules of this floor, and libraries."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return [*map(storage.hash_file, files), *(f"{name} {version(name)}" for name in _LIBRARIES)]
-
-
-def _module(source: Source) -> str:
-    """The code of a source that does not come from this floor."""
-    with suppress(OSError, TypeError):  # written in a console
-        return inspect.getsource(inspect.getmodule(type(source)) or type(source))
-    return ""

@@ -1,12 +1,12 @@
-"""A look at every image of a source: what cannot be used, what is there twice, and how its heads are spread.
+"""Statistics of a source's images: sizes, head counts, spacing, duplicates, and the items that cannot be used.
 
-Images pass one at a time; what stays of each is a line of numbers, its name and its hash. Findings of slices add up to
-those of the whole, whoever made them.
+Conversion and `--check` load items through the same function here. One image is in memory at a time; what stays of each
+is a row of numbers, its name and its hash. Statistics of slices add up to those of the whole.
 """
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Self
 
@@ -16,114 +16,160 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from crowdray import storage
 from crowdray.data.orientation import exif_orientation
 from crowdray.data.sample import Encoded, Sample, decode_depth, decode_roi, points_outside
 from crowdray.datasets.sources import Item, Source
-from crowdray.errors import UserError
+from crowdray.errors import DataError, UserError
 
 SPACING_EDGES: NDArray[np.float64] = 2.0 ** (np.arange(-8, 105) / 8)
-"""(113,) edges in pixels of the histogram of spacings: eight bins to the octave, from half a pixel to 8192."""
+"""(113,) bin edges, in pixels, of the spacing histogram: eight bins per octave, from half a pixel to 8192."""
+
+MAX_LISTED = 20
+"""Number of problems or names that a message lists before it only counts the rest."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What stays of one image that can be used."""
+class ImageStats:
+    """Statistics of one usable image."""
 
     split: str
-    """The part of the dataset it belongs to."""
+    """Split of the dataset."""
     name: str
-    """Its name there."""
+    """Name, unique in the split."""
     sha256: str
-    """Hash of its bytes."""
+    """Hash of the encoded image."""
     height: int
     """Height in pixels."""
     width: int
     """Width in pixels."""
     colours: str
-    """How its file holds colour: colour, grey or CMYK."""
-    turned: bool
-    """Whether its EXIF tag asks a viewer to turn it, which training does not."""
+    """Colour model of the file: colour, grey or CMYK."""
+    exif_rotated: bool
+    """Whether its EXIF tag asks viewers to turn it, which training ignores."""
     heads: int
-    """Annotated heads."""
+    """Number of annotated heads."""
     outside: int
-    """Heads outside the image."""
-    crowded: int
-    """Heads on a pixel that another head has already."""
+    """Number of heads outside the image."""
+    overlapping: int
+    """Number of heads on a pixel that already has one."""
     roi: float | None
-    """Share of its pixels in the region of interest; None without one."""
+    """Fraction of pixels inside the region of interest; None without one."""
     outside_roi: int
-    """Heads outside the region of interest."""
+    """Number of heads outside the region of interest."""
     depth: tuple[float, float] | None
-    """Least and greatest depth, in [0, 1]; None without depth."""
+    """Minimum and maximum depth, in [0, 1]; None without depth."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unusable:
-    """An image that cannot be used."""
+class UnusableItem:
+    """An item that cannot be used, and the reason."""
 
     split: str
-    """The part of the dataset it belongs to."""
+    """Split of the dataset."""
     name: str
-    """Its name there."""
+    """Name, unique in the split."""
+    file: str
+    """URI of its image, or of its annotation if the image is missing."""
     reason: str
-    """What is wrong with it, with the mend."""
+    """What is wrong with it, and how to fix it."""
+
+    def __str__(self) -> str:
+        return f"{self.split}/{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetStats:
-    """What was found in some items of a source, in their order."""
+    """Statistics of some items of a source, in their order."""
 
-    images: list[ImageFacts] = field(default_factory=list)
-    """Those that can be used."""
-    unusable: list[Unusable] = field(default_factory=list)
-    """Those that cannot."""
+    images: list[ImageStats] = field(default_factory=list)
+    """Usable images."""
+    unusable: list[UnusableItem] = field(default_factory=list)
+    """Items that cannot be used."""
     spacing: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """Per split in order of appearance: (112,) heads by the pixels to their nearest neighbour, see SPACING_EDGES."""
+    """Per split: (112,) number of heads by distance to their nearest neighbour, see SPACING_EDGES."""
+    missing: list[str] = field(default_factory=list)
+    """Files that do not exist for the process that loaded the items."""
 
-    def __add__(self, following: Self) -> "DatasetStats":
-        """Findings in these items and in those that follow them; associative, with Findings() as its zero."""
+    def __add__(self, other: Self) -> "DatasetStats":
+        """Concatenate the statistics of successive items; associative, with DatasetStats() as zero."""
         spacing = dict(self.spacing)
-        for split, histogram in following.spacing.items():
+        for split, histogram in other.spacing.items():
             spacing[split] = spacing.get(split, 0) + histogram
-        return DatasetStats(self.images + following.images, self.unusable + following.unusable, spacing)
+        unusable, missing = self.unusable + other.unusable, self.missing + other.missing
+        return DatasetStats(self.images + other.images, unusable, spacing, missing)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON content that from_dict reads back."""
+        return {
+            "images": [asdict(image) for image in self.images],
+            "unusable": [asdict(item) for item in self.unusable],
+            "spacing": {split: histogram.tolist() for split, histogram in self.spacing.items()},
+            "missing": self.missing,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Inverse of as_dict; KeyError, TypeError or ValueError for anything else."""
+        images = [
+            ImageStats(**image | {"depth": image["depth"] and tuple(image["depth"])}) for image in content["images"]
+        ]
+        unusable = [UnusableItem(**item) for item in content["unusable"]]
+        spacing = {split: np.array(histogram, dtype=np.int64) for split, histogram in content["spacing"].items()}
+        return cls(images, unusable, spacing, list(content["missing"]))
 
 
-def inspect_items(source: Source, items: Sequence[Item]) -> DatasetStats:
-    """Load each item and look at it; one that cannot be used is noted with its reason, and the rest goes on."""
-    found = DatasetStats()
+def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> Iterator[Sample]:
+    """Load items and yield the samples that can be used; `stats` collects the statistics of all items.
+
+    Raises:
+        UserError: Storage failed, such as a server that does not answer; that is not a fault of the item.
+    """
     for item in items:
-        histogram = found.spacing.setdefault(item.split, np.zeros(len(SPACING_EDGES) - 1, dtype=np.int64))
+        histogram = stats.spacing.setdefault(item.split, np.zeros(len(SPACING_EDGES) - 1, dtype=np.int64))
         try:
             sample = source.load(item)
         except UserError as error:
-            found.unusable.append(Unusable(item.split, item.name, str(error)))
+            missing = [uri for uri in (item.image, item.annotation) if uri and not storage.exists(uri)]
+            if not missing and not isinstance(error, DataError):
+                raise
+            stats.missing.extend(missing)
+            stats.unusable.append(UnusableItem(item.split, item.name, item.image or item.annotation or "", str(error)))
             continue
-        found.images.append(image_facts(sample))
+        stats.images.append(image_stats(sample))
         histogram += spacing_histogram(sample.points)
-    return found
+        yield sample
 
 
-def image_facts(sample: Sample) -> ImageFacts:
-    """What stays of a sample; its image is not decoded again."""
-    colours, turned = _said_by_its_head(sample.image)
+def compute_stats(source: Source, items: Sequence[Item]) -> DatasetStats:
+    """Load each item and return the statistics of all."""
+    stats = DatasetStats()
+    for _ in load_usable(source, items, stats):
+        pass
+    return stats
+
+
+def image_stats(sample: Sample) -> ImageStats:
+    """Statistics of one sample, without decoding its image again."""
+    colours, exif_rotated = _header_facts(sample.image)
     pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
     roi, outside_roi = None, 0
     if sample.roi is not None:
-        roi = _roi_share(bytes(sample.roi))
+        roi = _roi_fraction(bytes(sample.roi))
         outside_roi = int((~in_roi(sample.points, decode_roi(sample.roi), sample.height, sample.width)).sum())
-    return ImageFacts(
+    return ImageStats(
         split=sample.split,
         name=sample.name,
         sha256=sample.sha256,
         height=sample.height,
         width=sample.width,
         colours=colours,
-        turned=turned,
+        exif_rotated=exif_rotated,
         heads=len(sample.points),
         outside=points_outside(sample.points, sample.height, sample.width),
-        crowded=len(sample.points) - len(pixels),
+        overlapping=len(sample.points) - len(pixels),
         roi=roi,
         outside_roi=outside_roi,
         depth=None if sample.depth is None else _depth_range(bytes(sample.depth)),
@@ -131,7 +177,7 @@ def image_facts(sample: Sample) -> ImageFacts:
 
 
 def in_roi(points: NDArray[np.float32], mask: NDArray[np.bool_], height: int, width: int) -> NDArray[np.bool_]:
-    """(N,) whether the pixel of each of (N, 2) points, the nearest one for those outside the image, is in a mask."""
+    """(N,) whether the pixel of each of (N, 2) points is in a mask; points outside the image use the nearest pixel."""
     rows, columns = mask.shape
     column = np.clip(points[:, 0] * (columns / width), 0, columns - 1).astype(np.int64)
     row = np.clip(points[:, 1] * (rows / height), 0, rows - 1).astype(np.int64)
@@ -140,7 +186,7 @@ def in_roi(points: NDArray[np.float32], mask: NDArray[np.bool_], height: int, wi
 
 
 def nearest_neighbours(points: NDArray[Any]) -> NDArray[np.float64]:
-    """(N,) pixels from each of (N, 2) points to its nearest other one; (0,) where there is no other."""
+    """(N,) distance in pixels from each of (N, 2) points to its nearest neighbour; (0,) for fewer than two points."""
     if len(points) < 2:
         return np.zeros(0)
     distances: NDArray[np.float64] = cKDTree(points).query(points, k=2)[0][:, 1]
@@ -148,34 +194,39 @@ def nearest_neighbours(points: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def spacing_histogram(points: NDArray[Any]) -> NDArray[np.int64]:
-    """(112,) heads by the distance to their nearest neighbour; what is beyond the edges is in the last bin there."""
+    """(112,) number of heads by distance to their nearest neighbour; the outer bins include what lies beyond."""
     distances = nearest_neighbours(points).clip(SPACING_EDGES[0], SPACING_EDGES[-1])
     return np.histogram(distances, SPACING_EDGES)[0].astype(np.int64)
 
 
-def evenly_by_count(images: Sequence[ImageFacts], number: int) -> list[ImageFacts]:
-    """At most `number` images at evenly spaced quantiles of their counts, from the sparsest to the densest."""
+def count_quantiles(images: Sequence[ImageStats], number: int) -> list[ImageStats]:
+    """At most `number` images at evenly spaced quantiles of their head counts, sparsest first."""
     ranked = sorted(images, key=lambda image: image.heads)
-    places = np.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().astype(int)
-    return [ranked[place] for place in places]
+    ranks = np.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().astype(int)
+    return [ranked[rank] for rank in ranks]
 
 
-def _said_by_its_head(image: Encoded) -> tuple[str, bool]:
-    """How an image file holds colour, and whether it asks to be turned, without decoding it."""
+def _header_facts(image: Encoded) -> tuple[str, bool]:
+    """Colour model of an image file and whether its EXIF tag turns it, without decoding pixels."""
     try:
         with Image.open(io.BytesIO(image)) as opened:
             mode = opened.mode
-            # Of a PNG all pixels would be decoded for it.
-            turned = opened.format in ("JPEG", "MPO") and exif_orientation(opened) != 1
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # no head for Pillow, though pixels were
+            # Reading the tag of a PNG would decode all its pixels.
+            rotated = opened.format in ("JPEG", "MPO") and exif_orientation(opened) != 1
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ):  # simplejpeg reads some that Pillow refuses
         mode = simplejpeg.decode_jpeg_header(image)[2] if simplejpeg.is_jpeg(image) else ""
-        mode, turned = {"Gray": "L", "YCCK": "CMYK"}.get(mode, mode), False
-    return "grey" if mode in _GREY_MODES else "CMYK" if mode == "CMYK" else "colour", turned
+        mode, rotated = {"Gray": "L", "YCCK": "CMYK"}.get(mode, mode), False
+    return "grey" if mode in _GREY_MODES else "CMYK" if mode == "CMYK" else "colour", rotated
 
 
-# Images of one scene often have one mask and one depth.
+# Images of one scene often share one mask and one depth map.
 @lru_cache(maxsize=8)
-def _roi_share(content: bytes) -> float:
+def _roi_fraction(content: bytes) -> float:
     return float(decode_roi(content).mean())
 
 

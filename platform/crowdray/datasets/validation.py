@@ -1,4 +1,4 @@
-"""What the findings in a source amount to: figures of each split, images that are there twice, problems and notes."""
+"""Validation of a source from its statistics: figures per split, duplicate images, problems and notes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,241 +8,239 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdray.datasets.statistics import SPACING_EDGES, DatasetStats, ImageFacts, Unusable
+from crowdray.datasets.statistics import MAX_LISTED, SPACING_EDGES, DatasetStats, ImageStats, UnusableItem
 from crowdray.errors import JobFailed
 
-MOST_LISTED = 20
-"""How many images a message lists before it only counts; Soundness.content lists all."""
-
+REPORT = "check.json"
+"""File of the full report, in the report folder of `--check`."""
 
 _LINE = "\n  "
 
 
 class InvalidDatasetError(JobFailed):
-    """A source has problems, and was to have none."""
+    """A source has problems although `--strict` was given."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """How a number spreads over images."""
+class Distribution:
+    """Summary of one number over images."""
 
-    least: float
-    """The smallest."""
+    min: float
+    """Minimum."""
     median: float
-    """The middle one, or the mean of the middle two."""
+    """Median."""
     mean: float
-    """The mean."""
-    most: float
-    """The largest."""
+    """Mean."""
+    max: float
+    """Maximum."""
 
 
 @dataclass(frozen=True, eq=False)
-class SplitFacts:
-    """One split of a source."""
+class SplitStats:
+    """Statistics of one split."""
 
     images: int
-    """Images that can be used."""
+    """Usable images."""
     unusable: int
-    """Images that cannot."""
+    """Items that cannot be used."""
     heads: int
     """Annotated heads."""
-    counts: Spread | None
-    """Heads of an image; None, as all that follows, where no image can be used."""
-    heights: Spread | None
+    counts: Distribution | None
+    """Heads per image; None, like all that follow, if the split has no usable image."""
+    heights: Distribution | None
     """Heights in pixels."""
-    widths: Spread | None
+    widths: Distribution | None
     """Widths in pixels."""
     colours: dict[str, int]
-    """Images by how their files hold colour."""
-    turned: int
-    """Images whose EXIF tag asks a viewer to turn them."""
+    """Number of images per colour model of their files."""
+    exif_rotated: int
+    """Images whose EXIF tag asks viewers to turn them."""
     empty: int
-    """Images without a head."""
+    """Images without heads."""
     outside: int
     """Heads outside their image."""
-    crowded: int
-    """Heads on a pixel that another head has already."""
+    overlapping: int
+    """Heads on a pixel that already has one."""
     with_roi: int
     """Images with a region of interest."""
     roi: float | None
-    """Share of these images' pixels that is in it."""
+    """Fraction of these images' pixels inside it."""
     outside_roi: int
     """Heads outside it."""
     with_depth: int
     """Images with depth."""
     depth: tuple[float, float] | None
-    """Least and greatest depth of them all."""
+    """Minimum and maximum depth over all of them."""
     spacing: float | None
-    """Median of the pixels to the nearest other head, to a tenth of it; None where no image has two heads."""
+    """Median distance in pixels to the nearest other head, to about 10%; None if no image has two heads."""
     spacing_histogram: NDArray[np.int64]
-    """(112,) heads by that distance, see SPACING_EDGES."""
+    """(112,) number of heads by that distance, see SPACING_EDGES."""
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What a source is like."""
+    """Statistics of a source, and what is wrong with it."""
 
     source: str
-    """Its name."""
+    """Name of the source."""
     depth_teacher: str
-    """Where its depth comes from."""
-    splits: dict[str, SplitFacts]
-    """Figures of each split, in the source's order."""
-    images: list[ImageFacts]
-    """Every image that can be used, in the source's order."""
-    unusable: list[Unusable]
-    """Every image that cannot."""
-    repeated: list[list[ImageFacts]]
-    """Images of the same bytes, in groups."""
+    """Name and version of its depth teacher."""
+    splits: dict[str, SplitStats]
+    """Statistics of each split, in the source's order."""
+    images: list[ImageStats]
+    """Every usable image, in the source's order."""
+    unusable: list[UnusableItem]
+    """Every item that cannot be used."""
+    duplicates: list[list[ImageStats]]
+    """Groups of images with the same bytes."""
     problems: list[str]
-    """What must be mended before a figure can be trusted."""
+    """What must be fixed before results can be trusted."""
     notes: list[str]
     """What is worth knowing."""
 
-    def require(self) -> None:
-        """Raise UnsoundError, which says in a line what kinds of problems there are."""
+    def raise_for_problems(self) -> None:
+        """Raise InvalidDatasetError with one line that names each kind of problem, if there is any."""
         if self.problems:
             kinds = [problem.partition(_LINE)[0].rstrip(":") for problem in self.problems]
-            raise InvalidDatasetError(f"{self.source} is not sound: {'; '.join(kinds)}")
+            raise InvalidDatasetError(f"{self.source} is not valid: {'; '.join(kinds)}")
 
-    def content(self, **about: Any) -> dict[str, Any]:
-        """All of it as JSON content, what is said `about` it first."""
+    def as_dict(self) -> dict[str, Any]:
+        """The full report as JSON content."""
         splits = {
-            name: asdict(facts) | {"spacing_histogram": facts.spacing_histogram.tolist()}
-            for name, facts in self.splits.items()
+            name: asdict(stats) | {"spacing_histogram": stats.spacing_histogram.tolist()}
+            for name, stats in self.splits.items()
         }
         return {
-            **about,
             "source": self.source,
             "depth_teacher": self.depth_teacher,
-            "sound": not self.problems,
+            "valid": not self.problems,
             "problems": self.problems,
             "notes": self.notes,
             "splits": splits,
             "spacing_edges": SPACING_EDGES.tolist(),
-            "repeated": [[{"split": i.split, "name": i.name, "heads": i.heads} for i in g] for g in self.repeated],
-            "unusable": [asdict(one) for one in self.unusable],
+            "duplicates": [[{"split": i.split, "name": i.name, "heads": i.heads} for i in g] for g in self.duplicates],
+            "unusable": [asdict(item) for item in self.unusable],
             "images": [asdict(image) for image in self.images],
         }
 
 
-def validate(source: str, depth_teacher: str, found: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:
-    """What the findings in all items of a source amount to; `notes` are what the source says of itself."""
-    repeated = _repeated(found.images)
+def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:
+    """Validate a source by the statistics of all its items; `notes` are the source's own."""
+    duplicates = _duplicates(stats.images)
     return ValidationReport(
         source=source,
         depth_teacher=depth_teacher,
-        splits={split: _split_facts(split, found) for split in found.spacing},
-        images=found.images,
-        unusable=found.unusable,
-        repeated=repeated,
-        problems=[*_unusable_problem(found.unusable), *_shared_problems(repeated)],
-        notes=[*notes, *_notes(found.images, repeated)],
+        splits={split: _split_stats(split, stats) for split in stats.spacing},
+        images=stats.images,
+        unusable=stats.unusable,
+        duplicates=duplicates,
+        problems=[*_unusable_problem(stats.unusable), *shared_problems(duplicates)],
+        notes=list(dict.fromkeys([*notes, *_notes(stats.images, duplicates)])),
     )
 
 
-def _split_facts(split: str, found: DatasetStats) -> SplitFacts:
-    images = [image for image in found.images if image.split == split]
-    areas = [(image.roi, image.height * image.width) for image in images if image.roi is not None]
+def shared_problems(duplicates: Sequence[Sequence[ImageStats]]) -> Iterator[str]:
+    """One message for each set of splits that share images."""
+    shared: dict[tuple[str, ...], list[str]] = {}
+    for group in duplicates:
+        if len(splits := tuple(dict.fromkeys(image.split for image in group))) > 1:
+            shared.setdefault(splits, []).append(_equation(group))
+    for splits, equations in shared.items():
+        what = f"{' and '.join(splits)} share {_number(len(equations), 'image')}"
+        fix = "keep each image in one split, since a model is scored on images that it was trained on"
+        yield f"{what}, {fix}:\n  {_listed(equations, _LINE)}"
+
+
+def _split_stats(split: str, stats: DatasetStats) -> SplitStats:
+    images = [image for image in stats.images if image.split == split]
+    rois = [(image.roi, image.height * image.width) for image in images if image.roi is not None]
     depths = [image.depth for image in images if image.depth is not None]
-    return SplitFacts(
+    return SplitStats(
         images=len(images),
-        unusable=sum(one.split == split for one in found.unusable),
+        unusable=sum(item.split == split for item in stats.unusable),
         heads=sum(image.heads for image in images),
-        counts=_spread([image.heads for image in images]),
-        heights=_spread([image.height for image in images]),
-        widths=_spread([image.width for image in images]),
+        counts=_distribution([image.heads for image in images]),
+        heights=_distribution([image.height for image in images]),
+        widths=_distribution([image.width for image in images]),
         colours=dict(Counter(image.colours for image in images)),
-        turned=sum(image.turned for image in images),
+        exif_rotated=sum(image.exif_rotated for image in images),
         empty=sum(image.heads == 0 for image in images),
         outside=sum(image.outside for image in images),
-        crowded=sum(image.crowded for image in images),
-        with_roi=len(areas),
-        roi=sum(share * area for share, area in areas) / sum(area for _, area in areas) if areas else None,
+        overlapping=sum(image.overlapping for image in images),
+        with_roi=len(rois),
+        roi=sum(fraction * area for fraction, area in rois) / sum(area for _, area in rois) if rois else None,
         outside_roi=sum(image.outside_roi for image in images),
         with_depth=len(depths),
-        depth=(min(near for near, _ in depths), max(far for _, far in depths)) if depths else None,
-        spacing=_median(found.spacing[split]),
-        spacing_histogram=found.spacing[split],
+        depth=(min(nearest for nearest, _ in depths), max(farthest for _, farthest in depths)) if depths else None,
+        spacing=_median(stats.spacing[split]),
+        spacing_histogram=stats.spacing[split],
     )
 
 
-def _spread(values: Sequence[int]) -> Spread | None:
+def _distribution(values: Sequence[int]) -> Distribution | None:
     if not values:
         return None
-    return Spread(min(values), float(np.median(values)), sum(values) / len(values), max(values))
+    return Distribution(min(values), float(np.median(values)), sum(values) / len(values), max(values))
 
 
 def _median(histogram: NDArray[np.int64]) -> float | None:
-    """The distance in the middle of a histogram of spacings, its bins taken to be filled evenly in their logarithm."""
+    """Median of a spacing histogram, interpolated in its bin on a logarithmic scale."""
     total = int(histogram.sum())
     if total == 0:
         return None
-    reached = np.concatenate([[0], histogram.cumsum()]) / total
-    place = int(np.searchsorted(reached, 0.5)) - 1
-    share = (0.5 - reached[place]) / (reached[place + 1] - reached[place])
-    return float(SPACING_EDGES[place] * (SPACING_EDGES[place + 1] / SPACING_EDGES[place]) ** share)
+    cumulative = np.concatenate([[0], histogram.cumsum()]) / total
+    bin_ = int(np.searchsorted(cumulative, 0.5)) - 1
+    fraction = (0.5 - cumulative[bin_]) / (cumulative[bin_ + 1] - cumulative[bin_])
+    return float(SPACING_EDGES[bin_] * (SPACING_EDGES[bin_ + 1] / SPACING_EDGES[bin_]) ** fraction)
 
 
-def _repeated(images: Sequence[ImageFacts]) -> list[list[ImageFacts]]:
-    groups: dict[str, list[ImageFacts]] = {}
+def _duplicates(images: Sequence[ImageStats]) -> list[list[ImageStats]]:
+    groups: dict[str, list[ImageStats]] = {}
     for image in images:
         groups.setdefault(image.sha256, []).append(image)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _unusable_problem(unusable: Sequence[Unusable]) -> Iterator[str]:
+def _unusable_problem(unusable: Sequence[UnusableItem]) -> Iterator[str]:
     if unusable:
-        reasons = [f"{one.split}/{one.name}: {one.reason}" for one in unusable]
+        reasons = [str(item) for item in unusable]
         yield f"{_number(len(unusable), 'image')} cannot be used:\n  {_listed(reasons, _LINE)}"
 
 
-def _shared_problems(repeated: Sequence[Sequence[ImageFacts]]) -> Iterator[str]:
-    """One message for each set of splits that have images in common."""
-    shared: dict[tuple[str, ...], list[str]] = {}
-    for group in repeated:
-        if len(splits := tuple(dict.fromkeys(image.split for image in group))) > 1:
-            shared.setdefault(splits, []).append(_equation(group))
-    for splits, equations in shared.items():
-        what = f"{' and '.join(splits)} share {_number(len(equations), 'image')}"
-        mend = "keep each in one of them, or a score tells what training remembers"
-        yield f"{what}, {mend}:\n  {_listed(equations, _LINE)}"
-
-
-def _notes(images: Sequence[ImageFacts], repeated: Sequence[Sequence[ImageFacts]]) -> Iterator[str]:
-    within = [_equation(group) for group in repeated if len({image.split for image in group}) == 1]
+def _notes(images: Sequence[ImageStats], duplicates: Sequence[Sequence[ImageStats]]) -> Iterator[str]:
+    within = [_equation(group) for group in duplicates if len({image.split for image in group}) == 1]
     if within:
         yield f"{_number(len(within), 'image')} repeated within a split: {_listed(within, '; ')}"
-    heads: dict[str, Callable[[ImageFacts], int]] = {
+    heads: dict[str, Callable[[ImageStats], int]] = {
         "outside the image": lambda image: image.outside,
-        "on a pixel that another head has already": lambda image: image.crowded,
+        "on a pixel that already has one": lambda image: image.overlapping,
         "outside the region of interest": lambda image: image.outside_roi,
     }
     for where, number in heads.items():
-        if some := [(f"{image.split}/{image.name}", number(image)) for image in images if number(image)]:
-            total, listed = sum(count for _, count in some), _listed([f"{name} ({count})" for name, count in some])
-            yield f"{_number(total, 'head')} {where}, in {_number(len(some), 'image')}: {listed}"
-    kinds: dict[str, Callable[[ImageFacts], bool]] = {
-        "without a head": lambda image: image.heads == 0,
+        if counts := [(f"{image.split}/{image.name}", number(image)) for image in images if number(image)]:
+            total, listed = sum(count for _, count in counts), _listed([f"{name} ({count})" for name, count in counts])
+            yield f"{_number(total, 'head')} {where}, in {_number(len(counts), 'image')}: {listed}"
+    kinds: dict[str, Callable[[ImageStats], bool]] = {
+        "without heads": lambda image: image.heads == 0,
         "stored in grey, read as RGB": lambda image: image.colours == "grey",
         "stored in CMYK, read as RGB": lambda image: image.colours == "CMYK",
-        "with an EXIF turn, which training does not follow": lambda image: image.turned,
+        "with an EXIF rotation, which training ignores": lambda image: image.exif_rotated,
     }
     for what, holds in kinds.items():
         if names := [f"{image.split}/{image.name}" for image in images if holds(image)]:
             yield f"{_number(len(names), 'image')} {what}: {_listed(names)}"
 
 
-def _equation(group: Sequence[ImageFacts]) -> str:
-    """train/a = test/b, with the counts where the annotations differ in them."""
+def _equation(group: Sequence[ImageStats]) -> str:
+    """`train/a = test/b`, with head counts where they differ."""
     differ = len({image.heads for image in group}) > 1
     return " = ".join(f"{i.split}/{i.name}" + (f" ({_number(i.heads, 'head')})" if differ else "") for i in group)
 
 
-def _listed(names: Sequence[str], between: str = ", ") -> str:
-    more = [f"and {len(names) - MOST_LISTED:,} more"] if len(names) > MOST_LISTED else []
-    return between.join([*names[:MOST_LISTED], *more])
+def _listed(names: Sequence[str], separator: str = ", ") -> str:
+    more = [f"and {len(names) - MAX_LISTED:,} more"] if len(names) > MAX_LISTED else []
+    return separator.join([*names[:MAX_LISTED], *more])
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

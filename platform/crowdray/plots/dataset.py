@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from crowdray.datasets.statistics import SPACING_EDGES
-from crowdray.datasets.validation import SplitFacts, ValidationReport
+from crowdray.datasets.validation import SplitStats, ValidationReport
 from crowdray.plots import style
 
 _COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.SKY, style.VERMILION)
@@ -29,7 +29,7 @@ def draw_histograms(report: ValidationReport, path: str | os.PathLike[str]) -> N
     Bars are percentages of a split, dashed lines are medians. If counts span orders of magnitude, their axis is
     logarithmic and the legend states the number of empty images.
     """
-    splits = [split for split, facts in report.splits.items() if facts.images]
+    splits = [split for split, stats in report.splits.items() if stats.images]
     if not splits:
         return style.text_figure(report.source, "no usable image", path)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04)
@@ -39,7 +39,7 @@ def draw_histograms(report: ValidationReport, path: str | os.PathLike[str]) -> N
     _draw_spacing(spacing, {split: report.splits[split] for split in splits})
     for axes in (counts, spacing):
         style.style_axes(axes)
-    images, heads = len(report.images), sum(facts.heads for facts in report.splits.values())
+    images, heads = len(report.images), sum(stats.heads for stats in report.splits.values())
     figure.suptitle(f"{report.source}: {images:,} images, {heads:,} heads", size=10, color=style.INK)
     style.save_figure(figure, path)
 
@@ -71,7 +71,7 @@ def _count_edges(counts: NDArray[np.int64], logarithmic: bool) -> NDArray[np.flo
     return np.arange(low, high + step, step, dtype=np.float64) - 0.5
 
 
-def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
+def _draw_spacing(axes: Axes, splits: dict[str, SplitStats]) -> None:
     recorded = {s: f.spacing_histogram.reshape(-1, _MERGED).sum(axis=1) for s, f in splits.items() if f.spacing}
     axes.set(xlabel="pixels to the nearest other head", ylabel="heads of the split, %")
     if not recorded:
@@ -81,10 +81,10 @@ def _draw_spacing(axes: Axes, splits: dict[str, SplitFacts]) -> None:
     filled = np.flatnonzero(sum(recorded.values()))
     first, last = int(filled[0]), int(filled[-1]) + 1
     edges = SPACING_EDGES[::_MERGED][first : last + 1]
-    for (split, facts), colour in zip(splits.items(), _cycle(splits), strict=False):
-        if facts.spacing:
+    for (split, stats), colour in zip(splits.items(), _cycle(splits), strict=False):
+        if stats.spacing:
             fractions = recorded[split][first:last] / recorded[split].sum()
-            _draw_bars(axes, fractions, edges, colour, facts.spacing, f"{split}: median {facts.spacing:.1f} pixels")
+            _draw_bars(axes, fractions, edges, colour, stats.spacing, f"{split}: median {stats.spacing:.1f} pixels")
     _use_log_scale(axes)
     axes.set_xlim(edges[0], edges[-1])
     _legend(axes)

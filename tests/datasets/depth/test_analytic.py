@@ -1,4 +1,4 @@
-"""Depth teachers: known perspectives are found again, and a bad choice is explained."""
+"""Analytic depth teachers recover known perspectives; unknown choices raise an error."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from crowdray.datasets.depth import (
+    DEFAULT_HEAD_SCALE,
     TEACHERS,
-    TYPICAL_SCALE,
-    Own,
-    Perspective,
-    Points,
-    View,
+    DepthInput,
+    PerspectiveDepth,
+    PointSpacingDepth,
+    StoredDepth,
     fit_head_scale,
     open_teacher,
     plane_depth,
@@ -21,11 +21,11 @@ from crowdray.errors import DataError, UserError
 Heads = NDArray[np.float64]
 HEIGHT, WIDTH, FOCAL = 480, 640, 600.0
 DROP = 3.3
-"""Metres from the camera down to the plane of the heads."""
+"""Height in metres of the camera above the plane of the heads."""
 
 
 def crowd(seed: int, pitch: float, heads: int = 150) -> tuple[Heads, Heads]:
-    """Heads spread evenly over the ground under a pinhole camera: (n, 2) pixels and their depth in metres."""
+    """Heads distributed evenly on the ground under a pinhole camera: (n, 2) pixels, and depth in metres."""
     rng = np.random.default_rng(seed)
     x, far = rng.uniform(-25, 25, heads * 8), rng.uniform(2, 40, heads * 8)
     depth = far * np.cos(pitch) + DROP * np.sin(pitch)
@@ -36,18 +36,20 @@ def crowd(seed: int, pitch: float, heads: int = 150) -> tuple[Heads, Heads]:
 
 
 def true_scale(pitch: float) -> float:
-    """Head sizes at the top edge over those at the bottom edge."""
+    """Ratio of head size, top edge to bottom edge."""
     points, depth = crowd(0, pitch, 2000)
     slope, offset = np.polyfit(points[:, 1], 1 / depth, 1)
     return float(offset / (offset + slope * HEIGHT))
 
 
-def view(points: Heads, head_scale: float = 0.0, fixed_camera: bool = False) -> View:
-    return View(image=b"", height=HEIGHT, width=WIDTH, points=points, head_scale=head_scale, fixed_camera=fixed_camera)
+def depth_input(points: Heads, head_scale: float = 0.0, fixed_camera: bool = False) -> DepthInput:
+    return DepthInput(
+        image=b"", height=HEIGHT, width=WIDTH, points=points, head_scale=head_scale, fixed_camera=fixed_camera
+    )
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
-def test_spacing_that_follows_a_plane_is_found_again(scale: float) -> None:
+def test_fit_head_scale_recovers_the_scale_of_a_plane(scale: float) -> None:
     # Isolated rows of four whose spacing is exactly proportional to head size, a tenth of them disturbed.
     rng = np.random.default_rng(1)
     images = []
@@ -63,63 +65,67 @@ def test_spacing_that_follows_a_plane_is_found_again(scale: float) -> None:
 
 
 @pytest.mark.parametrize("pitch", [0.5, 0.6])
-def test_a_crowd_under_a_known_camera_gives_depth_of_the_right_order_and_scale(pitch: float) -> None:
+def test_fit_head_scale_of_a_known_camera_recovers_depth(pitch: float) -> None:
     images = [crowd(seed, pitch)[0] for seed in range(20)]
     scale = fit_head_scale([(points, HEIGHT) for points in images], one_camera=True)
     assert scale == pytest.approx(true_scale(pitch), rel=0.35)
     points, depth = crowd(99, pitch)
     found = plane_depth(scale, HEIGHT)[points[:, 1].astype(int)]
     assert spearmanr(found, depth).statistic > 0.999
-    # The scale law: found depth is proportional to the true one.
+    # Estimated depth is proportional to true depth.
     ratio = found / depth
     assert ratio.std() / ratio.mean() < 0.12
 
 
-def test_one_image_of_a_crowd_is_enough_for_the_order_and_its_prior_holds_a_loner() -> None:
+def test_point_spacing_of_one_image_orders_depth_and_falls_back_to_prior() -> None:
     points, depth = crowd(3, 0.5)
-    taught = Points().depth(view(points))
-    assert taught is not None and taught.shape == (HEIGHT // 4, WIDTH // 4) and taught.dtype == np.float32
+    depth_map = PointSpacingDepth().depth(depth_input(points))
+    assert depth_map is not None and depth_map.shape == (HEIGHT // 4, WIDTH // 4) and depth_map.dtype == np.float32
     rows = (points[:, 1] / 4).astype(int).clip(max=HEIGHT // 4 - 1)
-    assert spearmanr(taught[rows, 0], depth).statistic > 0.99
-    assert (np.diff(taught, axis=0) <= 0).all() and np.ptp(taught, axis=1).max() == 0
+    assert spearmanr(depth_map[rows, 0], depth).statistic > 0.99
+    assert (np.diff(depth_map, axis=0) <= 0).all() and np.ptp(depth_map, axis=1).max() == 0
     for few in (np.zeros((0, 2)), points[:1]):
         assert fit_head_scale([(few, HEIGHT)], prior=0.4) == 0.4
-        lonely = Points().depth(view(few))
-        assert lonely is not None
-        np.testing.assert_allclose(lonely[:, 0], plane_depth(TYPICAL_SCALE, HEIGHT // 4), rtol=1e-6)
+        fallback = PointSpacingDepth().depth(depth_input(few))
+        assert fallback is not None
+        np.testing.assert_allclose(fallback[:, 0], plane_depth(DEFAULT_HEAD_SCALE, HEIGHT // 4), rtol=1e-6)
     assert fit_head_scale([(points[:2], HEIGHT)], prior=0.4) == pytest.approx(0.4, rel=0.5)
 
 
-def test_a_fixed_camera_does_not_ask_the_heads_of_one_image() -> None:
-    one, other = (Points().depth(view(crowd(seed, 0.5)[0], 0.3, fixed_camera=True)) for seed in (1, 2))
+def test_point_spacing_of_fixed_camera_ignores_heads_of_the_image() -> None:
+    one, other = (
+        PointSpacingDepth().depth(depth_input(crowd(seed, 0.5)[0], 0.3, fixed_camera=True)) for seed in (1, 2)
+    )
     assert one is not None and other is not None
     np.testing.assert_array_equal(one, other)
 
 
-def test_heads_on_the_same_spot_are_no_obstacle() -> None:
+def test_fit_head_scale_accepts_coinciding_heads() -> None:
     assert 0 < fit_head_scale([(np.full((10, 2), 7.0), HEIGHT)]) <= 1
 
 
-def test_perspective_is_the_inverse_of_a_persons_size() -> None:
+def test_perspective_depth_is_inverse_of_person_size() -> None:
     size = np.linspace(10, 50, HEIGHT)[:, None] * np.ones((1, WIDTH))
-    with_map = View(image=b"", height=HEIGHT, width=WIDTH, points=np.zeros((0, 2)), person_size=size, own_depth=size)
-    depth = Perspective().depth(with_map)
+    with_map = DepthInput(
+        image=b"", height=HEIGHT, width=WIDTH, points=np.zeros((0, 2)), person_size=size, source_depth=size
+    )
+    depth = PerspectiveDepth().depth(with_map)
     assert depth is not None
     np.testing.assert_allclose(depth * size, 1.0, rtol=1e-6)
-    own = Own().depth(with_map)
-    assert own is not None
-    np.testing.assert_allclose(own, size, rtol=1e-6)
-    for teacher in (Perspective(), Own()):
+    stored = StoredDepth().depth(with_map)
+    assert stored is not None
+    np.testing.assert_allclose(stored, size, rtol=1e-6)
+    for teacher in (PerspectiveDepth(), StoredDepth()):
         with pytest.raises(DataError, match="--depth points"):
-            teacher.depth(view(np.zeros((0, 2))))
+            teacher.depth(depth_input(np.zeros((0, 2))))
 
 
-def test_auto_takes_the_best_and_a_bad_choice_names_the_good_ones() -> None:
+def test_open_teacher_auto_takes_the_best_and_errors_list_choices() -> None:
     assert open_teacher("auto", ("perspective", "points", "none")).name == "perspective-1"
-    assert open_teacher("none", ("points", "none")).depth(view(np.zeros((0, 2)))) is None
+    assert open_teacher("none", ("points", "none")).depth(depth_input(np.zeros((0, 2)))) is None
     for choice in ("perspective", "lidar", "own"):
         with pytest.raises(UserError, match=f"--depth {choice}.*auto, points, none"):
             open_teacher(choice, ("points", "none"))
     assert {open_teacher(choice, tuple(TEACHERS)).name.split("-")[0] for choice in TEACHERS} == set(TEACHERS)
-    with pytest.raises(UserError, match="--depth points:3 cannot"):
+    with pytest.raises(UserError, match="--depth points:3 is not available"):
         open_teacher("points:3", ("points", "none"))

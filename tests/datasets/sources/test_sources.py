@@ -1,4 +1,4 @@
-"""Sources: each layout is read as it is, in natural order, with its own coordinate base."""
+"""Sources list items in natural order and convert coordinates from their own base."""
 
 import pickle
 import shutil
@@ -27,12 +27,12 @@ def mall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_mall(tmp_path / "mall_dataset")
 
 
-def test_natural_order() -> None:
+def test_natural_key_orders_numbers_by_value() -> None:
     names = ["IMG_10", "IMG_9", "IMG_1", "a2b10", "a2b9", "10", "9"]
     assert sorted(names, key=natural_key) == ["9", "10", "IMG_1", "IMG_9", "IMG_10", "a2b9", "a2b10"]
 
 
-def test_unknown_sources_and_options_are_explained(mall: Path) -> None:
+def test_open_source_unknown_name_or_option_raises(mall: Path) -> None:
     with pytest.raises(UserError, match="'mal'; choose one of synthetic, mall, shanghaitech, "):
         open_source("mal", str(mall))
     with pytest.raises(UserError, match="colour"):
@@ -44,7 +44,7 @@ def test_unknown_sources_and_options_are_explained(mall: Path) -> None:
         open_source("synthetic", "here")
 
 
-def test_mall_splits_by_frame_and_shifts_from_matlab_coordinates(mall: Path) -> None:
+def test_mall_splits_by_frame_and_converts_matlab_coordinates(mall: Path) -> None:
     source = open_source("mall", str(mall))
     loaded = [source.load(item) for item in source.items()]
     assert [(s.split, s.name) for s in loaded] == [
@@ -57,7 +57,7 @@ def test_mall_splits_by_frame_and_shifts_from_matlab_coordinates(mall: Path) -> 
     assert [item.split for item in source.items(["test"])] == ["test", "test"]
 
 
-def test_the_centre_of_mall_s_first_pixel_is_a_half(mall: Path) -> None:
+def test_mall_first_pixel_centre_is_one_half(mall: Path) -> None:
     variables = loadmat(mall / "mall_gt.mat")
     variables["frame"][0, 1]["loc"][0, 0][:] = [[1.0, 1.0]]
     savemat(mall / "mall_gt.mat", {key: variables[key] for key in ("frame", "count")})
@@ -65,8 +65,8 @@ def test_the_centre_of_mall_s_first_pixel_is_a_half(mall: Path) -> None:
     np.testing.assert_array_equal(source.load(source.items()[1]).points, [[0.5, 0.5]])
 
 
-def test_mall_is_farthest_where_its_map_is_largest(mall: Path) -> None:
-    # pMapN is an inverse area: a person of 1.5 times the height has 1 / 2.25 of it.
+def test_mall_depth_is_largest_where_its_map_is_largest(mall: Path) -> None:
+    # pMapN is an inverse area: for 1.5 times the height it is 1 / 2.25 as large.
     source = open_source("mall", str(mall))
     sample = source.load(source.items()[0])
     assert sample.depth is not None and sample.roi is not None and source.depth_teacher == "perspective-1"
@@ -74,7 +74,7 @@ def test_mall_is_farthest_where_its_map_is_largest(mall: Path) -> None:
     np.testing.assert_allclose(decode_depth(sample.depth), np.tile(expected[:, None], WIDTH), atol=1e-4)
 
 
-def test_mall_s_depth_from_points_never_sees_the_test_heads(mall: Path) -> None:
+def test_mall_depth_from_points_ignores_test_heads(mall: Path) -> None:
     def depth() -> bytes:
         source = open_source("mall", str(mall), depth="points")
         depths = {bytes(source.load(item).depth or b"") for item in source.items()}
@@ -88,18 +88,18 @@ def test_mall_s_depth_from_points_never_sees_the_test_heads(mall: Path) -> None:
     assert depth() == before
 
 
-def test_no_depth_when_none_is_wanted(mall: Path) -> None:
+def test_depth_none_stores_no_depth(mall: Path) -> None:
     source = open_source("mall", str(mall), depth="none")
     assert source.load(source.items()[3]).depth is None and source.depth_teacher == "none"
 
 
 @pytest.mark.parametrize("annotations", ["ground_truth", "ground-truth"])
 @pytest.mark.parametrize("folder", ["part_B_final", "part_B"])
-def test_shanghaitech_reads_both_spellings_from_root_and_part(tmp_path: Path, folder: str, annotations: str) -> None:
+def test_shanghaitech_reads_both_folder_names_from_root_and_part(tmp_path: Path, folder: str, annotations: str) -> None:
     part = make_shanghaitech(tmp_path / folder, annotations=annotations)
     make_shanghaitech(part, "test", 3, annotations)
-    for given in (tmp_path, part):
-        source = open_source("shanghaitech", str(given))
+    for path in (tmp_path, part):
+        source = open_source("shanghaitech", str(path))
         assert source.name == "shanghaitech-b" and source.notes() == []
         items = source.items()
         assert [(item.split, item.name) for item in items] == [
@@ -111,43 +111,43 @@ def test_shanghaitech_reads_both_spellings_from_root_and_part(tmp_path: Path, fo
         assert source.load(items[0]).points.shape == (0, 2)
 
 
-def test_a_split_that_a_copy_lacks_is_noted_and_cannot_be_asked_for(tmp_path: Path) -> None:
+def test_missing_split_is_noted_and_cannot_be_requested(tmp_path: Path) -> None:
     source = open_source("shanghaitech", str(make_shanghaitech(tmp_path / "part_A_final", count=2)))
     assert source.name == "shanghaitech-a"
     assert len(source.notes()) == 1 and "no test split" in source.notes()[0]
-    with pytest.raises(UserError, match="no split 'test'; it has train"):
+    with pytest.raises(UserError, match="no split 'test'; choose from train"):
         source.items(["test"])
 
 
-def test_a_root_with_both_parts_wants_to_know_which(tmp_path: Path) -> None:
+def test_shanghaitech_root_with_both_parts_needs_part(tmp_path: Path) -> None:
     for letter in "AB":
         make_shanghaitech(tmp_path / f"part_{letter}", count=2)
     with pytest.raises(UserError, match=r"parts A and B.*part_A"):
         open_source("shanghaitech", str(tmp_path))
     assert open_source("shanghaitech", str(tmp_path), part="b").name == "shanghaitech-b"
-    with pytest.raises(UserError, match="no part 'C'"):
+    with pytest.raises(UserError, match="--part C: ShanghaiTech has parts A and B"):
         open_source("shanghaitech", str(tmp_path), part="c")
-    with pytest.raises(UserError, match="is part A, but part B"):
+    with pytest.raises(UserError, match="is part A, but --part is B"):
         open_source("shanghaitech", str(tmp_path / "part_A"), part="B")
 
 
-def test_a_wrong_folder_is_said_to_be_one(tmp_path: Path) -> None:
+def test_open_source_of_wrong_folder_raises(tmp_path: Path) -> None:
     for name in ("mall", "shanghaitech"):
         with pytest.raises(UserError, match=str(tmp_path)):
             open_source(name, str(tmp_path))
 
 
-def test_sources_read_and_write_through_fsspec(mall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_convert_from_and_to_a_bucket_equals_local(mall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     remote = f"memory://{uuid.uuid4().hex}"
     fsspec.filesystem("memory").put(str(mall), f"{remote}/mall", recursive=True)
-    there = conversion.convert(open_source("mall", f"{remote}/mall"), f"{remote}/made")
-    here = conversion.convert(open_source("mall", str(mall)), str(tmp_path / "made"))
-    assert there == here
+    in_bucket = conversion.convert(open_source("mall", f"{remote}/mall"), f"{remote}/made")
+    local = conversion.convert(open_source("mall", str(mall)), str(tmp_path / "made"))
+    assert in_bucket == local
     assert len(Dataset.open(f"{remote}/made").sample(5).points) == 5
 
 
-def test_a_source_travels_to_a_worker(mall: Path, tmp_path: Path) -> None:
+def test_sources_are_picklable_and_small(mall: Path, tmp_path: Path) -> None:
     part = make_shanghaitech(tmp_path / "part_B", count=3)
     for source in (open_source("mall", str(mall)), open_source("shanghaitech", str(part))):
         items = source.items()
@@ -156,7 +156,7 @@ def test_a_source_travels_to_a_worker(mall: Path, tmp_path: Path) -> None:
         assert len(pickle.dumps((source, item))) < 2000
 
 
-def test_files_that_are_no_images_do_not_disturb(mall: Path, tmp_path: Path) -> None:
+def test_sources_ignore_files_that_are_not_images(mall: Path, tmp_path: Path) -> None:
     (mall / "frames" / "Thumbs.db").write_bytes(b"?")
     part = make_shanghaitech(tmp_path / "part_B", count=3)
     (part / "train_data" / "images" / ".DS_Store").write_bytes(b"?")
@@ -164,7 +164,7 @@ def test_files_that_are_no_images_do_not_disturb(mall: Path, tmp_path: Path) -> 
     assert len(open_source("shanghaitech", str(part)).items()) == 3
 
 
-def test_synthetic_pictures_are_exact_and_do_not_depend_on_how_many_there_are() -> None:
+def test_synthetic_images_do_not_depend_on_their_number() -> None:
     few = open_source("synthetic", train=2, test=1, width=96, height=64, cameras=2, max_people=20)
     more = open_source("synthetic", train=3, val=1, test=1, width=96, height=64, cameras=2, max_people=20)
     assert [item.split for item in more.items()] == ["train"] * 3 + ["val", "test"]
@@ -180,7 +180,7 @@ def test_synthetic_pictures_are_exact_and_do_not_depend_on_how_many_there_are() 
         open_source("synthetic", train=0, test=0)
 
 
-def test_the_builders_build_what_scipy_reads_as_the_originals(mall: Path) -> None:
+def test_builders_write_the_nesting_of_the_original_mall_files(mall: Path) -> None:
     frame = loadmat(mall / "mall_gt.mat")["frame"]
     assert frame.shape == (1, 6) and frame[0, 3]["loc"][0, 0].shape == (3, 2)
     shutil.rmtree(mall)

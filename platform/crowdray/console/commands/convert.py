@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     name = _source_name(arguments)
     options = source_options(name) if name else {}
     _check_options(name, options, arguments)
-    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.meaning)], o.default) for key, o in options.items()]
+    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.help)], o.default) for key, o in options.items()]
     job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
     listed = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
     job = parse(job_type, arguments, "convert", f"{ConvertJob.__doc__}\n\nSOURCE is one of\n{listed}")

@@ -1,70 +1,78 @@
-"""Depth teachers: where a sample's depth map comes from, behind one seam.
+"""Depth teachers: how the depth map of a sample is obtained.
 
-Maps are float32 and span the whole image at its size (H, W) or smaller; larger = farther, on any positive
-scale, since encode_depth brings each to [0, 1]. A person's size in pixels is inversely proportional to depth,
-so a map of sizes is a depth map turned round.
+Maps are float32, cover the whole image at its size (H, W) or smaller, and larger means farther, on any positive scale:
+encode_depth scales each to [0, 1]. The size of a person in pixels is inversely proportional to depth, so the inverse of
+a map of sizes is a depth map.
 """
 
 from collections.abc import Callable, Sequence
 
 from crowdray.datasets.depth.analytic import (
-    TYPICAL_SCALE,
-    Nothing,
-    Own,
-    Perspective,
-    Points,
+    DEFAULT_HEAD_SCALE,
+    NoDepth,
+    PerspectiveDepth,
+    PointSpacingDepth,
+    StoredDepth,
     fit_head_scale,
     plane_depth,
 )
-from crowdray.datasets.depth.huggingface import Hub
-from crowdray.datasets.depth.onnx import Onnx
-from crowdray.datasets.depth.precomputed import Precomputed
-from crowdray.datasets.depth.teacher import DepthTeacher, View
+from crowdray.datasets.depth.huggingface import HuggingFaceDepth
+from crowdray.datasets.depth.onnx import OnnxDepth
+from crowdray.datasets.depth.precomputed import PrecomputedDepth
+from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import UserError
 
 __all__ = [
-    "ANYWHERE",
+    "DEFAULT_HEAD_SCALE",
+    "IMAGE_TEACHERS",
     "TEACHERS",
-    "TYPICAL_SCALE",
+    "DepthInput",
     "DepthTeacher",
-    "Hub",
-    "Nothing",
-    "Onnx",
-    "Own",
-    "Perspective",
-    "Points",
-    "Precomputed",
-    "View",
+    "HuggingFaceDepth",
+    "NoDepth",
+    "OnnxDepth",
+    "PerspectiveDepth",
+    "PointSpacingDepth",
+    "PrecomputedDepth",
+    "StoredDepth",
     "fit_head_scale",
     "open_teacher",
     "plane_depth",
 ]
 
 TEACHERS: dict[str, Callable[[], DepthTeacher]] = {
-    "perspective": Perspective,
-    "points": Points,
-    "own": Own,
-    "none": Nothing,
+    "perspective": PerspectiveDepth,
+    "points": PointSpacingDepth,
+    "own": StoredDepth,
+    "none": NoDepth,
 }
-"""Teachers by name that live from what the source knows."""
+"""Teachers by name that use what the source knows."""
 
-ANYWHERE: dict[str, Callable[[str], DepthTeacher]] = {"precomputed": Precomputed, "onnx": Onnx, "hf": Hub}
-"""Teachers by the word before a colon that need no more than the image; each takes what follows the colon."""
+IMAGE_TEACHERS: dict[str, Callable[[str], DepthTeacher]] = {
+    "precomputed": PrecomputedDepth,
+    "onnx": OnnxDepth,
+    "hf": HuggingFaceDepth,
+}
+"""Teachers for any source by the word before the colon; each takes the text after it."""
 
 
 def open_teacher(choice: str, available: Sequence[str]) -> DepthTeacher:
-    """The teacher that `--depth` names: `auto` takes the first, and so best, that the source has available.
+    """Create the depth teacher that `--depth` names.
 
-    Raises UserError for a name that is unknown or that this source cannot serve, and for a file or a folder that cannot
-    teach.
+    Args:
+        choice: A name, `auto` for the first of `available`, or KIND:LOCATION[,OPTION...].
+        available: Names of the teachers that the source supports, best first.
+
+    Raises:
+        UserError: The name is unknown or unsupported by this source, or its file or folder cannot be used.
     """
-    word, _, argument = choice.partition(":")
-    if word in ANYWHERE:
-        return ANYWHERE[word](argument)
-    kind = available[0] if choice == "auto" else choice
-    if kind not in TEACHERS or (kind in ("perspective", "own") and kind not in available):
+    kind, _, argument = choice.partition(":")
+    if kind in IMAGE_TEACHERS:
+        return IMAGE_TEACHERS[kind](argument)
+    name = available[0] if choice == "auto" else choice
+    if name not in TEACHERS or (name in ("perspective", "own") and name not in available):
         raise UserError(
-            f"--depth {choice} cannot be used here; choose one of auto, {', '.join(available)}, or a teacher for any "
-            "source: precomputed:URI, onnx:URI, hf:MODEL (docs/depth.md)"
+            f"--depth {choice} is not available for this source; choose one of auto, {', '.join(available)}, or a "
+            "teacher for any source: precomputed:URI, onnx:URI, hf:MODEL (docs/depth.md)"
         )
-    return TEACHERS[kind]()
+    return TEACHERS[name]()

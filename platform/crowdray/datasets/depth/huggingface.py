@@ -1,4 +1,4 @@
-"""Depth from a network of transformers: a name on the Hugging Face hub, or a folder that save_pretrained left."""
+"""Depth from a model of transformers: a name on the Hugging Face hub, or a folder written by save_pretrained."""
 
 import contextlib
 import hashlib
@@ -14,78 +14,78 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import Arguments, number_from
-from crowdray.datasets.depth.teacher import DepthTeacher, View
+from crowdray.datasets.depth.options import TeacherOptions, number_above
+from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
 OPTIONS = {"inverse": "", "metric": "", "range": f"{RANGE:g}", "cuda": ""}
 FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
-"""All that is read of a model, and hashed; nothing in it is run."""
+"""Files of a model that are read and hashed; no code in it is run."""
 
 INVERSE = {"dpt": True, "glpn": False, "zoedepth": False, "depth_pro": False}
-"""Whether larger is nearer for types of models whose configuration does not say it."""
+"""Whether larger is nearer, for model types whose configuration does not say it."""
 
 
-class Hub(DepthTeacher):
-    """A model for depth estimation, computed in float32 by one thread, with images prepared by Pillow.
+class HuggingFaceDepth(DepthTeacher):
+    """A depth estimation model, run in float32 by a single thread, with images prepared by Pillow.
 
-    Whether it gives depth or inverse depth is told by its configuration's `depth_estimation_type` (Depth Anything), or
-    by its type: GLPN, ZoeDepth and Depth Pro give depth, DPT gives MiDaS' inverse depth. On a DINOv2 backbone DPT was
-    published with heads for depth: there, and for other types, the options must say it.
+    Whether it predicts depth or inverse depth follows from `depth_estimation_type` in its configuration (Depth
+    Anything) or from its type: GLPN, ZoeDepth and Depth Pro predict depth, DPT predicts MiDaS' inverse depth. DPT on a
+    DINOv2 backbone exists with depth heads too: for it and for other types, an option must say it.
     """
 
     per_image = True
 
     def __init__(self, text: str) -> None:
-        arguments = Arguments.parse("hf", text, OPTIONS)
-        self.gpu = arguments.flag("cuda")
-        self._ratio = arguments.value("range", number_from(1), RANGE)
-        self._model, self._commit = arguments.place, ""
-        folder = Path(arguments.place).expanduser()
+        options = TeacherOptions.parse("hf", text, OPTIONS)
+        self.gpu = options.flag("cuda")
+        self._ratio = options.value("range", number_above(1), RANGE)
+        self._model, self._commit = options.location, ""
+        folder = Path(options.location).expanduser()
         if folder.is_dir():
             self._model = str(folder.absolute())
-        elif arguments.place.startswith((".", "/", "~")):
-            raise UserError(f"--depth hf: there is no folder {arguments.place}; check the path")
+        elif options.location.startswith((".", "/", "~")):
+            raise UserError(f"--depth hf: the folder {options.location} does not exist; check the path")
         else:
             folder = self._folder()
             self._commit = folder.name
         self._sha256 = _digest(folder)
-        self.name = arguments.identity(1, self._sha256)
-        self._inverse = _is_inverse(arguments, folder)
+        self.name = options.identity(1, self._sha256)
+        self._inverse = _is_inverse(options, folder)
 
-    def depth(self, view: View) -> NDArray[np.float32]:
-        """The model's depth at its own resolution, at most the image's; a DataError when it fails or is no depth."""
+    def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
+        """Depth at the model's resolution, at most the image's; DataError if the model fails or returns no depth."""
         processor, network = self._loaded
-        image = Image.fromarray(decode_image(view.image))
-        # Only ZoeDepth needs the image's size to take its padding off; the others would resize and so overshoot.
-        sizes = {"source_sizes": [(view.height, view.width)]} if network.config.model_type == "zoedepth" else {}
+        image = Image.fromarray(decode_image(inputs.image))
+        # Only ZoeDepth needs the image's size, to remove its padding; other models would resize with overshoot.
+        sizes = {"source_sizes": [(inputs.height, inputs.width)]} if network.config.model_type == "zoedepth" else {}
         try:
-            with _repeatable():
-                inputs = processor(images=image, return_tensors="pt").to(network.device)
-                found = processor.post_process_depth_estimation(network(**inputs), **sizes)[0]["predicted_depth"]
+            with deterministic_inference():
+                tensors = processor(images=image, return_tensors="pt").to(network.device)
+                found = processor.post_process_depth_estimation(network(**tensors), **sizes)[0]["predicted_depth"]
         except Exception as error:  # a model's own code may raise anything
             raise DataError(f"{self.name} fails: {type(error).__name__}: {error}") from error
         try:
-            return depth_map(found.float().cpu().numpy(), view, inverse=self._inverse, ratio=self._ratio)
+            return depth_map(found.float().cpu().numpy(), inputs, inverse=self._inverse, ratio=self._ratio)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        # Weights do not travel; each process loads its own when it is first asked.
+        # Weights are not pickled; each process loads its own on first use.
         return {key: value for key, value in vars(self).items() if key != "_loaded"}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        """The image processor and the network, of the very content that gave the name."""
+        """The image processor and the network, verified against the hash in the teacher's name."""
         import torch
 
         if self.gpu and not torch.cuda.is_available():
-            raise UserError(f"--depth {self.name}: torch found no GPU here; free one, or leave cuda out")
+            raise UserError(f"--depth {self.name}: torch finds no GPU; free one, or leave cuda out")
         library, folder = _transformers(), self._folder()
         if _digest(folder) != self._sha256:
-            raise UserError(f"{folder} is not what it was when the conversion began; convert again, on equal folders")
+            raise UserError(f"{folder} changed during the conversion, or differs between nodes; convert again")
         try:
-            # Of the two ways to prepare images this one needs no torchvision, and is the same with it.
+            # The Pillow backend does not need torchvision, and its result is the same.
             processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil")
             network, report = library.AutoModelForDepthEstimation.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32
@@ -93,11 +93,11 @@ class Hub(DepthTeacher):
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UserError(f"transformers cannot load {self._model}: {error}") from error
         if report["missing_keys"]:
-            raise UserError(f"{self._model} lacks weights, such as {min(report['missing_keys'])}; fetch it again")
+            raise UserError(f"{self._model} lacks weights, such as {min(report['missing_keys'])}; download it again")
         return processor, network.eval().to("cuda" if self.gpu else "cpu")
 
     def _folder(self) -> Path:
-        """The folder itself, or this node's copy of the model on the hub, fetched once."""
+        """The given folder, or this node's cached copy of the model on the hub."""
         if Path(self._model).is_absolute():
             return Path(self._model)
         _transformers()
@@ -106,7 +106,7 @@ class Hub(DepthTeacher):
         try:
             return Path(snapshot_download(self._model, revision=self._commit or None, allow_patterns=list(FILES)))
         except (OSError, ValueError) as error:
-            raise UserError(f"--depth hf: cannot fetch {self._model}: {error}; give its name, or a folder") from error
+            raise UserError(f"--depth hf: cannot download {self._model}: {error}; check its name") from error
 
 
 def _transformers() -> Any:
@@ -115,31 +115,31 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UserError("--depth hf needs the package transformers: pip install 'crowdray[hf]'") from error
     library: Any = transformers
-    library.utils.logging.disable_progress_bar()  # ours is on the screen
+    library.utils.logging.disable_progress_bar()  # the conversion shows its own
     return library
 
 
 def _digest(folder: Path) -> str:
-    """The sha256 over names and contents of all files that make the model."""
+    """sha256 over names and contents of all files of the model."""
     files = sorted({path for pattern in FILES for path in folder.glob(pattern)})
     if not {"config.json", "preprocessor_config.json"} <= {path.name for path in files} or not any(
         path.suffix == ".safetensors" for path in files
     ):
-        raise UserError(f"{folder} holds no model: it lacks config.json, preprocessor_config.json or *.safetensors")
-    told = [(path.name, storage.hash_file(path)) for path in files]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+        raise UserError(f"{folder} lacks config.json, preprocessor_config.json or *.safetensors; check --depth")
+    hashes = [(path.name, storage.hash_file(path)) for path in files]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
-def _is_inverse(arguments: Arguments, folder: Path) -> bool:
-    """Whether larger is nearer; a UserError for a model that estimates no depth or does not say which way it runs."""
+def _is_inverse(options: TeacherOptions, folder: Path) -> bool:
+    """Whether larger is nearer; UserError if the model does not estimate depth or does not say."""
     library = _transformers()
     try:
         config = library.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     if type(config) not in library.MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
-        raise UserError(f"{arguments.place} is a {config.model_type}, which estimates no depth; give another model")
-    inverse = arguments.inverse()
+        raise UserError(f"{options.location} is a {config.model_type}, which does not estimate depth; use another")
+    inverse = options.inverse()
     if inverse is None:
         inverse = {"relative": True, "metric": False}.get(getattr(config, "depth_estimation_type", ""))
     if inverse is None:
@@ -148,15 +148,15 @@ def _is_inverse(arguments: Arguments, folder: Path) -> bool:
         inverse = INVERSE.get(kind)
     if inverse is None:
         raise UserError(
-            f"{arguments.place} ({kind}) does not say which way its depth runs; add ,inverse (larger is nearer) or "
-            ",metric (larger is farther)"
+            f"{options.location} ({kind}) does not define its kind of depth; add ,inverse if larger is nearer or "
+            ",metric if larger is farther"
         )
     return inverse
 
 
 @contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    """One thread, since Ray runs as many of us as there are CPUs; the same sums each time; no gradients."""
+def deterministic_inference() -> Iterator[None]:
+    """Compute on a single thread, since Ray runs one task per CPU, with deterministic kernels and no gradients."""
     import torch
 
     threads = torch.get_num_threads()

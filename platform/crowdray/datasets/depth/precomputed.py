@@ -1,4 +1,4 @@
-"""Depth maps that somebody made before: a folder of PNG, NPY or EXR files, found by the names of the images."""
+"""Precomputed depth maps: a folder of PNG, NPY or EXR files, matched by image name."""
 
 import hashlib
 import io
@@ -13,53 +13,53 @@ from PIL import Image
 
 from crowdray import storage
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import Arguments, number_from
-from crowdray.datasets.depth.teacher import DepthTeacher, View
+from crowdray.datasets.depth.options import TeacherOptions, number_above
+from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
 OPTIONS = {"inverse": "", "range": f"{RANGE:g}", "flat": ""}
 
 
-class Precomputed(DepthTeacher):
+class PrecomputedDepth(DepthTeacher):
     """Maps at `<split>/<name>.png`, `.npy` or `.exr` below a folder or URI; with `flat`, at `<name>.png` and so on.
 
-    Larger is farther, or nearer with `inverse`. Its name holds a hash over names, sizes and times of all maps, so that
-    maps made anew in the same place are another teacher.
+    Larger is farther, or nearer with `inverse`. The teacher's name contains a hash of names, sizes and times of all
+    maps, so replacing maps makes another teacher.
     """
 
     per_image = True
 
     def __init__(self, text: str) -> None:
-        arguments = Arguments.parse("precomputed", text, OPTIONS)
-        self._inverse = arguments.flag("inverse")
-        self._ratio = arguments.value("range", number_from(1), RANGE)
-        self._flat = arguments.flag("flat")
-        self._folder = storage.resolve(arguments.place)
+        options = TeacherOptions.parse("precomputed", text, OPTIONS)
+        self._inverse = options.flag("inverse")
+        self._ratio = options.value("range", number_above(1), RANGE)
+        self._flat = options.flag("flat")
+        self._folder = storage.resolve(options.location)
         listed = [file for file in storage.find_files(self._folder) if PurePosixPath(file.name).suffix in READERS]
         if not listed:
-            raise UserError(f"--depth precomputed: {self._folder} holds no file that ends with {', '.join(READERS)}")
+            raise UserError(f"--depth precomputed: {self._folder} contains no file that ends with {', '.join(READERS)}")
         if any(file.name.endswith(".exr") for file in listed):
             _openexr()
         self._names = frozenset(file.name for file in listed)
-        told = sorted((file.name, file.size, file.modified) for file in listed)
-        self.name = arguments.identity(1, hashlib.sha256(repr(told).encode()).hexdigest())
+        listing = sorted((file.name, file.size, file.modified) for file in listed)
+        self.name = options.identity(1, hashlib.sha256(repr(listing).encode()).hexdigest())
 
-    def depth(self, view: View) -> NDArray[np.float32]:
-        """The view's own map; a DataError when there is none or more than one, or when it does not fit the image."""
-        if not view.name:
-            raise DataError("this source does not name its images, so their maps cannot be found; use another --depth")
-        place = view.name if self._flat else f"{view.split}/{view.name}"
-        found = [place + ending for ending in READERS if place + ending in self._names]
+    def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
+        """The stored map of an image; DataError if there is none or more than one, or if it does not fit the image."""
+        if not inputs.name:
+            raise DataError("this source does not name its images, so maps cannot be matched; use another --depth")
+        path = inputs.name if self._flat else f"{inputs.split}/{inputs.name}"
+        found = [path + ending for ending in READERS if path + ending in self._names]
         if len(found) > 1:
-            raise DataError(f"{self._folder} holds {' and '.join(found)} for it; keep one of them")
+            raise DataError(f"{self._folder} contains {' and '.join(found)} for one image; keep one of them")
         if not found:
-            hint = "" if self._flat else "; maps directly in the folder need the option flat"
-            raise DataError(f"{self._folder} holds none of {', '.join(place + e for e in READERS)}{hint}")
+            hint = "" if self._flat else "; for maps directly in the folder, add the option flat"
+            raise DataError(f"{self._folder} contains none of {', '.join(path + e for e in READERS)}{hint}")
         uri = storage.join(self._folder, found[0])
         values = READERS[PurePosixPath(uri).suffix](storage.read_bytes(uri), uri)
-        _check_shape(values, view, uri)
+        _check_shape(values, inputs, uri)
         try:
-            return depth_map(values, view, inverse=self._inverse, ratio=self._ratio)
+            return depth_map(values, inputs, inverse=self._inverse, ratio=self._ratio)
         except DataError as error:
             raise DataError(f"{uri}: {error}") from error
 
@@ -71,24 +71,24 @@ def _png(content: bytes, uri: str) -> NDArray[Any]:
                 return np.asarray(image)
             kind = image.mode
     except (OSError, SyntaxError) as error:
-        raise DataError(f"{uri} is no PNG ({error}); write it again") from error
-    # 256 steps are mostly a picture for the eye, stretched or coloured, and too coarse to turn round.
-    raise DataError(f"{uri} has the mode {kind}, expected grey with 16 bits; write it as such, or as .npy")
+        raise DataError(f"{uri} is not a PNG file ({error}); write it again") from error
+    # Maps of 8 bits are usually visualisations, stretched or coloured, and too coarse to invert.
+    raise DataError(f"{uri} has the mode {kind}, expected 16-bit grey; write it as such, or as .npy")
 
 
 def _npy(content: bytes, uri: str) -> NDArray[Any]:
     try:
         values = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{uri} is no array of numbers ({error}); write it again with numpy.save") from error
+        raise DataError(f"{uri} is not an array of numbers ({error}); write it again with numpy.save") from error
     if values.ndim != 2 or values.dtype.kind != "f":
-        raise DataError(f"{uri} holds {values.dtype} of shape {values.shape}, expected floats of shape (height, width)")
+        raise DataError(f"{uri} contains {values.dtype} of shape {values.shape}, expected floats (height, width)")
     return np.asarray(values)
 
 
 def _exr(content: bytes, uri: str) -> NDArray[Any]:
     library = _openexr()
-    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library reads nothing but files
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library only reads files
         file.write(content)
         file.flush()
         try:
@@ -103,16 +103,16 @@ def _exr(content: bytes, uri: str) -> NDArray[Any]:
 
 
 READERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {".png": _png, ".npy": _npy, ".exr": _exr}
-"""How each kind of file is read: its bytes and its URI, for messages, to an array (h, w)."""
+"""Readers by file suffix: from content, and URI for messages, to an array (h, w)."""
 
 
-def _check_shape(values: NDArray[Any], view: View, uri: str) -> None:
-    """Refuse a map that is not the whole image at some scale, but for rounding each side to whole pixels."""
+def _check_shape(values: NDArray[Any], inputs: DepthInput, uri: str) -> None:
+    """Raise DataError for a map that is not the whole image at some scale, up to rounding of each side."""
     height, width = values.shape
-    if abs(height / view.height - width / view.width) >= 1 / view.height + 1 / view.width:
+    if abs(height / inputs.height - width / inputs.width) >= 1 / inputs.height + 1 / inputs.width:
         raise DataError(
-            f"{uri} is {height}x{width} (HxW), its image {view.height}x{view.width}: the map of a part or of "
-            "another image; mend it, or resize it to the image"
+            f"{uri} is {height}x{width} (HxW), its image {inputs.height}x{inputs.width}: it maps a crop or "
+            "another image; replace it, or resize it to the image"
         )
 
 

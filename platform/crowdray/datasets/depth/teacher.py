@@ -1,4 +1,4 @@
-"""What a depth teacher is shown, and what it gives: the one seam between sources and teachers."""
+"""The interface between sources and depth teachers."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """What a teacher may look at: one image with all that its source knows of the scene."""
+class DepthInput:
+    """One image with everything that its source knows about the scene."""
 
     image: bytes
-    """The encoded image."""
+    """Encoded image."""
     height: int
     """Image height H in pixels."""
     width: int
@@ -20,30 +20,30 @@ class View:
     points: NDArray[Any]
     """(N, 2) heads as (x, y) in continuous pixels."""
     split: str = ""
-    """The part of the dataset that the image belongs to."""
+    """Split of the dataset."""
     name: str = ""
-    """The image's name, unique in its split; stored maps are found by the two."""
+    """Image name, unique in its split; stored maps are found by split and name."""
     person_size: NDArray[Any] | None = None
     """(H, W) size of a person in pixels, any unit, from the dataset's perspective map."""
-    own_depth: NDArray[Any] | None = None
-    """(H, W) true depth, where the source knows it."""
+    source_depth: NDArray[Any] | None = None
+    """(H, W) true depth, if the source knows it."""
     head_scale: float = 0.0
-    """Fit of fit_head_scale over the whole camera or split; 0 when there is none."""
+    """Result of fit_head_scale over the whole camera or split; 0 if unknown."""
     fixed_camera: bool = False
-    """Whether head_scale holds for this very view, so that the image's own heads need not be asked."""
+    """Whether head_scale is the fit of this camera, so that the image's own heads need no fit."""
 
 
 class DepthTeacher(Protocol):
-    """Gives the depth of a view, or None when it has none to give; picklable, so that any worker can ask it."""
+    """Computes the depth map of an image; picklable, so that any worker can use it."""
 
     name: str
-    """Name, version and, where a file or a folder teaches, hash and options: part of a dataset's identity, so a new
-    method needs a new version."""
+    """Name, version, and for files their hash and options. It identifies the dataset, so a changed method needs a new
+    version."""
     per_image: ClassVar[bool] = False
-    """Whether it looks at the image or its name, so that frames of one fixed camera differ in depth."""
+    """Whether depth depends on the image or its name, so that frames of one fixed camera differ."""
     gpu: bool = False
     """Whether depth() needs a GPU."""
 
-    def depth(self, view: View) -> NDArray[np.float32] | None:
-        """Depth as a float32 map of the whole image, at its size or smaller, larger = farther, any scale."""
+    def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
+        """Depth of the whole image as float32, at its size or smaller, larger = farther, any scale; None for no map."""
         ...

@@ -1,4 +1,4 @@
-"""One adapter per dataset: each lists small items and loads one as a sample, whatever its files look like."""
+"""Sources: one adapter per dataset layout, which lists small items and loads each as a sample."""
 
 import importlib
 import inspect
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, get_args, get_type_hints
 
 from crowdray.data.sample import Sample
+from crowdray.datasets.depth.teacher import DepthTeacher
 from crowdray.errors import UserError
 
 
@@ -15,125 +16,129 @@ class Item:
     """One image that a source can load: small and picklable, so that it can be sent to any worker."""
 
     split: str
-    """The part of the dataset it belongs to."""
+    """Split of the dataset."""
     name: str
-    """Its name, unique in the split."""
+    """Name, unique in the split."""
     image: str | None = None
-    """URI of the image; None when only its annotation is there, which load() refuses."""
+    """URI of the image; None if only its annotation exists, which load() refuses."""
     annotation: str | None = None
-    """URI of its annotation; None when it is missing, which load() refuses, or held elsewhere."""
+    """URI of its annotation; None if missing, which load() refuses, or if the source needs none."""
     number: int = 0
-    """Position in the source, for sources that hold many annotations in one file or make their images."""
+    """Position in the source, for sources with many annotations in one file or rendered images."""
     scene: str = ""
-    """The camera or place; "" makes the image a scene of its own, since nothing says which share one."""
+    """Camera or location; "" makes the image a scene of its own."""
     head_scale: float = 0.0
-    """For the depth teacher `points`: the ratio of head sizes, top to bottom, of its camera or split; 0 is unknown."""
+    """For the depth teacher `points`: ratio of head size, top to bottom, of its camera or split; 0 if unknown."""
 
 
 class Source(Protocol):
-    """A dataset in its own layout; picklable, so that loading can be spread over workers."""
+    """A dataset in its official layout; picklable, so that workers can load its items."""
 
     name: str
-    """Its name on the command line and in the index."""
+    """Name on the command line and in the index."""
     depth_teacher: str
-    """Where its depth comes from: name and version of the teacher."""
+    """Name and version of the depth teacher."""
     gpu: bool
-    """Whether load() needs a GPU, as its depth teacher may."""
+    """Whether load() needs a GPU for its depth teacher."""
+
+    @property
+    def teacher(self) -> DepthTeacher | None:
+        """Depth teacher; None if samples keep the depth that they are stored with."""
+        ...
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Items of the given splits, or of all that are there, naturally sorted; a missing split is a
-        UserError."""
+        """Items of the given splits, or of all available ones, in natural order; UserError for a missing split."""
         ...
 
     def load(self, item: Item) -> Sample:
-        """One sample, its image decoded once as a check; what is wrong with the item is a DataError."""
+        """One sample, its image decoded once as a check; DataError for a faulty item."""
         ...
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """What a user should know of this copy, such as a split that it lacks."""
+        """Facts about this copy that a user should know, such as a missing split."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class KnownSource:
-    """A source with a name of its own."""
+class SourceEntry:
+    """A source in the registry."""
 
     path: str
-    """Where its class is: module:Class, the module below this package; imported when it is asked for."""
+    """Location of its class as module:Class below this package; imported on first use."""
     summary: str
-    """What it is, in one line."""
+    """One line for the help."""
 
     def adapter(self) -> type[Source]:
-        """Its class. What its signature takes by keyword are its options."""
+        """Import the class; its keyword arguments are the source's options."""
         module, _, name = self.path.partition(":")
         found: type[Source] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         return found
 
 
 SOURCES = {
-    "synthetic": KnownSource("synthetic:Synthetic", "rendered crowds, made from a seed; needs no --source"),
-    "mall": KnownSource("mall:Mall", "Mall: one surveillance camera, 2,000 frames"),
-    "shanghaitech": KnownSource("shanghaitech:ShanghaiTech", "ShanghaiTech part A or B: photos of crowds"),
-    "worldexpo": KnownSource("worldexpo:WorldExpo", "WorldExpo'10: 108 surveillance cameras, 5 of them to test"),
-    "ucsd": KnownSource("ucsd:Ucsd", "UCSD: one surveillance camera, 2,000 small grey frames"),
-    "ucf-cc-50": KnownSource("ucf_cc_50:UcfCc50", "UCF_CC_50: 50 photos of very dense crowds, in five folds"),
-    "ucf-qnrf": KnownSource("ucf_qnrf:UcfQnrf", "UCF-QNRF: 1,535 large photos"),
-    "jhu": KnownSource("jhu:Jhu", "JHU-CROWD++: 4,372 photos in every weather"),
-    "nwpu": KnownSource("nwpu:Nwpu", "NWPU-Crowd: 3,609 photos with labels, some without anybody"),
-    "csv": KnownSource("annotations.csv_points:CsvTable", "your own photos, with a table of heads"),
-    "coco": KnownSource("annotations.coco:Coco", "your own photos, with keypoints as COCO's JSON"),
-    "label-studio": KnownSource("annotations.label_studio:LabelStudio", "your own photos, annotated with Label Studio"),
-    "cvat": KnownSource("annotations.cvat:Cvat", "your own photos, annotated with CVAT"),
-    "labelme": KnownSource("annotations.labelme:LabelMe", "your own photos, annotated with LabelMe"),
-    "crowdray": KnownSource("converted:Converted", "a dataset that was converted: to --check it, or to take a part"),
+    "synthetic": SourceEntry("synthetic:Synthetic", "rendered crowds, made from a seed; needs no --source"),
+    "mall": SourceEntry("mall:Mall", "Mall: one surveillance camera, 2,000 frames"),
+    "shanghaitech": SourceEntry("shanghaitech:ShanghaiTech", "ShanghaiTech part A or B: photos of crowds"),
+    "worldexpo": SourceEntry("worldexpo:WorldExpo", "WorldExpo'10: 108 surveillance cameras, 5 of them for testing"),
+    "ucsd": SourceEntry("ucsd:Ucsd", "UCSD: one surveillance camera, 2,000 small grey frames"),
+    "ucf-cc-50": SourceEntry("ucf_cc_50:UcfCc50", "UCF_CC_50: 50 photos of very dense crowds, in five folds"),
+    "ucf-qnrf": SourceEntry("ucf_qnrf:UcfQnrf", "UCF-QNRF: 1,535 large photos"),
+    "jhu": SourceEntry("jhu:Jhu", "JHU-CROWD++: 4,372 photos in all weather conditions"),
+    "nwpu": SourceEntry("nwpu:Nwpu", "NWPU-Crowd: 3,609 labelled photos, some without people"),
+    "csv": SourceEntry("annotations.csv_points:CsvTable", "your own photos, with a table of heads"),
+    "coco": SourceEntry("annotations.coco:Coco", "your own photos, with keypoints in COCO JSON"),
+    "label-studio": SourceEntry("annotations.label_studio:LabelStudio", "your own photos, annotated with Label Studio"),
+    "cvat": SourceEntry("annotations.cvat:Cvat", "your own photos, annotated with CVAT"),
+    "labelme": SourceEntry("annotations.labelme:LabelMe", "your own photos, annotated with LabelMe"),
+    "crowdray": SourceEntry("converted:Converted", "a converted dataset: to --check it, or to take some splits"),
 }
-"""Sources by their names on the command line: a new one is one line here, its options are its signature's."""
+"""Sources by their names on the command line; a new source is one line here, and its signature is its options."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option that a source takes besides --source and --depth."""
+    """An option of a source besides --source and --depth."""
 
     type: Any
-    """Its type, as annotated."""
+    """Annotated type."""
     default: Any
-    """What it is when it is not given."""
-    meaning: str
-    """One line for the help: the text in its Annotated."""
+    """Default value."""
+    help: str
+    """One line for the help, from the text in its Annotated."""
 
 
 def source_options(name: str) -> dict[str, Option]:
-    """The options that the source called `name` has of its own, by name; a UserError for unknown sources."""
+    """Options of a source by name; UserError for unknown sources."""
     found: dict[str, Option] = {}
-    for part in _known(name).adapter().__mro__:
+    for part in _entry(name).adapter().__mro__:
         build = vars(part).get("__init__")
         if build is None:
             continue
         parameters, hints = inspect.signature(build).parameters.values(), get_type_hints(build, include_extras=True)
         for parameter in parameters:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "depth":
-                meant, meaning = get_args(hints[parameter.name])[:2]
-                found.setdefault(parameter.name, Option(meant, parameter.default, meaning))
+                type_, help_ = get_args(hints[parameter.name])[:2]
+                found.setdefault(parameter.name, Option(type_, parameter.default, help_))
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            break  # else the class hands further options on to its base
+            break  # else the class passes further options to its base
     return found
 
 
 def open_source(name: str, source: str | None = None, **options: Any) -> Source:
-    """The source called `name` over the files at `source`; a UserError for unknown names and options."""
-    adapter = _known(name).adapter()
-    reads = "source" in inspect.signature(adapter).parameters
-    if reads and source is None:
-        raise UserError(f"{name} needs --source, the folder or URI that holds the dataset")
-    if not reads and source is not None:
-        raise UserError(f"--source {source}: {name} reads nothing; leave --source out")
+    """Open a source over the files at `source`; UserError for unknown names and options."""
+    adapter = _entry(name).adapter()
+    needs_files = "source" in inspect.signature(adapter).parameters
+    if needs_files and source is None:
+        raise UserError(f"{name} needs --source, the folder or URI of the dataset")
+    if not needs_files and source is not None:
+        raise UserError(f"--source {source}: {name} reads no files; leave --source out")
     try:
-        return adapter(*([source] if reads else []), **options)
+        return adapter(*([source] if needs_files else []), **options)
     except TypeError as error:
-        raise UserError(f"source {name}: {error}; its options were {options}") from error
+        raise UserError(f"source {name}: {error}; the given options were {options}") from error
 
 
-def _known(name: str) -> KnownSource:
+def _entry(name: str) -> SourceEntry:
     if name not in SOURCES:
-        raise UserError(f"no source is called {name!r}; choose one of {', '.join(SOURCES)}")
+        raise UserError(f"unknown source {name!r}; choose one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -1,8 +1,7 @@
-"""What sources of annotated image files share: items with the head scale of their camera or split, loading with
-checks, the depth and region of interest of fixed cameras, notes on missing splits."""
+"""Base class of sources of annotated image files: listing with head scales, checked loading, maps of fixed cameras."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,15 +10,17 @@ from numpy.typing import NDArray
 
 from crowdray import storage
 from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, usable_points
-from crowdray.datasets.depth import Perspective, Points, View, fit_head_scale, open_teacher
+from crowdray.datasets.depth import open_teacher
+from crowdray.datasets.depth.analytic import PerspectiveDepth, PointSpacingDepth, fit_head_scale
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits, natural_key
 from crowdray.errors import DataError, UserError
 
 T = TypeVar("T")
 
-MOST_REMEMBERED = 16
-"""Files remembered at a time: all clips of UCSD, and few of WorldExpo'10's hundred cameras with megabytes each."""
+MAX_CACHED = 16
+"""Files cached at a time: all clips of UCSD, and few of WorldExpo'10's hundred cameras with megabytes each."""
 
 Heads = NDArray[np.float64]
 """(N, 2) heads as (x, y) in continuous pixels: the centre of the first pixel is 0.5."""
@@ -27,10 +28,10 @@ Heads = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """What is known of a fixed camera; its maps are as large as its images, (H, W)."""
+    """Maps of a fixed camera, of the size of its images (H, W)."""
 
-    place: str
-    """Where its maps were read, for messages."""
+    uri: str
+    """Where the maps were read from, for messages."""
     roi: NDArray[np.bool_] | None = None
     """True where heads are annotated; None means everywhere."""
     person_size: NDArray[np.float64] | None = None
@@ -38,67 +39,67 @@ class Camera:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(H, W) of its images, None when no map tells."""
+        """(H, W) of its images; None without maps."""
         known = self.roi if self.roi is not None else self.person_size
         return None if known is None else (known.shape[0], known.shape[1])
 
 
 class AnnotatedImages:
-    """A dataset of image files and their heads; an adapter names the files and reads the annotation.
+    """A dataset of image files with annotated heads.
 
-    It gives the attributes below, `split_items` and `heads`, and for fixed cameras `camera`; what many items need
-    it reads through `remembered`, which stays behind when the source is sent to a worker.
+    A subclass defines the attributes below, `split_items` and `heads`, and for fixed cameras `camera`. It reads files
+    that many items need through `cached`.
     """
 
     name: str
-    """On the command line and in the index."""
-    published: tuple[str, ...]
-    """Splits that the dataset was published with."""
+    """Name on the command line and in the index."""
+    official_splits: tuple[str, ...]
+    """Splits of the official dataset."""
     fixed_cameras = False
     """Whether images of one scene come from one fixed camera."""
 
-    def __init__(self, root: str, there: Sequence[str], depth: str, teachers: Sequence[str]) -> None:
+    def __init__(self, root: str, splits: Sequence[str], depth: str, teachers: Sequence[str]) -> None:
         self._root = root
-        self._there = tuple(there)
-        self._teacher = open_teacher(depth, teachers)
-        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
+        self._splits = tuple(splits)
+        self.teacher = open_teacher(depth, teachers)
+        self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._encoded: dict[tuple[str, float], tuple[bytes | None, bytes | None]] = {}
-        self._memory: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     @property
     def uses_perspective(self) -> bool:
-        """Whether depth comes from perspective maps, so that they have to be read."""
-        return isinstance(self._teacher, Perspective)
+        """Whether depth comes from perspective maps, which then must be read."""
+        return isinstance(self.teacher, PerspectiveDepth)
 
     def split_items(self, split: str) -> list[Item]:
-        """The items of a split that is there, without head scale, in natural order."""
+        """Items of an available split, without head scale, in natural order."""
         raise NotImplementedError
 
     def heads(self, item: Item) -> Heads:
-        """The heads of an item whose annotation is there; a DataError names the file that is broken."""
+        """Heads of an item with an annotation; DataError names the damaged file."""
         raise NotImplementedError
 
     def camera(self, item: Item) -> Camera | None:
-        """The fixed camera that took the image, the same for all of its scene; None for photos."""
+        """Fixed camera of an image, the same for its whole scene; None for photos."""
         return None
 
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
-        """The encoded image of an item that has one, and its heads there: by default both as they are."""
+        """Encoded image of an item, and its heads in pixels of that image; unchanged by default."""
         assert item.image is not None
         return storage.read_bytes(item.image), heads
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Items in natural order; an image without annotation, or the reverse, is one that load() refuses."""
-        wanted = chosen_splits(self.name, self._there, splits)
+        """Items in natural order; load() refuses an image without annotation and an annotation without image."""
+        wanted = chosen_splits(self.name, self._splits, splits)
         found = [item for split in wanted for item in self.split_items(split)]
-        return self._with_head_scale(found) if isinstance(self._teacher, Points) else found
+        return self._with_head_scale(found) if isinstance(self.teacher, PointSpacingDepth) else found
 
     def load(self, item: Item) -> Sample:
         """One image with its heads, and the depth and region of interest of its camera."""
         if item.image is None:
             raise DataError(f"{item.annotation} annotates {item.name}, whose image is missing; copy it again")
         if item.annotation is None:
-            raise DataError(f"{item.image} has no annotation; copy that again or remove the image")
+            raise DataError(f"{item.image} has no annotation; copy it again, or remove the image")
         heads = self._usable_heads(item)
         try:
             image, points = self.image(item, heads)
@@ -115,21 +116,21 @@ class AnnotatedImages:
         return replace(sample, roi=roi, depth=depth)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """Which of the published splits this copy lacks."""
-        return [f"this copy has no {split} split" for split in self.published if split not in self._there]
+        """Official splits that this copy lacks."""
+        return [f"this copy has no {split} split" for split in self.official_splits if split not in self._splits]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers read the files of the cameras that they meet; they are not worth sending.
-        return {**self.__dict__, "_encoded": {}, "_memory": {}}
+        # Workers read the files of the cameras that they need; cached ones are too large to send.
+        return {**self.__dict__, "_encoded": {}, "_cache": {}}
 
-    def remembered(self, uri: str, read: Callable[[str], T]) -> T:
-        """What `read` makes of a file that many items need; the last MOST_REMEMBERED of them stay in memory."""
-        if uri not in self._memory:
-            while len(self._memory) >= MOST_REMEMBERED:
-                self._memory.pop(next(iter(self._memory)))
-            self._memory[uri] = read(uri)
-        found: T = self._memory[uri]
-        return found
+    def cached(self, uri: str, read: Callable[[str], T]) -> T:
+        """Result of `read` for a file; the last MAX_CACHED results stay in memory, and none is sent to workers."""
+        if uri not in self._cache:
+            while len(self._cache) >= MAX_CACHED:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[uri] = read(uri)
+        result: T = self._cache[uri]
+        return result
 
     def _usable_heads(self, item: Item) -> Heads:
         heads = self.heads(item)
@@ -139,31 +140,20 @@ class AnnotatedImages:
             raise DataError(f"{item.annotation}: {error}") from error
         return heads
 
-    def outside_regions(self, items: Iterable[Item]) -> int:
-        """How many heads of the items lie outside their regions of interest; they are kept."""
-        outside = 0
-        for item in items:
-            camera = self.camera(item)
-            if camera is not None and camera.roi is not None and item.annotation is not None:
-                x, y = np.floor(self._usable_heads(item)).astype(int).T
-                height, width = camera.roi.shape
-                outside += int((~camera.roi[y.clip(0, height - 1), x.clip(0, width - 1)]).sum())
-        return outside
-
     def _maps(self, item: Item, sample: Sample) -> tuple[bytes | None, bytes | None]:
-        """Region of interest and depth, encoded: once for each camera where the teacher looks at no image."""
+        """Encoded region of interest and depth; computed once per camera if the teacher ignores the image."""
         camera = self.camera(item)
-        for given in (camera.roi, camera.person_size) if camera else ():
-            if camera and given is not None and given.shape != (sample.height, sample.width):
+        for map_ in (camera.roi, camera.person_size) if camera else ():
+            if camera and map_ is not None and map_.shape != (sample.height, sample.width):
                 raise DataError(
-                    f"{item.image} is {(sample.height, sample.width)}, but a map in {camera.place} is {given.shape}; "
+                    f"{item.image} is {(sample.height, sample.width)}, but a map in {camera.uri} is {map_.shape}; "
                     "copy both again"
                 )
-        shared = camera is not None and not self._teacher.per_image
+        shared = camera is not None and not self.teacher.per_image
         key = item.scene, item.head_scale
         if shared and key in self._encoded:
             return self._encoded[key]
-        view = View(
+        inputs = DepthInput(
             image=bytes(sample.image),
             height=sample.height,
             width=sample.width,
@@ -174,7 +164,7 @@ class AnnotatedImages:
             head_scale=item.head_scale,
             fixed_camera=camera is not None,
         )
-        depth = self._teacher.depth(view)
+        depth = self.teacher.depth(inputs)
         roi = camera.roi if camera else None
         encoded = (None if roi is None else encode_roi(roi), None if depth is None else encode_depth(depth))
         if shared:
@@ -182,13 +172,13 @@ class AnnotatedImages:
         return encoded
 
     def _with_head_scale(self, items: Sequence[Item]) -> list[Item]:
-        """The items with the fit over their camera, or over their split where nothing says who shares one.
+        """Items with the head scale of their fixed camera, or else of their split.
 
-        A camera is fitted to its training frames alone, where it has any: the heads of test frames must not
-        reach training through its depth maps.
+        A camera is fit to its training frames only, if it has any: heads of test frames must not reach training
+        through its depth maps.
         """
         pool = list(items)
-        if self.fixed_cameras and "train" in self._there and all(item.split != "train" for item in items):
+        if self.fixed_cameras and "train" in self._splits and all(item.split != "train" for item in items):
             pool += self.split_items("train")
         groups: dict[str, list[Item]] = {}
         for item in pool:
@@ -203,7 +193,7 @@ class AnnotatedImages:
         return item.scene if self.fixed_cameras else item.split
 
     def _head_scale(self, items: Sequence[Item]) -> float:
-        """The fit over some items; those that cannot be read are left to load() to report."""
+        """Head scale of some items; unreadable ones are skipped, since load() reports them."""
         images = []
         for item in items:
             with contextlib.suppress(UserError):
@@ -214,9 +204,9 @@ class AnnotatedImages:
         return fit_head_scale(images, one_camera=self.fixed_cameras)
 
 
-def paired(
+def pair_items(
     split: str, images: dict[str, str], annotations: dict[str, str], scene: Callable[[str], str] = lambda name: ""
 ) -> list[Item]:
-    """Items of a split from the URIs of images and annotations by name, in natural order; `scene` of a name."""
+    """Items of a split in natural order, from URIs of images and annotations by name; `scene` maps a name."""
     names = sorted(images.keys() | annotations.keys(), key=natural_key)
     return [Item(split, name, images.get(name), annotations.get(name), scene=scene(name)) for name in names]

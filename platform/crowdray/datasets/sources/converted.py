@@ -1,4 +1,4 @@
-"""A dataset of ours as a source: to look at what was converted, or to convert a part of it again."""
+"""A converted dataset as a source: to check it, or to convert some of its splits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +11,17 @@ from crowdray.errors import DataError, UserError
 
 
 class Converted:
-    """The samples of a dataset at a path or URI, under the name and with the depth that it was converted with."""
+    """Samples of a dataset at a path or URI, with its name and depth."""
 
     gpu = False
+    teacher = None
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         if depth not in ("auto", "none"):
-            raise UserError(f"--depth {depth}: converted data keeps its depth (auto) or leaves it out (none)")
-        self._dataset = Dataset.open(source, verify=True)  # or what is damaged would be converted into sound shards
+            raise UserError(f"--depth {depth}: a converted dataset keeps its depth (auto) or drops it (none)")
+        self._dataset = Dataset.open(
+            source, verify=True
+        )  # else a damaged shard would be converted into one with a valid hash
         self._keeps_depth = depth == "auto"
         self.name = self._dataset.index.name
         self.depth_teacher = self._dataset.index.depth_teacher if self._keeps_depth else "none"
@@ -32,7 +35,7 @@ class Converted:
         ]
 
     def load(self, item: Item) -> Sample:
-        """One sample as it lies there; a DataError when its shard is damaged, or something in it cannot be decoded."""
+        """One stored sample; DataError if its shard is damaged, or something in it cannot be decoded."""
         stored = self._dataset.sample(item.number)
         sample = make_sample(
             name=stored.name,
@@ -55,5 +58,5 @@ class Converted:
         return sample if self._keeps_depth else replace(sample, depth=None)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """What its own conversion found."""
+        """Notes of its own conversion."""
         return list(self._dataset.index.notes)

@@ -1,7 +1,7 @@
-"""JHU-CROWD++: photos of crowds in every weather, with the size of each head.
+"""JHU-CROWD++: photos of crowds in all weather conditions, with the size of each head.
 
-Layout: {train,val,test}/{images/0000.jpg, gt/0000.txt, image_labels.txt}. A line of gt is one head,
-`cx cy w h occlusion blur`; a line of image_labels.txt is one image, `id,count,scene,weather,distractor`.
+Layout: {train,val,test}/{images/0000.jpg, gt/0000.txt, image_labels.txt}. Each line of gt is one head,
+`cx cy w h occlusion blur`; each line of image_labels.txt is one image, `id,count,scene,weather,distractor`.
 """
 
 import re
@@ -11,13 +11,13 @@ import numpy as np
 
 from crowdray import storage
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.base import AnnotatedImages, Heads, paired
+from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
 from crowdray.datasets.sources.layout import IMAGES, by_stem, text_lines
 from crowdray.datasets.sources.matlab import as_points
 from crowdray.errors import DataError, UserError
 
 COORDINATE_BASE = 0.0
-"""Whole numbers that index pixels from 0: x_continuous = x + 0.5. An assumption: no copy was at hand."""
+"""Integers that index pixels from 0: x_continuous = x + 0.5. Assumed; not verified on a copy."""
 
 SPLITS = ("train", "val", "test")
 HEAD_FIELDS = 6
@@ -25,33 +25,35 @@ LABELS = "image_labels.txt"
 
 
 class Jhu(AnnotatedImages):
-    """JHU-CROWD++ from the folder that holds its splits.
+    """JHU-CROWD++ from the folder that contains its splits.
 
-    An image's scene is the kind of place that its labels name, such as stadium, so that reports tell the error
-    of each kind; images of a kind do not share a camera. Without labels each image is a scene of its own.
+    An image's scene is its label, such as stadium, so that reports show the error of each kind of scene; images of one
+    scene do not share a camera. Without labels each image is a scene of its own.
     """
 
     name = "jhu"
-    published = SPLITS
+    official_splits = SPLITS
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        there = [split for split in SPLITS if storage.exists(storage.join(root, split, "images"))]
-        if not there:
-            raise UserError(f"{source} is not JHU-CROWD++: no train/images below it; give the folder that holds train")
-        super().__init__(root, there, depth, ("points", "none"))
+        available = [split for split in SPLITS if storage.exists(storage.join(root, split, "images"))]
+        if not available:
+            raise UserError(
+                f"{source} is not JHU-CROWD++: train/images is missing; give the folder that contains train"
+            )
+        super().__init__(root, available, depth, ("points", "none"))
 
     def split_items(self, split: str) -> list[Item]:
-        """Images by number."""
+        """Images in the order of their numbers."""
         images, annotations = (
             by_stem(storage.list_files(storage.join(self._root, split, folder), suffixes))
             for folder, suffixes in (("images", IMAGES), ("gt", (".txt",)))
         )
-        labels = self.remembered(self._label_file(split), _read_labels)
-        return paired(split, images, annotations, scene=lambda name: labels[name][1] if name in labels else "")
+        labels = self.cached(self._label_file(split), _read_labels)
+        return pair_items(split, images, annotations, scene=lambda name: labels[name][1] if name in labels else "")
 
     def heads(self, item: Item) -> Heads:
-        """Heads of one file of gt, as many as the image's label says; an empty file is an image without heads."""
+        """Heads of one gt file, checked against the image's label; an empty file is an image without heads."""
         assert item.annotation is not None
         rows = [line.split() for line in text_lines(item.annotation)]
         try:
@@ -60,26 +62,26 @@ class Jhu(AnnotatedImages):
             heads = as_points(np.array(rows, dtype=np.float64), COORDINATE_BASE)
         except ValueError as error:
             expected = "`cx cy w h occlusion blur` in each line"
-            raise DataError(f"{item.annotation} does not hold {expected} ({error}); copy it again") from error
-        labels = self.remembered(self._label_file(item.split), _read_labels)
+            raise DataError(f"{item.annotation} does not contain {expected} ({error}); copy it again") from error
+        labels = self.cached(self._label_file(item.split), _read_labels)
         if item.name in labels and labels[item.name][0] != len(heads):
             raise DataError(
-                f"{item.annotation} holds {len(heads)} heads, but {LABELS} says {labels[item.name][0]}; copy both again"
+                f"{item.annotation} contains {len(heads)} heads, {LABELS} says {labels[item.name][0]}; copy both again"
             )
         return heads
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Missing splits, and missing labels."""
-        missing = [split for split in self._there if not storage.exists(self._label_file(split))]
-        said = [f"{split}/{LABELS} is missing: each image is a scene of its own" for split in missing]
-        return [*super().notes(splits), *said]
+        missing = [split for split in self._splits if not storage.exists(self._label_file(split))]
+        notes = [f"{split}/{LABELS} is missing: each image is a scene of its own" for split in missing]
+        return [*super().notes(splits), *notes]
 
     def _label_file(self, split: str) -> str:
         return storage.join(self._root, split, LABELS)
 
 
 def _read_labels(uri: str) -> dict[str, tuple[int, str]]:
-    """Count and scene of each image by its id; none when there is no such file. Only the scene holds commas."""
+    """Count and scene of each image by its id; empty without file. Only scenes may contain commas."""
     if not storage.exists(uri):
         return {}
     labels = {}

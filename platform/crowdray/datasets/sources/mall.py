@@ -1,9 +1,9 @@
 """Mall: 2,000 frames of one surveillance camera at 480x640, with a region of interest and a perspective map.
 
-Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.mat. The first 800 frames train.
+Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.mat. The first 800 frames are
+for training.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from crowdray.errors import DataError, UserError
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes: x_continuous = x - base + 0.5.
 
-The file shows it: in nine of ten frames whose heads lie on a grid, that of the screen pixels they were
-clicked on, the grid begins at 0.5 to three digits, the edge of such axes.
+The file confirms it: in nine of ten frames the heads lie on the grid of the screen pixels where they were clicked, and
+that grid starts at 0.5 to three digits, the edge of such axes.
 """
 
 TRAIN_FRAMES = 800
-"""Frames 1..800 train, the rest test, as in the dataset's paper and every one since."""
+"""Frames 1 to 800 are for training, the rest for testing, as in the dataset's paper and all later ones."""
 
 SPLITS = ("train", "test")
 
@@ -32,7 +32,7 @@ class Mall(AnnotatedImages):
     """The Mall dataset in its official layout, under a folder or a URI."""
 
     name = "mall"
-    published = SPLITS
+    official_splits = SPLITS
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
@@ -40,9 +40,9 @@ class Mall(AnnotatedImages):
         self._ground_truth = storage.join(self._root, "mall_gt.mat")
 
     def split_items(self, split: str) -> list[Item]:
-        """Frames by number."""
+        """Frames in the order of their numbers."""
         frames = {stem(uri): uri for uri in storage.list_files(storage.join(self._root, "frames"), (".jpg",))}
-        annotated = len(self.remembered(self._ground_truth, _read_heads))
+        annotated = len(self.cached(self._ground_truth, _read_heads))
         found = []
         for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):
             number = _frame_number(name, frames.get(name, name))
@@ -53,21 +53,16 @@ class Mall(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one frame of mall_gt.mat."""
-        return self.remembered(self._ground_truth, _read_heads)[item.number]
+        return self.cached(self._ground_truth, _read_heads)[item.number]
 
     def camera(self, item: Item) -> Camera:
-        """The region of interest, and the size of a person from the perspective map."""
-        return self.remembered(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
-
-    def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """How many heads lie outside the region of interest: they are kept."""
-        outside = self.outside_regions(item for item in self.items(splits) if item.image is not None)
-        return [f"{outside} heads lie outside the region of interest"] if outside else []
+        """Region of interest, and size of a person from the perspective map."""
+        return self.cached(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
 
     def _read_camera(self, uri: str) -> Camera:
         def extract(variables: dict[str, Any]) -> Camera:
-            # pMapN weighs a pixel by the inverse of a person's area: it is largest far away, at the top, and
-            # 1 / sqrt(pMapN) is linear in the row to 1e-8, as a person's height on a ground plane must be.
+            # pMapN weights a pixel by the inverse of a person's area: it is largest at the top, far away, and
+            # 1 / sqrt(pMapN) is linear in the row to 1e-8, like a person's height on a ground plane.
             size = 1.0 / np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
             return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
 
@@ -90,7 +85,7 @@ def _find_root(source: str) -> str:
     for root in (source, storage.join(source, "mall_dataset")):
         if storage.exists(storage.join(root, "mall_gt.mat")):
             return root
-    raise UserError(f"{source} is not the Mall dataset: it holds no mall_gt.mat; give the folder that does")
+    raise UserError(f"{source} is not the Mall dataset: mall_gt.mat is missing; give the folder that contains it")
 
 
 def _frame_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""A region of interest given as a polygon, as a mask of pixels."""
+"""Rasterisation of polygonal regions of interest."""
 
 from typing import Any
 
@@ -7,20 +7,28 @@ from numpy.typing import NDArray
 
 from crowdray.data.sample import FARTHEST
 
-MOST_VERTICES = 10_000
-"""More vertices than anybody clicks: a damaged file, which would take hours."""
+MAX_VERTICES = 10_000
+"""Maximum number of vertices: more come from a damaged file, and would take hours."""
 
 
 def polygon_mask(x: NDArray[Any], y: NDArray[Any], height: int, width: int) -> NDArray[np.bool_]:
-    """Bool (height, width): the pixels whose centre lies inside the closed polygon (x, y) of continuous pixels.
+    """Bool (height, width) mask of the pixels whose centre lies inside a closed polygon.
 
-    Where the outline crosses itself, inside is what an odd number of edges encloses. A centre on an edge
-    belongs to the side with the larger coordinates, so that polygons with a common edge share no pixel and
-    lose none. Raises ValueError for what is no polygon.
+    Self-intersections follow the even-odd rule. A centre on an edge belongs to the side with larger coordinates, so
+    adjacent polygons neither overlap nor leave gaps.
+
+    Args:
+        x: Continuous x coordinates of the vertices, in pixels.
+        y: Continuous y coordinates of the vertices, in pixels.
+        height: Height of the mask.
+        width: Width of the mask.
+
+    Raises:
+        ValueError: Too few or too many vertices, or a vertex that is far outside the image.
     """
     vertices = np.stack([np.ravel(x), np.ravel(y)], axis=1).astype(np.float64)
-    if not 3 <= len(vertices) <= MOST_VERTICES:
-        raise ValueError(f"a polygon of {len(vertices)} vertices, expected 3 to {MOST_VERTICES}")
+    if not 3 <= len(vertices) <= MAX_VERTICES:
+        raise ValueError(f"a polygon of {len(vertices)} vertices, expected 3 to {MAX_VERTICES}")
     if not (np.abs(vertices) <= FARTHEST).all():
         raise ValueError(f"a vertex more than {FARTHEST:g} pixels from the image's corner")
     rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5

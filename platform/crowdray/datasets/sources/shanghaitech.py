@@ -1,7 +1,7 @@
-"""ShanghaiTech parts A and B: photos of crowds, each with the heads of everybody in it.
+"""ShanghaiTech parts A and B: photos of crowds with all heads annotated.
 
-Layout: part_{A,B}_final/{train,test}_data/{images/IMG_n.jpg, ground_truth/GT_IMG_n.mat}. Copies in
-circulation also say part_A, and ground-truth.
+Layout: part_{A,B}_final/{train,test}_data/{images/IMG_n.jpg, ground_truth/GT_IMG_n.mat}. Some copies
+use part_A and ground-truth instead.
 """
 
 import re
@@ -10,17 +10,16 @@ from typing import Annotated, Any
 
 from crowdray import storage
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.base import AnnotatedImages, Heads, paired
+from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
 from crowdray.datasets.sources.layout import IMAGES, by_stem
 from crowdray.datasets.sources.matlab import as_points, read_matlab
 from crowdray.errors import DataError, UserError
 
 COORDINATE_BASE = 0.5
-"""Coordinates are continuous pixels already, the centre of the first pixel is 0.5: x_continuous = x - base +
-0.5.
+"""Continuous pixels, with the centre of the first pixel at 0.5: x_continuous = x - base + 0.5.
 
-Over the 49,151 heads of part B's training images (1024x768) x spans [0.157, 1023.95] and y begins at 0.001:
-45 heads lie below 0.5, where axes that begin with a pixel's centre at 1 have nothing, and none below 0.
+Over the 49,151 heads of part B's training images (1024x768) x spans [0.157, 1023.95] and y starts at 0.001: 45 heads
+lie below 0.5, which is impossible on axes whose first pixel centre is 1, and none below 0.
 """
 
 SPLITS = ("train", "test")
@@ -31,21 +30,21 @@ ANNOTATIONS = ("ground_truth", "ground-truth")
 class ShanghaiTech(AnnotatedImages):
     """One part of ShanghaiTech, from the root of the dataset or the folder of the part."""
 
-    published = SPLITS
+    official_splits = SPLITS
 
     def __init__(
-        self, source: str, *, part: Annotated[str, "A or B, where --source holds both"] = "", depth: str = "auto"
+        self, source: str, *, part: Annotated[str, "A or B, if --source contains both"] = "", depth: str = "auto"
     ) -> None:
         root, letter = _find_part(storage.resolve(source), part.upper())
         self.name = f"shanghaitech-{letter.lower()}" if letter else "shanghaitech"
         super().__init__(root, [split for split in SPLITS if _has_split(root, split)], depth, ("points", "none"))
 
     def split_items(self, split: str) -> list[Item]:
-        """Images by number."""
+        """Images in the order of their numbers."""
         folder = storage.join(self._root, f"{split}_data")
         images = by_stem(storage.list_files(storage.join(folder, "images"), IMAGES))
         annotations = by_stem(storage.list_files(_annotation_folder(folder), (".mat",)))
-        return paired(split, images, {re.sub("^GT_", "", name): uri for name, uri in annotations.items()})
+        return pair_items(split, images, {re.sub("^GT_", "", name): uri for name, uri in annotations.items()})
 
     def heads(self, item: Item) -> Heads:
         """Heads of one GT_IMG_n.mat."""
@@ -65,18 +64,18 @@ def _annotation_folder(folder: str) -> str:
     for name in ANNOTATIONS:
         if storage.exists(storage.join(folder, name)):
             return storage.join(folder, name)
-    raise DataError(f"{folder} holds images but neither {' nor '.join(ANNOTATIONS)}; copy the annotations beside them")
+    raise DataError(f"{folder} contains images but neither {' nor '.join(ANNOTATIONS)}; copy the annotations too")
 
 
 def _find_part(source: str, part: str) -> tuple[str, str]:
-    """The folder of the part and its letter, "" when neither the path nor the user says it."""
+    """Folder of the part, and its letter; "" if neither the path nor the user says it."""
     if part not in ("", "A", "B"):
-        raise UserError(f"ShanghaiTech has no part {part!r}; choose A or B")
+        raise UserError(f"--part {part}: ShanghaiTech has parts A and B; choose one of them")
     if any(_has_split(source, split) for split in SPLITS):
-        said = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
-        letter = said.group(1).upper() if said else ""
+        match = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
+        letter = match.group(1).upper() if match else ""
         if part and letter and part != letter:
-            raise UserError(f"{source} is part {letter}, but part {part} was asked for; give the other folder")
+            raise UserError(f"{source} is part {letter}, but --part is {part}; give the other folder")
         return source, part or letter
     found = [
         (root, letter)
@@ -86,7 +85,9 @@ def _find_part(source: str, part: str) -> tuple[str, str]:
     ]
     if not found:
         wanted = f"part_{part or 'B'}_final/train_data/images"
-        raise UserError(f"{source} holds no ShanghaiTech{f' part {part}' if part else ''}: no {wanted} below it")
+        raise UserError(
+            f"{source} is not ShanghaiTech{f' part {part}' if part else ''}: {wanted} is missing; check --source"
+        )
     if len({letter for _, letter in found}) > 1:
-        raise UserError(f"{source} holds parts A and B; give the folder of one of them, such as {found[0][0]}")
+        raise UserError(f"{source} contains parts A and B; give the folder of one of them, such as {found[0][0]}")
     return found[0]

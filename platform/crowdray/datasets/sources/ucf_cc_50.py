@@ -1,4 +1,4 @@
-"""UCF_CC_50: fifty grey photos of very dense crowds, scored over five folds.
+"""UCF_CC_50: fifty grey photos of very dense crowds, evaluated over five folds.
 
 Layout: n.jpg and n_ann.mat with `annPoints`, n from 1 to 50.
 """
@@ -8,34 +8,34 @@ from typing import Annotated
 
 from crowdray import storage
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.base import AnnotatedImages, Heads, paired
+from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
 from crowdray.datasets.sources.layout import by_stem
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
 COORDINATE_BASE = 1.0
-"""The centre of the first pixel is (1, 1). An assumption: no copy was at hand, and the files are MATLAB's."""
+"""The centre of the first pixel is (1, 1). Assumed, because the files are MATLAB's; not verified on a copy."""
 
 FOLDS, FOLD_IMAGES = 5, 10
-"""Folds by number: the first is images 1 to 10."""
+"""Number of folds, and images per fold: the first fold is images 1 to 10."""
 
 SPLITS = ("train", "test")
 
 
 class UcfCc50(AnnotatedImages):
-    """UCF_CC_50 with one fold to test and the others to train."""
+    """UCF_CC_50 with one fold for testing and the others for training."""
 
-    published = SPLITS
+    official_splits = SPLITS
 
     def __init__(
         self,
         source: str,
         *,
-        fold: Annotated[int, "the fold that tests, 1 to 5; the rest trains"] = 1,
+        fold: Annotated[int, "fold for testing, 1 to 5; the others are for training"] = 1,
         depth: str = "auto",
     ) -> None:
         if not 1 <= fold <= FOLDS:
-            raise UserError(f"ucf-cc-50 has no fold {fold}; choose one from 1 to {FOLDS}")
+            raise UserError(f"--fold {fold}: ucf-cc-50 has folds 1 to {FOLDS}; choose one of them")
         self._fold = fold
         self.name = f"ucf-cc-50-fold{fold}"
         root = storage.resolve(source)
@@ -43,31 +43,31 @@ class UcfCc50(AnnotatedImages):
             {name.removesuffix("_ann"): uri for name, uri in by_stem(storage.list_files(root, (ending,))).items()}
             for ending in (".jpg", "_ann.mat")
         )
-        if strange := [name for name in self._images | self._annotations if not name.isdecimal()]:
-            raise UserError(f"{source} holds {strange[0]}, which is no image of UCF_CC_50 such as 1.jpg; move it away")
-        there = {self._split(name) for name in self._images}
-        if not there:
-            raise UserError(f"{source} is not UCF_CC_50: it holds no image such as 1.jpg")
-        super().__init__(root, [split for split in SPLITS if split in there], depth, ("points", "none"))
+        if unexpected := [name for name in self._images | self._annotations if not name.isdecimal()]:
+            raise UserError(f"{source} contains {unexpected[0]}, but UCF_CC_50 has images such as 1.jpg; move it away")
+        available = {self._split(name) for name in self._images}
+        if not available:
+            raise UserError(f"{source} is not UCF_CC_50: it contains no image such as 1.jpg; check --source")
+        super().__init__(root, [split for split in SPLITS if split in available], depth, ("points", "none"))
 
     def split_items(self, split: str) -> list[Item]:
-        """Images by number."""
+        """Images in the order of their numbers."""
         images, annotations = (
             {name: uri for name, uri in uris.items() if self._split(name) == split}
             for uris in (self._images, self._annotations)
         )
-        return paired(split, images, annotations)
+        return pair_items(split, images, annotations)
 
     def heads(self, item: Item) -> Heads:
-        """Heads of one n_ann.mat, also those outside the image."""
+        """Heads of one n_ann.mat, including those outside the image."""
         assert item.annotation is not None
         return read_points(item.annotation, "annPoints", COORDINATE_BASE)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """Missing splits, and which images test."""
+        """Missing splits, and the images of the test fold."""
         last = self._fold * FOLD_IMAGES
-        said = f"fold {self._fold} of {FOLDS}: images {last - FOLD_IMAGES + 1} to {last} test"
-        return [*super().notes(splits), f"{said}; the dataset's score is the mean over all folds"]
+        test = f"fold {self._fold} of {FOLDS}: images {last - FOLD_IMAGES + 1} to {last} are for testing"
+        return [*super().notes(splits), f"{test}; results on this dataset are means over all folds"]
 
     def _split(self, name: str) -> str:
         return SPLITS[(int(name) - 1) // FOLD_IMAGES == self._fold - 1]

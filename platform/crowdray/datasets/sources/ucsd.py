@@ -1,8 +1,8 @@
 """UCSD pedestrians: ten clips of 200 grey frames of one surveillance camera at 158x238, with a region of interest.
 
 Layout: ucsdpeds/vidf/vidf1_33_00X.y/vidf1_33_00X_fNNN.png, and in vidf-cvpr/ vidf1_33_00X_frame_full.mat,
-vidf1_33_roi_mainwalkway.mat, vidf1_33_dmap3.mat. Clips count from 0, frames from 1; the dataset shows more
-clips than it annotates.
+vidf1_33_roi_mainwalkway.mat, vidf1_33_dmap3.mat. Clips count from 0, frames from 1; some clips
+of the dataset are not annotated.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ from crowdray.errors import UserError
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes.
 
-No copy was at hand. A public converter reports that x - 0.5, which this is, puts as many heads inside the region
-as the dataset's own count in 1,649 of its 2,000 frames, and plain x only in 1,494.
+Not verified on a copy. A public converter reports that x - 0.5, as here, reproduces the dataset's own count inside the
+region in 1,649 of its 2,000 frames, and plain x only in 1,494.
 """
 
 CLIPS, CLIP_FRAMES = 10, 200
-"""Annotated clips, and frames of each."""
+"""Number of annotated clips, and of frames in each."""
 
 TRAIN_FRAMES = range(601, 1401)
-"""Frames that train, counted from 1 through all clips; the rest test."""
+"""Training frames, counted from 1 through all clips; the rest are for testing."""
 
 SPLITS = ("train", "test")
 FRAME_FOLDERS = ("ucsdpeds/vidf", "vidf", "ucsdpeds_vidf/video/vidf")
@@ -37,25 +37,25 @@ REGION, PERSPECTIVE = "vidf1_33_roi_mainwalkway.mat", "vidf1_33_dmap3.mat"
 
 
 class Ucsd(AnnotatedImages):
-    """UCSD's ten annotated clips, or those of them that are there."""
+    """The available ones of UCSD's ten annotated clips."""
 
     name = "ucsd"
-    published = SPLITS
+    official_splits = SPLITS
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        self._frames = _first_there(root, FRAME_FOLDERS, source)
-        self._annotations = _first_there(root, ("vidf-cvpr", "ucsdpeds/vidf-cvpr"), source)
+        self._frames = _first_existing(root, FRAME_FOLDERS, source)
+        self._annotations = _first_existing(root, ("vidf-cvpr", "ucsdpeds/vidf-cvpr"), source)
         self._names = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(self._annotations, (".mat",))}
         clips = {
             clip: all((_frame_file(clip) in self._names, storage.exists(self._clip_folder(clip))))
             for clip in range(CLIPS)
         }
-        self._clips = [clip for clip, there in clips.items() if there]
-        splits = {_split(clip * CLIP_FRAMES + frame) for clip in self._clips for frame in (1, CLIP_FRAMES)}
+        self._clips = [clip for clip, complete in clips.items() if complete]
+        splits = {frame_split(clip * CLIP_FRAMES + frame) for clip in self._clips for frame in (1, CLIP_FRAMES)}
         if not splits:
-            raise UserError(f"{source} holds no clip of UCSD with its annotation, such as {_frame_file(0)}")
+            raise UserError(f"{source} contains no annotated clip of UCSD, such as {_frame_file(0)}; check --source")
         teachers = (*(("perspective",) if PERSPECTIVE in self._names else ()), "points", "none")
         super().__init__(root, [split for split in SPLITS if split in splits], depth, teachers)
 
@@ -64,37 +64,35 @@ class Ucsd(AnnotatedImages):
         found = []
         for clip in self._clips:
             images = by_stem(storage.list_files(self._clip_folder(clip), (".png",)))
-            place = storage.join(self._annotations, _frame_file(clip))
-            annotated = len(self.remembered(place, _read_frames))
+            uri = storage.join(self._annotations, _frame_file(clip))
+            annotated = len(self.cached(uri, _read_frames))
             frames = {int(end) for name in images if (end := name.removeprefix(f"{_clip(clip)}_f")).isdecimal()}
             for frame in sorted(frames | set(range(1, annotated + 1))):
                 number = clip * CLIP_FRAMES + frame
                 name = f"{_clip(clip)}_f{frame:03d}"
-                if split == _split(number):
-                    annotation = place if frame <= annotated else None
+                if split == frame_split(number):
+                    annotation = uri if frame <= annotated else None
                     found.append(Item(split, name, images.get(name), annotation, number, self.name))
         return found
 
     def heads(self, item: Item) -> Heads:
-        """Heads of one frame of its clip's file, also those outside the region of interest."""
+        """Heads of one frame, including those outside the region of interest."""
         assert item.annotation is not None
-        return self.remembered(item.annotation, _read_frames)[(item.number - 1) % CLIP_FRAMES]
+        return self.cached(item.annotation, _read_frames)[(item.number - 1) % CLIP_FRAMES]
 
     def camera(self, item: Item) -> Camera:
-        """The walkway as region of interest, and the size of a person from the perspective map."""
-        return self.remembered(self._annotations, self._read_camera)
+        """Region of interest, which is the walkway, and size of a person from the perspective map."""
+        return self.cached(self._annotations, self._read_camera)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """Missing splits, clips and maps, and how many heads lie outside the region of interest."""
+        """Missing splits, clips and maps."""
         notes = super().notes(splits)
         if missing := [str(clip) for clip in range(CLIPS) if clip not in self._clips]:
             notes.append(f"clips {', '.join(missing)} are left out: their frames or their annotation are missing")
         if REGION not in self._names:
-            notes.append(f"{REGION} is missing: everything counts, where published figures count the walkway")
+            notes.append(f"{REGION} is missing: all heads count, while published results count those on the walkway")
         if PERSPECTIVE not in self._names:
             notes.append(f"{PERSPECTIVE} is missing: depth comes from the annotated heads")
-        if outside := self.outside_regions(item for item in self.items(splits) if item.image is not None):
-            notes.append(f"{outside} heads lie outside the region of interest")
         return notes
 
     def _clip_folder(self, clip: int) -> str:
@@ -103,11 +101,11 @@ class Ucsd(AnnotatedImages):
     def _read_camera(self, folder: str) -> Camera:
         roi = size = None
         if REGION in self._names:
-            place = storage.join(folder, REGION)
-            roi = read_matlab(place, lambda variables: as_map(variables["roi"]["mask"][0, 0]) > 0, "`roi` with `mask`")
+            uri = storage.join(folder, REGION)
+            roi = read_matlab(uri, lambda variables: as_map(variables["roi"]["mask"][0, 0]) > 0, "`roi` with `mask`")
         if self.uses_perspective:
-            place = storage.join(folder, PERSPECTIVE)
-            size = read_matlab(place, lambda variables: _person_size(variables["dmap"]), "`dmap` with `pmapxy`")
+            uri = storage.join(folder, PERSPECTIVE)
+            size = read_matlab(uri, lambda variables: _person_size(variables["dmap"]), "`dmap` with `pmapxy`")
         return Camera(folder, roi, size)
 
 
@@ -121,17 +119,18 @@ def _read_frames(uri: str) -> list[Heads]:
 
 
 def _person_size(dmap: Any) -> NDArray[np.float64]:
-    """A person's size from `pmapxy`, which goes with the area of a person.
+    """Size of a person from `pmapxy`, which is proportional to a person's area or to its inverse.
 
-    Some descriptions call it the scale of a person, larger = nearer, others the weight of a pixel, larger =
-    farther. The camera looks down on the walkway, so that the nearer end is the lower one: this decides.
+    Some descriptions call it the scale of a person, larger = nearer, others the weight of a pixel, larger = farther.
+    The camera looks down on the walkway, so the lower end must be the nearer one.
     """
     area = as_sizes(dmap["pmapxy"][0, 0])
     half = len(area) // 2
     return np.asarray(area ** (0.5 if area[half:].mean() >= area[:half].mean() else -0.5))
 
 
-def _split(number: int) -> str:
+def frame_split(number: int) -> str:
+    """Split of a frame by its number, counted from 1 through all clips."""
     return SPLITS[number not in TRAIN_FRAMES]
 
 
@@ -143,8 +142,8 @@ def _frame_file(clip: int) -> str:
     return f"{_clip(clip)}_frame_full.mat"
 
 
-def _first_there(root: str, folders: Sequence[str], source: str) -> str:
+def _first_existing(root: str, folders: Sequence[str], source: str) -> str:
     for folder in folders:
         if storage.exists(storage.join(root, folder)):
             return storage.join(root, folder)
-    raise UserError(f"{source} is not UCSD: it holds none of {', '.join(folders)}; give the folder above them")
+    raise UserError(f"{source} is not UCSD: it contains none of {', '.join(folders)}; give the folder above them")

@@ -1,7 +1,7 @@
 """WorldExpo'10: frames of 108 surveillance cameras at 576x720, with a region of interest and a perspective map each.
 
 Layout: train_frame/<name>.jpg, train_label/<scene>/{<name>.mat, roi.mat}, train_perspective/<scene>.mat, and the
-same with test_, whose frames lie in folders of their scenes. The five scenes of the test split are all new.
+same with test_, whose frames lie in folders of their scenes. The five test scenes do not occur in the training split.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 from crowdray import storage
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads, paired
+from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads, pair_items
 from crowdray.datasets.sources.layout import IMAGES, by_stem
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.datasets.sources.region import polygon_mask
@@ -21,8 +21,8 @@ from crowdray.errors import DataError, UserError
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes, for heads and for the corners of a region.
 
-An assumption: no copy was at hand. The files are MATLAB's, and the names of the corners are those of a script
-that shows images on such axes.
+Assumed, because the files are MATLAB's and the names of the corners are those of a script that shows images on such
+axes; not verified on a copy.
 """
 
 SIZE = (576, 720)
@@ -31,7 +31,7 @@ SIZE = (576, 720)
 SPLITS = ("train", "test")
 
 TEST_SCENES = {"104207": "S1", "200608": "S2", "200702": "S3", "202201": "S4", "500717": "S5"}
-"""The test split's scenes by the names that tables of results give them."""
+"""Scenes of the test split by their names in published tables."""
 
 _BAD_CAMERA = "200778_C10-03-S20100717083000000E20100717233000000"
 BAD = frozenset(
@@ -44,69 +44,69 @@ BAD = frozenset(
         "104207_1-04-S20100821071000000E20100821120000000_034550",
     }
 )
-"""Frames whose labels are known to be unusable: five of the training split, one of S1, which then has 119."""
+"""Frames with unusable labels: five of the training split, and one of S1, which then has 119."""
 
 
 class WorldExpo(AnnotatedImages):
-    """WorldExpo'10, from the folder that holds train_frame or test_frame."""
+    """WorldExpo'10, from the folder that contains train_frame or test_frame."""
 
     name = "worldexpo"
-    published = SPLITS
+    official_splits = SPLITS
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        there = [split for split in SPLITS if storage.exists(storage.join(root, f"{split}_frame"))]
-        if not there:
-            raise UserError(f"{source} is not WorldExpo'10: it holds neither train_frame nor test_frame")
-        mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in there)
-        super().__init__(root, there, depth, (*(("perspective",) if mapped else ()), "points", "none"))
+        available = [split for split in SPLITS if storage.exists(storage.join(root, f"{split}_frame"))]
+        if not available:
+            raise UserError(f"{source} is not WorldExpo'10: train_frame and test_frame are missing; check --source")
+        mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in available)
+        super().__init__(root, available, depth, (*(("perspective",) if mapped else ()), "points", "none"))
 
     def split_items(self, split: str) -> list[Item]:
-        """Frames by name, so that those of a scene are neighbours; known bad ones are left out."""
+        """Frames by name, which groups them by scene; known bad ones are left out."""
         images = self._files(f"{split}_frame", IMAGES)
         labels = self._files(f"{split}_label", (".mat",))
         labels = {name: uri for name, uri in labels.items() if name != "roi"}
-        items = paired(split, images, labels, scene=lambda name: TEST_SCENES.get(name[:6], name[:6]))
+        items = pair_items(split, images, labels, scene=lambda name: TEST_SCENES.get(name[:6], name[:6]))
         return [item for item in items if item.name not in BAD]
 
     def heads(self, item: Item) -> Heads:
-        """All labelled heads, also those outside the region of interest: the ground truth is those inside."""
+        """All labelled heads, including those outside the region of interest, which evaluation ignores."""
         assert item.annotation is not None
-        place = item.annotation
+        uri = item.annotation
 
         def extract(variables: dict[str, Any]) -> Heads:
             heads = as_points(variables["point_position"], COORDINATE_BASE)
             number = np.asarray(variables["point_num"]).ravel().tolist()
             if number != [len(heads)]:
-                raise DataError(f"{place}: `point_num` is {number}, but {len(heads)} points are there; copy it again")
+                raise DataError(f"{uri}: `point_num` is {number}, but there are {len(heads)} points; copy it again")
             return heads
 
-        return read_matlab(place, extract, "`point_position` and `point_num`")
+        return read_matlab(uri, extract, "`point_position` and `point_num`")
 
     def camera(self, item: Item) -> Camera:
-        """The polygon of the scene as a mask, and its pixels per metre as the size of a person."""
-        place = storage.join(self._root, f"{item.split}_label", item.name[:6], "roi.mat")
-        return self.remembered(place, lambda uri: self._read_camera(uri, item))
+        """Region of interest of the scene, and its pixels per metre as size of a person."""
+        path = storage.join(self._root, f"{item.split}_label", item.name[:6], "roi.mat")
+        return self.cached(path, lambda uri: self._read_camera(uri, item))
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        """Missing splits and perspective maps, and the known bad frames that were left out."""
+        """Missing splits and perspective maps, and known bad frames."""
         notes = super().notes(splits)
         notes += [
             f"{split}_perspective is missing: depth comes from the annotated heads"
-            for split in self._there
+            for split in self._splits
             if not storage.exists(storage.join(self._root, f"{split}_perspective"))
         ]
-        bad = sorted({name for split in self._there for name in self._files(f"{split}_frame", IMAGES)} & BAD)
+        bad = sorted({name for split in self._splits for name in self._files(f"{split}_frame", IMAGES)} & BAD)
         if bad:
             notes.append(f"{len(bad)} frames with labels known to be bad are left out: {', '.join(bad)}")
         return notes
 
     def _files(self, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
-        """URIs of the files below a folder by name, whether or not scenes have folders of their own."""
-        place = storage.join(self._root, folder)
-        names = [file.name for file in storage.find_files(place) if file.name.lower().endswith(tuple(suffixes))]
-        return by_stem(storage.join(place, name) for name in names if not PurePosixPath(name).name.startswith("."))
+        """URIs of the files below a folder, in any depth, by name."""
+        uri = storage.join(self._root, folder)
+        names = [file.name for file in storage.find_files(uri) if file.name.lower().endswith(tuple(suffixes))]
+        return by_stem(storage.join(uri, name) for name in names if not PurePosixPath(name).name.startswith("."))
 
     def _read_camera(self, uri: str, item: Item) -> Camera:
         def roi(variables: dict[str, Any]) -> Any:
@@ -116,6 +116,6 @@ class WorldExpo(AnnotatedImages):
         mask = read_matlab(uri, roi, "`maskVerticesXCoordinates` and `maskVerticesYCoordinates` of a polygon")
         if not self.uses_perspective:
             return Camera(uri, mask)
-        place = storage.join(self._root, f"{item.split}_perspective", f"{item.name[:6]}.mat")
-        size = read_matlab(place, lambda variables: as_sizes(variables["pMap"]), "`pMap`")
-        return Camera(f"{uri} or {place}", mask, size)
+        perspective = storage.join(self._root, f"{item.split}_perspective", f"{item.name[:6]}.mat")
+        size = read_matlab(perspective, lambda variables: as_sizes(variables["pMap"]), "`pMap`")
+        return Camera(f"{uri} or {perspective}", mask, size)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray.data.sample import FARTHEST
-from crowdray.datasets.sources.region import MOST_VERTICES, polygon_mask
+from crowdray.datasets.sources.region import MAX_VERTICES, polygon_mask
 from crowdray.errors import DataError
 
 Corner = tuple[float, float]
@@ -81,9 +81,9 @@ class ImageAnnotation:
             if not (abs(x) <= FARTHEST and abs(y) <= FARTHEST):
                 raise DataError(f"{location}: ({x:g}, {y:g}) is far outside any image; correct it")
         if kind == "polygon" and label.lower() == ROI_LABEL:
-            if not 3 <= len(corners) <= MOST_VERTICES:
+            if not 3 <= len(corners) <= MAX_VERTICES:
                 raise DataError(
-                    f"{location}: a region of interest has 3 to {MOST_VERTICES} corners, not {len(corners)}; redraw it"
+                    f"{location}: a region of interest has 3 to {MAX_VERTICES} corners, not {len(corners)}; redraw it"
                 )
             self.roi_polygons.append(list(corners))
             return

@@ -18,7 +18,9 @@ import numpy as np
 
 from crowdray import storage
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.datasets.depth import Points, View, fit_head_scale, open_teacher
+from crowdray.datasets.depth import open_teacher
+from crowdray.datasets.depth.analytic import PointSpacingDepth, fit_head_scale
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
 from crowdray.datasets.sources.annotations.images import (
@@ -64,8 +66,8 @@ class AnnotatedFolder:
             raise UserError(f"--test-fraction is {test_fraction}; use a fraction in [0, 1), such as 0.2")
         if boxes not in (None, "centre"):
             raise UserError(f"--boxes {boxes}: the only choice is --boxes centre")
-        self._teacher = open_teacher(depth, ("points", "none"))
-        self.depth_teacher, self.gpu = self._teacher.name, self._teacher.gpu
+        self.teacher = open_teacher(depth, ("points", "none"))
+        self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._root = storage.resolve(source)
         # The registered model is named after it, so characters that MLflow rejects are replaced.
         self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or self.kind
@@ -115,7 +117,7 @@ class AnnotatedFolder:
                 f"{item.image} is {width}x{height}, but was annotated at {annotated}; replace it by the annotated image"
             )
         roi = encode_roi(roi_mask(annotation.roi_polygons, height, width)) if annotation.roi_polygons else None
-        view = View(
+        inputs = DepthInput(
             image=image,
             height=height,
             width=width,
@@ -124,7 +126,7 @@ class AnnotatedFolder:
             name=item.name,
             head_scale=item.head_scale,
         )
-        depth = self._teacher.depth(view)
+        depth = self.teacher.depth(inputs)
         return replace(sample, roi=roi, depth=None if depth is None else encode_depth(depth))
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
@@ -202,7 +204,7 @@ class AnnotatedFolder:
 
     def _head_scale(self, items: Sequence[Item]) -> float:
         """Fit the head scale of one split for the depth teacher `points`; load() reports unreadable images."""
-        if not isinstance(self._teacher, Points):
+        if not isinstance(self.teacher, PointSpacingDepth):
             return 0.0
         images = []
         for item in items:
