@@ -16,7 +16,7 @@ EXCLUDED = {ROOT / "docs" / "glossary.md", Path(__file__).resolve()}
 # (pattern, standard term); prose patterns ignore case, names do not.
 PROSE = {
     r"mend(s|ed|ing|able)?": "fix",
-    r"told|tell|tells|telling|heard|hears?": "log, report, pass, say",
+    r"told|(?<!\.)tell|tells|telling|heard|hears?": "log, report, pass, say",
     r"gives": "returns, yields, provides",
     r"go(es|ne|ing)? on|went on": "resume, continue",
     r"begun|began|beginnings?": "started; start, prefix",

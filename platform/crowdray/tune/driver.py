@@ -1,11 +1,8 @@
 """The driver of a study: sample with Optuna, run trials on Ray Tune, publish the best one."""
 
 import os
-import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +31,7 @@ from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
-from crowdray.storage.lease import LEASE_S, Keeper, take
+from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.figures import draw_importance, draw_optimisation, draw_slices
 from crowdray.tune.importance import importances
@@ -107,7 +104,12 @@ def tune(
     lengths = {stage: study.space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")}
     stage_cache = replace(stage_cache, snapshot_epochs=lengths)
     with (
-        _driver_lock(study, callback) as is_lost,
+        Lock(
+            storage.join(study.uri, "driver"),
+            f"the study {study.uri}",
+            "wait for it, or give another --name",
+            on_status=callback.on_status,
+        ) as lock,
         finish_on_exit(open_tracker(tracking_uri, f"crowdray-{name}", identity.name, study.uri)) as tracker,
     ):
         tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
@@ -126,7 +128,7 @@ def tune(
         with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
             slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), device)
             callback.on_status(f"searching: {slots} trials at once, {trials} in total")
-            search = _new_search(study, trial_tracker, opened, slots, trials, stage_cache, use_gpu, is_lost)
+            search = _new_search(study, trial_tracker, opened, slots, trials, stage_cache, use_gpu, lock)
             _run_trials(study, search, _new_task(study, resources, device, use_gpu, stage_cache))
             best = _best(trial_tracker.record, study)
             callback.on_status(f"trial {best.number} is the best: evaluating it on the test split, registering it")
@@ -146,20 +148,6 @@ def _checked_dataset(study: Study, trials: int, concurrent: int | None) -> Datas
     first = study.space.configure(study.config, study.space.nearest(study.config))
     split_rows(first, dataset, study.identity.max_workers)
     return dataset
-
-
-@contextmanager
-def _driver_lock(study: Study, callback: StudyCallback) -> Iterator[Callable[[], bool]]:
-    """The right to be a study's only driver, kept until its lease expires; yields whether it has been lost."""
-    folder, end = storage.join(study.uri, "leases"), time.monotonic() + 1.5 * LEASE_S
-    while (lease := take(folder, "driver", f"{socket.gethostname()}:{os.getpid()}")) is None:
-        if time.monotonic() > end:
-            raise UserError(f"another driver runs the study {study.uri}; wait for it, or give another --name")
-        callback.on_status(f"waiting up to {LEASE_S:.0f} s for the driver of an earlier start")
-        time.sleep(5)
-    with Keeper() as renewer:
-        renewer.add(lease)
-        yield lambda: lease.ended
 
 
 def trial_slots(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
@@ -191,7 +179,7 @@ def _new_search(
     trials: int,
     stage_cache: StageCacheConfig,
     use_gpu: bool,
-    is_lost: Callable[[], bool],
+    lock: Lock,
 ) -> "StageTreeSearch":
     from crowdray.tune.search import StageTreeSearch
 
@@ -203,7 +191,7 @@ def _new_search(
         num_trials=trials,
         store=stage_cache.open(),
         numerics=_trial_numerics(study, use_gpu),
-        lock_is_lost=is_lost,
+        lock_is_lost=lambda: not lock.held,
     )
 
 

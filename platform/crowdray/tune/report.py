@@ -80,7 +80,7 @@ class TrialReporter:
         return self._report(history)
 
     def at_end(self, history: Sequence[EpochMetrics]) -> TrialReport:
-        """Report that training has finished."""
+        """Report the end of the run."""
         return replace(self._report(history), status="finished")
 
     def _report(self, history: Sequence[EpochMetrics]) -> TrialReport:

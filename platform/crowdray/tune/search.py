@@ -48,7 +48,7 @@ TOUCH_S = 600.0
 """Seconds between two renewals of the best trial's state, which protect it from eviction."""
 
 _NO_MORE = cast(dict[str, Any], Searcher.FINISHED)
-"""Tells Tune that the search has ended."""
+"""Signals the end of the search to Tune."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ class Candidate:
 
 
 class StageTreeSearch(Searcher):
-    """Optuna's ask and tell as a Ray Tune searcher.
+    """Optuna as a Ray Tune searcher.
 
     A sampled trial waits, without workers, while a running trial trains a stage that it needs as well. Of the trials
     that can start, the one whose next stage most others wait for goes first, the longest before shorter ones, which
     then find their states in the stage cache. Optuna's record is the only state: a trial that was running when its
-    driver died is resumed under its number. Unpromising trials are stopped on the best validation MAE at equal epochs
-    of the joint stage, and told to Optuna as pruned.
+    driver died is resumed under its number. Unpromising trials are pruned on the best validation MAE at equal epochs
+    of the joint stage.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class StageTreeSearch(Searcher):
         """Do nothing: the scheduler has already called `on_report`."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna how a trial ended: complete with its values, pruned, or failed."""
+        """Record in Optuna how a trial ended: complete with its values, pruned, or failed."""
         if trial_id in self._running:
             with self._stopping_on_errors():
                 self._complete(trial_id, (result or {}).get(REPORT), error)
