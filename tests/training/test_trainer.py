@@ -1,5 +1,4 @@
-"""Laws of the loop: stages train what they name, a resumed training equals an unbroken one, and windows see
-what images see."""
+"""The trainer: which parameters a stage trains, resuming, windows against whole images, and many workers."""
 
 import dataclasses
 import os
@@ -37,29 +36,39 @@ from crowdray.training.distributed import World, local_world
 from crowdray.training.errors import DivergedError
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.stages import build_stages, module_of
-from crowdray.training.trainer import Trainer
+from crowdray.training.trainer import EpochCallback, Trainer
 
 CPU = torch.device("cpu")
 
 
-def small(**change: object) -> Config:
+def debug_config(**change: object) -> Config:
     config = preset("debug")
     sampling = dataclasses.replace(config.sampling, context=16, validation_fraction=0.25)
     return dataclasses.replace(config, **{"sampling": sampling, **change})  # type: ignore[arg-type]
 
 
-def training(discs: Dataset, config: Config | None = None, restored: Path | None = None) -> Trainer:
+def trainer_of(discs: Dataset, config: Config | None = None, restored: Path | None = None) -> Trainer:
     checkpoint = load_checkpoint(restored) if restored else None
-    return Trainer(config or small(), discs, world=World(), device=CPU, restored=checkpoint)
+    return Trainer(config or debug_config(), discs, world=World(), device=CPU, restored=checkpoint)
 
 
-def numbers(rows: list[EpochMetrics]) -> list[dict[str, float | str]]:
-    """Rows without what a clock measured."""
-    return [{name: value for name, value in row.items() if name not in MEASURED_METRICS} for row in rows]
+def computed(history: list[EpochMetrics]) -> list[EpochMetrics]:
+    """The history without measured times and memory."""
+    return [{name: value for name, value in epoch.items() if name not in MEASURED_METRICS} for epoch in history]
 
 
-class Thin(Backbone):
-    """A user's own: stride 8, and running statistics."""
+def save_epochs(folder: Path) -> EpochCallback:
+    """A callback that saves each epoch's checkpoint to the subfolder of its number."""
+
+    def save_epoch(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
+        (folder / str(metrics["epoch"])).mkdir()
+        save(folder / str(metrics["epoch"]))
+
+    return save_epoch
+
+
+class SmallBackbone(Backbone):
+    """A user's backbone with stride 8 and BatchNorm."""
 
     channels = 16
     stride = 8
@@ -79,278 +88,262 @@ class Thin(Backbone):
         return features
 
 
-OWN = f"{__name__}:Thin"
+USER_BACKBONE = f"{__name__}:SmallBackbone"
 
 
-def with_backbone(backbone: str, **change: object) -> Config:
-    """A small training of any backbone, by SGD in fp32: what is frozen stands still to the bit, whatever it is."""
+def sgd_config(backbone: str) -> Config:
+    """Any backbone by SGD in fp32, one epoch per stage: frozen parameters stay equal to the bit."""
     count_decoder = "paper" if backbone == "cfcn" else "pooled"
     once = StageConfig(1, 1e-2)
-    return small(
+    return debug_config(
         model=ModelConfig(backbone, count_decoder),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(name="sgd", clip=0.0),
         stages=StagesConfig(once, once, once),
         numerics=NumericsConfig(precision="fp32"),
-        **change,
     )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("backbone", [*BACKBONES, OWN])
-def test_a_stage_trains_the_modules_it_names_and_no_other(discs: Dataset, backbone: str, stage: int) -> None:
-    check_gradients(training(discs, with_backbone(backbone)), stage)
+@pytest.mark.parametrize("backbone", [*BACKBONES, USER_BACKBONE])
+def test_train_epoch_changes_exactly_the_modules_of_its_stage(discs: Dataset, backbone: str, stage: int) -> None:
+    check_gradients(trainer_of(discs, sgd_config(backbone)), stage)
 
 
-def check_gradients(run: Trainer, stage: int) -> None:
-    """After an epoch all parameters that the stage names have changed, and nothing else has, statistics included."""
-    running = run.stage_trainer(run.stages[stage])
-    before = {name: value.clone() for name, value in run.state.counter.state_dict().items()}
-    running.train_epoch()
-    for name, value in run.state.counter.state_dict().items():
-        assert torch.equal(value, before[name]) == (module_of(name) not in running.stage.modules), name
-    for name, parameter in run.state.counter.named_parameters():
-        assert (parameter.grad is not None) == (module_of(name) in running.stage.modules), name
+def check_gradients(trainer: Trainer, stage: int) -> None:
+    """Assert that an epoch changes all parameters and buffers of the stage's modules, and no others."""
+    stage_trainer = trainer.stage_trainer(trainer.stages[stage])
+    counter, modules = trainer.state.counter, stage_trainer.stage.modules
+    before = {name: value.clone() for name, value in counter.state_dict().items()}
+    stage_trainer.train_epoch()
+    for name, value in counter.state_dict().items():
+        assert torch.equal(value, before[name]) == (module_of(name) not in modules), name
+    for name, parameter in counter.named_parameters():
+        assert (parameter.grad is not None) == (module_of(name) in modules), name
 
 
-def test_decoders_side_by_side_equal_decoders_in_succession(discs: Dataset) -> None:
-    """Decision 4: they share a frozen encoder and do not influence each other. Clipping, which would join
-    them, is off."""
-    together = small(optimizer=OptimizerConfig(clip=0.0))
-    run = training(discs, together)
-    side_by_side = run.stage_trainer(run.stages[1])
-    for batch in run.loader.epoch(1):
-        side_by_side.train_step(batch)
+def test_decoders_stage_trained_jointly_equals_decoders_trained_one_by_one(discs: Dataset) -> None:
+    """They share a frozen encoder and do not influence each other; clipping, which would couple them, is off."""
+    config = debug_config(optimizer=OptimizerConfig(clip=0.0))
+
+    def trained(tasks: tuple[str, ...]) -> nn.ModuleDict:
+        trainer = trainer_of(discs, config)
+        stage_trainer = trainer.stage_trainer(dataclasses.replace(trainer.stages[1], tasks=tasks, modules=tasks))
+        for batch in trainer.loader.epoch(1):
+            stage_trainer.train_step(batch)
+        return trainer.state.counter.decoders
+
+    jointly = trained(AUXILIARY)
     for task in AUXILIARY:
-        alone = training(discs, together)
-        stage = dataclasses.replace(alone.stages[1], tasks=(task,), modules=(task,))
-        running = alone.stage_trainer(stage)
-        for batch in alone.loader.epoch(1):
-            running.train_step(batch)
-        for one, other in zip(
-            run.state.counter.decoders[task].parameters(), alone.state.counter.decoders[task].parameters(), strict=True
-        ):
-            assert torch.equal(one, other)
+        alone = trained((task,))[task]
+        assert all(map(torch.equal, jointly[task].parameters(), alone.parameters()))
 
 
-def test_resumed_after_any_epoch_equals_unbroken(discs: Dataset, tmp_path: Path) -> None:
-    def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        folder = tmp_path / str(row["epoch"])
-        folder.mkdir()
-        save(folder)
-
-    unbroken = training(discs)
-    unbroken.fit(keep)
+def test_fit_resumed_after_any_epoch_equals_unbroken_run(discs: Dataset, tmp_path: Path) -> None:
+    unbroken = trainer_of(discs)
+    unbroken.fit(save_epochs(tmp_path))
     expected = final_result(unbroken)
     epochs = sorted(int(folder.name) for folder in tmp_path.iterdir())
     assert epochs == [1, 2, 3, 4, 5]
     for epoch in epochs:
-        resumed = training(discs, restored=tmp_path / str(epoch))
+        resumed = trainer_of(discs, restored=tmp_path / str(epoch))
         resumed.fit()
         result = final_result(resumed)
-        assert numbers(result.history) == numbers(expected.history)
+        assert computed(result.history) == computed(expected.history)
         assert result.stages == expected.stages
         assert result.best_stage == expected.best_stage
     assert TrainingResult.from_json(expected.to_json(), "x") == expected
 
 
-def test_a_shorter_training_ends_where_a_longer_one_passes(discs: Dataset, tmp_path: Path) -> None:
-    """The last checkpoint of a stage goes on into the next stage, or into a longer version of its own."""
-
-    def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        folder = tmp_path / f"{row['epoch']}"
-        folder.mkdir()
-        save(folder)
-
-    training(discs).fit(keep)
-    stages = small().stages
+def test_fit_resumed_with_longer_stages_equals_longer_run(discs: Dataset, tmp_path: Path) -> None:
+    """The last checkpoint of a stage resumes a longer version of it, or the next stage."""
+    trainer_of(discs).fit(save_epochs(tmp_path))
+    stages = debug_config().stages
     longer = StagesConfig(
         dataclasses.replace(stages.baseline, epochs=stages.baseline.epochs + 1),
         dataclasses.replace(stages.decoders, epochs=stages.decoders.epochs + 1),
         dataclasses.replace(stages.joint, epochs=1),
     )
-    config = small(stages=longer)
-    unbroken = training(discs, config)
+    config = debug_config(stages=longer)
+    unbroken = trainer_of(discs, config)
     unbroken.fit()
-    continued = training(discs, config, restored=tmp_path / str(stages.baseline.epochs))
-    continued.fit()
-    assert numbers(continued.state.progress.history) == numbers(unbroken.state.progress.history)
+    resumed = trainer_of(discs, config, restored=tmp_path / str(stages.baseline.epochs))
+    resumed.fit()
+    assert computed(resumed.state.progress.history) == computed(unbroken.state.progress.history)
     for name, value in unbroken.state.counter.state_dict().items():
-        assert torch.equal(continued.state.counter.state_dict()[name], value)
+        assert torch.equal(resumed.state.counter.state_dict()[name], value)
 
 
-def test_a_window_sees_what_the_whole_image_sees(discs: Dataset) -> None:
-    """The cure of the border surplus: wherever a window's loss has weight, its density is the whole
-    image's."""
-    run = training(discs, small(sampling=SamplingConfig(crop=16, context=36, flip=0.0)))
-    run.state.counter.eval()
-    rule, checked = run.loader.rule, 0
+def test_density_of_window_equals_that_of_whole_image_where_loss_has_weight(discs: Dataset) -> None:
+    """Prevents a surplus at the borders: the loss ignores pixels whose receptive field the window cuts."""
+    trainer = trainer_of(discs, debug_config(sampling=SamplingConfig(crop=16, context=36, flip=0.0)))
+    counter = trainer.state.counter.eval()
+    rule, checked = trainer.loader.rule, 0
     for row in range(8):
-        picture = run.images[row]
-        wide = dataclasses.replace(picture, image=picture.image.repeat(2, axis=1), roi=None, encoded_depth=None)
+        image = trainer.images[row]
+        wide = dataclasses.replace(image, image=image.image.repeat(2, axis=1), roi=None, encoded_depth=None)
         window = draw_window(rule, wide.size, seed=1, epoch=0, sample=row)
         batch = collate([View(wide, wide.size, window)], rule)
         with torch.no_grad():
-            whole = run.state.counter.density(torch.from_numpy(wide.image).permute(2, 0, 1)[None])
-            seen = run.state.counter.density(batch.image)
+            whole = counter.density(torch.from_numpy(wide.image).permute(2, 0, 1)[None])
+            cut = counter.density(batch.image)
         valid = batch.weight > 0
-        there = whole[..., window.top : window.top + window.height, window.left : window.left + window.width]
-        torch.testing.assert_close(seen[valid], there[valid], atol=1e-8, rtol=1e-4)
+        expected = whole[..., window.top : window.top + window.height, window.left : window.left + window.width]
+        torch.testing.assert_close(cut[valid], expected[valid], atol=1e-8, rtol=1e-4)
         checked += int(window.left > 0) * int((~valid).any())
     assert checked > 2
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(discs: Dataset) -> None:
-    run = training(discs)
-    running = run.stage_trainer(run.stages[0])
-    batch = next(run.loader.epoch(1))
-    before = {name: value.detach().clone() for name, value in run.state.counter.named_parameters()}
+def test_train_step_with_nan_loss_raises_before_weights_change(discs: Dataset) -> None:
+    trainer = trainer_of(discs)
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
+    batch = next(trainer.loader.epoch(1))
+    parameters = dict(trainer.state.counter.named_parameters())
+    before = {name: value.detach().clone() for name, value in parameters.items()}
     batch.brightness[0] = float("nan")
     with pytest.raises(DivergedError, match=r"baseline stage.*density nan.*learning_rate"):
-        running.train_step(batch)
-    assert all(torch.equal(value, before[name]) for name, value in run.state.counter.named_parameters())
+        stage_trainer.train_step(batch)
+    assert all(torch.equal(value, before[name]) for name, value in parameters.items())
 
 
-def test_tasks_without_weight_are_dropped_and_without_any_the_joint_stage_is_the_baseline_continued() -> None:
-    without = build_stages(small(loss=LossConfig(depth=0)))
-    assert [stage.tasks for stage in without] == [
+def test_build_stages_with_zero_weights_drops_tasks() -> None:
+    without_depth = build_stages(debug_config(loss=LossConfig(depth=0)))
+    assert [stage.tasks for stage in without_depth] == [
         (DENSITY,), ("segmentation", "count"), (DENSITY, "segmentation", "count"),
     ]  # fmt: skip
-    alone = build_stages(small(loss=LossConfig(segmentation=0, depth=0, count=0)))
-    assert [(stage.name, stage.tasks) for stage in alone] == [("baseline", (DENSITY,)), ("joint", (DENSITY,))]
-    assert [stage.tasks for stage in build_stages(small())] == [(DENSITY,), AUXILIARY, TASKS]
+    density_alone = build_stages(debug_config(loss=LossConfig(segmentation=0, depth=0, count=0)))
+    assert [(stage.name, stage.tasks) for stage in density_alone] == [("baseline", (DENSITY,)), ("joint", (DENSITY,))]
+    assert [stage.tasks for stage in build_stages(debug_config())] == [(DENSITY,), AUXILIARY, TASKS]
 
 
-def test_a_stage_ends_early_when_its_patience_is_over(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_with_patience_stops_stage_early(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = StageConfig(epochs=30, learning_rate=1e-3, patience=2)
     stages = StagesConfig(schedule, decoders=StageConfig(0, 1e-3), joint=StageConfig(0, 1e-3))
-    run = training(discs, small(stages=stages))
-    whole = run.validate(nullcontext)
+    trainer = trainer_of(discs, debug_config(stages=stages))
+    validated = trainer.validate(nullcontext)
     errors = iter([3.0, 2.0, 2.0, 4.0])
-    monkeypatch.setattr(run, "validate", lambda autocast: dataclasses.replace(whole, mae=next(errors)))
-    run.fit()
-    assert [row["val/mae"] for row in run.state.progress.history] == [3.0, 2.0, 2.0, 4.0]
-    assert run.state.progress.best["baseline"].epoch == 2
+    monkeypatch.setattr(trainer, "validate", lambda autocast: dataclasses.replace(validated, mae=next(errors)))
+    trainer.fit()
+    assert [epoch["val/mae"] for epoch in trainer.state.progress.history] == [3.0, 2.0, 2.0, 4.0]
+    assert trainer.state.progress.best["baseline"].epoch == 2
 
 
-def test_a_checkpoint_of_other_data_or_a_damaged_one_is_refused(discs: Dataset, tmp_path: Path) -> None:
-    run = training(discs)
-    running = run.stage_trainer(run.stages[0])
-    running.fit_epoch()
-    run._save(tmp_path, running)
-    checkpoint = load_checkpoint(tmp_path)
+def test_trainer_with_checkpoint_of_other_data_raises(discs: Dataset, tmp_path: Path) -> None:
+    trainer_of(discs).fit(save_epochs(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "1")
     checkpoint.progress.data_digest = "f" * 64
     with pytest.raises(DataError, match="under a new --name"):
-        Trainer(small(), discs, world=World(), device=CPU, restored=checkpoint)
-    content = (tmp_path / "weights.safetensors").read_bytes()
-    (tmp_path / "weights.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="does not contain a complete checkpoint"):
-        load_checkpoint(tmp_path)
+        Trainer(debug_config(), discs, world=World(), device=CPU, restored=checkpoint)
 
 
-def test_a_dataset_too_small_to_validate_on_is_refused(discs: Dataset) -> None:
-    config = small(sampling=SamplingConfig(crop=32, validation_fraction=0.0))
+def test_trainer_without_validation_images_raises(discs: Dataset) -> None:
+    config = debug_config(sampling=SamplingConfig(crop=32, validation_fraction=0.0))
     with pytest.raises(UserError, match=r"0 for validation.*validation_fraction"):
-        training(discs, config)
+        trainer_of(discs, config)
 
 
-def _rank(rank: int, world: int, place: str, uri: str, config: Config) -> None:
+def _start_rank(rank: int, workers: int, folder: str) -> World:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{place}/rendezvous-{world}", rank=rank, world_size=world
-    )
-    run = Trainer(config, Dataset.open(uri), world=local_world(), device=CPU)
-    if world > 1:
-        for stage in range(3):
-            check_gradients(Trainer(config, run.images.dataset, world=run.state.world, device=CPU), stage)
+    rendezvous = f"file://{folder}/rendezvous-{workers}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
+    return local_world()
 
-    def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        if rank == 0 and row["epoch"] == 1:
-            save(Path(place))
 
-    run.fit(keep)
-    torch.save(run.state.counter.state_dict(), f"{place}/{world}-{rank}.pt")
+def _end_rank() -> None:
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # the interpreter's own end now and then aborts in a thread of gloo's, after all is done
+    os._exit(0)  # at a regular exit a thread of gloo sometimes aborts
+
+
+def _train_rank(rank: int, workers: int, folder: str, uri: str, config: Config) -> None:
+    world, dataset = _start_rank(rank, workers, folder), Dataset.open(uri)
+    if workers > 1:
+        for stage in range(3):
+            check_gradients(Trainer(config, dataset, world=world, device=CPU), stage)
+
+    def save_first(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
+        if rank == 0 and metrics["epoch"] == 1:
+            save(Path(folder))
+
+    trainer = Trainer(config, dataset, world=world, device=CPU)
+    trainer.fit(save_first)
+    torch.save(trainer.state.counter.state_dict(), f"{folder}/{workers}-{rank}.pt")
+    _end_rank()
 
 
 @pytest.mark.parametrize(
     ("backbone", "workers", "grad_accumulation_steps"), [("cfcn", 3, 1), ("cfcn", 1, 3), ("csrnet", 2, 2)]
 )
-def test_many_workers_and_parts_train_what_one_worker_trains_at_once(
+def test_fit_with_workers_and_microbatches_equals_one_worker(
     discs: Dataset, tmp_path: Path, backbone: str, workers: int, grad_accumulation_steps: int
 ) -> None:
-    """Same global batches of 4, SGD, fp32: the weights agree within rounding after all three stages, also where shares
-    and parts are uneven, and each stage trains what it names on every rank."""
-    config = with_backbone(backbone)
-    few = dataclasses.replace(config.sampling, validation_fraction=0.5)  # three updates an epoch
-    config = dataclasses.replace(config, sampling=few)
-    parts = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, grad_accumulation_steps=grad_accumulation_steps)
-    )
-    alone = training(discs, config)
+    """The weights agree within rounding after all stages, also for uneven slices and microbatches.
+
+    Same global batches of 4, SGD, fp32. One worker resumes what several started.
+    """
+    config = sgd_config(backbone)
+    three_updates = dataclasses.replace(config.sampling, validation_fraction=0.5)
+    config = dataclasses.replace(config, sampling=three_updates)
+    optimizer = dataclasses.replace(config.optimizer, grad_accumulation_steps=grad_accumulation_steps)
+    accumulating = dataclasses.replace(config, optimizer=optimizer)
+    alone = trainer_of(discs, config)
     alone.fit()
-    mp.spawn(_rank, args=(workers, str(tmp_path), discs.uri, parts), nprocs=workers)  # type: ignore[attr-defined, no-untyped-call]
+    mp.spawn(_train_rank, args=(workers, str(tmp_path), discs.uri, accumulating), nprocs=workers)  # type: ignore[attr-defined, no-untyped-call]
     states = [torch.load(tmp_path / f"{workers}-{rank}.pt") for rank in range(workers)]
-    fewer = training(discs, config, tmp_path)  # what so many began, one ends
-    assert (fewer.state.progress.epochs, fewer.state.progress.world_size) == (1, 1)
-    fewer.fit()
-    assert [row["workers"] for row in fewer.state.progress.history] == [workers] + [1] * (
-        alone.state.progress.epochs - 1
-    )
+    resumed = trainer_of(discs, config, tmp_path)
+    assert (resumed.state.progress.epochs, resumed.state.progress.world_size) == (1, 1)
+    resumed.fit()
+    epochs = alone.state.progress.epochs
+    assert [epoch["workers"] for epoch in resumed.state.progress.history] == [workers] + [1] * (epochs - 1)
     for name, value in alone.state.counter.state_dict().items():
         torch.testing.assert_close(states[0][name], value, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(fewer.state.counter.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(resumed.state.counter.state_dict()[name], value, atol=1e-5, rtol=1e-4)
         assert all(torch.equal(state[name], states[0][name]) for state in states)
 
 
-def _exchange(rank: int, place: str, uri: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/rendezvous", rank=rank, world_size=2)
-    config = small(numerics=NumericsConfig(precision="fp32", grad_allreduce_dtype="bf16"))
-    run = Trainer(config, Dataset.open(uri), world=local_world(), device=CPU)
-    running = run.stage_trainer(run.stages[0])
-    model = running.model
+def _reduce_in_bf16(rank: int, folder: str, uri: str) -> None:
+    world = _start_rank(rank, 2, folder)
+    config = debug_config(numerics=NumericsConfig(precision="fp32", grad_allreduce_dtype="bf16"))
+    trainer = Trainer(config, Dataset.open(uri), world=world, device=CPU)
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
+    model = stage_trainer.model
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    batch = next(run.loader.epoch(1))
+    batch = next(trainer.loader.epoch(1))
     with model.no_sync():
-        running.microbatch_losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
-    halves = [(p.grad / 2).bfloat16() for p in running.parameters if p.grad is not None]
+        stage_trainer.microbatch_losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
+    halves = [(p.grad / 2).bfloat16() for p in stage_trainer.parameters if p.grad is not None]
     for half in halves:
         torch.distributed.all_reduce(half)
-    running.optimizer.zero_grad(set_to_none=True)
-    running.microbatch_losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
-    found = [p.grad for p in running.parameters]
-    assert len(found) == len(halves)
-    assert all(got is not None and torch.equal(got, half.float()) for got, half in zip(found, halves, strict=True))
+    stage_trainer.optimizer.zero_grad(set_to_none=True)
+    stage_trainer.microbatch_losses(model, batch, batch).sum().backward()  # type: ignore[no-untyped-call]
+    reduced = [p.grad for p in stage_trainer.parameters]
+    for gradient, half in zip(reduced, halves, strict=True):
+        assert gradient is not None and torch.equal(gradient, half.float())
     assert any(half.count_nonzero() for half in halves)
-    torch.distributed.barrier()
-    os._exit(0)
+    _end_rank()
 
 
-def test_gradients_exchanged_in_bf16_are_the_mean_of_rounded_ones(discs: Dataset, tmp_path: Path) -> None:
-    mp.spawn(_exchange, args=(str(tmp_path), discs.uri), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+def test_gradients_with_bf16_allreduce_are_mean_of_rounded_gradients(discs: Dataset, tmp_path: Path) -> None:
+    mp.spawn(_reduce_in_bf16, args=(str(tmp_path), discs.uri), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
 
 
-def test_running_statistics_are_the_same_on_all_workers_and_ship(discs: Dataset, tmp_path: Path) -> None:
-    config = with_backbone(OWN)
-    mp.spawn(_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+def test_running_statistics_with_two_workers_are_equal_and_exported(discs: Dataset, tmp_path: Path) -> None:
+    config = sgd_config(USER_BACKBONE)
+    mp.spawn(_train_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     one, other = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
     assert any("running_mean" in name for name in one)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    run = training(discs, config)
-    run.fit()
-    shipped = run.best_counter("joint").state_dict()
-    assert shipped.keys() == run.state.best_weights["joint"].keys()
-    assert all(torch.equal(shipped[name], value) for name, value in run.state.best_weights["joint"].items())
+    trainer = trainer_of(discs, config)
+    trainer.fit()
+    exported, best = trainer.best_counter("joint").state_dict(), trainer.state.best_weights["joint"]
+    assert exported.keys() == best.keys()
+    assert all(torch.equal(exported[name], value) for name, value in best.items())
 
 
-def test_one_and_two_workers_evaluate_a_checkpoint_identically(discs: Dataset, tmp_path: Path) -> None:
-    run = training(discs)
-    run.fit()
+def test_evaluate_by_one_or_two_workers_is_identical(discs: Dataset) -> None:
+    trainer = trainer_of(discs)
+    trainer.fit()
     rows = discs.rows("test")
-    alone = run.evaluate("joint", rows)
-    density = run.best_counter("joint").density
-    shares = [list(count_images(density, run.images, rows[rank::2].tolist(), CPU)) for rank in range(2)]
-    assert sorted(shares[0] + shares[1], key=lambda count: count.row) == alone
-    assert summarise(shares[1] + shares[0]) == summarise(alone)
+    alone = trainer.evaluate("joint", rows)
+    density = trainer.best_counter("joint").density
+    slices = [list(count_images(density, trainer.images, rows[rank::2].tolist(), CPU)) for rank in range(2)]
+    assert sorted(slices[0] + slices[1], key=lambda count: count.row) == alone
+    assert summarise(slices[1] + slices[0]) == summarise(alone)

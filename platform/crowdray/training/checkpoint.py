@@ -34,12 +34,12 @@ STATE = "state.json"
 # Names in state.json and its history before version 0.2, still read.
 _OLD_FIELDS = {
     "chain": "stage_key",
-    "stale": "epochs_since_best",
+    "stale": "epochs_since_best",  # previous name
     "factors": "loss_weights",
     "norms": "gradient_norms",
     "average_updates": "ema_updates",
 }
-_OLD_METRICS = {"wait_share": "data_wait_fraction", "matrix_share": "mfu"}
+_OLD_METRICS = {"wait_share": "data_wait_fraction", "matrix_share": "mfu"}  # previous names
 
 
 def rename_old_metrics(history: Iterable[EpochMetrics]) -> list[EpochMetrics]:

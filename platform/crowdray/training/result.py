@@ -12,7 +12,7 @@ from crowdray.training.checkpoint import BestEpoch, EpochMetrics, rename_old_met
 from crowdray.training.trainer import Trainer
 
 # Names in result.json before version 0.2, still read.
-_OLD_FIELDS = {"shipped": "best_stage", "factors": "loss_weights"}
+_OLD_FIELDS = {"shipped": "best_stage", "factors": "loss_weights"}  # previous names
 
 
 @dataclass
