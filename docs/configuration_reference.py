@@ -39,9 +39,14 @@ def groups(documented: Any, group: Any, prefix: str = "") -> list[str]:
             nested += groups(documented, value, f"{prefix}{item.name}.")
         else:
             flag = f"`--{prefix}{item.name}`".replace("_", "-")
-            rows.append(f"| {flag} | {type_name(types[item.name])} | `{value!r}` | {inline(docs[item.name].value)} |")
+            rows.append(f"| {flag} | {type_name(types[item.name])} | {default(value)} | {inline(docs[item.name].value)} |")
     head = ["| flag | type | default | meaning |", "|---|---|---|---|"] if rows else []
     return [*head, *rows, *nested]
+
+
+def default(value: Any) -> str:
+    """A default value; floats without the digits that mean nothing."""
+    return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`" if value != "" else ""
 
 
 def preset_tables() -> str:
