@@ -39,7 +39,9 @@ def groups(documented: Any, group: Any, prefix: str = "") -> list[str]:
             nested += groups(documented, value, f"{prefix}{item.name}.")
         else:
             flag = f"`--{prefix}{item.name}`".replace("_", "-")
-            rows.append(f"| {flag} | {type_name(types[item.name])} | {default(value)} | {inline(docs[item.name].value)} |")
+            rows.append(
+                f"| {flag} | {type_name(types[item.name])} | {default(value)} | {inline(docs[item.name].value)} |"
+            )
     head = ["| flag | type | default | meaning |", "|---|---|---|---|"] if rows else []
     return [*head, *rows, *nested]
 
