@@ -1,7 +1,7 @@
-"""Converting JPEGs, images/s on one core, against decoding them alone and writing their bytes alone; peak memory.
+"""Conversion of JPEGs on one core: images/s compared with decoding only and writing only, and peak memory.
 
-The files are in ShanghaiTech's layout, of 1024x768, made here; --source takes a part of the real one. Rounds are taken
-in turn. Peak memory is that of fresh processes that convert n and 4n images.
+The images are synthetic, 1024x768, in ShanghaiTech's layout; --source takes a part of the real dataset instead. The
+methods alternate within each round. Peak memory is measured in new processes that convert n and 4n images.
 """
 
 import argparse
@@ -29,7 +29,7 @@ HEIGHT, WIDTH, HEADS, ROUNDS = 768, 1024, 100, 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--source", help="a part of ShanghaiTech instead of images made here")
+    parser.add_argument("--source", help="a part of ShanghaiTech instead of synthetic images")
     parser.add_argument("--peak", nargs=2, metavar=("SOURCE", "DEST"), help="convert and print the peak memory, MB")
     arguments = parser.parse_args()
     if arguments.peak:
@@ -42,12 +42,12 @@ def main() -> None:
         rates(source, f"{folder}/made")
         if arguments.source is None:
             multiply(Path(source), Path(folder, "four", "part_B"), 4)
-            peaks = [peak(place, f"{folder}/made") for place in (source, f"{folder}/four/part_B")]
+            peaks = [peak(path, f"{folder}/made") for path in (source, f"{folder}/four/part_B")]
             print(f"  peak memory of {arguments.images} images {peaks[0]} MB, of {4 * arguments.images} {peaks[1]} MB")
 
 
 def rates(source: str, dest: str) -> None:
-    """Print images/s of the three ways, by the clock and by processor time, and the ratios of medians."""
+    """Print images/s of each method in wall-clock and processor time, and ratios of medians."""
     images = [Path(str(item.image)).read_bytes() for item in open_source("shanghaitech", source, depth="none").items()]
     work: dict[str, Callable[[], None]] = {
         "decode": lambda: decode(images),
@@ -55,29 +55,29 @@ def rates(source: str, dest: str) -> None:
         "write": lambda: write(images, f"{dest}.bytes"),
         "convert": lambda: convert(source, dest),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in work}
+    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in work}
     for _ in range(ROUNDS):
-        for way, run in work.items():
+        for method, run in work.items():
             clock, cpu = time.perf_counter(), time.process_time()
             run()
-            seconds[way].append((time.perf_counter() - clock, time.process_time() - cpu))
+            seconds[method].append((time.perf_counter() - clock, time.process_time() - cpu))
     size = sum(map(len, images)) / len(images)
     print(f"{len(images)} JPEGs of {size / 1024:.0f} KiB, medians of {ROUNDS} rounds, images/s")
-    for number, name in enumerate(("by the clock", "by processor time")):
-        rate = {way: len(images) / sorted(pair[number] for pair in seconds[way])[ROUNDS // 2] for way in work}
+    for number, name in enumerate(("wall-clock time", "processor time")):
+        rate = {method: len(images) / sorted(pair[number] for pair in seconds[method])[ROUNDS // 2] for method in work}
         slower = min(rate["check"], rate["write"])
-        print(f"  {name}: " + ", ".join(f"{way} {images_per_s:.0f}" for way, images_per_s in rate.items()))
-        print(f"    convert against the slower of check and write: {rate['convert'] / slower:.2f} (goal 0.8)")
+        print(f"  {name}: " + ", ".join(f"{method} {images_per_s:.0f}" for method, images_per_s in rate.items()))
+        print(f"    convert / slower of check and write: {rate['convert'] / slower:.2f} (goal 0.8)")
 
 
 def decode(images: list[bytes]) -> None:
-    """As training does."""
+    """Decode as training does."""
     for image in images:
         decode_image(image)
 
 
 def check(images: list[bytes]) -> None:
-    """Decode as a conversion does."""
+    """Decode as conversion does."""
     for image in images:
         check_image(image)
 
@@ -88,7 +88,7 @@ def convert(source: str, dest: str) -> None:
 
 
 def write(images: list[bytes], path: str) -> None:
-    """The images' bytes one after the other in a file, brought to the disk."""
+    """Write the images' bytes to one file, and flush it to disk."""
     with open(path, "wb") as file:
         for image in images:
             file.write(image)
@@ -98,20 +98,20 @@ def write(images: list[bytes], path: str) -> None:
 
 
 def peak(source: str, dest: str) -> int:
-    """Peak memory in MB of a process of its own that converts."""
+    """Peak memory in MB of a new process that converts."""
     command = [sys.executable, __file__, "--peak", source, dest]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def make_images(part: str, count: int) -> str:
-    """A part of ShanghaiTech: blobs under a camera's noise, with the bytes per pixel of its photos."""
+    """Write a part of ShanghaiTech: blobs with camera noise, with as many bytes per pixel as its photos."""
     rng = np.random.default_rng(0)
     blobs = rng.normal(128, 50, (HEIGHT // 16, WIDTH // 16, 3)).repeat(16, axis=0).repeat(16, axis=1)
-    picture = np.clip(blobs + rng.normal(0, 5, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
+    image = np.clip(blobs + rng.normal(0, 5, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
     for name in ("images", "ground_truth"):
         Path(part, "train_data", name).mkdir(parents=True)
     for number in range(count):
-        content = simplejpeg.encode_jpeg(np.roll(picture, number, axis=1).copy(), quality=85)
+        content = simplejpeg.encode_jpeg(np.roll(image, number, axis=1).copy(), quality=85)
         Path(part, "train_data", "images", f"IMG_{number}.jpg").write_bytes(content)
         info = np.empty((1, 1), dtype=object)
         info[0, 0] = {"location": rng.uniform(0, [WIDTH, HEIGHT], (HEADS, 2)), "number": HEADS}
@@ -120,7 +120,7 @@ def make_images(part: str, count: int) -> str:
 
 
 def multiply(part: Path, larger: Path, times: int) -> None:
-    """Link the files of a part under more names."""
+    """Link the files of a part under several names each."""
     for file in part.rglob("*.*"):
         for number in range(times):
             link = larger / file.relative_to(part).with_name(f"{file.stem}{number:02d}{file.suffix}")

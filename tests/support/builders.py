@@ -1,4 +1,4 @@
-"""Small datasets in the layouts of their originals, for the tests of sources, conversion and faults."""
+"""Builders of small datasets in official layouts, for tests of sources, conversion and faults."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ def heads(seed: int, count: int) -> NDArray[np.float64]:
 
 
 def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
-    """Samples with different sizes and head counts, 0 heads among them; every third without ROI and depth."""
-    made = []
+    """Samples of different sizes and head counts, including 0; every third without ROI and depth."""
+    result = []
     for number in range(count):
         height, width = HEIGHT + number % 3, WIDTH + number % 5
         rng = np.random.default_rng([seed, number])
@@ -40,19 +40,19 @@ def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
             roi=encode_roi(rng.random((height, width)) < 0.5) if masks else None,
             depth=encode_depth(rng.uniform(1, 9, (height, width))) if masks else None,
         )
-        made.append(sample)
-    return made
+        result.append(sample)
+    return result
 
 
 def make_mall(root: Path, frames: Sequence[int] = range(1, 7), annotated: int = 6) -> Path:
-    """A Mall of a few frames, numbered from 1; frame n has n - 1 heads, so the first scene is empty."""
+    """Write a Mall dataset of a few frames, numbered from 1; frame n has n - 1 heads."""
     (root / "frames").mkdir(parents=True)
     for number in frames:
         (root / "frames" / f"seq_{number:06d}.jpg").write_bytes(jpeg(number))
-    located = np.empty((1, annotated), dtype=object)
+    frames_cell = np.empty((1, annotated), dtype=object)
     for number in range(annotated):
-        located[0, number] = {"loc": heads(number, number)}
-    savemat(root / "mall_gt.mat", {"frame": located, "count": np.arange(annotated)[:, None]})
+        frames_cell[0, number] = {"loc": heads(number, number)}
+    savemat(root / "mall_gt.mat", {"frame": frames_cell, "count": np.arange(annotated)[:, None]})
     rows = np.arange(HEIGHT)[:, None] * np.ones((1, WIDTH))
     mask = np.ones((HEIGHT, WIDTH), dtype=np.uint8)
     savemat(root / "perspective_roi.mat", {"roi": {"mask": mask}, "pMapN": (0.5 + rows / HEIGHT) ** -2})
@@ -60,7 +60,7 @@ def make_mall(root: Path, frames: Sequence[int] = range(1, 7), annotated: int = 
 
 
 def make_shanghaitech(part: Path, split: str = "train", count: int = 12, annotations: str = "ground_truth") -> Path:
-    """A part of ShanghaiTech with IMG_1 .. IMG_count; image n has n - 1 heads, so the first is empty."""
+    """Write a part of ShanghaiTech with IMG_1 to IMG_count; image n has n - 1 heads."""
     folder = part / f"{split}_data"
     for name in ("images", annotations):
         (folder / name).mkdir(parents=True)
@@ -71,7 +71,7 @@ def make_shanghaitech(part: Path, split: str = "train", count: int = 12, annotat
 
 
 def write_annotation(path: Path, points: NDArray[np.float64]) -> None:
-    """ShanghaiTech's nesting: a cell that holds a struct with `location` and `number`."""
+    """Write an annotation with ShanghaiTech's nesting: a cell with a struct of `location` and `number`."""
     cell = np.empty((1, 1), dtype=object)
     cell[0, 0] = {"location": points, "number": len(points)}
     savemat(path, {"image_info": cell})

@@ -1,4 +1,4 @@
-"""Tiny copies of the published datasets in their own layouts, file by file, with every quirk that is known of them."""
+"""Tiny copies of public datasets in their official layouts, with every known quirk."""
 
 import io
 import json
@@ -28,28 +28,30 @@ S1, S2 = "104207_1-04_000001", "200608_C08-02_7"
 
 
 def in_bucket(files: Mapping[str, bytes]) -> str:
-    """The URI of a bucket in memory that holds these files."""
+    """Write files to a bucket in memory, and return its URI."""
     root = f"memory://{uuid.uuid4().hex}"
     fsspec.filesystem("memory").pipe({f"{root}/{path}": content for path, content in files.items()})
     return root
 
 
 def below(uri: str | None) -> str:
-    """The path of a file below the root of its bucket."""
+    """Path of a file relative to its bucket."""
     assert uri is not None
     return uri.removeprefix("memory://").split("/", 1)[1]
 
 
 def mat(**variables: Any) -> bytes:
-    """A MATLAB file of version 5."""
+    """Content of a MATLAB file of version 5."""
     buffer = io.BytesIO()
     savemat(buffer, variables)
     return buffer.getvalue()
 
 
 def hdf5(**variables: Any) -> bytes:
-    """A MATLAB file of version 7.3: a dict is a struct, a list a cell, arrays lie transposed, empty ones as their
-    shape."""
+    """Content of a MATLAB file of version 7.3.
+
+    A dict becomes a struct and a list a cell; arrays are stored transposed, and empty ones as their shape.
+    """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", userblock_size=512) as file:
         for name, value in variables.items():
@@ -60,23 +62,23 @@ def hdf5(**variables: Any) -> bytes:
 
 def _put(group: Any, name: str, value: Any) -> None:
     if isinstance(value, dict):
-        made = group.create_group(name)
-        made.attrs["MATLAB_class"] = np.bytes_("struct")
+        struct = group.create_group(name)
+        struct.attrs["MATLAB_class"] = np.bytes_("struct")
         for field, inner in value.items():
-            _put(made, field, inner)
+            _put(struct, field, inner)
     elif isinstance(value, list):
         names = [f"#refs#/{uuid.uuid4().hex}" for _ in value]
-        for place, inner in zip(names, value, strict=True):
-            _put(group.file, place, inner)
-        references = np.array([group.file[place].ref for place in names], dtype=h5py.ref_dtype)
+        for path, inner in zip(names, value, strict=True):
+            _put(group.file, path, inner)
+        references = np.array([group.file[path].ref for path in names], dtype=h5py.ref_dtype)
         group.create_dataset(name, data=references[:, None]).attrs["MATLAB_class"] = np.bytes_("cell")
     else:
         values = np.atleast_2d(np.asarray(value, dtype=np.float64))
         stored = values.T if values.size else np.array(values.shape, dtype=np.uint64)
-        made = group.create_dataset(name, data=stored)
-        made.attrs["MATLAB_class"] = np.bytes_("double")
+        dataset = group.create_dataset(name, data=stored)
+        dataset.attrs["MATLAB_class"] = np.bytes_("double")
         if not values.size:
-            made.attrs["MATLAB_empty"] = np.uint8(1)
+            dataset.attrs["MATLAB_empty"] = np.uint8(1)
 
 
 def grey_png(seed: int) -> bytes:
@@ -93,12 +95,12 @@ def grey_jpeg(seed: int) -> bytes:
 
 
 def pixels_per_metre() -> np.ndarray[Any, Any]:
-    """(HEIGHT, WIDTH) that grows from 2 at the top to 6 at the bottom."""
+    """(HEIGHT, WIDTH) map that grows from 2 at the top to 6 at the bottom."""
     return np.linspace(2, 6, HEIGHT)[:, None] * np.ones((1, WIDTH))
 
 
 def worldexpo() -> Files:
-    """Two scenes to train, one of them with a dash, S1 and S2 to test, both kinds of MATLAB files, two bad labels."""
+    """Two training scenes, one with a dash, test scenes S1 and S2, both MATLAB formats, and two bad labels."""
     corners = {
         "maskVerticesXCoordinates": np.array([[5.0], [21.0], [21.0], [5.0]]),
         "maskVerticesYCoordinates": np.array([[3.0], [3.0], [15.0], [15.0]]),
@@ -124,7 +126,7 @@ def worldexpo() -> Files:
 
 
 def ucsd(frames: int = 2) -> Files:
-    """Ten clips of a few frames with 0 to 3 heads each; even clips say `frame`, odd ones `fgt.frame`."""
+    """Ten clips of a few frames with 0 to 3 heads each, in `frame` of even clips and `fgt.frame` of odd ones."""
     files = {}
     for clip in range(10):
         cell = np.empty((1, frames), dtype=object)
@@ -142,7 +144,7 @@ def ucsd(frames: int = 2) -> Files:
     files["vidf-cvpr/vidf1_33_roi_mainwalkway.mat"] = mat(roi={"mask": mask, **corners})
     area = pixels_per_metre() ** 2
     files["vidf-cvpr/vidf1_33_dmap3.mat"] = mat(dmap={"pmapx": area**0.5, "pmapy": area**0.5, "pmapxy": area})
-    files["ucsdpeds/vidf/vidf1_33_010.y/vidf1_33_010_f001.png"] = grey_png(99)  # a clip that nobody annotated
+    files["ucsdpeds/vidf/vidf1_33_010.y/vidf1_33_010_f001.png"] = grey_png(99)  # a clip without annotation
     return files
 
 
@@ -151,7 +153,7 @@ def ucsd_heads(clip: int, frame: int) -> np.ndarray[Any, Any]:
 
 
 def ucf_cc_50() -> Files:
-    """Fifty grey images; image n has n % 3 heads, but two outside its bounds in number 7."""
+    """Fifty grey images; image n has n % 3 heads, except that number 7 has two outside its bounds."""
     files = {}
     for number in range(1, 51):
         files[f"{number}.jpg"] = grey_jpeg(number)
@@ -160,7 +162,7 @@ def ucf_cc_50() -> Files:
 
 
 def ucf_qnrf() -> Files:
-    """Two images to train, of which the second is 200 pixels wide and 90 high, and one to test."""
+    """Two training images, the second 200 pixels wide and 90 high, and one test image."""
     return {
         "Train/img_0001.jpg": jpeg(1),
         "Train/img_0001_ann.mat": mat(annPoints=np.array(HEADS)),
@@ -172,7 +174,7 @@ def ucf_qnrf() -> Files:
 
 
 def jhu() -> Files:
-    """Three splits; an image without heads, whose gt is empty, and a scene with commas."""
+    """Three splits, with an image without heads, whose gt file is empty, and a scene with commas."""
     return {
         "train/images/0001.jpg": jpeg(1),
         "train/gt/0001.txt": b"",
@@ -189,7 +191,7 @@ def jhu() -> Files:
 
 
 def nwpu() -> Files:
-    """Lists that go against the numbers; JSON alone, MATLAB alone, both; an image without heads; test unlabelled."""
+    """Lists in another order than numbers; JSON, MATLAB or both; an image without heads; an unlabelled test split."""
     boxes = [[x - 1, y - 1, x + 1, y + 1] for x, y in HEADS]
     both = {"img_id": "0003.jpg", "human_num": 3, "points": HEADS, "boxes": boxes}
     empty = {"img_id": "0002.jpg", "human_num": 0, "points": [], "boxes": []}
