@@ -34,9 +34,9 @@ _REGISTRIES = ("crowdray.datasets.sources", "crowdray.datasets.depth")
 def code_digest(source: Source, package: Path = PACKAGE) -> str:
     """Digest of the code, in `package`, and of the libraries that decide what a source is converted to."""
     classes = [*type(source).__mro__, *type(source.teacher).__mro__]
-    roots = {made.__module__ for made in (*classes, make_sample, write_shard, load_usable)}
+    roots = {member.__module__ for member in (*classes, make_sample, write_shard, load_usable)}
     contents = [file.read_bytes() for file in code_files(roots, package)]
-    contents += [_module_text(made) for made in classes if made.__module__.partition(".")[0] not in _HASHED_ELSEWHERE]
+    contents += [_module_text(part) for part in classes if part.__module__.partition(".")[0] not in _HASHED_ELSEWHERE]
     hashes = [hashlib.sha256(content).hexdigest() for content in contents]
     return hashlib.sha256(repr((hashes, [version(name) for name in LIBRARIES])).encode()).hexdigest()
 
@@ -66,8 +66,8 @@ def _imports(file: Path) -> Iterable[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _module_text(made: type) -> bytes:
+def _module_text(part: type) -> bytes:
     """Source text of the module of a class outside this package; empty if it has none, as in a console."""
     with suppress(OSError, TypeError):
-        return inspect.getsource(inspect.getmodule(made) or made).encode()
+        return inspect.getsource(inspect.getmodule(part) or part).encode()
     return b""

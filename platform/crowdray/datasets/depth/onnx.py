@@ -126,16 +126,16 @@ class OnnxDepth(DepthTeacher):
 
     def _given_size(self, options: TeacherOptions, fixed: Sequence[Any]) -> tuple[int, int] | None:
         """(h, w) of the input, fixed by the file or by `size`; None if it depends on the image."""
-        asked = options.value("size", _size, None)
-        if asked and (options.flag("side") or options.flag("multiple")):
+        requested = options.value("size", _size, None)
+        if requested and (options.flag("side") or options.flag("multiple")):
             raise UserError("--depth onnx: size excludes side and multiple; leave them out")
         if not any(isinstance(side, int) for side in fixed):
-            return asked
+            return requested
         if not all(isinstance(side, int) for side in fixed):
             raise UserError(f"{self._uri} fixes only one side of its input, {fixed} (HxW); fix both or none")
         size = (int(fixed[0]), int(fixed[1]))
         given = [option for option in SIZES if options.flag(option)]
-        if given and asked != size:
+        if given and requested != size:
             raise UserError(f"{self._uri} accepts only {size[0]}x{size[1]} (HxW); leave {', '.join(given)} out")
         return size
 
