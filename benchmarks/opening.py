@@ -69,7 +69,7 @@ def main() -> None:
         measured("one sample", lambda: dataset.sample(len(dataset) // 2))
         measured("counts, which opens each shard", lambda: dataset.counts("train"))
         measured("sizes", lambda: dataset.sizes("train"))
-        measured("names", lambda: dataset.texts("name", "train"))
+        measured("names", lambda: dataset.strings("name", "train"))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.loader import Loader
-from crowdray.data.sampling import WindowRule
+from crowdray.data.sampling import WindowConfig
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import density_map
 
@@ -66,7 +66,7 @@ def lay_out(dataset: Dataset, folder: Path, most: int | None = None) -> None:
 
 def ours(dataset: Dataset, crops: int, epochs: int, cache_bytes: float = 0, depth: bool = False) -> float:
     """Windows/s of the loader, the median of the epochs after the first."""
-    rule = WindowRule(crop=CROP, context=0, margin=0, stride=8, flip=0.5)
+    rule = WindowConfig(crop=CROP, context=0, margin=0, stride=8, flip=0.5)
     store = ImageCache(dataset, 1, False, cache_bytes)
     loader = Loader(store, dataset.rows("train"), rule, batch=BATCH, repeats=crops, ahead=4)
     rates = []

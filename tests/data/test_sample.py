@@ -1,4 +1,4 @@
-"""Samples: what is encoded comes back, and what cannot be used is refused by name."""
+"""Samples: lossless encodings, decoding of many formats, and rejection of invalid content."""
 
 import io
 import pickle
@@ -37,32 +37,32 @@ def png(image: Image.Image) -> bytes:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_a_roi_comes_back_bit_for_bit(height: int, width: int, seed: int) -> None:
+def test_roi_encoding_is_lossless(height: int, width: int, seed: int) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
     np.testing.assert_array_equal(decode_roi(encode_roi(mask)), mask)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-3, 1e6), st.integers(0, 2**32 - 1))
-def test_depth_keeps_its_ratios_to_a_16_bit_step(height: int, width: int, metres: float, seed: int) -> None:
+def test_depth_encoding_preserves_ratios_within_16_bits(height: int, width: int, metres: float, seed: int) -> None:
     depth = np.random.default_rng(seed).uniform(0.01, 1.0, (height, width)) * metres
     decoded = decode_depth(encode_depth(depth))
     assert decoded.dtype == np.float32 and decoded.max() == 1.0
     np.testing.assert_allclose(decoded, depth / depth.max(), atol=0.5 / 65535 + 1e-7)
 
 
-def test_infinite_depth_is_the_farthest() -> None:
+def test_depth_encoding_maps_infinity_to_the_maximum() -> None:
     decoded = decode_depth(encode_depth(np.array([[1.0, 4.0], [np.inf, 2.0]])))
     np.testing.assert_allclose(decoded, [[0.25, 1.0], [1.0, 0.5]], atol=1e-4)
 
 
 @pytest.mark.parametrize("depth", [[[0.0, 0.0]], [[np.nan, 1.0]], [[-1.0, 1.0]], [1.0, 2.0]])
-def test_impossible_depth_is_refused(depth: list[float]) -> None:
+def test_encode_depth_rejects_invalid_maps(depth: list[float]) -> None:
     with pytest.raises(DataError, match="depth"):
         encode_depth(np.array(depth))
 
 
-def test_png_decodes_exactly_and_jpeg_as_pillow_does() -> None:
+def test_decode_image_is_exact_for_png_and_agrees_with_pillow_for_jpeg() -> None:
     np.testing.assert_array_equal(decode_image(png(Image.fromarray(PIXELS))), PIXELS)
     smooth = np.broadcast_to(np.arange(0, 248, 8, dtype=np.uint8)[None, :, None], (24, 31, 3)).copy()
     content = simplejpeg.encode_jpeg(smooth, quality=95)
@@ -71,7 +71,7 @@ def test_png_decodes_exactly_and_jpeg_as_pillow_does() -> None:
     assert np.abs(decode_image(content).astype(int) - reference).max() <= 2
 
 
-def test_grey_images_become_rgb_with_equal_channels() -> None:
+def test_decode_image_of_greyscale_has_equal_channels() -> None:
     grey = Image.fromarray(PIXELS[..., 0])
     buffer = io.BytesIO()
     grey.save(buffer, format="JPEG")
@@ -81,54 +81,54 @@ def test_grey_images_become_rgb_with_equal_channels() -> None:
         assert (decoded == decoded[..., :1]).all()
 
 
-def test_an_alpha_channel_is_dropped() -> None:
+def test_decode_image_drops_alpha() -> None:
     rgba = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)])
     np.testing.assert_array_equal(decode_image(png(Image.fromarray(rgba))), PIXELS)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 300, -2])
-def test_a_corrupt_image_is_a_data_error(cut: int) -> None:
+def test_decode_image_and_check_image_reject_corrupt_images(cut: int) -> None:
     content = simplejpeg.encode_jpeg(np.repeat(PIXELS, 4, axis=0), quality=90)
-    for look in (decode_image, check_image):
+    for decode in (decode_image, check_image):
         with pytest.raises(DataError, match="cannot be decoded"):
-            look(content[:cut])
+            decode(content[:cut])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}], ids=str)
-def test_an_image_is_checked_as_it_is_decoded(mode: str, options: dict[str, bool]) -> None:
-    """Wherever a JPEG is cut, the check of its luma says what decoding all of it says."""
+def test_check_image_agrees_with_decode_image(mode: str, options: dict[str, bool]) -> None:
+    """Wherever a JPEG is truncated: the check decodes only its luma."""
     buffer = io.BytesIO()
     Image.fromarray(np.repeat(PIXELS, 3, axis=0)).convert(mode).save(buffer, format="JPEG", **options)
     content = buffer.getvalue()
     assert check_image(content) == decode_image(content).shape[:2] == (72, 31)
 
-    def says(look: Callable[[bytes], object], cut: int) -> str:
+    def outcome(decode: Callable[[bytes], object], cut: int) -> str:
         try:
-            look(content[:cut])
+            decode(content[:cut])
         except DataError as error:
             return str(error)
-        return "sound"
+        return "valid"
 
     cuts = range(len(content) // 2, len(content), len(content) // 16)
-    assert [says(check_image, cut) for cut in cuts] == [says(decode_image, cut) for cut in cuts]
+    assert [outcome(check_image, cut) for cut in cuts] == [outcome(decode_image, cut) for cut in cuts]
 
 
-def test_a_header_that_claims_more_than_its_file_can_hold_is_refused() -> None:
-    # 60,000 x 60,000 pixels in a few hundred bytes: decoded, they would take ten gigabytes.
+def test_decode_image_rejects_more_pixels_than_the_file_can_encode() -> None:
+    # A few hundred bytes that claim 60,000 x 60,000 pixels, ten gigabytes when decoded.
     content = bytearray(jpeg(1))
-    place = content.index(b"\xff\xc0") + 5
-    content[place : place + 4] = struct.pack(">HH", 60_000, 60_000)
-    with pytest.raises(DataError, match=r"bytes cannot hold 60000x60000 pixels"):
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = struct.pack(">HH", 60_000, 60_000)
+    with pytest.raises(DataError, match=r"bytes cannot encode 60000x60000 pixels"):
         decode_image(bytes(content))
 
 
-def test_a_point_at_the_end_of_the_world_is_refused() -> None:
-    with pytest.raises(DataError, match=r"a: a point lies 1e\+09 pixels from the image's corner"):
+def test_make_sample_rejects_distant_points() -> None:
+    with pytest.raises(DataError, match=r"a: a point is 1e\+09 pixels from the image's corner"):
         make_sample(name="a", split="s", scene="c", image=jpeg(1), points=np.array([[1.0, -1e9]]))
 
 
-def test_a_sample_takes_size_and_hash_from_its_image_and_survives_pickling() -> None:
+def test_make_sample_reads_size_and_hash_and_result_can_be_pickled() -> None:
     image = png(Image.fromarray(PIXELS))
     sample = make_sample(name="a", split="train", scene="s", image=image, points=np.array([[1.5, 2.5]]))
     assert (sample.height, sample.width) == (24, 31) and sample.points.dtype == np.float32
@@ -137,18 +137,18 @@ def test_a_sample_takes_size_and_hash_from_its_image_and_survives_pickling() -> 
     np.testing.assert_array_equal(copy.points, sample.points)
 
 
-def test_no_heads_are_an_empty_array_of_pairs() -> None:
+def test_make_sample_accepts_any_empty_array_of_points() -> None:
     for empty in (np.zeros((0, 2)), np.zeros((0, 0)), np.array([])):
         sample = make_sample(name="a", split="t", scene="s", image=b"", points=empty, shape=(2, 3))
         assert sample.points.shape == (0, 2)
 
 
 @pytest.mark.parametrize("points", [[[1.0, np.nan]], [[np.inf, 1.0]], [[1.0, 2.0, 3.0]]])
-def test_impossible_points_are_refused(points: list[list[float]]) -> None:
+def test_make_sample_rejects_invalid_points(points: list[list[float]]) -> None:
     with pytest.raises(DataError, match="points"):
         make_sample(name="a", split="t", scene="s", image=b"", points=np.array(points), shape=(2, 3))
 
 
-def test_the_border_itself_is_inside() -> None:
+def test_points_outside_counts_the_border_as_inside() -> None:
     points = np.array([[0, 0], [31, 24], [31.5, 1], [-0.1, 1], [1, 24.1]], dtype=np.float32)
     assert points_outside(points, 24, 31) == 3

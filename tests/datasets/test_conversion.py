@@ -260,7 +260,7 @@ def test_convert_lists_unusable_items_in_quarantine(part: Path, root_uri: str) -
     index = conversion.convert(open_part(part), root_uri)
     dataset = Dataset.open(root_uri)
     names = [f"IMG_{n}" for n in range(1, 12) if n not in (5, 8)]
-    assert dataset.texts("name", "train") == names
+    assert dataset.strings("name", "train") == names
     quarantine = json.loads(storage.read_bytes(f"{root_uri}/{QUARANTINE}"))
     assert quarantine["digest"] == index.digest
     images = part / "train_data" / "images"

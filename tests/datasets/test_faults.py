@@ -106,7 +106,7 @@ def test_open_folder_without_index_raises(tmp_path: Path, folder: str) -> None:
         ('"shards"', '"pieces"', "damaged.*shards"),
         ('"train": 10', '"train": 11', "damaged.*'heads': 11"),
         ('"train": 10', '"trian": 10', "damaged"),
-        ('"name": ', '"name": 1, "was": ', "damaged.*must be texts"),
+        ('"name": ', '"name": 1, "was": ', "damaged.*must be strings"),
         ("{", "", "damaged"),
     ],
 )
@@ -217,7 +217,7 @@ def test_convert_full_disk_while_writing_the_index(
     with pytest.raises(UserError, match=r"index\.json.*no space left"):
         convert(part, tmp_path / "new")
     assert not (tmp_path / "new" / INDEX).exists()
-    with pytest.raises(DataError, match="never ended"):
+    with pytest.raises(DataError, match="unfinished"):
         Dataset.open(str(tmp_path / "new"))
     with pytest.raises(UserError, match="no space left"):
         convert(part, made, overwrite=True)

@@ -164,8 +164,8 @@ def test_windows_are_cut_on_the_gpu_as_by_the_loader(noise: Dataset, context: in
     config = replace(base, sampling=replace(base.sampling, context=context, brightness=0.1))
     kept = replace(config, sampling=replace(config.sampling, gpu_cache_gib=1))
     there, here = (Trainer(choice, noise, world=World(), device=GPU) for choice in (kept, config))
-    assert isinstance(there.loader.store, GpuImageCache)
-    assert isinstance(here.loader.store, ImageCache)
+    assert isinstance(there.loader.images, GpuImageCache)
+    assert isinstance(here.loader.images, ImageCache)
     running = there.stage_trainer(there.stages[0])
     for one, other in zip(here.loader.epoch(1), there.loader.epoch(1), strict=True):
         expected, got = one.to(GPU), running._to_device(other)

@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from crowdray.config import Config, ModelConfig, SamplingConfig
-from crowdray.data.image_cache import shrink
+from crowdray.data.image_cache import downsample_image
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
 from crowdray.models.export import ExportedCounter
@@ -99,7 +99,9 @@ def test_stripped_counter_has_the_density_of_the_full_counter(counter: Counter) 
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_exported_counter_downsamples_as_in_training(counter: Counter, factor: int) -> None:
     image = torch.randint(0, 256, (1, 3, 101, 134), dtype=torch.uint8)
-    small = torch.from_numpy(shrink(image[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[None]
+    small = torch.from_numpy(downsample_image(image[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[
+        None
+    ]
     exported = ExportedCounter(counter, factor)
     assert torch.equal(exported(image), counter.density(small))
     assert torch.equal(exported(image.float()), exported(image))

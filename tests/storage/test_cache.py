@@ -279,7 +279,7 @@ def columns(dataset: Dataset) -> list[Any]:
     """All values of a dataset."""
     found: list[Any] = []
     for split in ("train", "test"):
-        found += [dataset.rows(split), dataset.sizes(split), dataset.counts(split), dataset.texts("name", split)]
+        found += [dataset.rows(split), dataset.sizes(split), dataset.counts(split), dataset.strings("name", split)]
         for row in dataset.rows(split).tolist():
             sample = dataset.sample(row)
             assert not sample.points.flags.writeable

@@ -22,7 +22,7 @@ from crowdray.config import (
     StageConfig,
     StagesConfig,
 )
-from crowdray.data.batch import View, collate
+from crowdray.data.batch import Crop, collate
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
@@ -177,12 +177,12 @@ def test_density_of_window_equals_that_of_whole_image_where_loss_has_weight(disc
     """Prevents a surplus at the borders: the loss ignores pixels whose receptive field the window cuts."""
     trainer = trainer_of(discs, debug_config(sampling=SamplingConfig(crop=16, context=36, flip=0.0)))
     counter = trainer.state.counter.eval()
-    rule, checked = trainer.loader.rule, 0
+    rule, checked = trainer.loader.windows, 0
     for row in range(8):
         image = trainer.images[row]
         wide = dataclasses.replace(image, image=image.image.repeat(2, axis=1), roi=None, encoded_depth=None)
         window = draw_window(rule, wide.size, seed=1, epoch=0, sample=row)
-        batch = collate([View(wide, wide.size, window)], rule)
+        batch = collate([Crop(wide, wide.size, window)], rule)
         with torch.no_grad():
             whole = counter.density(torch.from_numpy(wide.image).permute(2, 0, 1)[None])
             cut = counter.density(batch.image)

@@ -1,6 +1,6 @@
-"""Decoded pictures, kept while there is room, and parts of them at any size.
+"""A memory cache of decoded images, and rectangles cut from images at any size.
 
-Shape legend: H W a picture in working pixels, N its heads, h w a part of it.
+Shape legend: H W image in working pixels, N heads, h w rectangle of it.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ from crowdray.data.sample import Sample, content_size, decode_depth, decode_imag
 from crowdray.data.shards import Dataset
 
 
-class Outline(Protocol):
-    """What a picture has without its pixels."""
+class ImageLike(Protocol):
+    """An image whose pixels may be elsewhere."""
 
     @property
     def row(self) -> int:
@@ -31,31 +31,33 @@ class Outline(Protocol):
 
     @property
     def points(self) -> NDArray[np.float32]:
-        """(N, 2) heads that count, x y."""
+        """(N, 2) x y of the heads inside the region of interest."""
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
-    """A decoded sample in working pixels: everything that windows are cut from."""
+    """A decoded sample in working pixels, from which windows are cut."""
 
     row: int
     """Row in the dataset."""
     image: NDArray[np.uint8]
     """(H, W, 3) RGB."""
     points: NDArray[np.float32]
-    """(N, 2) heads that count, x y."""
+    """(N, 2) x y of the heads inside the region of interest."""
     roi: NDArray[np.bool_] | None
-    """(H, W), True where heads count; None everywhere."""
+    """(H, W), the region of interest; None means everywhere."""
     encoded_depth: bytes | None
-    """As a sample holds it; None unknown."""
+    """Depth as in `Sample`; None if unknown."""
 
     @property
     def depth(self) -> NDArray[np.float16] | None:
-        """In [0, 1], larger = farther, stretched over the picture and no larger than it; None unknown. Decoded when it
-        is first asked for."""
+        """Depth in [0, 1], larger = farther, at most (H, W), to be stretched over the image; None if unknown.
+
+        Decoded on first access.
+        """
         if self.encoded_depth is None:
             return None
-        if "_depth" not in vars(self):  # up to Python 3.11, functools.cached_property has one lock for all pictures
+        if "_depth" not in vars(self):  # until Python 3.12, functools.cached_property has one lock for all instances
             vars(self)["_depth"] = _shared_depth(self.encoded_depth, *self.size)
         depth: NDArray[np.float16] = vars(self)["_depth"]
         return depth
@@ -67,8 +69,7 @@ class DecodedImage:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the image, its points and its depth, decoded or not; a scene's shared region of interest is not
-        counted."""
+        """Bytes of image, points and decoded depth; regions of interest are shared within a scene and not counted."""
         held = self.image.nbytes + self.points.nbytes
         if self.encoded_depth is not None:
             stored, own = content_size(self.encoded_depth), self.size
@@ -77,46 +78,53 @@ class DecodedImage:
 
 
 class ImageCache:
-    """Decoded pictures of a dataset; those that came first stay, as long as they have room. Safe with many threads.
+    """Thread-safe memory cache of a dataset's decoded images, without eviction.
 
-    In an epoch each picture comes once, in an order of its own. So a share s of the pictures, if it stays, is found s
-    of the time, whereas if the least recently used ones gave way, only s^2 / 2 would be.
+    Every epoch visits each image once, in another order: keeping a fraction s of the images has a hit rate of s, while
+    evicting the least recently used would have s^2 / 2.
+
+    Args:
+        dataset: The dataset.
+        downsample: Factor by which images are downsampled.
+        use_roi: Whether to apply regions of interest.
+        cache_bytes: Capacity; images that do not fit are decoded at each access.
     """
 
     def __init__(self, dataset: Dataset, downsample: int, use_roi: bool, cache_bytes: float) -> None:
         self.dataset = dataset
         self.downsample = downsample
         self.use_roi = use_roi
-        self._room = cache_bytes
-        self._kept: dict[int, DecodedImage] = {}
+        self._free_bytes = cache_bytes
+        self._cached: dict[int, DecodedImage] = {}
         self._lock = Lock()
 
     def __getitem__(self, row: int) -> DecodedImage:
-        if (kept := self._kept.get(row)) is not None:
-            return kept
-        picture = load_image(self.dataset.sample(row), row, self.downsample, self.use_roi)
-        taken = picture.nbytes
+        if (cached := self._cached.get(row)) is not None:
+            return cached
+        image = load_image(self.dataset.sample(row), row, self.downsample, self.use_roi)
         with self._lock:
-            if row in self._kept or taken > self._room:
-                return picture
-            self._room -= taken
-            self._kept[row] = picture
-        self._kept[row] = _outside_the_heap(picture)
-        return picture
+            if row in self._cached or image.nbytes > self._free_bytes:
+                return image
+            self._free_bytes -= image.nbytes
+            self._cached[row] = image
+        self._cached[row] = _copy_outside_heap(image)
+        return image
 
 
-def _outside_the_heap(picture: DecodedImage) -> DecodedImage:
-    """The picture with its image in pages of its own: among the large arrays of each training step, arrays
-    that stay would keep the heap from ever shrinking (measured: three times the size of the pictures)."""
-    image = np.frombuffer(mmap(-1, picture.image.nbytes), dtype=np.uint8).reshape(picture.image.shape)
-    image[:] = picture.image
-    return replace(picture, image=image)
+def _copy_outside_heap(image: DecodedImage) -> DecodedImage:
+    """Copy the pixels to memory pages of their own.
+
+    Long-lived arrays among the large temporary arrays of training steps keep the heap from shrinking (measured: three
+    times the size of the images).
+    """
+    pixels = np.frombuffer(mmap(-1, image.image.nbytes), dtype=np.uint8).reshape(image.image.shape)
+    pixels[:] = image.image
+    return replace(image, image=pixels)
 
 
 def load_image(sample: Sample, row: int, downsample: int, use_roi: bool) -> DecodedImage:
-    """Decode a sample and bring everything to working pixels; heads outside the region of interest are left
-    out."""
-    image = shrink(decode_image(sample.image), downsample)
+    """Decode a sample and convert it to working pixels; heads outside the region of interest are removed."""
+    image = downsample_image(decode_image(sample.image), downsample)
     height, width = image.shape[:2]
     points = np.array(sample.points, dtype=np.float32) / np.float32(downsample)
     roi = None
@@ -128,7 +136,7 @@ def load_image(sample: Sample, row: int, downsample: int, use_roi: bool) -> Deco
     return DecodedImage(row, image, points, roi, None if sample.depth is None else bytes(sample.depth))
 
 
-# Images of one scene often have one mask and one depth: then their pictures share the arrays too.
+# Images of one scene often have equal masks and depth: they share the arrays too.
 @lru_cache(maxsize=16)
 def _shared_roi(content: bytes, height: int, width: int) -> NDArray[np.bool_]:
     return _resized(decode_roi(content).astype(np.float32), height, width) >= 0.5
@@ -140,11 +148,10 @@ def _shared_depth(content: bytes, height: int, width: int) -> NDArray[np.float16
     return _resized(depth, min(depth.shape[0], height), min(depth.shape[1], width)).astype(np.float16)
 
 
-def shrink(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Average uint8 (H, W, 3) over squares of factor x factor pixels; squares at the rim average what they
-    have.
+def downsample_image(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Average-pool uint8 (H, W, 3) by a factor; incomplete squares at the border average the pixels they have.
 
-    The shipped model does the same with its input (models.packaged), to the bit.
+    `models.export.ExportedCounter` does the same with its input, to the last bit.
     """
     if factor == 1:
         return image
@@ -153,90 +160,88 @@ def shrink(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     return small.round().to(torch.uint8)[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def scaled_size(picture: Outline, scale: float, stride: int) -> tuple[int, int]:
-    """Height and width of the picture at about `scale` times its size, each a multiple of the stride; at 1 its own."""
+def scaled_size(image: ImageLike, scale: float, stride: int) -> tuple[int, int]:
+    """Height and width after resizing by about `scale`, rounded to multiples of the stride unless `scale` is 1."""
     if scale == 1:
-        return picture.size
-    height, width = (max(stride, round(side * scale / stride) * stride) for side in picture.size)
+        return image.size
+    height, width = (max(stride, round(side * scale / stride) * stride) for side in image.size)
     return height, width
 
 
-def image_part(image: NDArray[np.uint8], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.uint8]:
-    """Rows and columns (h, w, 3) of what an image (H, W, 3) is at another size, interpolated, which is never made
-    whole."""
+def crop_image(image: NDArray[np.uint8], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.uint8]:
+    """Rows and columns (h, w, 3) of an image resized to (H, W), bilinear; only the rectangle is computed."""
     if image.shape[:2] == size:
         return image[rows, columns]
-    spans = [
-        _source_span(have, want, part) for have, want, part in zip(image.shape, size, (rows, columns), strict=False)
-    ]
-    (top, bottom, first, last), (left, right, start, end) = spans
+    top, bottom, first, last = _source_span(image.shape[0], size[0], rows)
+    left, right, start, end = _source_span(image.shape[1], size[1], columns)
     source = Image.fromarray(np.ascontiguousarray(image[first:last, start:end]))
     box = (left - start, top - first, right - start, bottom - first)
     shape = (columns.stop - columns.start, rows.stop - rows.start)
     return np.asarray(source.resize(shape, Image.Resampling.BILINEAR, box=box))
 
 
-def _source_span(have: int, want: int, part: slice) -> tuple[float, float, int, int]:
-    """Where a part of an axis of length `want` begins and ends on the axis of length `have` that it is made of; and the
-    first and last + 1 of the pixels that have a say in it."""
-    step = have / want
-    start, end = part.start * step, min(part.stop * step, have)  # rounding must not lead beyond the last pixel
-    reach = max(1.0, step)
-    return start, end, max(0, int(start - reach)), min(have, int(end + reach) + 1)
+def _source_span(source: int, target: int, part: slice) -> tuple[float, float, int, int]:
+    """Map a part of an axis of length `target` to the axis of length `source` from which it is resized.
+
+    Returns start and end, and the first and last + 1 source pixel that the interpolation reads.
+    """
+    step = source / target
+    start, end = part.start * step, min(part.stop * step, source)  # rounding must not exceed the last pixel
+    support = max(1.0, step)
+    return start, end, max(0, int(start - support)), min(source, int(end + support) + 1)
 
 
-def map_part(
+def crop_map(
     values: NDArray[np.float16 | np.bool_], size: tuple[int, int], rows: slice, columns: slice
 ) -> NDArray[np.float32]:
-    """Rows and columns (h, w) of what a map is when it is stretched over (H, W), bilinear, pixel centres at halves;
-    never made whole."""
+    """Rows and columns (h, w) of a map resized to (H, W), bilinear, half-pixel centres; only these are computed."""
     if values.shape == size:
         return values[rows, columns].astype(np.float32)
-    above, below, share = _neighbours(values.shape[0], size[0], rows)
-    before, after, part = _neighbours(values.shape[1], size[1], columns)
+    above, below, down = _neighbours(values.shape[0], size[0], rows)
+    before, after, across = _neighbours(values.shape[1], size[1], columns)
     first, start = above[0], before[0]
     known = values[first : below[-1] + 1, start : after[-1] + 1].astype(np.float32)
-    wide = _mixed(known, before - start, after - start, part, axis=1)
-    return _mixed(wide, above - first, below - first, share[:, None], axis=0)
+    wide = _interpolate(known, before - start, after - start, across, axis=1)
+    return _interpolate(wide, above - first, below - first, down[:, None], axis=0)
 
 
-def mask_part(mask: NDArray[np.bool_], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.bool_]:
-    """The same of a mask: True where at least half is."""
+def crop_mask(mask: NDArray[np.bool_], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.bool_]:
+    """Rows and columns (h, w) of a mask resized to (H, W): True where the interpolated value is at least 1/2."""
     if mask.shape == size:
         return mask[rows, columns]
-    return map_part(mask, size, rows, columns) >= 0.5
+    return crop_map(mask, size, rows, columns) >= 0.5
 
 
-def _neighbours(have: int, want: int, part: slice) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """For each place of a part of an axis stretched from `have` to `want`: the values before and after it, and the
-    share of the latter."""
-    place = ((np.arange(part.start or 0, part.stop) + 0.5) * (have / want) - 0.5).clip(0, have - 1)
-    before = place.astype(np.int64)
-    return before, np.minimum(before + 1, have - 1), (place - before).astype(np.float32)
+def _neighbours(
+    source: int, target: int, part: slice
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Indices of the values before and after each position of a resized axis, and the weight of the latter."""
+    position = ((np.arange(part.start or 0, part.stop) + 0.5) * (source / target) - 0.5).clip(0, source - 1)
+    before = position.astype(np.int64)
+    return before, np.minimum(before + 1, source - 1), (position - before).astype(np.float32)
 
 
-def _mixed(
+def _interpolate(
     values: NDArray[np.float32],
     low: NDArray[np.int64],
     high: NDArray[np.int64],
-    share: NDArray[np.float32],
+    weight: NDArray[np.float32],
     axis: int,
 ) -> NDArray[np.float32]:
-    mixed: NDArray[np.float32] = values.take(high, axis)
+    result: NDArray[np.float32] = values.take(high, axis)
     below = values.take(low, axis)
-    mixed -= below
-    mixed *= share
-    mixed += below
-    return mixed
+    result -= below
+    result *= weight
+    result += below
+    return result
 
 
 def _resized(array: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """A map at another size: averaged when it shrinks, interpolated when it grows."""
+    """Resize a map: area average when it shrinks, bilinear when it grows."""
     if array.shape == (height, width):
         return array
     tensor = torch.from_numpy(np.array(array))[None, None]
     mode = "area" if array.shape[0] >= height else "bilinear"
-    resized: NDArray[np.float32] = torch.nn.functional.interpolate(tensor, size=(height, width), mode=mode)[
-        0, 0
-    ].numpy()
-    return resized
+    resized = torch.nn.functional.interpolate(tensor, size=(height, width), mode=mode)
+    result: NDArray[np.float32] = resized[0, 0].numpy()
+    return result

@@ -1,4 +1,4 @@
-"""Batches of windows for one rank: decoded once, cut anew in each epoch; while an accelerator trains, in threads."""
+"""Batches of one rank, the same in every run of an epoch, optionally prepared by threads ahead of their use."""
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,23 +9,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdray.data.batch import Batch, P, View, collate
+from crowdray.data.batch import Batch, Crop, ImageT, collate
 from crowdray.data.gpu_cache import GpuImageCache
 from crowdray.data.image_cache import ImageCache, scaled_size
-from crowdray.data.sampling import WindowRule, draw_scale, draw_window, epoch_batches, rank_share
+from crowdray.data.sampling import WindowConfig, draw_scale, draw_window, epoch_batches, rank_slice
 
-_FEWEST_DECODERS, _MOST_DECODERS = 2, 8
-"""Decoding threads of a rank: as many as it may use for anything else, within these bounds."""
+_MIN_THREADS, _MAX_THREADS = 2, 8
+"""Bounds of the number of decoding threads per rank, which is otherwise torch's number of threads."""
 
 
 class Loader:
-    """Batches of one rank. An epoch's batches depend on its number alone, not on what came before."""
+    """Batches of one rank. An epoch's batches depend only on its number, not on earlier epochs.
+
+    Args:
+        images: Decoded images, in memory or on the GPU.
+        rows: Dataset rows to train on.
+        windows: Size and augmentation of windows.
+        batch: Global batch size in windows.
+        repeats: Windows per image and epoch.
+        seed: Random seed of order and windows.
+        rank: This process's rank.
+        world: Number of ranks.
+        pin: Put batches in page-locked memory.
+        ahead: Number of batches that threads prepare ahead; 0 prepares each when it is needed.
+    """
 
     def __init__(
         self,
-        store: ImageCache | GpuImageCache,
+        images: ImageCache | GpuImageCache,
         rows: NDArray[np.int64],
-        rule: WindowRule,
+        windows: WindowConfig,
         *,
         batch: int,
         repeats: int = 1,
@@ -35,9 +48,9 @@ class Loader:
         pin: bool = False,
         ahead: int = 0,
     ) -> None:
-        self.store = store
+        self.images = images
         self.rows = rows
-        self.rule = rule
+        self.windows = windows
         self.batch = batch
         self.repeats = repeats
         self.seed = seed
@@ -45,72 +58,79 @@ class Loader:
         self.world = world
         self.pin = pin
         self.ahead = ahead
-        threads = max(_FEWEST_DECODERS, min(_MOST_DECODERS, torch.get_num_threads()))
+        threads = max(_MIN_THREADS, min(_MAX_THREADS, torch.get_num_threads()))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crowdray-loader")
-        self._begun: tuple[int, bool, list[Future[Batch]]] = (0, False, [])
-        """Epoch and depth of the batches that are under way for it, and these."""
+        self._prefetched: tuple[int, bool, list[Future[Batch]]] = (0, False, [])
+        """Epoch and depth of the batches that were started for the next epoch, and these."""
 
     def steps(self) -> int:
-        """Updates of one epoch."""
+        """Updates per epoch."""
         return max(1, len(self.rows) * self.repeats // self.batch)
 
     def epoch(self, number: int, depth: bool = True) -> Generator[Batch, None, None]:
-        """The batches of an epoch in order, prepared ahead of their use, and behind them the first of the next epoch;
-        without depth where nothing is learned from it. Of pictures on a device they have their pixels once they are
-        there. Closing the iterator ends the preparations."""
+        """The batches of an epoch in order; towards its end, the first batches of the next epoch are prepared too.
+
+        Closing the iterator cancels pending preparations. Batches from a `GpuImageCache` have pixels only after
+        `Batch.to`.
+
+        Args:
+            number: The epoch.
+            depth: Whether the training stage uses depth.
+        """
         jobs = self._jobs(number, depth)
         if not self.ahead:
             yield from (job() for job in jobs)
             return
-        begun_next = min(self.ahead, self.steps())
-        pending = self._take_begun(number, depth)
-        jobs = islice(chain(jobs, islice(self._jobs(number + 1, depth), begun_next)), len(pending), None)
+        next_count = min(self.ahead, self.steps())
+        pending = self._take_prefetched(number, depth)
+        jobs = islice(chain(jobs, islice(self._jobs(number + 1, depth), next_count)), len(pending), None)
         try:
             for job in jobs:
                 pending.append(self._pool.submit(job))
                 if len(pending) > self.ahead:
                     yield pending.pop(0).result()
-            while len(pending) > begun_next:
+            while len(pending) > next_count:
                 yield pending.pop(0).result()
-            self._begun, pending = (number + 1, depth, pending), []
+            self._prefetched, pending = (number + 1, depth, pending), []
         finally:
             for future in pending:
                 future.cancel()
 
-    def _take_begun(self, number: int, depth: bool) -> list[Future[Batch]]:
-        """The batches of this epoch that are under way already; those of another one are given up."""
-        *begun, futures = self._begun
-        self._begun = 0, False, []
-        if begun == [number, depth]:
+    def _take_prefetched(self, number: int, depth: bool) -> list[Future[Batch]]:
+        """The batches of this epoch that were already started; those of another epoch are cancelled."""
+        *prefetched, futures = self._prefetched
+        self._prefetched = 0, False, []
+        if prefetched == [number, depth]:
             return futures
         for future in futures:
             future.cancel()
         return []
 
     def _jobs(self, number: int, depth: bool) -> Iterator[Callable[[], Batch]]:
-        """What prepares each batch of an epoch."""
+        """A function for each batch of an epoch that prepares it."""
         batches = epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
         for position, batch in enumerate(batches):
-            share = rank_share(batch, self.rank, self.world)
-            yield partial(self._collect, share, number, position, len(batch), depth)
+            draws = rank_slice(batch, self.rank, self.world)
+            yield partial(self._collect, draws, number, position, len(batch), depth)
 
-    def _collect(self, share: NDArray[np.int64], epoch: int, number: int, total: int, depth: bool) -> Batch:
-        if isinstance(self.store, GpuImageCache):
-            resident = self._views(self.store.__getitem__, share, epoch, number)
-            batch = self.store.collate(resident, self.rule, total, depth)
+    def _collect(self, draws: NDArray[np.int64], epoch: int, number: int, global_size: int, depth: bool) -> Batch:
+        if isinstance(self.images, GpuImageCache):
+            on_gpu = self._crops(self.images.__getitem__, draws, epoch, number)
+            batch = self.images.collate(on_gpu, self.windows, global_size, depth)
         else:
-            batch = collate(self._views(self.store.__getitem__, share, epoch, number), self.rule, total, depth)
+            crops = self._crops(self.images.__getitem__, draws, epoch, number)
+            batch = collate(crops, self.windows, global_size, depth)
         return batch.pin() if self.pin else batch
 
-    def _views(
-        self, picture_of: Callable[[int], P], share: NDArray[np.int64], epoch: int, number: int
-    ) -> Iterator[View[P]]:
-        """One picture after the other, so that no more than two are decoded at a time."""
-        scale = draw_scale(self.rule, seed=self.seed, epoch=epoch, batch=number)
-        for position, draws in groupby(share.tolist(), lambda draw: draw // self.repeats):
-            picture = picture_of(int(self.rows[position]))
-            size = scaled_size(picture, scale, self.rule.stride)
-            for draw in draws:
+    def _crops(
+        self, load: Callable[[int], ImageT], draws: NDArray[np.int64], epoch: int, number: int
+    ) -> Iterator[Crop[ImageT]]:
+        """Crops image by image, so that at most two decoded images are in memory."""
+        scale = draw_scale(self.windows, seed=self.seed, epoch=epoch, batch=number)
+        for position, repeats in groupby(draws.tolist(), lambda draw: draw // self.repeats):
+            image = load(int(self.rows[position]))
+            size = scaled_size(image, scale, self.windows.stride)
+            for draw in repeats:
                 repeat = draw % self.repeats
-                window = draw_window(self.rule, size, seed=self.seed, epoch=epoch, sample=picture.row, repeat=repeat)
-                yield View(picture, size, window)
+                window = draw_window(self.windows, size, seed=self.seed, epoch=epoch, sample=image.row, repeat=repeat)
+                yield Crop(image, size, window)

@@ -1,6 +1,6 @@
-"""One annotated image, its Arrow schema, and the encodings of image, region of interest and depth.
+"""An annotated image: its Arrow schema and the encodings of image, region of interest and depth.
 
-Shapes: H and W are an image's height and width in pixels, N its number of heads.
+Shape legend: H W image in pixels, N heads.
 """
 
 import hashlib
@@ -35,59 +35,59 @@ SCHEMA: pa.Schema = pa.schema(
     ],
     metadata={"crowdray.schema_version": str(SCHEMA_VERSION)},
 )
-"""A row of a shard; `points` holds x and y of one head after the other."""
+"""A row of a shard; `points` are x and y of one head after the other."""
 
 Encoded = bytes | memoryview
-"""Encoded content: bytes of its own, or a read-only view into a mapped shard."""
+"""Encoded content: bytes, or a read-only view into a mapped shard."""
 
-FARTHEST = 1e6
-"""Pixels from the corner of its image at which a point is no longer a head beside it but a broken number."""
+MAX_DISTANCE = 1e6
+"""Distance in pixels from the image's corner beyond which a point is an error, not a head outside the image."""
 
 _DEPTH_STEPS = 65535
-_PIXELS_PER_BYTE = 1024
+_MAX_PIXELS_PER_BYTE = 1024
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Sample:
-    """One image with all that is known about it; nothing is decoded."""
+    """One encoded image with its annotation."""
 
     name: str
-    """Name within its split, unique there."""
+    """Name, unique within its split."""
     split: str
-    """The part of the dataset it belongs to, such as train or test."""
+    """Split of the dataset, such as train or test."""
     scene: str
-    """The camera or place, by which reports group images; those of one camera share their perspective."""
+    """Camera or location, by which reports group images; images of one camera share their perspective."""
     image: Encoded
-    """The source's own JPEG or PNG."""
+    """JPEG or PNG, byte for byte as in the source."""
     height: int
     """Image height in pixels."""
     width: int
     """Image width in pixels."""
     points: NDArray[np.float32]
-    """(N, 2) heads as continuous (x, y) in pixels; the centre of the first pixel is (0.5, 0.5)."""
+    """(N, 2) x y of heads in continuous pixels; the centre of the first pixel is (0.5, 0.5)."""
     roi: Encoded | None
-    """PNG with one bit per pixel, 1 where heads are annotated; None means everywhere."""
+    """PNG with one bit per pixel, 1 where heads are annotated; None: everywhere."""
     depth: Encoded | None
-    """Grey PNG of 16 bits at image size or smaller; 0..65535 spans [0, 1], larger = farther."""
+    """16-bit greyscale PNG of at most the image's size; 0..65535 maps to [0, 1], larger = farther."""
     sha256: str
-    """Hash of the image's bytes."""
+    """SHA-256 of the image's bytes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with bytes of its own, since a view into a mapped file cannot travel."""
+        """Pickle with copies of views into a mapped file."""
 
-        def own(content: Encoded | None) -> bytes | None:
+        def copy(content: Encoded | None) -> bytes | None:
             return None if content is None else bytes(content)
 
         return Sample, (
             self.name,
             self.split,
             self.scene,
-            own(self.image),
+            copy(self.image),
             self.height,
             self.width,
             np.array(self.points),
-            own(self.roi),
-            own(self.depth),
+            copy(self.roi),
+            copy(self.depth),
             self.sha256,
         )
 
@@ -103,13 +103,23 @@ def make_sample(
     depth: bytes | None = None,
     shape: tuple[int, int] | None = None,
 ) -> Sample:
-    """A sample with its image decoded once to check it, its size read from that, and its hash taken.
+    """Make a sample: decode the image to check it and get its size, and hash it.
 
-    `points` may be any (N, 2) array, also an empty one; `shape` (H, W) skips the decoding of an image that
-    was made here and cannot be broken. Raises DataError for an image or points that cannot be used.
+    Args:
+        name: Name, unique within the split.
+        split: Split of the dataset.
+        scene: Camera or location.
+        image: Encoded image.
+        points: (N, 2) x y of heads, or any empty array.
+        roi: See `encode_roi`.
+        depth: See `encode_depth`.
+        shape: (H, W) of an image that needs no check; skips decoding.
+
+    Raises:
+        DataError: For an invalid image or invalid points.
     """
     try:
-        heads = usable_points(points)
+        heads = validate_points(points)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     height, width = shape or check_image(image)
@@ -117,26 +127,26 @@ def make_sample(
     return Sample(name, split, scene, image, height, width, np.ascontiguousarray(heads), roi, depth, sha256)
 
 
-def usable_points(points: NDArray[Any]) -> NDArray[np.float32]:
-    """Heads as float32 (N, 2), of an empty array of any shape (0, 2); a DataError for what cannot be heads."""
+def validate_points(points: NDArray[Any]) -> NDArray[np.float32]:
+    """Heads as float32 (N, 2); any empty array becomes (0, 2). Raises DataError for invalid points."""
     given = np.asarray(points, dtype=np.float64)
     given = given.reshape(0, 2) if given.size == 0 else given
     if given.ndim != 2 or given.shape[1] != 2:
         raise DataError(f"points have shape {given.shape}, expected (heads, 2) with x and y")
     if bad := int((~np.isfinite(given)).any(axis=1).sum()):
-        raise DataError(f"{bad} of {len(given)} points are not finite numbers; mend its annotation")
-    if (farthest := np.abs(given).max(initial=0.0)) > FARTHEST:
-        raise DataError(f"a point lies {farthest:g} pixels from the image's corner; mend its annotation")
+        raise DataError(f"{bad} of {len(given)} points are not finite numbers; fix the annotation")
+    if (distance := np.abs(given).max(initial=0.0)) > MAX_DISTANCE:
+        raise DataError(f"a point is {distance:g} pixels from the image's corner; fix the annotation")
     return given.astype(np.float32)
 
 
 def points_outside(points: NDArray[np.float32], height: int, width: int) -> int:
-    """How many of the (N, 2) points lie outside [0, width] x [0, height]."""
+    """Number of the (N, 2) points outside [0, width] x [0, height]."""
     return int(((points < 0) | (points > np.array([width, height], dtype=np.float32))).any(axis=1).sum())
 
 
 def image_size(uri: str) -> tuple[int, int]:
-    """Height and width in pixels from the head of an image file; a DataError when Pillow does not know it."""
+    """Height and width in pixels from the header of an image file. Raises DataError for an unknown format."""
     with storage.open_read(uri) as file:
         try:
             return _header_size(file)
@@ -145,7 +155,7 @@ def image_size(uri: str) -> tuple[int, int]:
 
 
 def content_size(content: bytes) -> tuple[int, int]:
-    """Height and width in pixels from the head of an encoded image; a DataError when Pillow does not know it."""
+    """Height and width in pixels from the header of an encoded image. Raises DataError for an unknown format."""
     return _header_size(io.BytesIO(content))
 
 
@@ -154,38 +164,38 @@ def _header_size(file: IO[bytes]) -> tuple[int, int]:
         with Image.open(file) as image:
             return image.height, image.width
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"it is no image: {error}; replace the file or leave it out") from error
+        raise DataError(f"not an image: {error}; replace or remove the file") from error
 
 
 def check_image(content: Encoded) -> tuple[int, int]:
-    """Height and width in pixels of an image that decode_image can decode, read to its end; else a DataError."""
+    """Height and width in pixels of an image, decoded to its end. Raises DataError if `decode_image` would."""
     height, width = _decoded(content, "GRAY").shape[:2]
     return height, width
 
 
 def decode_image(content: Encoded) -> NDArray[np.uint8]:
-    """Decode JPEG, or what else Pillow reads, to uint8 (H, W, 3) RGB; grey becomes RGB. Raises DataError."""
+    """Decode an image in any format that Pillow reads to uint8 (H, W, 3) RGB. Raises DataError."""
     return _decoded(content, "RGB")
 
 
 def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[np.uint8]:
-    """RGB, or of a JPEG only its luma: all of its bytes are read, and a fifth of the work is saved."""
+    """RGB pixels, or those of a JPEG in `jpeg_colours`: luma reads all bytes with a fifth less work."""
     try:
         if simplejpeg.is_jpeg(content):
             height, width, colours = simplejpeg.decode_jpeg_header(content)[:3]
-            if height * width > _PIXELS_PER_BYTE * len(content):  # a block of 8x8 takes a bit at the least
-                raise ValueError(f"{len(content)} bytes cannot hold {height}x{width} pixels")
+            if height * width > _MAX_PIXELS_PER_BYTE * len(content):  # an 8x8 block takes at least one bit
+                raise ValueError(f"{len(content)} bytes cannot encode {height}x{width} pixels")
             if colours not in ("CMYK", "YCCK"):
                 pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace=jpeg_colours)
                 return pixels
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image cannot be decoded: {error}; replace the file or leave it out") from error
+        raise DataError(f"the image cannot be decoded: {error}; replace or remove the file") from error
 
 
 def encode_roi(mask: NDArray[np.bool_]) -> bytes:
-    """A region of interest, bool (H, W), True where heads are annotated, as a PNG with one bit per pixel."""
+    """Encode a region of interest, bool (H, W), True where heads are annotated, as a PNG with one bit per pixel."""
     return _png(Image.fromarray(np.asarray(mask, dtype=np.bool_)))
 
 
@@ -198,24 +208,26 @@ def _decoded_roi(content: bytes) -> NDArray[np.bool_]:
 
 
 def decode_roi(content: Encoded) -> NDArray[np.bool_]:
-    """The region of interest as bool (H, W), read-only: images of one scene share the array."""
+    """Decode a region of interest to bool (H, W), read-only because images of one scene share the array."""
     return _decoded_roi(bytes(content))
 
 
 def encode_depth(depth: NDArray[Any]) -> bytes:
-    """Depth (H, W) of any positive scale, larger = farther, as a 16-bit PNG in which the farthest pixel is 1.
+    """Encode depth (H, W) of any positive scale, larger = farther, as a 16-bit PNG whose maximum is 1.
 
-    The map is divided by its maximum, not stretched from its minimum: ratios of distances survive, and a near
-    head keeps a depth above the 0 that distillation gives the background. Infinite depth (sky) becomes 1.
-    Raises DataError for negative values and NaN, and for a map without a positive finite value.
+    The map is divided by its maximum, not stretched from its minimum: this preserves ratios of distances, and keeps
+    near heads above the 0 of the background in the distilled target. Infinite depth (sky) becomes 1.
+
+    Raises:
+        DataError: For negative values or NaN, or if no value is positive and finite.
     """
     values = np.asarray(depth, dtype=np.float64)
     finite = np.isfinite(values)
     if values.ndim != 2 or np.isnan(values).any() or (values < 0).any():
-        raise DataError(f"depth of shape {values.shape} must be a (H, W) map of numbers that are not negative")
+        raise DataError(f"depth of shape {values.shape} must be an (H, W) map of non-negative numbers")
     farthest = values[finite].max(initial=0.0)
     if farthest <= 0:
-        raise DataError("depth holds no positive finite value, so it cannot be scaled to [0, 1]")
+        raise DataError("depth has no positive finite value, so it cannot be scaled to [0, 1]")
     scaled = np.where(finite, values, farthest) / farthest
     return _png(Image.fromarray(np.round(scaled * _DEPTH_STEPS).astype(np.uint16)))
 
@@ -229,7 +241,7 @@ def _decoded_depth(content: bytes) -> NDArray[np.float32]:
 
 
 def decode_depth(content: Encoded) -> NDArray[np.float32]:
-    """Depth as float32 (H, W) in [0, 1], larger = farther, read-only: images of one scene share the array."""
+    """Decode depth to float32 (H, W) in [0, 1], larger = farther; read-only because images of one scene share it."""
     return _decoded_depth(bytes(content))
 
 

@@ -1,8 +1,7 @@
-"""Which samples and which windows a rank sees in an epoch: pure functions of (seed, epoch, sample), with no
-state to resume.
+"""Which samples and windows a rank sees in an epoch: pure functions of (seed, epoch, sample), with no state to resume.
 
-All positions are in working pixels, after the configured downsampling. Lengths along one axis: W image, c
-crop, m context.
+Positions are in working pixels, which are those of the downsampled image. A window is the crop of the count decoder and
+its context, as the network sees it.
 """
 
 import math
@@ -14,61 +13,61 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-# First words of the seeds of independent random streams.
+# First entries of the seeds of independent random streams.
 _VALIDATION, _ORDER, _WINDOW, _SCALE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class WindowRule:
-    """How windows are cut from images: what `draw_window` needs of the configuration and the model."""
+class WindowConfig:
+    """Size, position and augmentation of windows: the parameters of `draw_window`."""
 
     crop: int
     """Side of the count decoder's square."""
     context: int
-    """Pixels seen around the crop, where the image has them."""
+    """Pixels around the crop, where the image has them."""
     margin: int
-    """Reach of the receptive field: pixels this close to a cut edge carry no loss."""
+    """Radius of the receptive field: pixels this close to a cut edge have no loss."""
     stride: int
-    """The encoder's stride; windows and crops keep to it."""
+    """Stride of the encoder; windows and crops are aligned to it."""
     flip: float = 0.0
-    """Probability of a mirror."""
+    """Probability of a horizontal flip."""
     brightness: float = 0.0
-    """Largest shift, as a share of the full range."""
+    """Maximum brightness shift, as a fraction of the full range."""
     contrast: float = 0.0
-    """Largest relative change."""
+    """Maximum relative change of contrast."""
     colour: float = 0.0
-    """Largest relative change of each colour."""
+    """Maximum relative change of each colour channel."""
     scale: float = 0.0
-    """Largest relative change of size."""
+    """Maximum relative change of size."""
     reach: float = math.inf
-    """Pixels around the window beyond which a head changes no target in it."""
+    """Distance from the window beyond which a head changes no target in it."""
 
-    def window(self, length: int) -> int:
-        """Length of the window along an image axis of the given length, a multiple of the stride."""
-        whole = -(-max(length, self.crop) // self.stride) * self.stride
-        return min(whole, self.crop + 2 * self.context)
+    def window_length(self, length: int) -> int:
+        """Length of the window, a multiple of the stride, along an image axis of some length."""
+        padded = -(-max(length, self.crop) // self.stride) * self.stride
+        return min(padded, self.crop + 2 * self.context)
 
 
 @dataclass(frozen=True)
 class Window:
-    """One training window: what the network sees, and the square in it that the count decoder reads."""
+    """Position and augmentation of one window."""
 
     top: int
-    """First image row of the window."""
+    """First image row."""
     left: int
-    """First image column of the window."""
+    """First image column."""
     height: int
-    """Rows; beyond the image they are padding."""
+    """Number of rows; those beyond the image are padding."""
     width: int
-    """Columns; beyond the image they are padding."""
+    """Number of columns; those beyond the image are padding."""
     crop_top: int
-    """First row of the crop inside the window, before the mirror, a multiple of the stride."""
+    """First row of the crop in the window, before the flip, a multiple of the stride."""
     crop_left: int
-    """First column of the crop inside the window, likewise."""
+    """First column of the crop in the window, before the flip, a multiple of the stride."""
     flip: bool
-    """Mirror the window horizontally."""
+    """Flip the window horizontally."""
     brightness: float
-    """Add this share of the full range."""
+    """Shift, as a fraction of the full range."""
     contrast: float
     """Scale around mid-grey by 1 + this."""
     colour: tuple[float, float, float]
@@ -76,24 +75,22 @@ class Window:
 
 
 def split_validation(
-    rows: NDArray[np.int64], fraction: float, rule: Literal["random", "run"], seed: int
+    rows: NDArray[np.int64], fraction: float, method: Literal["random", "run"], seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and validation rows, each ascending: a share of the rows drawn at random one by one, or as one
-    run."""
+    """Training and validation rows, each ascending; validation rows are drawn one by one or as one consecutive run."""
     rng = np.random.default_rng((_VALIDATION, seed))
-    held = round(len(rows) * fraction)
-    kept = len(rows) - held
-    chosen = rng.permutation(len(rows))[kept:] if rule == "random" else rng.integers(kept + 1) + np.arange(held)
+    held_out = round(len(rows) * fraction)
+    kept = len(rows) - held_out
+    chosen = rng.permutation(len(rows))[kept:] if method == "random" else rng.integers(kept + 1) + np.arange(held_out)
     return np.sort(np.delete(rows, chosen)), np.sort(rows[chosen])
 
 
 def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: int = 1) -> list[NDArray[np.int64]]:
-    """Global batches of an epoch: draws 0 .. samples * repeats - 1, shuffled; the incomplete last batch is
-    dropped.
+    """Global batches of an epoch: a shuffle of the draws 0 .. samples * repeats - 1 without the incomplete last batch.
 
-    Draw d is repeat d % repeats of sample d // repeats; the repeats of a sample stand together, so that they
-    share its decoding. The same for any number of ranks; `rank_share` divides each batch. An epoch shorter
-    than one batch is one smaller batch.
+    Draw d is repeat d % repeats of sample d // repeats. The repeats of a sample are consecutive, so that they share its
+    decoding. Batches do not depend on the number of ranks; `rank_slice` divides them. An epoch shorter than one batch
+    is one smaller batch.
     """
     order = np.random.default_rng((_ORDER, seed, epoch)).permutation(samples)
     order = (order[:, None] * repeats + np.arange(repeats)).reshape(-1)
@@ -101,104 +98,99 @@ def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: i
     return [order[k * batch : (k + 1) * batch] for k in range(count)]
 
 
-def rank_share(batch: Sequence[int] | NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """The part of a global batch that belongs to one rank: a run of it, so that repeats of a sample mostly stay
-    together; shares differ by at most one draw."""
+def rank_slice(batch: Sequence[int] | NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+    """The consecutive draws of a global batch that one rank processes; sizes differ by at most one between ranks."""
     return np.array_split(np.asarray(batch), world)[rank]
 
 
 def draw_window(
-    rule: WindowRule, size: tuple[int, int], *, seed: int, epoch: int, sample: int, repeat: int = 0
+    config: WindowConfig, size: tuple[int, int], *, seed: int, epoch: int, sample: int, repeat: int = 0
 ) -> Window:
-    """The window of a sample in an epoch. size is (H, W) in working pixels.
+    """The window of a sample in an epoch, from an image of size (H, W).
 
-    The crop's position is uniform over a range that overhangs the image by half a crop on each side, then
-    moved inside: plain uniform offsets would hardly ever show the border columns. What inequality remains,
-    `coverage` weighs out.
+    The crop's position is uniform over a range that exceeds the image by half a crop on each side, then clamped to the
+    image: uniform positions inside it would hardly ever contain the border. `loss_weight` corrects for what remains.
     """
     rng = np.random.default_rng((_WINDOW, seed, epoch, sample, repeat))
-    (top, height, crop_top), (left, width, crop_left) = (_draw_span(rule, length, rng) for length in size)
-    flip = bool(rng.random() < rule.flip)
-    light = rng.uniform(-1, 1, 5) * (rule.brightness, rule.contrast, rule.colour, rule.colour, rule.colour)
-    brightness, contrast, *colour = light.tolist()
+    (top, height, crop_top), (left, width, crop_left) = (_draw_span(config, length, rng) for length in size)
+    flip = bool(rng.random() < config.flip)
+    limits = (config.brightness, config.contrast, config.colour, config.colour, config.colour)
+    brightness, contrast, *colour = (rng.uniform(-1, 1, 5) * limits).tolist()
     red, green, blue = colour
     return Window(top, left, height, width, crop_top, crop_left, flip, brightness, contrast, (red, green, blue))
 
 
-def draw_scale(rule: WindowRule, *, seed: int, epoch: int, batch: int) -> float:
-    """The size at which a global batch is shown, as a factor: one for all its samples, so that their windows
-    keep one shape."""
+def draw_scale(config: WindowConfig, *, seed: int, epoch: int, batch: int) -> float:
+    """The factor by which a global batch is resized: one for all its samples, so that windows have equal sizes."""
     rng = np.random.default_rng((_SCALE, seed, epoch, batch))
-    return float((1 + rule.scale) ** rng.uniform(-1, 1))
+    return float((1 + config.scale) ** rng.uniform(-1, 1))
 
 
 def loss_weight(
-    rule: WindowRule, size: tuple[int, int], window: Window
+    config: WindowConfig, size: tuple[int, int], window: Window
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weights (height,) of a window's rows and (width,) of its columns before the mirror; the weight of a pixel in the
-    map losses is their product.
+    """Weights (height,) and (width,) of a window's rows and columns, before the flip, in the losses of the maps.
 
-    0 where padding or a cut edge lies within the receptive field, else the inverse of how often a pixel of
-    that row and column is valid, so that in expectation every pixel of the image counts the same. The mean
-    over all draws is 1.
+    A pixel's weight is the product of both. It is 0 where the receptive field contains padding or a cut edge, else the
+    inverse of the pixel's `coverage`, so that in expectation all pixels of the image count equally. The mean over all
+    draws is 1.
     """
     return (
-        _span_weight(rule, size[0], window.top, window.height),
-        _span_weight(rule, size[1], window.left, window.width),
+        _span_weight(config, size[0], window.top, window.height),
+        _span_weight(config, size[1], window.left, window.width),
     )
 
 
 @lru_cache(maxsize=256)
-def coverage(rule: WindowRule, length: int) -> NDArray[np.float64]:
-    """How often each pixel along an axis of the given length is valid, (length,) in [0, 1]: exact, over all
-    draws."""
+def coverage(config: WindowConfig, length: int) -> NDArray[np.float64]:
+    """Probability (length,) that a pixel along an image axis has a loss, over all positions of the window."""
     total = np.zeros(length)
-    offsets = np.arange(_range(rule, length))
-    for offset in offsets:
-        start, extent, _ = _place(rule, length, int(offset))
-        low, high = _valid(rule, length, start, extent)
+    spans = window_spans(config, length)
+    for start, extent, _ in spans:
+        low, high = _valid_range(config, length, start, extent)
         total[low:high] += 1
-    covered: NDArray[np.float64] = total / len(offsets)
-    return covered
+    probability: NDArray[np.float64] = total / len(spans)
+    return probability
 
 
-def _range(rule: WindowRule, length: int) -> int:
+def window_spans(config: WindowConfig, length: int) -> list[tuple[int, int, int]]:
+    """All equally likely windows along an image axis: start, length, and start of the crop in the window."""
+    return [_span(config, length, offset) for offset in range(_offset_count(config, length))]
+
+
+def _offset_count(config: WindowConfig, length: int) -> int:
     """Number of equally likely crop offsets along an axis."""
-    return length + 1 if length > rule.crop else 1
+    return length + 1 if length > config.crop else 1
 
 
-def _draw_span(rule: WindowRule, length: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    return _place(rule, length, int(rng.integers(_range(rule, length))))
+def _draw_span(config: WindowConfig, length: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    return _span(config, length, int(rng.integers(_offset_count(config, length))))
 
 
-def _place(rule: WindowRule, length: int, offset: int) -> tuple[int, int, int]:
-    """Start of the window, its extent, and the crop's start inside it, for one of the equally likely
-    offsets."""
-    extent = rule.window(length)
-    crop = min(max(offset - rule.crop // 2, 0), max(length - rule.crop, 0))
-    # Windows start on the encoder's grid: off it, the same pixel would get other features than in the whole
-    # image.
-    last = -(-max(length - extent, 0) // rule.stride) * rule.stride
-    start = min(max(crop - rule.context, 0) // rule.stride * rule.stride, last)
-    inside = min((crop - start) // rule.stride * rule.stride, extent - rule.crop)
-    return start, extent, inside
+def _span(config: WindowConfig, length: int, offset: int) -> tuple[int, int, int]:
+    """Start and length of the window along an axis, and start of the crop in it, for one of the crop offsets."""
+    extent = config.window_length(length)
+    crop = min(max(offset - config.crop // 2, 0), max(length - config.crop, 0))
+    # Windows start on multiples of the stride: otherwise pixels would have other features than in the whole image.
+    last = -(-max(length - extent, 0) // config.stride) * config.stride
+    start = min(max(crop - config.context, 0) // config.stride * config.stride, last)
+    crop_start = min((crop - start) // config.stride * config.stride, extent - config.crop)
+    return start, extent, crop_start
 
 
-def _valid(rule: WindowRule, length: int, start: int, extent: int) -> tuple[int, int]:
+def _valid_range(config: WindowConfig, length: int, start: int, extent: int) -> tuple[int, int]:
     """First and last + 1 image pixel whose receptive field the window does not cut."""
-    margin = min(rule.margin, rule.context)
+    margin = min(config.margin, config.context)
     low = 0 if start == 0 else start + margin
     high = length if start + extent >= length else start + extent - margin
     return low, high
 
 
 @lru_cache(maxsize=4096)
-def _span_weight(rule: WindowRule, length: int, start: int, extent: int) -> NDArray[np.float32]:
+def _span_weight(config: WindowConfig, length: int, start: int, extent: int) -> NDArray[np.float32]:
     weight = np.zeros(extent, np.float32)
-    low, high = _valid(rule, length, start, extent)
-    covered = coverage(rule, length)
-    # Pixels of the image per pixel of a window: makes the mean over a window's pixels the mean over the
-    # image's.
-    weight[low - start : high - start] = extent / length / covered[low:high]
+    low, high = _valid_range(config, length, start, extent)
+    # extent / length turns a mean over the window's pixels into a mean over the image's.
+    weight[low - start : high - start] = extent / length / coverage(config, length)[low:high]
     weight.setflags(write=False)
     return weight

@@ -1,9 +1,10 @@
-"""The rows of one shard: mapped from a local file, or read from afar as they are asked for."""
+"""Rows of one shard: from a memory-mapped local file, or read on demand from a remote file."""
 
 import hashlib
+import io
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -16,36 +17,35 @@ from crowdray import storage
 from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
 from crowdray.errors import DataError
 
-Span = tuple[pa.Buffer | None, int, int]
-"""Bytes of a buffer, from the first up to the end, which is not part of it."""
+ByteRange = tuple[int, int]
+"""First and last + 1 byte."""
 
 _LARGE = ("image", "roi", "depth", "points")
 _SMALL = ("name", "split", "scene", "height", "width", "sha256")
-_MAGIC = b"ARROW1"
-_HEAD = 2**12
-"""Bytes that are read of a message at first: more than what describes it needs."""
-_NEAR = 2**14
-"""Bytes between two parts of a file that are rather read than skipped."""
+_EAGER_BYTES = 2**14
+"""Bytes at the start of each read that are fetched at once; the metadata of a record batch takes about 1,000."""
+_MAX_GAP = 2**14
+"""Bytes between two ranges of a remote file that are fetched rather than skipped."""
 
 
 class Shard:
-    """Rows of record batches in memory; nothing of a row is made before it is asked for."""
+    """Rows of Arrow record batches, converted to samples when they are accessed."""
 
     def __init__(self, uri: str, batches: Sequence[pa.RecordBatch], schema: pa.Schema, rows: int) -> None:
         if not schema.equals(SCHEMA):
             raise DataError(f"{uri} does not have the columns of schema version {SCHEMA_VERSION}; convert again")
         if sum(map(len, batches)) != rows:
-            raise DataError(f"{uri} does not hold the {rows} rows that its index names; convert the dataset again")
+            raise DataError(f"{uri} does not have the {rows} rows of its index; convert the dataset again")
         self.uri = uri
         self._batches = batches
         self._ends = list(accumulate(map(len, batches)))
 
     def sample(self, row: int) -> Sample:
-        """A row; what it holds are read-only views into the map, or bytes of its own."""
+        """The sample of a row; its content is read-only, and a view into the file where that is mapped."""
         number = bisect_right(self._ends, row)
         batch = self._batches[number]
         row -= self._ends[number - 1] if number else 0
-        image, roi, depth, points = self._read([_span(batch.column(name), row) for name in _LARGE])
+        image, roi, depth, points = self._read([(batch.column(name), row) for name in _LARGE])
         assert image, "the schema has no null image"
         return Sample(
             image=image,
@@ -55,7 +55,7 @@ class Shard:
             **{name: batch.column(name)[row].as_py() for name in _SMALL},
         )
 
-    def texts(self, column: Literal["name", "scene"]) -> NDArray[np.object_]:
+    def strings(self, column: Literal["name", "scene"]) -> NDArray[np.object_]:
         """(rows,) names or scenes."""
         return np.concatenate([batch.column(column).to_numpy(zero_copy_only=False) for batch in self._batches])
 
@@ -68,13 +68,17 @@ class Shard:
         """(rows,) numbers of heads."""
         return np.concatenate([np.diff(_offsets(batch.column("points"))) // 2 for batch in self._batches])
 
-    def _read(self, spans: Sequence[Span]) -> list[Encoded]:
-        """The bytes of parts of buffers."""
-        return [memoryview(buffer or b"").cast("B").toreadonly()[start:end] for buffer, start, end in spans]
+    def _read(self, cells: Sequence[tuple[pa.Array, int]]) -> list[Encoded]:
+        """Bytes of the values at rows of columns."""
+        views: list[Encoded] = []
+        for column, row in cells:
+            start, end = _value_range(column, row)
+            views.append(memoryview(column.buffers()[-1] or b"").cast("B").toreadonly()[start:end])
+        return views
 
 
 class MappedShard(Shard):
-    """A shard in a local file, mapped: its rows are views, and nothing is copied."""
+    """A shard in a local file, memory-mapped: samples are views, nothing is copied."""
 
     def __init__(self, uri: str, path: str, rows: int) -> None:
         try:
@@ -86,87 +90,100 @@ class MappedShard(Shard):
 
 
 class RemoteShard(Shard):
-    """A shard that stays where it is: its small columns are read once, the rest of a row when it is asked for, in one
-    round trip.
+    """A shard in a remote file: small columns are read once, the rest of a row in one request when it is accessed.
 
-    The file's content lies at its own place in memory as large as the file, of which only what was read takes room;
-    so the address of what was not read says where in the file it is. The hash of the file stays unchecked, those of
-    its images do not.
+    Images are verified by their hash, because the hash of the whole file cannot be.
     """
 
     def __init__(self, uri: str, size: int, rows: int) -> None:
-        self.uri = uri
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._file = pa.py_buffer(self._memory)
-        self._load([(0, min(_HEAD, size)), (max(0, size - len(_MAGIC)), size)])
+        self._file = _LazyFile(uri, size)
         try:
-            if self._memory[-len(_MAGIC) :] != _MAGIC:
-                raise DataError(f"{uri} is truncated or was replaced: its index says {size} bytes; convert again")
-            schema, *batches = self._messages(size)
+            reader = pa.ipc.open_file(pa.PythonFile(self._file, "r"))
+            batches = []
+            for number in range(reader.num_record_batches):
+                batches.append(batch := reader.get_batch(number))
+                self._file.load(self._small_buffers(batch))
         except (pa.ArrowException, EOFError) as error:
-            raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
-        super().__init__(uri, batches, schema, rows)
+            problem = f"damaged, or not the file of {size} bytes that its index names"
+            raise DataError(f"{uri} is {problem} ({error}); copy it again or convert again") from error
+        super().__init__(uri, batches, reader.schema, rows)
 
     def sample(self, row: int) -> Sample:
-        """See Shard.sample; raises DataError when the image is not the one that was stored."""
+        """See Shard.sample; raises DataError if the image does not have its hash."""
         sample = super().sample(row)
         if hashlib.sha256(sample.image).hexdigest() != sample.sha256:
-            raise DataError(f"{self.uri} is damaged: the image {sample.name} is not what it was; convert again")
+            raise DataError(f"{self.uri} is damaged: the hash of the image {sample.name} differs; convert again")
         return sample
 
-    def _messages(self, size: int) -> Iterator[pa.Schema | pa.RecordBatch]:
-        """Schema and record batches, each a message of the Arrow IPC format: four bytes of ones, four of the length of
-        what describes it, that, and its body. One of no length is the last."""
-        place, known, schema = 8, _HEAD, None
-        while place < size:
-            if place + _HEAD // 2 > known:
-                known = min(place + _HEAD, size)
-                self._load([(place, known)])
-            length = int.from_bytes(self._memory[place + 4 : place + 8], "little")
-            if length == 0:
-                return
-            if place + 8 + length > known:
-                self._load([(known, place + 8 + length)])
-            message = pa.ipc.read_message(self._file.slice(place))
-            place += 8 + length
-            if schema is None:
-                yield (schema := pa.ipc.read_schema(message))
-                continue
-            place += message.body.size
-            yield (batch := pa.ipc.read_record_batch(message, schema))
-            self._load(self._small(batch))
-
-    def _small(self, batch: pa.RecordBatch) -> list[tuple[int, int]]:
-        """Where in the file all lies that is kept, as few ranges."""
+    def _small_buffers(self, batch: pa.RecordBatch) -> list[ByteRange]:
+        """Ranges of the file with all of a batch except the values of its large columns."""
         buffers = [
             buffer
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
             for buffer in (column.buffers()[:-1] if name in _LARGE else column.buffers())
             if buffer is not None
         ]
-        starts = [buffer.address - self._file.address for buffer in buffers]
-        ends = [start + buffer.size for start, buffer in zip(starts, buffers, strict=True)]
-        _, starts, ends = merge_offset_ranges([self.uri] * len(starts), starts, ends, max_gap=_NEAR)
-        return list(zip(starts, ends, strict=True))
+        return [(start := self._file.offset(buffer), start + buffer.size) for buffer in buffers]
 
-    def _load(self, ranges: Sequence[tuple[int, int]]) -> None:
-        for (start, end), content in zip(ranges, storage.read_ranges(self.uri, ranges), strict=True):
-            self._memory[start:end] = content
-
-    def _read(self, spans: Sequence[Span]) -> list[Encoded]:
-        places = [0 if buffer is None else buffer.address - self._file.address for buffer, _, _ in spans]
-        ranges = [(place + start, place + end) for place, (_, start, end) in zip(places, spans, strict=True)]
+    def _read(self, cells: Sequence[tuple[pa.Array, int]]) -> list[Encoded]:
+        ranges = []
+        for column, row in cells:
+            values = column.buffers()[-1]
+            offset = 0 if values is None else self._file.offset(values)
+            start, end = _value_range(column, row)
+            ranges.append((offset + start, offset + end))
         return list(storage.read_ranges(self.uri, ranges))
 
 
+class _LazyFile(io.RawIOBase):
+    """A remote file for pyarrow that fetches the start of each read, and the rest only when `load` asks for it.
+
+    pyarrow reads a record batch as one block that starts with its metadata. Reads return slices of anonymous memory as
+    large as the file, of which only loaded pages take memory: so the address of a buffer is its position in the file.
+    """
+
+    def __init__(self, uri: str, size: int) -> None:
+        self.uri = uri
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._content = pa.py_buffer(self._memory)
+        self._position = 0
+
+    def load(self, ranges: Sequence[ByteRange]) -> None:
+        """Fetch ranges of the file, merged where they are close, in one request."""
+        starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+        _, starts, ends = merge_offset_ranges([self.uri] * len(starts), starts, ends, max_gap=_MAX_GAP)
+        merged = list(zip(starts, ends, strict=True))
+        for (start, end), content in zip(merged, storage.read_ranges(self.uri, merged), strict=True):
+            self._memory[start:end] = content
+
+    def offset(self, buffer: pa.Buffer) -> int:
+        """Position in the file of a buffer that pyarrow read from it."""
+        return int(buffer.address - self._content.address)
+
+    def read_buffer(self, nbytes: int) -> pa.Buffer:
+        """As pa.PythonFile calls it."""
+        start, self._position = self._position, min(self._position + nbytes, self._content.size)
+        self.load([(start, min(self._position, start + _EAGER_BYTES))])
+        return self._content.slice(start, self._position - start)
+
+    def readable(self) -> bool:
+        """As in io.IOBase."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As in io.IOBase."""
+        self._position = offset + (0, self._position, self._content.size)[whence]
+        return self._position
+
+
 def _offsets(column: pa.Array) -> NDArray[np.int64]:
-    """(rows + 1,) where the rows of a column of variable length begin and end."""
+    """(rows + 1,) boundaries of the rows in the values of a column of variable length."""
     offsets = np.frombuffer(column.buffers()[1], np.int64)
     return offsets[column.offset : column.offset + len(column) + 1]
 
 
-def _span(column: pa.Array, row: int) -> Span:
-    """The buffer that holds a row's values, and the bytes of it that are the row's; a null has none."""
+def _value_range(column: pa.Array, row: int) -> ByteRange:
+    """The bytes of a row in the buffer of a column's values; empty for null."""
     start, end = _offsets(column)[row : row + 2].tolist()
     width = 4 if pa.types.is_large_list(column.type) else 1
-    return column.buffers()[-1], start * width, end * width
+    return start * width, end * width

@@ -1,7 +1,6 @@
-"""Shards of samples as uncompressed Arrow IPC files under one index.json, read by memory map without copying.
+"""Datasets: shards of samples as uncompressed Arrow IPC files, and an index.json that is written last.
 
-A dataset is a folder or a URI prefix: shards whose names carry their number and hash, and the index, written
-last.
+A dataset is a folder or a URI prefix. The names of its shards contain their number and hash.
 """
 
 import hashlib
@@ -31,32 +30,32 @@ from crowdray.errors import DataError, UserError
 FORMAT = "crowdray"
 INDEX = "index.json"
 ROWS_PER_BATCH = 64
-"""Rows of one record batch: bounds what a writer holds in memory and what a reader parses at once."""
+"""Maximum rows per record batch: bounds the memory of a writer."""
 BYTES_PER_BATCH = 64 * 2**20
-"""Bytes of encoded images, masks and depth that close a batch before it has its rows."""
+"""Bytes of encoded images, masks and depth after which a record batch ends before it has its rows."""
 SHARD_NAME = re.compile(r"shard-\d{5}-[0-9a-f]{16}\.arrow")
-"""Number and hash: a conversion that replaces a dataset never writes over a shard that somebody reads."""
+"""Number and hash, so that a conversion that replaces a dataset never overwrites a shard that is being read."""
 
-_FETCHERS = 8
-"""Shards that are fetched at a time where all of them are needed."""
+_FETCH_THREADS = 8
+"""Shards fetched concurrently where all of them are needed."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """What the index says of one shard."""
+    """The index entry of one shard."""
 
     path: str
-    """File name inside the dataset."""
+    """File name in the dataset."""
     rows: int
     """Number of samples."""
     bytes: int
     """File size."""
     sha256: str
-    """Hash of the file."""
+    """SHA-256 of the file."""
     runs: tuple[tuple[str, int], ...]
-    """Splits of its rows in their order, run-length encoded: (("train", 100), ("test", 28))."""
+    """Run-length encoded splits of its rows in order: (("train", 100), ("test", 28))."""
     heads: dict[str, int]
     """Annotated heads per split."""
 
@@ -74,22 +73,22 @@ class Index:
     """The parsed index.json of a dataset."""
 
     name: str
-    """Name of the source it was made from, such as mall."""
+    """Name of its source, such as mall."""
     depth_teacher: str
-    """Where its depth maps come from, with version."""
+    """Name and version of the source of its depth maps."""
     shards: tuple[ShardInfo, ...]
     """Shards in row order."""
     notes: tuple[str, ...]
-    """What the conversion found worth telling: missing splits, heads outside their image, repeated images."""
+    """Remarks of the conversion: missing splits, heads outside their image, repeated images."""
 
     @property
     def digest(self) -> str:
-        """The dataset's identity: sha256 over the schema version and the hash of each shard, in order."""
+        """The dataset's identity: SHA-256 of the schema version and the hashes of all shards in order."""
         return hashlib.sha256(json.dumps([SCHEMA_VERSION, [s.sha256 for s in self.shards]]).encode()).hexdigest()
 
     @property
     def splits(self) -> dict[str, dict[str, int]]:
-        """Rows and heads of each split, in order of appearance."""
+        """Rows and heads per split, in order of appearance."""
         totals: dict[str, dict[str, int]] = {}
         for shard in self.shards:
             for split, rows in shard.splits.items():
@@ -113,39 +112,38 @@ class Index:
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, place: str) -> Self:
-        """Parse index.json; `place` is its URI for messages. A DataError for what cannot be read."""
-        mend = "convert the dataset again"
+    def from_json(cls, text: str | bytes, uri: str) -> Self:
+        """Parse index.json; `uri` identifies it in messages. Raises DataError if it is damaged or incompatible."""
+        fix = "convert the dataset again"
         try:
             content = json.loads(text)
             if content["format"] != FORMAT:
-                raise DataError(
-                    f"{place} has the format {content['format']!r}, not {FORMAT!r}; is it a dataset of ours?"
-                )
+                raise DataError(f"{uri} has the format {content['format']!r}, expected {FORMAT!r}; give a dataset")
             if content["schema_version"] != SCHEMA_VERSION:
-                raise DataError(f"{place} has schema version {content['schema_version']}, not {SCHEMA_VERSION}; {mend}")
+                raise DataError(
+                    f"{uri} has schema version {content['schema_version']}, expected {SCHEMA_VERSION}; {fix}"
+                )
             shards = tuple(shard_from_json(shard) for shard in content["shards"])
             index = cls(content["name"], content["depth_teacher"], shards, tuple(content["notes"]))
             if content["digest"] != index.digest:
-                raise DataError(f"{place} has digest {content['digest']}, but its shards give {index.digest}; {mend}")
+                raise DataError(f"{uri} has digest {content['digest']}, but its shards have {index.digest}; {fix}")
             if content["splits"] != index.splits:
-                raise ValueError(f"splits are {content['splits']}, but its shards give {index.splits}")
+                raise ValueError(f"splits are {content['splits']}, but its shards have {index.splits}")
             if not all(isinstance(text, str) for text in (index.name, index.depth_teacher, *index.notes)):
-                raise ValueError("its name, depth_teacher and notes must be texts")
+                raise ValueError("name, depth_teacher and notes must be strings")
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(f"{place} is damaged ({type(error).__name__}: {error}); {mend}") from error
+            raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); {fix}") from error
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(f"{place} is damaged ({error}); {mend}") from error
+            raise DataError(f"{uri} is damaged ({error}); {fix}") from error
         return index
 
 
 def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
-    """Write samples in their order as shard `number` of the dataset at `dest`; equal samples give equal
-    bytes.
+    """Write samples as shard `number` of the dataset at `dest`; equal samples result in equal bytes.
 
-    The file gets its final name once it is whole, and holds nothing if there is no sample: then DataError.
+    The file gets its final name when it is complete. Raises DataError if there is no sample.
     """
     runs: list[tuple[str, int]] = []
     heads: Counter[str] = Counter()
@@ -157,7 +155,7 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
                 for row in rows:
                     heads[row.split] += len(row.points)
         if not runs:
-            raise DataError(f"shard {number} of {dest} would hold no sample; give at least one")
+            raise DataError(f"shard {number} of {dest} has no samples; give at least one")
         sha256 = storage.hash_file(scratch)
         name = f"shard-{number:05d}-{sha256[:16]}.arrow"
         size = scratch.stat().st_size
@@ -170,17 +168,17 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
 def write_index(
     dest: str, shards: Sequence[ShardInfo], *, source: str, depth_teacher: str, notes: Sequence[str] = ()
 ) -> Index:
-    """Write index.json over finished shards: from this moment the dataset exists. Returns what it says."""
+    """Write index.json for finished shards, which completes the dataset."""
     index = Index(source, depth_teacher, tuple(shards), tuple(notes))
     storage.write_bytes(storage.join(dest, INDEX), index.to_json().encode())
     return index
 
 
 class Dataset:
-    """Samples of all shards as one sequence; a row is found by arithmetic and its bytes are views into the
-    map.
+    """The samples of all shards as one sequence of rows.
 
-    Cheap to open and to pickle: shards are mapped when their first row is asked for, in each process anew.
+    Cheap to open and to pickle: each process fetches and maps a shard when its first row is accessed. Shards that do
+    not fit into the cache are read remotely.
     """
 
     def __init__(self, uri: str, index: Index, *, verify: bool = False) -> None:
@@ -189,31 +187,35 @@ class Dataset:
         self._verify = verify
         self._ends = list(accumulate(shard.rows for shard in index.shards))
         self._open: dict[int, Shard] = {}
+        self._warned = False
 
     @classmethod
     def open(cls, uri: str, *, verify: bool = False) -> Self:
-        """Open the dataset at a path or URI, reading only its index; with `verify`, local shards are hashed
-        when mapped.
+        """Open the dataset at a path or URI, reading only its index.
 
-        Raises DataError when there is no index, when it is damaged, or when a local shard is missing or
-        truncated.
+        Args:
+            uri: Where the dataset is.
+            verify: Hash local shards when they are mapped.
+
+        Raises:
+            DataError: If the index is missing or damaged, or a local shard is missing or truncated.
         """
-        place = storage.resolve(uri)
-        index_uri = storage.join(place, INDEX)
+        root = storage.resolve(uri)
+        index_uri = storage.join(root, INDEX)
         if not storage.exists(index_uri):
             raise DataError(
-                f"{place} holds no {INDEX}, so it is no dataset or its conversion never ended; "
-                f"run jobs/convert.py with --dest {place}"
+                f"{root} has no {INDEX}: it is not a dataset, or its conversion is unfinished; "
+                f"run jobs/convert.py with --dest {root}"
             )
-        dataset = cls(place, Index.from_json(storage.read_bytes(index_uri), index_uri), verify=verify)
-        if storage.is_local(place):
+        dataset = cls(root, Index.from_json(storage.read_bytes(index_uri), index_uri), verify=verify)
+        if storage.is_local(root):
             for shard in dataset.index.shards:
-                storage.fetch(storage.join(place, shard.path), sha256=shard.sha256, size=shard.bytes, verify=False)
+                storage.fetch(storage.join(root, shard.path), sha256=shard.sha256, size=shard.bytes, verify=False)
         return dataset
 
     @cached_property
     def digest(self) -> str:
-        """The dataset's identity, see Index.digest."""
+        """See Index.digest."""
         return self.index.digest
 
     def __len__(self) -> int:
@@ -226,7 +228,7 @@ class Dataset:
         Dataset.__init__(self, state["uri"], state["index"], verify=state["verify"])
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Global row numbers of a split in ascending order; a UserError names the splits there are."""
+        """Rows of a split in ascending order. Raises UserError, listing the splits, for an unknown one."""
         runs = list(chain.from_iterable(shard.runs for shard in self.index.shards))
         if split not in {name for name, _ in runs}:
             raise UserError(f"{self.uri} has no split {split!r}; it has {', '.join(self.index.splits)}")
@@ -234,43 +236,43 @@ class Dataset:
         return np.flatnonzero(np.repeat(names, [length for _, length in runs])).astype(np.int64)
 
     def sample(self, row: int) -> Sample:
-        """The sample of a global row; its bytes and points are read-only views into the mapped shard."""
+        """The sample of a row; its bytes and points are read-only views into a mapped shard."""
         if not 0 <= row < len(self):
             raise UserError(f"row {row} is outside the {len(self)} rows of {self.uri}")
         shard = bisect_right(self._ends, row)
-        return self._shard(shard).sample(row - self._first(shard))
+        return self._shard(shard).sample(row - self._first_row(shard))
 
     def sizes(self, split: str) -> NDArray[np.int64]:
         """(n, 2) height and width in pixels of a split's images, in the order of rows(split)."""
-        return self._gathered(split, Shard.sizes)
+        return self._gather(split, Shard.sizes)
 
     def counts(self, split: str) -> NDArray[np.int64]:
-        """(n,) number of heads of a split's images, in the order of rows(split)."""
-        return self._gathered(split, Shard.counts)
+        """(n,) numbers of heads of a split's images, in the order of rows(split)."""
+        return self._gather(split, Shard.counts)
 
-    def texts(self, column: Literal["name", "scene"], split: str) -> list[str]:
+    def strings(self, column: Literal["name", "scene"], split: str) -> list[str]:
         """Names or scenes of a split's images, in the order of rows(split)."""
-        found: list[str] = self._gathered(split, lambda shard: shard.texts(column)).tolist()
+        found: list[str] = self._gather(split, lambda shard: shard.strings(column)).tolist()
         return found
 
     def verify(self) -> None:
-        """Hash every shard; a DataError names the first missing, truncated or damaged one, and the mend."""
+        """Hash every shard. Raises DataError for the first that is missing, truncated or damaged."""
         for shard in self.index.shards:
             storage.verify(storage.join(self.uri, shard.path), sha256=shard.sha256, size=shard.bytes)
 
-    def _first(self, shard: int) -> int:
+    def _first_row(self, shard: int) -> int:
         return self._ends[shard] - self.index.shards[shard].rows
 
-    def _gathered(self, split: str, column: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
-        """A column's values at a split's rows; shards that are not here yet are fetched several at a time."""
+    def _gather(self, split: str, column: Callable[[Shard], NDArray[Any]]) -> NDArray[Any]:
+        """A column's values at a split's rows; remote shards are fetched concurrently."""
         rows = self.rows(split)
         bounds = np.searchsorted(rows, [0, *self._ends]).tolist()
         wanted = [number for number, (start, end) in enumerate(pairwise(bounds)) if start < end]
-        with ThreadPoolExecutor(1 if storage.is_local(self.uri) else _FETCHERS) as pool:
+        with ThreadPoolExecutor(1 if storage.is_local(self.uri) else _FETCH_THREADS) as pool:
             parts = pool.map(lambda number: column(self._shard(number)), wanted)
             return np.concatenate(
                 [
-                    part[rows[bounds[number] : bounds[number + 1]] - self._first(number)]
+                    part[rows[bounds[number] : bounds[number + 1]] - self._first_row(number)]
                     for number, part in zip(wanted, parts, strict=True)
                 ]
             )
@@ -282,8 +284,9 @@ class Dataset:
             try:
                 path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
             except storage.CacheFullError as error:
-                if not any(isinstance(shard, RemoteShard) for shard in list(self._open.values())):
-                    _log.warning("%s. Until then such shards are read from afar, row by row", error)
+                if not self._warned:
+                    self._warned = True
+                    _log.warning("%s. Until then, such shards are read remotely, row by row", error)
                 self._open[number] = RemoteShard(uri, info.bytes, info.rows)
             else:
                 self._open[number] = MappedShard(uri, str(path), info.rows)
@@ -291,20 +294,20 @@ class Dataset:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file to the disk: an index or a record that survives a power cut must not name a shard that did not."""
+    """Flush a file to the disk: after a power failure the index must not name a shard that was lost."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     rows: list[Sample] = []
-    held = 0
+    size = 0
     for sample in samples:
         rows.append(sample)
-        held += sum(len(content) for content in (sample.image, sample.roi, sample.depth) if content is not None)
-        if len(rows) == ROWS_PER_BATCH or held >= BYTES_PER_BATCH:
+        size += sum(len(content) for content in (sample.image, sample.roi, sample.depth) if content is not None)
+        if len(rows) == ROWS_PER_BATCH or size >= BYTES_PER_BATCH:
             yield rows
-            rows, held = [], 0
+            rows, size = [], 0
     if rows:
         yield rows
 
@@ -332,10 +335,10 @@ def _merge(runs: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
 
 
 def shard_from_json(content: Mapping[str, Any]) -> ShardInfo:
-    """What asdict made of a ShardInfo; a ValueError, KeyError or TypeError for anything else."""
+    """Inverse of asdict(ShardInfo). Raises ValueError, KeyError or TypeError for anything else."""
     runs = tuple((str(split), int(rows)) for split, rows in content["runs"])
     shard = ShardInfo(**{**content, "runs": runs})
-    # The name is checked because it is joined to the dataset's place: no index may point elsewhere.
+    # The name is joined to the dataset's URI: an index must not point elsewhere.
     if not SHARD_NAME.fullmatch(shard.path) or sum(rows for _, rows in runs) != shard.rows:
         raise ValueError(f"shard {shard.path!r} with {shard.rows} rows in runs {runs}")
     return shard

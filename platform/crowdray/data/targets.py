@@ -1,4 +1,4 @@
-"""Training targets made from points, on the training device, for the window at hand, at the output stride.
+"""Training targets of windows, computed from points on the training device at the output stride.
 
 Shape legend: B batch, N heads (padded), H W window in pixels, stride s, h w output cells: h = ceil(H / s).
 """
@@ -9,21 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NEGLIGIBLE = 1e-3
-"""A head with less of its kernel than this inside the region it must stay in is given no more than 1000 times
-it."""
+_MIN_MASS = 1e-3
+"""Lower bound of the kernel mass inside the region of interest by which a head's kernel is divided."""
 
-
-REACH = 6.0
-"""Standard deviations from a head beyond which its kernel, in float32, has no mass at all."""
+KERNEL_RADIUS = 6.0
+"""Radius of a head's kernel in standard deviations; beyond it, its mass is 0 in float32."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the four decoders should say about a window. Maps are (B, 1, h, w) float32."""
+    """Target maps of a batch of windows, (B, 1, h, w) float32."""
 
     density: Tensor
-    """Heads per output cell; the sum over an image is its number of heads."""
+    """Heads per output cell; sums to the number of heads over an image."""
     segmentation: Tensor
     """1 where the density exceeds the threshold, else 0."""
     depth: Tensor
@@ -32,7 +30,7 @@ class Targets:
 
 def density_map(
     points: Tensor,
-    present: Tensor,
+    valid_mask: Tensor,
     size: tuple[int, int],
     *,
     sigma: float,
@@ -40,14 +38,22 @@ def density_map(
     extent: Tensor | None = None,
     roi: Tensor | None = None,
 ) -> Tensor:
-    """Sum of one Gaussian of unit mass for each head (Section 3.2), integrated exactly over each output cell.
+    """Sum of one Gaussian kernel of unit mass per head (Section 3.2), integrated exactly over each output cell.
 
-    points (B, N, 2) x, y in window pixels, some of them outside the window; present (B, N) 1 for a head, 0
-    for padding; size (H, W).
-    extent (B, 4): left, top, right, bottom edge of the whole image in window pixels (the window itself when
-    None): a head's mass is renormalised over the image, not over the window, so that a window's map is
-    exactly a window of the image's map. roi (B, 1, h, w), 1 where heads count: mass that would leave it is
-    put back inside. Returns (B, 1, h, w) float32 in heads per cell; cells outside the image are 0 where s > 1.
+    A kernel is normalized over the whole image, not over the window, so that a window's map equals that window of the
+    image's map.
+
+    Args:
+        points: (B, N, 2) x y in window pixels; may lie outside the window.
+        valid_mask: (B, N) 1 for a head, 0 for padding.
+        size: (H, W) of the window.
+        sigma: Standard deviation of the kernel in pixels.
+        stride: Pixels per output cell.
+        extent: (B, 4) left, top, right, bottom edge of the image in window pixels; None: those of the window.
+        roi: (B, 1, h, w) region of interest, 0 or 1; the mass of kernels is normalized to stay inside.
+
+    Returns:
+        (B, 1, h, w) float32 in heads per cell; with s > 1, 0 outside the image.
     """
     height, width = size
     if extent is None:
@@ -60,20 +66,20 @@ def density_map(
     if roi is not None:
         outside = (1 - roi[:, 0]).to(along_x.dtype)
         mass = mass - (torch.bmm(along_y, outside) * along_x).sum(-1)
-    weight = present / mass.clamp_min(_NEGLIGIBLE)
+    weight = valid_mask / mass.clamp_min(_MIN_MASS)
     density = torch.bmm((along_y * weight[..., None]).transpose(1, 2), along_x)[:, None]
     return density if roi is None else density * roi
 
 
 def peak_density(sigma: float, stride: int = 1) -> float:
-    """Density of the cell whose centre holds one head, alone: the unit of the segmentation threshold."""
+    """Density of a cell with a single head at its centre, the unit of the segmentation threshold."""
     half = torch.tensor(stride / 2 / (sigma * 2**0.5))
     return float(torch.erf(half) ** 2)
 
 
 def make_targets(
     points: Tensor,
-    present: Tensor,
+    valid_mask: Tensor,
     size: tuple[int, int],
     raw_depth: Tensor,
     *,
@@ -85,21 +91,23 @@ def make_targets(
 ) -> Targets:
     """Density, segmentation and distilled depth of a batch of windows.
 
-    raw_depth (B, 1, H, W) in [0, 1] and roi (B, 1, H, W), both in pixels; threshold is a fraction of one head's peak
-    density; the rest as in `density_map`.
+    Args as in `density_map`, and:
+        raw_depth: (B, 1, H, W) in [0, 1].
+        threshold: Foreground threshold as a fraction of `peak_density`.
+        roi: (B, 1, H, W), in pixels here.
     """
     if roi is not None:
         roi = cell_mask(roi, window_extent(points, size) if extent is None else extent, stride)
-    density = density_map(points, present, size, sigma=sigma, stride=stride, extent=extent, roi=roi)
+    density = density_map(points, valid_mask, size, sigma=sigma, stride=stride, extent=extent, roi=roi)
     segmentation = (density > threshold * peak_density(sigma, stride)).to(density.dtype)
     depth = F.avg_pool2d(raw_depth, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else raw_depth
     return Targets(density, segmentation, segmentation * depth)
 
 
 def cell_mask(mask: Tensor, extent: Tensor, stride: int) -> Tensor:
-    """Which cells of `stride` x `stride` pixels count: those with at least half of their pixels in a mask (B, 1, H, W).
+    """Reduce a mask (B, 1, H, W) to cells of `stride` x `stride` pixels: 1 if at least half of the pixels are in it.
 
-    Pixels outside the image, whose edges `extent` (B, 4) gives, are no part of a cell. Returns (B, 1, ceil(H / stride),
+    Pixels outside the image, whose edges are `extent` (B, 4), do not count. Returns (B, 1, ceil(H / stride),
     ceil(W / stride)), 0 or 1.
     """
     if stride == 1:
@@ -113,16 +121,15 @@ def cell_mask(mask: Tensor, extent: Tensor, stride: int) -> Tensor:
     return ((F.avg_pool2d(padded, stride) >= inside / 2) & (inside > 0)).to(mask.dtype)
 
 
-def window_extent(batch: Tensor, size: tuple[int, int]) -> Tensor:
-    """The edges (B, 4) of images that are their windows' own size (H, W), as numbers like those of any tensor of the
-    batch."""
-    return batch.new_tensor([0, 0, size[1], size[0]]).expand(len(batch), 4)
+def window_extent(like: Tensor, size: tuple[int, int]) -> Tensor:
+    """The edges (B, 4) of images that equal their windows of size (H, W); batch size, dtype and device as `like`."""
+    return like.new_tensor([0, 0, size[1], size[0]]).expand(len(like), 4)
 
 
 def _cell_edges(length: int, stride: int, ends: Tensor) -> Tensor:
-    """Edges of the cells along an axis of so many pixels, kept inside the image's ends (B, 2): (B, cells + 1)."""
+    """Cell edges (B, cells + 1) along an axis of `length` pixels, clamped to the image's ends (B, 2)."""
     edges = torch.arange(-(-length // stride) + 1, device=ends.device, dtype=ends.dtype) * stride
-    if stride == 1:  # an image ends between two cells
+    if stride == 1:  # images end between two cells
         return edges[None]
     return torch.minimum(torch.maximum(edges, ends[:, :1]), ends[:, 1:])
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from crowdray.config import TargetConfig
-from crowdray.data.image_cache import DecodedImage, load_image, map_part
+from crowdray.data.image_cache import DecodedImage, crop_map, load_image
 from crowdray.data.sample import Sample
 from crowdray.datasets.statistics import in_roi, nearest_neighbours
 from crowdray.plots import style
@@ -130,7 +130,7 @@ def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tupl
     upper = panel(maps_left, top, map_width, map_height)
     lower = panel(maps_left, top + map_height + _INSIDE, map_width, map_height)
     depth = tile.decoded.depth
-    resized = None if depth is None else map_part(depth, tile.decoded.size, slice(rows), slice(columns))
+    resized = None if depth is None else crop_map(depth, tile.decoded.size, slice(rows), slice(columns))
     _draw_map(upper, resized, style.DEPTH_CMAP, tile.decoded.size)
     cell = -(-rows // int(map_height * style.DPI))
     _draw_map(lower, _max_pool(tile.crowd, cell), style.SEGMENTATION_CMAP, tile.decoded.size, cell)

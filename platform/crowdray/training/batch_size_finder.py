@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from crowdray.config import Config
-from crowdray.data.batch import Batch, View, collate
+from crowdray.data.batch import Batch, Crop, collate
 from crowdray.data.image_cache import scaled_size
 from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
@@ -134,10 +134,10 @@ class StepTimer:
 
     def largest_windows(self, number: int) -> Batch:
         """Return windows of the tallest, widest and most crowded images, at the largest scale."""
-        sampling, rule = self.state.config.sampling, self.stage_trainer.loader.rule
+        sampling, rule = self.state.config.sampling, self.stage_trainer.loader.windows
         dataset = self.images.dataset
         sizes = dataset.sizes("train") * (1 + sampling.scale) / sampling.downsample
-        windows = np.array([[rule.window(round(side)) for side in image] for image in sizes.tolist()])
+        windows = np.array([[rule.window_length(round(side)) for side in image] for image in sizes.tolist()])
         extremes = (*windows.argmax(axis=0), dataset.counts("train").argmax())
         rows = dataset.rows("train")[list(extremes)].tolist()
         images = [self.images[row] for row in rows]
@@ -146,7 +146,7 @@ class StepTimer:
             image = images[repeat % len(images)]
             size = scaled_size(image, 1 + sampling.scale, rule.stride)
             window = draw_window(rule, size, seed=0, epoch=0, sample=image.row, repeat=repeat)
-            views.append(View(image, size, window))
+            views.append(Crop(image, size, window))
         return collate(views, replace(rule, reach=math.inf))  # no window has more heads than its whole image
 
     def _time_steps(self, batch: Batch) -> float:
@@ -184,7 +184,7 @@ def explain_too_large(trainer: StageTrainer, batch: Batch) -> InfeasibleConfigEr
     fits = failed = -(-local // min(state.config.optimizer.grad_accumulation_steps, local))
     while fits := fits // 2:
         # A quarter more, as a real step keeps other tensors too.
-        if _gradients_fit(trainer, batch.first(fits + fits // 4), batch):
+        if _gradients_fit(trainer, batch.take(fits + fits // 4), batch):
             break
     fix = "not even one does"
     if fits:

@@ -4,12 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray.config import Config
-from crowdray.data.gpu_cache import keep_on
+from crowdray.data.gpu_cache import build_gpu_cache
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.loader import Loader
-from crowdray.data.sampling import WindowRule
+from crowdray.data.sampling import WindowConfig
 from crowdray.data.shards import Dataset
-from crowdray.data.targets import REACH
+from crowdray.data.targets import KERNEL_RADIUS
 from crowdray.models.counter import DEPTH, Counter
 from crowdray.training.stages import build_stages
 from crowdray.training.state import TrainState
@@ -24,10 +24,10 @@ def open_images(config: Config, dataset: Dataset) -> ImageCache:
     return ImageCache(dataset, sampling.downsample, sampling.roi, sampling.cache_gib * 2**30)
 
 
-def window_rule(config: Config, counter: Counter) -> WindowRule:
+def window_rule(config: Config, counter: Counter) -> WindowConfig:
     """Return how windows are cut for this configuration and encoder."""
     sampling, encoder = config.sampling, counter.encoder
-    return WindowRule(
+    return WindowConfig(
         crop=sampling.crop,
         context=sampling.context,
         margin=encoder.receptive_radius,
@@ -37,7 +37,7 @@ def window_rule(config: Config, counter: Counter) -> WindowRule:
         contrast=sampling.contrast,
         colour=sampling.colour,
         scale=sampling.scale,
-        reach=REACH * config.target.sigma,
+        reach=KERNEL_RADIUS * config.target.sigma,
     )
 
 
@@ -48,7 +48,7 @@ def build_loader(state: TrainState, images: ImageCache, rows: NDArray[np.int64])
     gpu_images = None
     if on_gpu and not sampling.scale:
         depth = any(DEPTH in stage.tasks for stage in build_stages(config))
-        gpu_images = keep_on(device, images, rows, sampling.gpu_cache_gib * 2**30, depth)
+        gpu_images = build_gpu_cache(device, images, rows, sampling.gpu_cache_gib * 2**30, depth)
     return Loader(
         gpu_images or images,
         rows,

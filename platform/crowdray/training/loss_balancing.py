@@ -34,9 +34,9 @@ def measure_gradient_norms(
     totals, seen = dict.fromkeys(tasks, 0.0), 0
     for _, batch in zip(range(BALANCING_BATCHES), batches, strict=False):
         norms: dict[str, list[float]] = {task: [] for task in tasks}
-        for microbatch in batch.to(device).parts(config.optimizer.grad_accumulation_steps):
+        for microbatch in batch.to(device).microbatches(config.optimizer.grad_accumulation_steps):
             with torch.no_grad(), autocast():
-                features = counter.features(microbatch.augmented())
+                features = counter.features(microbatch.augmented_images())
             features = features.float().requires_grad_()
             with autocast():
                 outputs = counter.decode(features, tasks, microbatch.image.shape[-2:], microbatch.corners)

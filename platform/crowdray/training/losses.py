@@ -60,7 +60,7 @@ def build_targets(batch: Batch, config: Config, stride: int) -> MapTargets:
     size, roi = (batch.roi.shape[-2], batch.roi.shape[-1]), batch.roi.float()
     maps = make_targets(
         batch.points,
-        batch.present,
+        batch.valid_mask,
         size,
         batch.depth,
         sigma=config.target.sigma,

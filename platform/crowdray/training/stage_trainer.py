@@ -158,7 +158,7 @@ class StageTrainer:
                 break
             sums += self.train_step(batch)
             steps += 1
-            windows += batch.total
+            windows += batch.global_size
         self._finish_pending_check()
         state.progress.updates += steps
         self._average_buffers()
@@ -185,7 +185,7 @@ class StageTrainer:
         self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
         try:
             batch = self._to_device(batch)
-            microbatches = batch.parts(config.optimizer.grad_accumulation_steps)
+            microbatches = batch.microbatches(config.optimizer.grad_accumulation_steps)
             losses = torch.stack([self._backward(part, batch, part is microbatches[-1]) for part in microbatches])
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -212,9 +212,9 @@ class StageTrainer:
             targets = build_targets(microbatch, state.config, state.counter.encoder.output_stride)
         with self.autocast():
             frozen = not self.stage.trains_encoder
-            outputs = model(microbatch.augmented(), self.stage.tasks, microbatch.corners, frozen)
+            outputs = model(microbatch.augmented_images(), self.stage.tasks, microbatch.corners, frozen)
         losses = task_losses(outputs, targets, state.scales)
-        fraction = len(microbatch.rows) * state.world.size / batch.total
+        fraction = len(microbatch.rows) * state.world.size / batch.global_size
         return torch.stack([losses[task] for task in self.stage.tasks]) * fraction
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -241,7 +241,7 @@ class StageTrainer:
             moved = batch.to(self.state.device)
         current = torch.cuda.current_stream()
         current.wait_stream(stream)
-        moved.used_by(current)
+        moved.record_stream(current)
         return moved
 
     def _backward(self, microbatch: Batch, batch: Batch, last: bool) -> Tensor:

@@ -231,7 +231,7 @@ def test_convert_csv_keeps_scenes_and_counts(tmp_path: Path) -> None:
     index = conversion.convert(open_source("csv", str(folder), depth="none"), str(tmp_path / "made"))
     dataset = Dataset.open(str(tmp_path / "made"))
     assert (index.name, index.depth_teacher) == ("my-market", "none")
-    assert dataset.texts("scene", "train") == ["hall", "train/b.jpg"] and dataset.counts("train").tolist() == [2, 0]
+    assert dataset.strings("scene", "train") == ["hall", "train/b.jpg"] and dataset.counts("train").tolist() == [2, 0]
     assert "1 head outside the image, in 1 image: train/a.jpg (1)" in index.notes
     assert json.loads((tmp_path / "made" / "index.json").read_text())["splits"]["train"] == {"rows": 2, "heads": 2}
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, usable_points
+from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, validate_points
 from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.analytic import PerspectiveDepth, PointSpacingDepth, fit_head_scale
 from crowdray.datasets.depth.teacher import DepthInput
@@ -135,7 +135,7 @@ class AnnotatedImages:
     def _usable_heads(self, item: Item) -> Heads:
         heads = self.heads(item)
         try:
-            usable_points(heads)
+            validate_points(heads)
         except DataError as error:
             raise DataError(f"{item.annotation}: {error}") from error
         return heads

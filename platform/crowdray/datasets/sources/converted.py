@@ -31,7 +31,7 @@ class Converted:
         return [
             Item(split, name, number=row)
             for split in chosen_splits(self.name, list(self._dataset.index.splits), splits)
-            for row, name in zip(self._dataset.rows(split).tolist(), self._dataset.texts("name", split), strict=True)
+            for row, name in zip(self._dataset.rows(split).tolist(), self._dataset.strings("name", split), strict=True)
         ]
 
     def load(self, item: Item) -> Sample:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 
 from crowdray import storage
-from crowdray.data.sample import FARTHEST
+from crowdray.data.sample import MAX_DISTANCE
 from crowdray.datasets.sources.matlab5 import MAX_ARRAY_BYTES, check_matlab5
 from crowdray.errors import DataError
 
@@ -76,7 +76,7 @@ def as_map(values: Any) -> NDArray[np.float64]:
 def as_sizes(values: Any) -> NDArray[np.float64]:
     """Convert a perspective map to float64 (H, W); ValueError unless it is positive and plausible."""
     found = as_map(values)
-    if not (found.min() >= 1 / FARTHEST and found.max() <= FARTHEST):
+    if not (found.min() >= 1 / MAX_DISTANCE and found.max() <= MAX_DISTANCE):
         raise ValueError(f"a perspective map from {found.min():g} to {found.max():g}: use --depth points")
     return found
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from crowdray.data.sample import FARTHEST
+from crowdray.data.sample import MAX_DISTANCE
 from crowdray.datasets.sources.region import MAX_VERTICES, polygon_mask
 from crowdray.errors import DataError
 
@@ -78,7 +78,7 @@ class ImageAnnotation:
             DataError: for coordinates far outside the image, or a shape that `rules` accept but that is not a point.
         """
         for x, y in corners:
-            if not (abs(x) <= FARTHEST and abs(y) <= FARTHEST):
+            if not (abs(x) <= MAX_DISTANCE and abs(y) <= MAX_DISTANCE):
                 raise DataError(f"{location}: ({x:g}, {y:g}) is far outside any image; correct it")
         if kind == "polygon" and label.lower() == ROI_LABEL:
             if not 3 <= len(corners) <= MAX_VERTICES:
