@@ -33,7 +33,7 @@ from crowdray.presets import preset
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 from crowdray.tune.record import StudyRecord
-from crowdray.tune.space import default_space, load_space
+from crowdray.tune.space import LogRange, default_space, load_space
 
 LENGTHS = {"baseline": (20, 40, 60), "decoders": (10, 20), "joint": (20, 40)}
 """Epochs of the study to measure; shortened by a common divisor."""
@@ -149,7 +149,7 @@ def main() -> None:
         varied = lengths_varied(arguments.divisor)
         # No task is dropped: the weights are continuous.
         for name, item in default_space(base).dimensions.items():
-            if item.zero:
+            if isinstance(item, LogRange):
                 varied.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
         space = load_space(None, varied, base)
         whole = search(folder, "whole", varied, arguments.trials, "--prune", "False")

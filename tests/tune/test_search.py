@@ -218,7 +218,7 @@ def test_search_continues_after_a_failed_trial(tmp_path: Path) -> None:
 
 
 def test_trial_whose_process_dies_before_it_starts_is_restarted(tmp_path: Path) -> None:
-    """Tune gives up on a trial whose process is lost while it is pending."""
+    """Tune itself does not restart a trial whose process is lost while it is pending."""
     study = make_study(tmp_path)
     search = make_search(study, num_trials=3)
     scheduler, cluster = StudyScheduler(search), Cluster(study, search)

@@ -1,4 +1,4 @@
-"""The search space: what it draws is inside and valid, its points come back, and each mistake has its message."""
+"""The search space: its samples are valid, its points survive a round trip, and each mistake has a message."""
 
 import dataclasses
 import json
@@ -17,7 +17,9 @@ from crowdray.tune.space import (
     FIELDS,
     FIXED,
     PAPER_POINT,
-    Dimension,
+    Choice,
+    LogRange,
+    Range,
     Space,
     SpaceError,
     default_space,
@@ -35,11 +37,11 @@ WIDE = [
     'stages.joint.patience={"low": 2, "high": 4, "zero": true}',
     "sampling.crop=[96, 64]",
 ]
-"""One dimension of every kind beside the default ones."""
+"""One dimension of every kind, in addition to the default ones."""
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def silence_optuna() -> Iterator[None]:
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     yield
@@ -50,21 +52,21 @@ def random_study(seed: int = 0) -> optuna.Study:
     return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
 
 
-def problems_of(vary: list[str], base: Config | None = None, place: str | None = None) -> list[str]:
+def problems_of(vary: list[str], base: Config | None = None, path: str | None = None) -> list[str]:
     with pytest.raises(SpaceError) as caught:
-        load_space(place, vary, base or preset("demo"))
+        load_space(path, vary, base or preset("demo"))
     return caught.value.problems
 
 
-def inside(dimension: Any, value: Any) -> bool:
-    if dimension.choices is not None:
+def contains(dimension: Any, value: Any) -> bool:
+    if isinstance(dimension, Choice):
         return value in dimension.choices
     on_step = not dimension.step or (value - dimension.low) % dimension.step == 0
     return (dimension.zero and value == 0) or (dimension.low <= value <= dimension.high and on_step)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_draw_is_inside_and_a_valid_configuration(name: str) -> None:
+def test_samples_are_inside_the_space_and_valid(name: str) -> None:
     base = preset(name)
     space = load_space(None, WIDE if base.sampling.crop >= 96 else WIDE[:-1], base)
     study = random_study()
@@ -74,25 +76,25 @@ def test_every_draw_is_inside_and_a_valid_configuration(name: str) -> None:
         for field in FIELDS:
             value, own = attrgetter(field)(config), attrgetter(field)(base)
             assert value == values.get(field, own) and type(value) is type(own)
-            assert field not in space.dimensions or inside(space.dimensions[field], value), (field, value)
+            assert field not in space.dimensions or contains(space.dimensions[field], value), (field, value)
 
 
-def test_an_enqueued_configuration_comes_back_exactly() -> None:
+def test_parameters_of_a_configuration_reproduce_it() -> None:
     base = preset("demo")
     space = load_space(None, WIDE, base)
     study = random_study()
-    drawn = [space.configure(base, space.suggest(study.ask())) for _ in range(100)]
+    sampled = [space.configure(base, space.suggest(study.ask())) for _ in range(100)]
     again = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
-    for config in drawn:
+    for config in sampled:
         again.enqueue_trial(space.parameters(config))
-    for config in drawn:
+    for config in sampled:
         trial = again.ask()
         assert space.configure(base, space.suggest(trial)) == config
         assert trial.params == space.parameters(config)
         again.tell(trial, 1.0)
 
 
-def test_a_finished_trial_gives_back_its_point() -> None:
+def test_suggest_of_a_finished_trial_returns_its_point() -> None:
     base = preset("demo")
     space = load_space(None, WIDE, base)
     study = random_study()
@@ -106,14 +108,17 @@ def test_a_finished_trial_gives_back_its_point() -> None:
     assert space.configure(base, with_switches) == space.configure(base, points[0])
 
 
-def test_tpe_searches_the_space_without_a_warning() -> None:
+def test_tpe_samples_the_space_without_warnings_and_finds_a_minimum() -> None:
     base = preset("demo")
     space = load_space(None, WIDE, base)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
-    study.optimize(lambda trial: space.configure(base, space.suggest(trial)).target.sigma, n_trials=15)
+    study.optimize(lambda trial: space.configure(base, space.suggest(trial)).target.sigma, n_trials=40)
+    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 40
+    random, tpe = ([trial.params["target.sigma"] for trial in part] for part in (study.trials[:5], study.trials[-10:]))
+    assert sum(tpe) / 10 < sum(random) / 5
 
 
-def test_drawn_at_random_each_subset_of_tasks_is_equally_likely() -> None:
+def test_random_samples_contain_each_subset_of_tasks_equally_often() -> None:
     space = default_space(preset("demo"))
     study = random_study(seed=3)
     points = [space.suggest(study.ask()) for _ in range(800)]
@@ -123,7 +128,7 @@ def test_drawn_at_random_each_subset_of_tasks_is_equally_likely() -> None:
     assert chi_square < 24.3  # the 99.9th percentile for 7 degrees of freedom
 
 
-def test_the_middle_of_a_weight_is_the_papers() -> None:
+def test_default_range_of_a_weight_is_centered_on_the_papers() -> None:
     for name, paper in PAPER_POINT.items():
         dimension: Any = default_space(preset("demo")).dimensions[name]
         assert (dimension.low * dimension.high) ** 0.5 == pytest.approx(paper)
@@ -138,12 +143,12 @@ def test_the_middle_of_a_weight_is_the_papers() -> None:
         ("debug", [(1, 2, 3), (1, 2), (1, 2, 3)]),
     ],
 )
-def test_lengths_are_a_half_one_and_one_and_a_half_times_the_presets(name: str, lengths: list[Any]) -> None:
+def test_default_stage_lengths_are_half_one_and_one_and_a_half_times_the_presets(name: str, lengths: list[Any]) -> None:
     space = default_space(preset(name))
     assert [space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")] == lengths
 
 
-def test_the_presets_own_point_is_inside_wherever_its_weights_lie() -> None:
+def test_default_space_contains_its_base_for_any_weights() -> None:
     for weights in (LossConfig(), LossConfig(depth=50.0, count=0.0), LossConfig(segmentation=1e-5)):
         base = dataclasses.replace(preset("mall-cfcn"), loss=weights)
         space = default_space(base)
@@ -151,7 +156,7 @@ def test_the_presets_own_point_is_inside_wherever_its_weights_lie() -> None:
         assert space.configure(base, space.suggest(trial)) == base
 
 
-def test_a_stage_that_is_left_out_stays_out() -> None:
+def test_default_space_omits_a_stage_that_its_base_omits() -> None:
     rate = StageConfig(epochs=0, learning_rate=1e-3)
     stages = StagesConfig(baseline=StageConfig(epochs=4, learning_rate=1e-3), decoders=rate, joint=rate)
     space = default_space(dataclasses.replace(preset("demo"), stages=stages))
@@ -159,14 +164,14 @@ def test_a_stage_that_is_left_out_stays_out() -> None:
     assert space.stage_lengths("decoders") == space.stage_lengths("joint") == ()
 
 
-def test_quanta_of_a_range() -> None:
+def test_stage_lengths_of_a_range_are_its_steps() -> None:
     vary = ['stages.joint.epochs={"low": 4, "high": 12, "step": 4, "zero": true}', "stages.decoders.epochs=null"]
     space = load_space(None, vary, preset("demo"))
     assert space.stage_lengths("joint") == (0, 4, 8, 12)
     assert space.stage_lengths("decoders") == ()
 
 
-def test_a_configuration_outside_has_no_parameters() -> None:
+def test_parameters_of_a_configuration_outside_raise_space_error() -> None:
     space = default_space(preset("demo"))
     config = dataclasses.replace(preset("demo"), loss=LossConfig(depth=60.0, count=0.01))
     with pytest.raises(SpaceError) as caught:
@@ -178,18 +183,18 @@ def test_a_configuration_outside_has_no_parameters() -> None:
 
 
 def points_of(space: Space, base: Config) -> list[Config]:
-    """The configurations that a study would start with."""
+    """The configurations that a study starts with."""
     points = first_points(space, base)
     return [space.configure(base, space.suggest(optuna.trial.FixedTrial(point))) for point in points]
 
 
-def test_a_study_starts_with_the_papers_weights_and_without_tasks() -> None:
+def test_first_points_are_the_paper_weights_and_no_task() -> None:
     base = preset("demo")
     none = dataclasses.replace(base, loss=dataclasses.replace(base.loss, segmentation=0.0, depth=0.0, count=0.0))
     assert points_of(default_space(base), base) == [base, none]
 
 
-def test_weights_of_ones_own_come_before_the_papers() -> None:
+def test_first_points_begin_with_other_weights_of_the_base() -> None:
     paper = preset("demo")
     base = dataclasses.replace(paper, loss=dataclasses.replace(paper.loss, depth=2.0))
     first, second, third = points_of(default_space(base), base)
@@ -197,7 +202,7 @@ def test_weights_of_ones_own_come_before_the_papers() -> None:
     assert third.loss == LossConfig(0.0, 0.0, 0.0, gradient_share=paper.loss.gradient_share)
 
 
-def test_first_points_take_the_nearest_of_other_fields() -> None:
+def test_first_points_have_the_nearest_values_of_other_fields() -> None:
     base = preset("demo")
     vary = [
         "stages.baseline.epochs=[8, 4]",
@@ -212,7 +217,7 @@ def test_first_points_take_the_nearest_of_other_fields() -> None:
         assert config.optimizer.name == "adamw"
 
 
-def test_points_that_the_space_does_not_hold_are_left_out() -> None:
+def test_first_points_omit_points_outside_the_space() -> None:
     base = preset("demo")
     always = load_space(None, ['loss.depth={"low": 0.06, "high": 6}'], base)
     assert points_of(always, base) == [base]
@@ -220,7 +225,7 @@ def test_points_that_the_space_does_not_hold_are_left_out() -> None:
     assert points_of(still, base) == []
 
 
-def test_the_saved_form_gives_the_same_space_back(tmp_path: Path) -> None:
+def test_json_of_a_space_loads_as_the_same_space(tmp_path: Path) -> None:
     base, other = preset("demo"), preset("mall-cfcn")
     file = tmp_path / "space.json"
     for vary in ([], WIDE, ["loss.count=null", "stages.joint.epochs=null", *WIDE]):
@@ -232,68 +237,80 @@ def test_the_saved_form_gives_the_same_space_back(tmp_path: Path) -> None:
         assert pickle.loads(pickle.dumps(space)) == space
 
 
-def test_a_file_changes_the_default_and_the_command_line_changes_both(tmp_path: Path) -> None:
+def test_load_space_applies_the_file_and_then_vary(tmp_path: Path) -> None:
     base = preset("demo")
     file = tmp_path / "space.json"
     file.write_text('{"loss.depth": {"low": 1, "high": 2}, "loss.count": null, "target.sigma": [3, 2.5]}')
     space = load_space(str(file), ["loss.depth=[0.5, 0]", " target.threshold = [0.2, 0.3]"], base)
     kept = {name: item for name, item in default_space(base).dimensions.items() if name.startswith("stages")}
     assert space.dimensions == kept | {
-        "loss.segmentation": Dimension(low=0.004, high=0.4, log=True, zero=True),
-        "loss.depth": Dimension(choices=(0.0, 0.5)),
-        "target.sigma": Dimension(choices=(2.5, 3.0)),
-        "target.threshold": Dimension(choices=(0.2, 0.3)),
+        "loss.segmentation": LogRange(low=0.004, high=0.4, log=True, zero=True),
+        "loss.depth": Choice(choices=(0.0, 0.5)),
+        "target.sigma": Choice(choices=(2.5, 3.0)),
+        "target.threshold": Choice(choices=(0.2, 0.3)),
     }
     assert "target.sigma" not in load_space(str(file), ["target.sigma=null"], base).dimensions
 
 
-def test_equal_spaces_are_equal_however_they_are_written() -> None:
-    one = Space({"target.sigma": Dimension(low=2, high=6), "loss.depth": Dimension(choices=(1, 0))})
-    other = Space({"loss.depth": Dimension(choices=(0.0, 1.0)), "target.sigma": Dimension(low=2.0, high=6.0)})
+def test_spaces_are_equal_however_they_are_written() -> None:
+    one = Space({"target.sigma": Range(low=2, high=6), "loss.depth": Choice(choices=(1, 0))})
+    other = Space({"loss.depth": Choice(choices=(0.0, 1.0)), "target.sigma": Range(low=2.0, high=6.0)})
     assert one == other
     assert one.to_json() == other.to_json()
     assert one.suggest(random_study(5).ask()) == other.suggest(random_study(5).ask())
 
 
 MISTAKES = [
-    ("los.depth=[0, 1]", "los.depth in --vary is no field; is it loss.depth?"),
-    ("sigma=null", "sigma in --vary is no field; is it target.sigma?"),
-    ("sampling.cache_gib=[1, 2]", "sampling.cache_gib in --vary cannot vary: it changes memory and time, no result"),
+    ("los.depth=[0, 1]", "los.depth in --vary is not a field; is it loss.depth?"),
+    ("sigma=null", "sigma in --vary is not a field; is it target.sigma?"),
+    ("sampling.cache_gib=[1, 2]", "sampling.cache_gib in --vary cannot vary: it changes memory and time, not results"),
     ("sampling.gpu_cache_gib=[0, 4]", "sampling.gpu_cache_gib in --vary cannot vary: it changes memory and time"),
-    ("zzz=[1, 2]", "zzz in --vary is no field; see --help"),
+    ("zzz=[1, 2]", "zzz in --vary is not a field; see --help"),
     ("loss.depth", "--vary 'loss.depth' has no =; write --vary 'loss.depth={\"low\": 0.06, \"high\": 6}'"),
-    ("loss.depth={low: 1}", "--vary loss.depth is no JSON: Expecting property name enclosed in double quotes"),
+    ("loss.depth={low: 1}", "--vary loss.depth is not JSON: Expecting property name enclosed in double quotes"),
     ("loss.depth=0.6", "loss.depth in --vary is 0.6; give a range"),
-    ('loss.depth={"lo": 1, "high": 2}', "lo of loss.depth in --vary is no key; is it low?"),
-    ('loss.depth={"0": 1}', "0 of loss.depth in --vary is no key; keys are low, high, log, zero, step, choices"),
-    ('loss.depth={"choices": 0}', "choices of loss.depth in --vary are 0; give a list"),
+    ('loss.depth={"lo": 1, "high": 2}', "lo of loss.depth in --vary is not a key; is it low?"),
+    ('loss.depth={"0": 1}', "0 of loss.depth in --vary is not a key; keys are low, high, log, zero, step, choices"),
+    ('loss.depth={"choices": 0}', "choices of loss.depth in --vary is 0: input should be a valid tuple"),
     ("loss.depth={}", "loss.depth in --vary has no low; give low and high, or choices"),
     ('loss.depth={"low": 1}', "loss.depth in --vary has no high; give low and high, or choices"),
     ('loss.depth={"low": 1, "choices": [1]}', "loss.depth in --vary has choices and low; give a range, or choices"),
-    ('loss.depth={"choices": [1], "zero": true}', "has choices and zero; give a range, or choices with 0 among them"),
-    ('loss.depth={"low": 6, "high": 1}', "low of loss.depth in --vary is 6 and high is 1; give a low below high"),
+    ('loss.depth={"choices": [1], "zero": true}', "has choices and zero; give a range, or choices with or without 0"),
+    ('loss.depth={"low": 6, "high": 1}', "low of loss.depth in --vary is 6.0 and high is 1.0; give a low below high"),
     ('loss.depth={"low": "1", "high": 2}', "low of loss.depth in --vary is '1': input should be a valid number"),
     ('loss.depth={"low": true, "high": 2}', "low of loss.depth in --vary is True: input should be a valid number"),
-    ('loss.depth={"low": [1], "high": 2}', "low of loss.depth in --vary is (1,): input should be a valid number"),
+    ('loss.depth={"low": [1], "high": 2}', "low of loss.depth in --vary is [1]: input should be a valid number"),
     ('loss.depth={"low": 1, "high": NaN}', "high of loss.depth in --vary is nan; give at least 0.0"),
-    ('loss.depth={"low": 0, "high": 2, "log": true}', 'is 0, but a log scale has no 0; raise low and add "zero": true'),
+    (
+        'loss.depth={"low": 0, "high": 2, "log": true}',
+        'is 0.0, but a log scale has no 0; raise low and add "zero": true',
+    ),
     ('loss.depth={"low": 1, "high": 2, "log": 1}', "log of loss.depth in --vary is 1; give true or false"),
-    ('loss.depth={"low": 1, "high": 2, "zero": "no"}', "zero of loss.depth in --vary is 'no'; give true or false"),
+    (
+        'loss.depth={"low": 1, "high": 2, "zero": "no"}',
+        "zero of loss.depth in --vary is 'no': input should be a valid boolean",
+    ),
     (
         'loss.depth={"low": 1, "high": 2, "step": 1}',
-        "step of loss.depth in --vary is 1; only whole numbers on a linear",
+        "step of loss.depth in --vary is 1; only integers on a linear scale",
     ),
-    ('optimizer.name={"low": 1, "high": 2}', "optimizer.name in --vary is a range, but the field holds no numbers"),
+    ('optimizer.name={"low": 1, "high": 2}', "optimizer.name in --vary is a range, but the field is not a number"),
     (
         'sampling.batch={"low": 2, "high": 8, "step": 2, "log": true}',
-        "step of sampling.batch in --vary is 2; only whole",
+        "step of sampling.batch in --vary is 2; only integers",
     ),
-    ('sampling.batch={"low": 2, "high": 8, "step": 0}', "step of sampling.batch in --vary is 0; give a whole number"),
-    ('sampling.batch={"low": 2, "high": 8, "step": "2"}', "step of sampling.batch in --vary is '2'; give a whole"),
+    (
+        'sampling.batch={"low": 2, "high": 8, "step": 0}',
+        "step of sampling.batch in --vary is 0: input should be greater",
+    ),
+    (
+        'sampling.batch={"low": 2, "high": 8, "step": "2"}',
+        "step of sampling.batch in --vary is '2': input should be a valid integer",
+    ),
     ('sampling.batch={"low": 2, "high": 9, "step": 4}', "is 4 and does not lead from 2 to 9; give high 6"),
     ('sampling.batch={"low": 2, "high": 4, "step": 8}', "is 8 and does not lead from 2 to 4; give high 10"),
     ("loss.depth=[]", "choices of loss.depth in --vary are empty; give at least one value"),
-    ("loss.depth=[1, 2, 1.0]", "choices of loss.depth in --vary hold 1.0 twice; give each value once"),
+    ("loss.depth=[1, 2, 1.0]", "choices of loss.depth in --vary contain 1.0 twice; give each value once"),
     (
         "stages.joint.epochs=[2, 2.5]",
         "a choice of stages.joint.epochs in --vary is 2.5: input should be a valid integer",
@@ -315,40 +332,40 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("vary", "said"), MISTAKES, ids=[vary for vary, _ in MISTAKES])
-def test_a_mistake_is_told_with_name_value_place_and_mend(vary: str, said: str) -> None:
+@pytest.mark.parametrize(("vary", "message"), MISTAKES, ids=[vary for vary, _ in MISTAKES])
+def test_load_space_message_states_field_value_source_and_fix(vary: str, message: str) -> None:
     found = problems_of([vary])
-    assert any(said in problem for problem in found), found
+    assert any(message in problem for problem in found), found
 
 
-YARDSTICK = ["seed", "sampling.validation", "sampling.validation_fraction", "sampling.downsample", "sampling.roi"]
+COMPARABILITY = ["seed", "sampling.validation", "sampling.validation_fraction", "sampling.downsample", "sampling.roi"]
 
 
-@pytest.mark.parametrize("name", YARDSTICK)
-def test_what_would_change_the_yardstick_cannot_vary(name: str) -> None:
+@pytest.mark.parametrize("name", COMPARABILITY)
+def test_fields_that_make_errors_incomparable_cannot_vary(name: str) -> None:
     assert problems_of([f"{name}=[1, 2]"]) == [f"{name} in --vary cannot vary: {FIXED[name]}"]
     assert load_space(None, [f"{name}=null"], preset("demo")) == default_space(preset("demo"))
 
 
-def test_all_problems_come_at_once_each_with_its_place(tmp_path: Path) -> None:
+def test_load_space_reports_all_problems_at_once(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     entries = {"loss.depth": {"low": 6, "high": -1}, "seed": [1, 2], "sampling.crop": [30], "loss.count": 2}
     file.write_text(json.dumps(entries))
-    found = problems_of(["target.sigm=[1]", "loss.count=[1, 1]", "flip"], place=str(file))
+    found = problems_of(["target.sigm=[1]", "loss.count=[1, 1]", "flip"], path=str(file))
     for part in (
         "--vary 'flip' has no =",
-        f"low of loss.depth in {file} is 6 and high is -1",
+        f"low of loss.depth in {file} is 6.0 and high is -1.0",
         f"high of loss.depth in {file} is -1.0; give at least 0.0",
         f"seed in {file} cannot vary",
         f"a choice of sampling.crop in {file} is 30; the model's stride of 4 must divide it: try 28",
-        "choices of loss.count in --vary hold 1 twice",
-        "target.sigm in --vary is no field; is it target.sigma?",
+        "choices of loss.count in --vary contain 1.0 twice",
+        "target.sigm in --vary is not a field; is it target.sigma?",
     ):
         assert any(problem.startswith(part) for problem in found), (part, found)
     assert len(found) == 7
 
 
-def test_values_that_do_not_go_together_are_told() -> None:
+def test_load_space_reports_pairs_of_values_that_conflict() -> None:
     left_out = StageConfig(epochs=0, learning_rate=1e-3)
     stages = StagesConfig(decoders=StageConfig(epochs=1, learning_rate=1e-3), joint=left_out)
     base = dataclasses.replace(preset("demo"), stages=stages)
@@ -357,26 +374,24 @@ def test_values_that_do_not_go_together_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("[1]", "is [1]; give an object"), ("{", "is no JSON"), ("\xff", "no JSON")]
+    ("text", "message"), [("[1]", "is [1]; give an object"), ("{", "is not JSON"), ("\xff", "not JSON")]
 )
-def test_a_file_that_holds_no_fields_is_one_clear_error(text: str, said: str, tmp_path: Path) -> None:
+def test_load_space_reports_an_unusable_file_once(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "space.json"
     file.write_bytes(text.encode("latin-1"))
-    (problem,) = problems_of([], place=str(file))
-    assert problem.startswith(str(file)) and said in problem
+    (problem,) = problems_of([], path=str(file))
+    assert problem.startswith(str(file)) and message in problem
 
 
-def test_a_space_of_nothing_or_of_one_point_is_refused() -> None:
+def test_empty_space_and_single_point_are_refused() -> None:
     nothing = [f"{name}=null" for name in default_space(preset("demo")).dimensions]
     assert problems_of(nothing)[0].startswith("it is empty; let a field vary: --vary 'loss.depth=")
-    assert problems_of([*nothing, "loss.depth=[1]"]) == [
-        "loss.depth is one of 1 alone, and so the space is one point; add a choice"
-    ]
+    assert problems_of([*nothing, "loss.depth=[1]"]) == ["loss.depth has the single value 1.0; add a choice"]
 
 
-def test_a_space_made_in_code_is_judged_as_well() -> None:
+def test_space_checks_dimensions_made_in_code() -> None:
     with pytest.raises(SpaceError) as caught:
-        Space({"seed": Dimension(choices=(1, 2)), "loss.dept": Dimension(), "loss.depth": Dimension(low=2, high=1)})
+        Space({"seed": Choice(choices=(1, 2)), "loss.dept": Range(low=1, high=2), "loss.depth": Range(low=2, high=1)})
     assert len(caught.value.problems) == 3
     with pytest.raises(ConfigError):
-        Space({"loss.depth": Dimension(low=-2, high=1)}).configure(Config(), {"loss.depth": -1.0})
+        Space({"loss.depth": Range(low=-2, high=1)}).configure(Config(), {"loss.depth": -1.0})
