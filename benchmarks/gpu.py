@@ -23,8 +23,8 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
-from benchmarks.peers.reading import Cut, usual
-from benchmarks.reading import lay_out, render
+from benchmarks.peers.reading import WindowCutter, usual
+from benchmarks.reading import export_files, render
 
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
@@ -91,7 +91,7 @@ def usual_pace(config: Config, folder: Path, crop: int, tf32: bool) -> float:
     torch.backends.cudnn.allow_tf32 = tf32
     network = build_counter(config, 1.0).strip().to(device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-5)
-    loader = usual(folder, Cut(crop, 1), 1, 4)()
+    loader = usual(folder, WindowCutter(crop, 1), 1, 4)()
 
     def endless() -> Iterator[Any]:
         while True:
@@ -165,7 +165,7 @@ def measure(dataset: Dataset, arguments: argparse.Namespace) -> None:
     photos = len(split_rows(base, dataset, 1)[0])
     recipes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        lay_out(dataset, Path(scratch), PHOTOS)
+        export_files(dataset, Path(scratch), PHOTOS)
         height, width = dataset.sizes("train")[0]
         for tf32 in (False, True):
             arithmetic = "fp32, cuDNN rounding to TF32" if tf32 else "fp32"

@@ -1,4 +1,4 @@
-"""Training with the loader against the same steps over batches already in memory, images/s, taken in turn."""
+"""Training throughput with the loader relative to the same steps on batches in memory, in alternation."""
 
 import argparse
 import sys
@@ -26,30 +26,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    training = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
-    running = training.stage_trainer(training.stages[0])
+    trainer = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
     memory: list[Batch] = []
-    for batch in training.loader.epoch(0):
-        memory.append(batch.to(training.state.device))
+    for batch in trainer.loader.epoch(0):
+        memory.append(batch.to(trainer.state.device))
         if len(memory) == arguments.steps:
             break
     for batch in memory[:2]:
-        running.train_step(batch)
+        stage_trainer.train_step(batch)
     ratios = []
     for number in range(1, ROUNDS + 1):
         started = time.perf_counter()
         for batch in memory:
-            running.train_step(batch)
-        synchronize(training.state.device)
+            stage_trainer.train_step(batch)
+        synchronize(trainer.state.device)
         from_memory = sum(len(batch.rows) for batch in memory) / (time.perf_counter() - started)
         images, started = 0, time.perf_counter()
-        for _, batch in zip(range(arguments.steps), training.loader.epoch(number), strict=False):
-            running.train_step(batch)
+        for _, batch in zip(range(arguments.steps), trainer.loader.epoch(number), strict=False):
+            stage_trainer.train_step(batch)
             images += len(batch.rows)
-        synchronize(training.state.device)
+        synchronize(trainer.state.device)
         loaded = images / (time.perf_counter() - started)
         ratios.append(loaded / from_memory)
-        kind = "first epoch, decoding" if number == 1 else "decoded pictures cached"
+        kind = "first epoch, decoding" if number == 1 else "decoded images cached"
         print(f"  in memory {from_memory:.1f} images/s, loader {loaded:.1f} ({kind}), ratio {ratios[-1]:.3f}")
     print(f"  median ratio {sorted(ratios)[len(ratios) // 2]:.3f} (goal: at least 0.9), {arguments.threads} threads")
 

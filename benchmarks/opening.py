@@ -1,4 +1,4 @@
-"""Opening a dataset of many rows: seconds and memory to open it, to read its splits, and to read one column of all."""
+"""Time and memory to open a dataset of many rows and to read its splits and columns."""
 
 import argparse
 import multiprocessing
@@ -17,35 +17,35 @@ from crowdray.data.shards import Dataset, ShardInfo, write_index, write_shard
 from crowdray.datasets.conversion import ROWS_PER_SHARD
 
 
-def many(rows: int, place: Path) -> None:
-    """A dataset of small rows, each shard the first one under another name."""
+def make_dataset(rows: int, folder: Path) -> None:
+    """Write a dataset of small rows, all of whose shards are links to the first."""
     points = np.zeros((20, 2), np.float32)
-    one = [
+    samples = [
         Sample(f"image-{n:06d}", "train", "scene", bytes(64), 8, 8, points, None, None, "0" * 64)
         for n in range(ROWS_PER_SHARD)
     ]
-    first = write_shard(one, str(place), 0)
+    first = write_shard(samples, str(folder), 0)
     shards = [first]
     for number in range(1, rows // ROWS_PER_SHARD + 1):
         name = first.path.replace("00000", f"{number:05d}", 1)
-        (place / name).hardlink_to(place / first.path)
+        (folder / name).hardlink_to(folder / first.path)
         shards.append(ShardInfo(name, first.rows, first.bytes, first.sha256, first.runs, first.heads))
-    write_index(str(place), shards, source="many", depth_teacher="none")
+    write_index(str(folder), shards, source="many", depth_teacher="none")
 
 
-def measured(what: str, work: Callable[[], object]) -> None:
-    """Do it, and print what it took."""
-    before, started, used = own_mib(), time.perf_counter(), time.process_time()
-    work()
+def measure(name: str, function: Callable[[], object]) -> None:
+    """Call a function and print its time and memory."""
+    before, started, used = private_mib(), time.perf_counter(), time.process_time()
+    function()
     seconds, cpu = time.perf_counter() - started, time.process_time() - used
     print(
-        f"  {what:<32} {seconds:6.2f} s ({cpu:.2f} s of CPU), {own_mib() - before:6.1f} MiB more of its own, "
-        f"{memory_mib('VmRSS'):.0f} MiB with all that is mapped"
+        f"  {name:<32} {seconds:6.2f} s ({cpu:.2f} s of CPU), {private_mib() - before:6.1f} MiB more private memory, "
+        f"{memory_mib('VmRSS'):.0f} MiB resident with mapped files"
     )
 
 
-def own_mib() -> float:
-    """Memory of this process, in MiB, without the pages of mapped files, which the system takes back at will."""
+def private_mib() -> float:
+    """Anonymous memory of this process in MiB, without mapped files, whose pages the system can reclaim."""
     return memory_mib("RssAnon")
 
 
@@ -58,18 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     with tempfile.TemporaryDirectory(prefix="crowdray-many-") as folder:
-        made = multiprocessing.Process(target=many, args=(parser.parse_args().rows, Path(folder)))
-        made.start()  # what making it takes is not counted
-        made.join()
+        process = multiprocessing.Process(target=make_dataset, args=(parser.parse_args().rows, Path(folder)))
+        process.start()  # keeps its memory out of the measurement
+        process.join()
         opened: list[Dataset] = []
-        measured("open", lambda: opened.append(Dataset.open(storage.resolve(folder))))
+        measure("open", lambda: opened.append(Dataset.open(storage.resolve(folder))))
         (dataset,) = opened
         print(f"  {len(dataset)} rows in {len(dataset.index.shards)} shards")
-        measured("rows of a split", lambda: dataset.rows("train"))
-        measured("one sample", lambda: dataset.sample(len(dataset) // 2))
-        measured("counts, which opens each shard", lambda: dataset.counts("train"))
-        measured("sizes", lambda: dataset.sizes("train"))
-        measured("names", lambda: dataset.strings("name", "train"))
+        measure("rows of a split", lambda: dataset.rows("train"))
+        measure("one sample", lambda: dataset.sample(len(dataset) // 2))
+        measure("counts, which opens each shard", lambda: dataset.counts("train"))
+        measure("sizes", lambda: dataset.sizes("train"))
+        measure("names", lambda: dataset.strings("name", "train"))
 
 
 if __name__ == "__main__":

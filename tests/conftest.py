@@ -1,4 +1,4 @@
-"""A small dataset for everything that trains: bright discs on noise, with region of interest and depth."""
+"""Fixtures: small datasets, storage locations and a planned run."""
 
 import uuid
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HEIGHT, WIDTH = 64, 96
 
-torch.set_num_threads(1)  # files of tests share the cores, and threads that wait for each other would spin
+torch.set_num_threads(1)  # test processes share the cores, and waiting threads would spin
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +48,7 @@ def place(root_uri: str) -> str:
 
 
 def disc_sample(number: int, split: str) -> Sample:
-    """A noisy picture with 0 to 8 discs; every second one has a region of interest and depth."""
+    """Noise with 0 to 8 bright discs as heads; every other image has a region of interest and depth."""
     rng = np.random.default_rng((number, len(split)))
     image = rng.integers(60, 120, (HEIGHT, WIDTH, 3)).astype(np.uint8)
     points = rng.uniform([2, 10], [WIDTH - 2, HEIGHT - 2], (number % 9, 2))
@@ -71,12 +71,12 @@ def disc_sample(number: int, split: str) -> Sample:
 
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """24 training and 7 test pictures of 96x64."""
-    place: Path = tmp_path_factory.mktemp("discs") / "data"
-    pictures = [disc_sample(n, "train") for n in range(24)] + [disc_sample(n, "test") for n in range(7)]
-    info = write_shard(pictures, str(place), 0)
-    write_index(str(place), [info], source="discs", depth_teacher="test")
-    return Dataset.open(str(place))
+    """24 training and 7 test images of 96x64."""
+    folder = str(tmp_path_factory.mktemp("discs") / "data")
+    samples = [disc_sample(n, "train") for n in range(24)] + [disc_sample(n, "test") for n in range(7)]
+    info = write_shard(samples, folder, 0)
+    write_index(folder, [info], source="discs", depth_teacher="test")
+    return Dataset.open(folder)
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def noise_sample(number: int) -> Sample:
 
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """25 training pictures."""
-    place: Path = tmp_path_factory.mktemp("noise") / "data"
-    info = write_shard([noise_sample(number) for number in range(25)], str(place), 0)
-    write_index(str(place), [info], source="noise", depth_teacher="test")
-    return Dataset.open(str(place))
+    """25 training images."""
+    folder = str(tmp_path_factory.mktemp("noise") / "data")
+    info = write_shard([noise_sample(number) for number in range(25)], folder, 0)
+    write_index(folder, [info], source="noise", depth_teacher="test")
+    return Dataset.open(folder)

@@ -1,10 +1,9 @@
-"""Other readers of the same images, each in the way its own documentation shows: run by benchmarks/reading.py in an
-environment of their own, since their requirements pull another torch.
+"""Other data loading libraries on the same images, used as their documentation shows.
 
-Every reader decodes with simplejpeg, cuts the same number of random windows from each decoded image, mirrors half of
-them, moves their points along, and hands over batches: uint8 images (B, 3, H, W) and padded points (B, N, 2). Only
-`usual` is the recipe of the field's repositories: Pillow, an h5 density map of the whole image, cv2 to the output
-stride, one window a decoding.
+benchmarks/reading.py runs this in a separate environment, because they require another version of torch. Each decodes
+with simplejpeg, cuts the same number of random windows from each decoded image, flips half of them with their points,
+and returns batches: uint8 images (B, 3, H, W) and padded points (B, N, 2). Only `usual` is the common recipe of crowd
+counting repositories: Pillow, an h5 density map of the whole image, cv2 to the output stride, one window per decoding.
 """
 
 import argparse
@@ -24,12 +23,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 STRIDE = 8
-AHEAD = 4
-MOST_HEADS = 1024
+PREFETCH = 4
+MAX_HEADS = 1024
 
 
-class Cut:
-    """From an encoded image and its points to windows, and from windows to a batch."""
+class WindowCutter:
+    """Cuts windows from an encoded image with its points, and collates windows into batches."""
 
     def __init__(self, crop: int, crops: int) -> None:
         self.crop = crop
@@ -61,9 +60,9 @@ class Cut:
 
 
 class Usual(Dataset[Any]):
-    """A file for each image and an h5 density map beside it; whole ones with crop 0."""
+    """One file per image and an h5 density map next to it; whole images with crop 0."""
 
-    def __init__(self, folder: Path, cut: Cut) -> None:
+    def __init__(self, folder: Path, cut: WindowCutter) -> None:
         self.images = sorted((folder / "images").glob("*.jpg"))
         self.crop = cut.crop
 
@@ -75,9 +74,9 @@ class Usual(Dataset[Any]):
         import h5py
         from PIL import Image
 
-        place = self.images[index]
-        image = np.asarray(Image.open(place).convert("RGB"))
-        with h5py.File(place.parents[1] / "maps" / f"{place.stem}.h5", "r") as file:
+        path = self.images[index]
+        image = np.asarray(Image.open(path).convert("RGB"))
+        with h5py.File(path.parents[1] / "maps" / f"{path.stem}.h5", "r") as file:
             density = np.asarray(file["density"])
         height, width = (self.crop or side for side in image.shape[:2])
         top, left = random.randint(0, image.shape[0] - height), random.randint(0, image.shape[1] - width)
@@ -90,20 +89,20 @@ class Usual(Dataset[Any]):
         return pixels, torch.from_numpy(target)
 
 
-def usual(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+def usual(folder: Path, cut: WindowCutter, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     loader = DataLoader(
-        Usual(folder, cut), batch, shuffle=True, num_workers=workers, persistent_workers=True, prefetch_factor=AHEAD
+        Usual(folder, cut), batch, shuffle=True, num_workers=workers, persistent_workers=True, prefetch_factor=PREFETCH
     )
     return lambda: loader
 
 
 def encoded(folder: Path) -> Iterator[tuple[str, bytes, Any]]:
-    """Name, encoded image and points of every image."""
-    for place in sorted((folder / "images").glob("*.jpg")):
-        yield place.stem, place.read_bytes(), np.load(folder / "points" / f"{place.stem}.npy")
+    """Name, content and points of every image."""
+    for path in sorted((folder / "images").glob("*.jpg")):
+        yield path.stem, path.read_bytes(), np.load(folder / "points" / f"{path.stem}.npy")
 
 
-def webdataset(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+def webdataset(folder: Path, cut: WindowCutter, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     import webdataset as wds
 
     shards = folder / "webdataset"
@@ -115,22 +114,22 @@ def webdataset(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[],
                 buffer = io.BytesIO()
                 np.save(buffer, points)
                 writer.write({"__key__": name, "jpg": jpeg, "npy": buffer.getvalue()})
-    urls = [str(place) for place in sorted(shards.glob("*.tar"))]
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     dataset = (
         wds.WebDataset(urls, shardshuffle=False, nodesplitter=wds.split_by_node, empty_check=False)
         .shuffle(64)
         .map(lambda row: cut(row["jpg"], np.load(io.BytesIO(row["npy"]))))
         .batched(batch // cut.crops, collation_fn=cut.collate)
     )
-    loader = DataLoader(dataset, None, num_workers=workers, persistent_workers=True, prefetch_factor=AHEAD)
+    loader = DataLoader(dataset, None, num_workers=workers, persistent_workers=True, prefetch_factor=PREFETCH)
     return lambda: loader
 
 
-def streaming(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+def streaming(folder: Path, cut: WindowCutter, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     from streaming import MDSWriter, StreamingDataset
 
-    place = str(folder / "streaming")
-    with MDSWriter(out=place, columns={"jpeg": "bytes", "points": "bytes"}, exist_ok=True) as writer:
+    output = str(folder / "streaming")
+    with MDSWriter(out=output, columns={"jpeg": "bytes", "points": "bytes"}, exist_ok=True) as writer:
         for _, jpeg, points in encoded(folder):
             writer.write({"jpeg": jpeg, "points": points.tobytes()})
 
@@ -140,9 +139,9 @@ def streaming(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], 
             return cut(row["jpeg"], np.frombuffer(row["points"], np.float32).reshape(-1, 2))
 
     images = batch // cut.crops
-    dataset = Windows(local=place, shuffle=True, batch_size=images)
+    dataset = Windows(local=output, shuffle=True, batch_size=images)
     loader: DataLoader[Any] = DataLoader(
-        dataset, images, num_workers=workers, persistent_workers=True, prefetch_factor=AHEAD, collate_fn=cut.collate
+        dataset, images, num_workers=workers, persistent_workers=True, prefetch_factor=PREFETCH, collate_fn=cut.collate
     )
     return lambda: loader
 
@@ -151,27 +150,27 @@ def litdata_row(row: tuple[str, bytes, Any]) -> dict[str, bytes]:
     return {"jpeg": row[1], "points": row[2].tobytes()}
 
 
-def litdata_windows(cut: Cut, row: dict[str, bytes]) -> list[tuple[Any, Any]]:
+def litdata_windows(cut: WindowCutter, row: dict[str, bytes]) -> list[tuple[Any, Any]]:
     return cut(row["jpeg"], np.frombuffer(row["points"], np.float32).reshape(-1, 2))
 
 
-def litdata(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+def litdata(folder: Path, cut: WindowCutter, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     from litdata import StreamingDataLoader, StreamingDataset, optimize
 
-    place = str(folder / "litdata")
-    optimize(litdata_row, list(encoded(folder)), output_dir=place, chunk_bytes="32MB", num_workers=1, mode="overwrite")
+    output = str(folder / "litdata")
+    optimize(litdata_row, list(encoded(folder)), output_dir=output, chunk_bytes="32MB", num_workers=1, mode="overwrite")
     loader = StreamingDataLoader(
-        StreamingDataset(place, shuffle=True, transform=partial(litdata_windows, cut)),
+        StreamingDataset(output, shuffle=True, transform=partial(litdata_windows, cut)),
         batch_size=batch // cut.crops,
         num_workers=workers,
         persistent_workers=True,
-        prefetch_factor=AHEAD,
+        prefetch_factor=PREFETCH,
         collate_fn=cut.collate,
     )
     return lambda: loader
 
 
-def raydata(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
+def raydata(folder: Path, cut: WindowCutter, batch: int, workers: int) -> Callable[[], Iterable[Any]]:
     import pyarrow as pa
     import pyarrow.parquet
     import ray
@@ -189,13 +188,13 @@ def raydata(folder: Path, cut: Cut, batch: int, workers: int) -> Callable[[], It
     def windows(rows: dict[str, Any]) -> dict[str, Any]:
         points = (np.frombuffer(content, np.float32).reshape(-1, 2) for content in rows["points"])
         found = [window for pair in zip(rows["jpeg"], points, strict=True) for window in cut(*pair)]
-        heads = np.zeros((len(found), MOST_HEADS, 2), np.float32)  # blocks are joined, so all have one shape
+        heads = np.zeros((len(found), MAX_HEADS, 2), np.float32)  # blocks are concatenated, which requires equal shapes
         for row, (_, moved) in zip(heads, found, strict=True):
             row[: len(moved)] = moved
         return {"image": np.stack([image for image, _ in found]), "points": heads}
 
     dataset = ray.data.read_parquet(str(shards)).map_batches(windows, batch_size=batch // cut.crops)
-    return lambda: dataset.iter_torch_batches(batch_size=batch, prefetch_batches=AHEAD, drop_last=True)
+    return lambda: dataset.iter_torch_batches(batch_size=batch, prefetch_batches=PREFETCH, drop_last=True)
 
 
 READERS = {reader.__name__: reader for reader in (usual, webdataset, streaming, litdata, raydata)}
@@ -212,7 +211,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cut = Cut(arguments.crop, arguments.crops)
+    cut = WindowCutter(arguments.crop, arguments.crops)
     epoch = READERS[arguments.reader](arguments.folder, cut, arguments.batch, arguments.workers)
     rates = []
     for _ in range(1 + arguments.epochs):  # the first starts workers and fills the page cache

@@ -1,70 +1,60 @@
-"""How a training counts: large photos in tiles, and nothing rounded that is a target or is told of a counter."""
+"""Tiled inference equals inference on the whole image."""
 
-import importlib
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from crowdray.data.shards import Dataset
-from crowdray.models.export import density_geometry
-from crowdray.presets import preset
-from crowdray.training.distributed import World
-from crowdray.training.precision import set_tf32
-from crowdray.training.trainer import Trainer
-
-
-def training(discs: Dataset) -> Trainer:
-    return Trainer(preset("debug"), discs, world=World(), device=torch.device("cpu"))
+from crowdray.config import BACKBONES, Config, ModelConfig, SamplingConfig
+from crowdray.evaluation.inference import tiled_density
+from crowdray.models.build import build_counter
+from crowdray.models.export import ExportedCounter
 
 
-def test_large_photos_are_counted_in_tiles_as_if_whole(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seen = training(discs), []
-    rows = discs.rows("train")
-
-    def density(image: torch.Tensor) -> torch.Tensor:
-        seen.append(image.shape[-1])
-        return run.state.counter.density(image)
-
-    whole = run._count(density, rows)
-    assert set(seen) == {96}
-    monkeypatch.setattr("crowdray.training.trainer.TILE", 32)
-    geometry = density_geometry(run.state.counter)
-    parts = run._count(density, rows)
-    assert 32 <= max(seen[len(rows) :]) <= 32 + 2 * (geometry.reach + geometry.grid)
-    assert [count.unmasked for count in parts] == pytest.approx([count.unmasked for count in whole], rel=1e-5)
+def exported(backbone: str, downsample: int) -> ExportedCounter:
+    model = ModelConfig(backbone, "pooled")
+    config = replace(Config(), sampling=SamplingConfig(crop=32, context=0), model=model)
+    return ExportedCounter(build_counter(config, 1.0), downsample).eval()
 
 
-def test_what_may_be_rounded_is_never_a_target_nor_what_is_told_of_a_counter(
-    discs: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where TF32 is allowed: the switches are a process's own, and work without a GPU."""
-    seen: dict[str, set[tuple[str, bool]]] = {}
+def noise(height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height)
+    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator)
 
-    def noted(name: str, of: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            switches = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-            seen.setdefault(name, set()).add(switches)
-            return of(*arguments, **named)
 
-        return call
+@pytest.mark.parametrize(
+    ("backbone", "downsample", "size"),
+    [("cfcn", 1, (131, 250)), ("cfcn", 3, (70, 500)), ("cfcn", 2, (40, 64)), ("csrnet", 1, (40, 470))],
+)
+def test_tiled_density_equals_density_of_the_whole_image(backbone: str, downsample: int, size: tuple[int, int]) -> None:
+    counter, image = exported(backbone, downsample), noise(*size)
+    sizes = []
 
-    for name, place in (
-        ("build_targets", "stage_trainer"),
-        ("task_losses", "stage_trainer"),
-        ("count_images", "trainer"),
-    ):
-        module = importlib.import_module(f"crowdray.training.{place}")
-        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        set_tf32(True, torch.device("cuda"))
-        run = training(discs)
-        run.fit()
-        seen.pop("count_images")  # validation may be in bf16
-        run.evaluate("joint", discs.rows("test"))
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    full, rounded = {("highest", False)}, {("high", True)}
-    assert seen == {"build_targets": full, "task_losses": rounded, "count_images": full}
+    def recorded(tile: Tensor) -> Tensor:
+        sizes.append(tile.shape[-2:].numel())
+        density: Tensor = counter(tile)
+        return density
+
+    with torch.inference_mode():
+        whole, tiled = counter(image), tiled_density(recorded, counter.geometry, 64)(image)
+    assert tiled.shape == whole.shape
+    torch.testing.assert_close(tiled, whole, atol=1e-6 * float(whole.abs().max()), rtol=1e-4)
+    assert tiled.sum().item() == pytest.approx(whole.sum().item(), rel=1e-5)
+    if max(size) > 64:
+        assert len(sizes) > 1 and max(sizes) < image.shape[-2:].numel()
+
+
+def test_tiled_density_with_too_little_padding_differs() -> None:
+    """Shows that the previous test depends on the geometry's reach."""
+    counter, image = exported("cfcn", 1), noise(64, 250)
+    geometry = counter.geometry
+    with torch.inference_mode():
+        whole, tiled = counter(image), tiled_density(counter, replace(geometry, reach=geometry.grid), 64)(image)
+    assert not torch.allclose(tiled, whole, atol=1e-6 * float(whole.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_geometry_grid_is_a_multiple_of_the_cell(backbone: str) -> None:
+    geometry = exported(backbone, 2).geometry
+    assert geometry.grid % geometry.cell == 0 and geometry.reach > geometry.grid

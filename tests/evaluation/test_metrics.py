@@ -1,4 +1,4 @@
-"""Errors of counts: against plain recomputation, and the laws of the grid average error."""
+"""Metrics: comparison with plain recomputation, and the properties of GAME."""
 
 import math
 from itertools import pairwise
@@ -20,22 +20,22 @@ def counts(seed: int = 0) -> list[ImageCount]:
     return [ImageCount(row, truth, truth + rng.normal(), truth + rng.normal()) for row, truth in enumerate(TRUTHS)]
 
 
-def test_errors_are_those_of_plain_arithmetic() -> None:
-    given_counts = counts()
-    errors = [count.predicted - count.truth for count in given_counts]
-    relative = [abs(error) / count.truth for error, count in zip(errors, given_counts, strict=True) if count.truth]
-    found = summarise(given_counts)
-    assert found.images == len(TRUTHS)
-    assert found.mae == pytest.approx(sum(map(abs, errors)) / len(errors), rel=1e-12)
-    assert found.rmse == pytest.approx(math.sqrt(sum(e * e for e in errors) / len(errors)), rel=1e-12)
-    assert found.bias == pytest.approx(sum(errors) / len(errors), rel=1e-12)
-    assert found.nae == pytest.approx(sum(relative) / len(relative), rel=1e-12)
-    assert found.mae_unmasked == pytest.approx(
-        sum(abs(count.unmasked - count.truth) for count in given_counts) / len(errors), rel=1e-12
+def test_summarise_equals_plain_recomputation() -> None:
+    image_counts = counts()
+    errors = [count.predicted - count.truth for count in image_counts]
+    relative = [abs(error) / count.truth for error, count in zip(errors, image_counts, strict=True) if count.truth]
+    metrics = summarise(image_counts)
+    assert metrics.images == len(TRUTHS)
+    assert metrics.mae == pytest.approx(sum(map(abs, errors)) / len(errors), rel=1e-12)
+    assert metrics.rmse == pytest.approx(math.sqrt(sum(e * e for e in errors) / len(errors)), rel=1e-12)
+    assert metrics.bias == pytest.approx(sum(errors) / len(errors), rel=1e-12)
+    assert metrics.nae == pytest.approx(sum(relative) / len(relative), rel=1e-12)
+    assert metrics.mae_unmasked == pytest.approx(
+        sum(abs(count.unmasked - count.truth) for count in image_counts) / len(errors), rel=1e-12
     )
 
 
-def test_images_without_heads_have_no_relative_error() -> None:
+def test_summarise_excludes_images_without_heads_from_nae() -> None:
     empty = [ImageCount(row, 0, 0.5, 0.5) for row in range(3)]
     assert math.isnan(summarise(empty).nae)
     assert summarise([*empty, ImageCount(3, 4, 5.0, 5.0)]).nae == 0.25
@@ -43,22 +43,22 @@ def test_images_without_heads_have_no_relative_error() -> None:
 
 @given(st.permutations(range(len(TRUTHS))))
 @settings(max_examples=20, deadline=None)
-def test_the_order_of_images_does_not_matter_to_the_last_bit(order: list[int]) -> None:
-    given_counts = counts(1)
-    assert summarise([given_counts[i] for i in order]) == summarise(given_counts)
+def test_summarise_is_bit_identical_for_any_order(order: list[int]) -> None:
+    image_counts = counts(1)
+    assert summarise([image_counts[i] for i in order]) == summarise(image_counts)
 
 
-def test_nothing_to_evaluate_is_said() -> None:
+def test_summarise_without_images_raises_value_error() -> None:
     with pytest.raises(ValueError, match="no images"):
         summarise([])
 
 
-def test_each_scene_counts_once_however_many_images_it_has() -> None:
-    # Errors of 3, 3, 3 in one scene and 1 in another: 2 over the scenes, 2.5 over the images.
-    counted = {"S1": [(0, 3.0), (7, 10.0), (4, 1.0)], "S2": [(5, 6.0)]}
+def test_scene_mae_weights_scenes_equally() -> None:
+    # Errors 3, 3, 3 in one scene and 1 in another: mean 2 over scenes, 2.5 over images.
+    pairs_by_scene = {"S1": [(0, 3.0), (7, 10.0), (4, 1.0)], "S2": [(5, 6.0)]}
     scenes = {
         scene: summarise([ImageCount(row, truth, count, count) for row, (truth, count) in enumerate(pairs)])
-        for scene, pairs in counted.items()
+        for scene, pairs in pairs_by_scene.items()
     }
     assert scene_mae(scenes) == 2.0
     assert scene_mae({"S1": scenes["S1"]}) is None and scene_mae({}) is None
@@ -66,7 +66,7 @@ def test_each_scene_counts_once_however_many_images_it_has() -> None:
 
 @st.composite
 def scenes(draw: Any) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Densities of any small size, and heads inside, on the rim and beyond it."""
+    """Small densities, and heads inside, at the border and outside."""
     height, width = draw(st.integers(1, 37)), draw(st.integers(1, 37))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     points = rng.uniform(-1, [width + 1, height + 1], (draw(st.integers(0, 30)), 2))
@@ -75,7 +75,7 @@ def scenes(draw: Any) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
 
 @given(scenes())
 @settings(max_examples=50, deadline=None)
-def test_grid_error_is_the_counting_error_at_level_0_and_never_falls(
+def test_game_error_is_the_count_error_at_level_0_and_never_decreases(
     scene: tuple[NDArray[np.float64], NDArray[np.float32]],
 ) -> None:
     density, points = scene
@@ -86,28 +86,28 @@ def test_grid_error_is_the_counting_error_at_level_0_and_never_falls(
 
 @given(scenes(), st.integers(0, 4))
 @settings(max_examples=50, deadline=None)
-def test_grid_error_is_that_of_counting_cell_by_cell(
+def test_game_error_equals_counting_cell_by_cell(
     scene: tuple[NDArray[np.float64], NDArray[np.float32]], level: int
 ) -> None:
     density, points = scene
     height, width = density.shape
 
     def region(cell: int, side: int) -> int:
-        """The last region that opens at or before a cell."""
+        """The last region that starts at or before a cell."""
         return max(i for i in range(2**level) if i * side // 2**level <= cell)
 
-    left = np.zeros((2**level, 2**level))
+    difference = np.zeros((2**level, 2**level))
     for y in range(height):
         for x in range(width):
-            left[region(y, height), region(x, width)] += density[y, x]
+            difference[region(y, height), region(x, width)] += density[y, x]
     for px, py in points.tolist():
         x, y = min(max(math.floor(px), 0), width - 1), min(max(math.floor(py), 0), height - 1)
-        left[region(y, height), region(x, width)] -= 1
-    assert game_error(density, points, level) == pytest.approx(np.abs(left).sum(), abs=1e-9)
+        difference[region(y, height), region(x, width)] -= 1
+    assert game_error(density, points, level) == pytest.approx(np.abs(difference).sum(), abs=1e-9)
 
 
 @pytest.mark.parametrize("level", range(5))
-def test_no_cell_is_dropped_and_a_perfect_map_has_no_error(level: int) -> None:
+def test_game_error_uses_all_cells_and_is_zero_for_the_exact_map(level: int) -> None:
     rng = np.random.default_rng(level)
     density = rng.random((23, 41))
     assert game_error(density, np.zeros((0, 2), np.float32), level) == pytest.approx(density.sum())
