@@ -4,11 +4,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import simplejpeg
 from rich.console import Console
-from scipy.io import savemat
 
 from crowdray.cluster.convert import check_reachable, convert
 from crowdray.console.progress import image_progress
@@ -19,25 +16,16 @@ from crowdray.datasets.sources import open_source
 from crowdray.datasets.statistics import DatasetStats
 from crowdray.errors import UserError
 
-
-def make_part(part: Path) -> Path:
-    """Eight images; the second is truncated."""
-    content = simplejpeg.encode_jpeg(np.zeros((24, 32, 3), np.uint8))
-    for name in ("images", "ground_truth"):
-        (part / "train_data" / name).mkdir(parents=True)
-    for number in range(1, 9):
-        (part / "train_data" / "images" / f"IMG_{number}.jpg").write_bytes(content[: 200 if number == 2 else None])
-        info = np.empty((1, 1), dtype=object)
-        info[0, 0] = {"location": np.ones((1, 2)), "number": 1}
-        savemat(part / "train_data" / "ground_truth" / f"GT_IMG_{number}.mat", {"image_info": info})
-    return part
+from ..support.builders import jpeg, make_shanghaitech
 
 
 def test_convert_interrupted_reports_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 2)
-    source, dest = open_source("shanghaitech", str(make_part(tmp_path / "part_B"))), str(tmp_path / "made")
+    part, dest = make_shanghaitech(tmp_path / "part_B", count=8), str(tmp_path / "made")
+    (part / "train_data" / "images" / "IMG_2.jpg").write_bytes(jpeg(2)[:200])
+    source = open_source("shanghaitech", str(part))
     add = conversion.Conversion.add
 
     def interrupt(self: Any, result: SliceResult) -> None:

@@ -15,6 +15,7 @@ INDEPENDENT = [
     "config.py",
     "console/tables.py",
     "data/loader.py",
+    "data/shard_reader.py",
     "datasets/depth/onnx.py",
     "datasets/sources/__init__.py",
     "datasets/sources/annotations/base.py",

@@ -1,4 +1,4 @@
-"""Conversions that are killed, run twice or fed faulty items: the result equals an unbroken one, or a clear error."""
+"""Conversions that are killed, run twice or given faulty items equal an unbroken one, or raise."""
 
 import json
 import multiprocessing
@@ -97,7 +97,7 @@ def test_convert_interrupted_overwrite_keeps_old_dataset_and_resumes(part: Path,
 
 
 def _convert_until(part: Path, dest: str, last: int, log: str, events: Any) -> None:
-    """Convert, and die before the file-system operation number `last`; each finished slice adds a byte to `log`."""
+    """Convert, and die before file operation `last`; each finished slice adds a byte to `log`."""
     count = 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:

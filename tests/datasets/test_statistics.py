@@ -1,4 +1,4 @@
-"""Statistics and validation: each defect is reported by name, numbers equal brute force for any slicing."""
+"""Statistics and validation: defects are reported by name, numbers equal brute force."""
 
 import io
 import json

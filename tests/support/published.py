@@ -100,7 +100,7 @@ def pixels_per_metre() -> np.ndarray[Any, Any]:
 
 
 def worldexpo() -> Files:
-    """Two training scenes, one with a dash, test scenes S1 and S2, both MATLAB formats, and two bad labels."""
+    """Two training scenes, one with a dash, two test scenes, both MATLAB formats, two bad labels."""
     corners = {
         "maskVerticesXCoordinates": np.array([[5.0], [21.0], [21.0], [5.0]]),
         "maskVerticesYCoordinates": np.array([[3.0], [3.0], [15.0], [15.0]]),
@@ -126,7 +126,7 @@ def worldexpo() -> Files:
 
 
 def ucsd(frames: int = 2) -> Files:
-    """Ten clips of a few frames with 0 to 3 heads each, in `frame` of even clips and `fgt.frame` of odd ones."""
+    """Ten clips of a few frames with 0 to 3 heads each; `frame` in even clips, `fgt.frame` in odd."""
     files = {}
     for clip in range(10):
         cell = np.empty((1, frames), dtype=object)
@@ -191,7 +191,7 @@ def jhu() -> Files:
 
 
 def nwpu() -> Files:
-    """Lists in another order than numbers; JSON, MATLAB or both; an image without heads; an unlabelled test split."""
+    """Lists in their own order; JSON, MATLAB or both; an empty image; an unlabelled test split."""
     boxes = [[x - 1, y - 1, x + 1, y + 1] for x, y in HEADS]
     both = {"img_id": "0003.jpg", "human_num": 3, "points": HEADS, "boxes": boxes}
     empty = {"img_id": "0002.jpg", "human_num": 0, "points": [], "boxes": []}

@@ -1,4 +1,4 @@
-"""Check of a whole source, before or after its conversion: statistics, example images, and whether it is valid."""
+"""Check of a whole source, before or after conversion: statistics, examples and problems."""
 
 import json
 from collections.abc import Sequence

@@ -70,7 +70,7 @@ def _convert_pending(conversion: Conversion, progress: Progress) -> None:
 
 
 def check_reachable(result: SliceResult) -> None:
-    """Raise UserError if a file is missing for a worker but not for this process: the item is not at fault."""
+    """Raise UserError if a file is missing for a worker but exists for this process."""
     if unreachable := next(filter(storage.exists, result.stats.missing), None):
         raise UserError(
             f"a worker cannot find {unreachable}, which exists for this process: with several nodes --source must be "

@@ -53,7 +53,7 @@ def code_files(roots: Iterable[str], package: Path = PACKAGE) -> list[Path]:
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if file.is_file():  # an imported name that is not a module has no file
             files[name] = file
-            pending += _imports(file)
+            pending += _imports(file) if name != write_shard.__module__ else []  # it imports the readers of shards
     return sorted(files.values())
 
 

@@ -1,7 +1,7 @@
-"""Conversion of a source into a dataset: slices become shards, the index is written last, interrupted runs resume.
+"""Conversion of a source into a dataset of shards, resumable at any point.
 
-A slice needs only its items, so any worker can convert it. Equal sources result in equal bytes for any number of
-workers and any number of restarts.
+Each slice of items becomes a shard; the index is written last. A slice needs only its items, so any worker can convert
+it. Equal sources result in equal bytes for any number of workers and any number of restarts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -20,7 +20,7 @@ MAX_UNUSABLE = 0.5
 
 
 def check_quarantine(report: ValidationReport, *, strict: bool = False) -> None:
-    """Raise DataError with all unusable items if they are most of a split, or if `strict` and there are any."""
+    """Raise DataError if most of a split is unusable, or any item if `strict`."""
     items = report.unusable
     worst = [
         f"{stats.unusable} of {stats.unusable + stats.images} in {split}"

@@ -1,4 +1,4 @@
-"""State of an unfinished conversion, kept at its destination until the index exists, so that a restart can resume it.
+"""State of an unfinished conversion, kept at its destination to resume it.
 
     .conversion/writer.*.json     lock of the process that converts
     .conversion/slice-*.json      result of a finished slice, written after its shard
@@ -97,7 +97,7 @@ def save_result(dest: str, key: str, result: SliceResult) -> None:
 
 
 def load_results(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
-    """Results by slice number, of the slices with a saved result under their key and a complete shard at `dest`."""
+    """Saved results by slice number, of slices with the same key and a complete shard."""
     sizes = {file.name: file.size for file in storage.find_files(dest, depth=2)}
     results = {}
     for number, key in enumerate(keys):
@@ -110,7 +110,7 @@ def load_results(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
 
 
 def mark_finished(dest: str, keys: Sequence[str], digest: str) -> None:
-    """Record, before the index is written, that the index with this digest completes the conversion of these slices."""
+    """Save the digest of the index that completes the conversion; call this before writing the index."""
     storage.write_bytes(storage.join(dest, FOLDER, _finished_name(keys)), digest.encode())
 
 
@@ -145,7 +145,7 @@ def _finished_name(keys: Sequence[str]) -> str:
 
 
 def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:
-    """Size and modification time of files, by one listing per folder; folders that cannot be listed are left out."""
+    """Size and modification time of files; one listing per folder, skipping folders without listing."""
     stamps = {}
     for folder in sorted({uri.rpartition("/")[0] for uri in uris}):
         with suppress(UserError):

@@ -1,4 +1,4 @@
-"""Statistics of a source's images: sizes, head counts, spacing, duplicates, and the items that cannot be used.
+"""Statistics of a source's images: sizes, head counts, spacing, hashes and unusable items.
 
 Conversion and `--check` load items through the same function here. One image is in memory at a time; what stays of each
 is a row of numbers, its name and its hash. Statistics of slices add up to those of the whole.
@@ -177,7 +177,7 @@ def image_stats(sample: Sample) -> ImageStats:
 
 
 def in_roi(points: NDArray[np.float32], mask: NDArray[np.bool_], height: int, width: int) -> NDArray[np.bool_]:
-    """(N,) whether the pixel of each of (N, 2) points is in a mask; points outside the image use the nearest pixel."""
+    """(N,) whether each of (N, 2) points is inside a mask; clipped to the image first."""
     rows, columns = mask.shape
     column = np.clip(points[:, 0] * (columns / width), 0, columns - 1).astype(np.int64)
     row = np.clip(points[:, 1] * (rows / height), 0, rows - 1).astype(np.int64)
@@ -186,7 +186,7 @@ def in_roi(points: NDArray[np.float32], mask: NDArray[np.bool_], height: int, wi
 
 
 def nearest_neighbours(points: NDArray[Any]) -> NDArray[np.float64]:
-    """(N,) distance in pixels from each of (N, 2) points to its nearest neighbour; (0,) for fewer than two points."""
+    """(N,) distance of each of (N, 2) points to its nearest neighbour; (0,) for fewer than two points."""
     if len(points) < 2:
         return np.zeros(0)
     distances: NDArray[np.float64] = cKDTree(points).query(points, k=2)[0][:, 1]
@@ -194,7 +194,7 @@ def nearest_neighbours(points: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def spacing_histogram(points: NDArray[Any]) -> NDArray[np.int64]:
-    """(112,) number of heads by distance to their nearest neighbour; the outer bins include what lies beyond."""
+    """(112,) number of heads by distance to their nearest neighbour; the outer bins are open."""
     distances = nearest_neighbours(points).clip(SPACING_EDGES[0], SPACING_EDGES[-1])
     return np.histogram(distances, SPACING_EDGES)[0].astype(np.int64)
 

@@ -1,4 +1,4 @@
-"""Models of transformers as depth teachers: a tiny one predicts as without the teacher; others raise an error."""
+"""A tiny model of transformers as depth teacher predicts as it does alone; others raise an error."""
 
 import io
 import json

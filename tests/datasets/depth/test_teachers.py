@@ -1,4 +1,4 @@
-"""Precomputed maps and ONNX networks as depth teachers: depth equals an independent computation; errors are clear."""
+"""Precomputed maps and ONNX networks as depth teachers equal an independent computation."""
 
 import contextlib
 import hashlib
@@ -69,7 +69,7 @@ def network(
     metadata: dict[str, str] | None = None,
     external: bool = False,
 ) -> Path:
-    """Write an ONNX file: y = 20 + sum of weighted channels, averaged over 2x2 pixels, followed by the nodes `then`."""
+    """Write an ONNX file: 20 + weighted channels, averaged over 2x2 pixels, then the nodes `then`."""
     weights = numpy_helper.from_array(np.resize(RGB, (1, channels, 1, 1)).astype(np.float32), "w")
     offset = numpy_helper.from_array(np.array([20], np.float32), "offset")
     axis = numpy_helper.from_array(np.array([1]), "axis")

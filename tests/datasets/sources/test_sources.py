@@ -1,7 +1,6 @@
 """Sources list items in natural order and convert coordinates from their own base."""
 
 import pickle
-import shutil
 import uuid
 from pathlib import Path
 
@@ -131,12 +130,6 @@ def test_shanghaitech_root_with_both_parts_needs_part(tmp_path: Path) -> None:
         open_source("shanghaitech", str(tmp_path / "part_A"), part="B")
 
 
-def test_open_source_of_wrong_folder_raises(tmp_path: Path) -> None:
-    for name in ("mall", "shanghaitech"):
-        with pytest.raises(UserError, match=str(tmp_path)):
-            open_source(name, str(tmp_path))
-
-
 def test_convert_from_and_to_a_bucket_equals_local(mall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     remote = f"memory://{uuid.uuid4().hex}"
@@ -178,9 +171,3 @@ def test_synthetic_images_do_not_depend_on_their_number() -> None:
         few.items(["val"])
     with pytest.raises(UserError, match="not 0 for all"):
         open_source("synthetic", train=0, test=0)
-
-
-def test_builders_write_the_nesting_of_the_original_mall_files(mall: Path) -> None:
-    frame = loadmat(mall / "mall_gt.mat")["frame"]
-    assert frame.shape == (1, 6) and frame[0, 3]["loc"][0, 0].shape == (3, 2)
-    shutil.rmtree(mall)

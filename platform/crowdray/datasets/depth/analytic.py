@@ -1,4 +1,4 @@
-"""Depth teachers that need no network: a perspective map, a plane estimated from head spacing, stored depth."""
+"""Depth teachers without a network: perspective maps, a plane from head spacing, stored depth."""
 
 from collections.abc import Sequence
 from typing import Any

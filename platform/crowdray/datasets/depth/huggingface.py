@@ -1,4 +1,4 @@
-"""Depth from a model of transformers: a name on the Hugging Face hub, or a folder written by save_pretrained."""
+"""Depth from a model of transformers, on the Hugging Face hub or in a local folder."""
 
 import contextlib
 import hashlib
@@ -54,7 +54,7 @@ class HuggingFaceDepth(DepthTeacher):
         self._inverse = _is_inverse(options, folder)
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
-        """Depth at the model's resolution, at most the image's; DataError if the model fails or returns no depth."""
+        """Depth at the model's resolution, at most the image's; DataError if the model fails."""
         processor, network = self._loaded
         image = Image.fromarray(decode_image(inputs.image))
         # Only ZoeDepth needs the image's size, to remove its padding; other models would resize with overshoot.
@@ -156,7 +156,10 @@ def _is_inverse(options: TeacherOptions, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def deterministic_inference() -> Iterator[None]:
-    """Compute on a single thread, since Ray runs one task per CPU, with deterministic kernels and no gradients."""
+    """Context of a single thread, deterministic kernels and no gradients.
+
+    Ray runs one task per CPU, so more threads would compete.
+    """
     import torch
 
     threads = torch.get_num_threads()

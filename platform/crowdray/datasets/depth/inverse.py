@@ -1,4 +1,4 @@
-"""From raw depth or inverse depth to a checked depth map, at most as large as the image, larger = farther.
+"""Checked depth maps, at most as large as the image, from depth or inverse depth.
 
 Shape legend: H W image, h w map.
 """

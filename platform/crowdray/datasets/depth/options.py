@@ -1,4 +1,4 @@
-"""Options of a depth teacher: the text of `--depth` after the colon, a location followed by comma-separated options."""
+"""Options of a depth teacher: the text of `--depth` after the colon."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TeacherOptions:
-    """A location and its options, such as `s3://bucket/maps,inverse,range=20`; the location ends at the first comma."""
+    """A location and comma-separated options, such as `s3://bucket/maps,inverse,range=20`."""
 
     teacher: str
     """The word before the colon."""

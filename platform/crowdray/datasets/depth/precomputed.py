@@ -21,10 +21,10 @@ OPTIONS = {"inverse": "", "range": f"{RANGE:g}", "flat": ""}
 
 
 class PrecomputedDepth(DepthTeacher):
-    """Maps at `<split>/<name>.png`, `.npy` or `.exr` below a folder or URI; with `flat`, at `<name>.png` and so on.
+    """Maps at `<split>/<name>.png`, `.npy` or `.exr` below a folder or URI.
 
-    Larger is farther, or nearer with `inverse`. The teacher's name contains a hash of names, sizes and times of all
-    maps, so replacing maps makes another teacher.
+    With the option `flat`, maps are at `<name>.png` and so on. Larger is farther, or nearer with `inverse`. The
+    teacher's name contains a hash of names, sizes and times of all maps, so replacing maps makes another teacher.
     """
 
     per_image = True
@@ -45,7 +45,7 @@ class PrecomputedDepth(DepthTeacher):
         self.name = options.identity(1, hashlib.sha256(repr(listing).encode()).hexdigest())
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
-        """The stored map of an image; DataError if there is none or more than one, or if it does not fit the image."""
+        """Stored map of an image; DataError unless exactly one exists and fits the image."""
         if not inputs.name:
             raise DataError("this source does not name its images, so maps cannot be matched; use another --depth")
         path = inputs.name if self._flat else f"{inputs.split}/{inputs.name}"

@@ -45,5 +45,9 @@ class DepthTeacher(Protocol):
     """Whether depth() needs a GPU."""
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
-        """Depth of the whole image as float32, at its size or smaller, larger = farther, any scale; None for no map."""
+        """Depth map of an image; None for no map.
+
+        Returns:
+            float32 map of the whole image, at its size or smaller; larger is farther, on any positive scale.
+        """
         ...

@@ -47,7 +47,7 @@ class Source(Protocol):
         ...
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Items of the given splits, or of all available ones, in natural order; UserError for a missing split."""
+        """Items of the given or all splits, in natural order; UserError for a missing split."""
         ...
 
     def load(self, item: Item) -> Sample:

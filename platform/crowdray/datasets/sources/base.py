@@ -1,4 +1,4 @@
-"""Base class of sources of annotated image files: listing with head scales, checked loading, maps of fixed cameras."""
+"""Base class of sources of annotated image files, with the maps of fixed cameras."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ class AnnotatedImages:
         return {**self.__dict__, "_encoded": {}, "_cache": {}}
 
     def cached(self, uri: str, read: Callable[[str], T]) -> T:
-        """Result of `read` for a file; the last MAX_CACHED results stay in memory, and none is sent to workers."""
+        """Result of `read` for a file; the last MAX_CACHED results stay in memory."""
         if uri not in self._cache:
             while len(self._cache) >= MAX_CACHED:
                 self._cache.pop(next(iter(self._cache)))

@@ -1,7 +1,7 @@
-"""Mall: 2,000 frames of one surveillance camera at 480x640, with a region of interest and a perspective map.
+"""Mall: 2,000 frames of one surveillance camera at 480x640.
 
-Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.mat. The first 800 frames are
-for training.
+Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.mat with a region of interest and a
+perspective map. The first 800 frames are for training.
 """
 
 from typing import Any

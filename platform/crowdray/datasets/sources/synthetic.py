@@ -69,7 +69,7 @@ class Synthetic:
             name=item.name,
             source_depth=depth,
         )
-        encodable = self.teacher.depth(inputs)
+        teacher_depth = self.teacher.depth(inputs)
         return make_sample(
             name=item.name,
             split=item.split,
@@ -77,7 +77,7 @@ class Synthetic:
             image=image,
             points=scene.points,
             roi=None if scene.roi.all() else encode_roi(scene.roi),
-            depth=None if encodable is None else encode_depth(encodable),
+            depth=None if teacher_depth is None else encode_depth(teacher_depth),
             shape=(height, width),
         )
 

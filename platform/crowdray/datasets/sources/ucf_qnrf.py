@@ -68,9 +68,10 @@ class UcfQnrf(AnnotatedImages):
 
 
 def reduce_image(content: bytes, heads: Heads, longest: int) -> tuple[bytes, Heads]:
-    """Reduce an image to a longer side of at most `longest` pixels, and scale its heads (N, 2); deterministic.
+    """Reduce an image to a longer side of at most `longest` pixels, and scale its heads (N, 2).
 
-    Smaller images, and all images for 0, keep their bytes. Raises DataError for an image that cannot be decoded.
+    Smaller images, and all images for 0, keep their bytes; the result is deterministic. Raises DataError for an image
+    that cannot be decoded.
     """
     height, width = content_size(content)
     if not longest or max(width, height) <= longest:

@@ -1,8 +1,8 @@
-"""UCSD pedestrians: ten clips of 200 grey frames of one surveillance camera at 158x238, with a region of interest.
+"""UCSD pedestrians: ten clips of 200 grey frames of one surveillance camera at 158x238.
 
 Layout: ucsdpeds/vidf/vidf1_33_00X.y/vidf1_33_00X_fNNN.png, and in vidf-cvpr/ vidf1_33_00X_frame_full.mat,
-vidf1_33_roi_mainwalkway.mat, vidf1_33_dmap3.mat. Clips count from 0, frames from 1; some clips
-of the dataset are not annotated.
+vidf1_33_roi_mainwalkway.mat, vidf1_33_dmap3.mat. Clips count from 0, frames from 1; some clips are
+not annotated.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""WorldExpo'10: frames of 108 surveillance cameras at 576x720, with a region of interest and a perspective map each.
+"""WorldExpo'10: frames of 108 surveillance cameras at 576x720.
 
 Layout: train_frame/<name>.jpg, train_label/<scene>/{<name>.mat, roi.mat}, train_perspective/<scene>.mat, and the
 same with test_, whose frames lie in folders of their scenes. The five test scenes do not occur in the training split.
