@@ -66,11 +66,11 @@ class StageCacheSession:
     ) -> None:
         self.stage_keys = stage_keys(config, dataset.digest, world.size, numerics_facts(config, device, threads))
         self._config, self._store, self._world = stage_cache, stage_cache.open(), world
-        self._pure = True
+        self._has_key = True
 
     def resume_from(self, own: Checkpoint) -> Checkpoint:
         """Resume from the run's own checkpoint; if other code or another number of workers wrote it, store no state."""
-        self._pure = own.progress.stage_key == self.stage_keys[own.progress.stage].key
+        self._has_key = own.progress.stage_key == self.stage_keys[own.progress.stage].key
         return own
 
     def restore(self) -> Checkpoint | None:
@@ -94,14 +94,14 @@ class StageCacheSession:
             missed.add(found)
         return None
 
-    def save(self, training: Trainer, save: Callable[[Path], None]) -> None:
+    def save(self, trainer: Trainer, save: Callable[[Path], None]) -> None:
         """Store the state after an epoch, on rank 0, at the end of a stage and at the configured epochs.
 
         A state that no key describes is marked so, also in what `save` writes: whatever resumes from it is not stored.
         """
-        progress = training.state.progress
+        progress = trainer.state.progress
         key, epoch = self.stage_keys[progress.stage], progress.stage_epochs
-        progress.stage_key = key.key if self._pure else ""
-        wanted = training.stage_finished or epoch in self._config.snapshot_epochs.get(key.stage, ())
-        if self._pure and wanted:
+        progress.stage_key = key.key if self._has_key else ""
+        wanted = trainer.stage_finished or epoch in self._config.snapshot_epochs.get(key.stage, ())
+        if self._has_key and wanted:
             self._store.publish(key, epoch, save)

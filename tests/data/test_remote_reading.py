@@ -1,0 +1,113 @@
+"""Reading datasets larger than the node's cache: remote rows equal local ones, in one request each."""
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from crowdray import storage
+from crowdray.data.shards import INDEX, Dataset, write_index, write_shard
+from crowdray.errors import DataError
+from crowdray.storage import paths
+
+from ..support.builders import samples
+
+MEMORY = type(fsspec.filesystem("memory"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (0.0, 0.0))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def twins(tmp_path: Path) -> tuple[Dataset, Dataset]:
+    """The same three shards, the first of two record batches, in a local folder and in a remote one."""
+    listed = [*samples(70), *samples(20, "test", seed=1)]
+    made = []
+    for uri in (str(tmp_path / "local"), f"memory://{uuid.uuid4().hex}"):
+        shards = [write_shard(part, uri, n) for n, part in enumerate((listed[:66], listed[66:77], listed[77:]))]
+        write_index(uri, shards, source="listed", depth_teacher="none")
+        made.append(Dataset.open(uri))
+    return made[0], made[1]
+
+
+def columns(dataset: Dataset) -> list[Any]:
+    """All values of a dataset."""
+    found: list[Any] = []
+    for split in ("train", "test"):
+        found += [dataset.rows(split), dataset.sizes(split), dataset.counts(split), dataset.strings("name", split)]
+        for row in dataset.rows(split).tolist():
+            sample = dataset.sample(row)
+            assert not sample.points.flags.writeable
+            values = [getattr(sample, name) for name in sample.__slots__]
+            found += [bytes(value) if isinstance(value, memoryview) else value for value in values]
+    return found
+
+
+@pytest.mark.parametrize(("fraction", "remote"), [(1.0, 0), (0.3, 1), (0.0, 3)], ids=["all", "some", "none"])
+def test_dataset_larger_than_the_cache_is_read_remotely_to_the_same_bits(
+    twins: tuple[Dataset, Dataset],
+    cache: Path,
+    fraction: float,
+    remote: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    local, stored = twins
+    total = sum(shard.bytes for shard in local.index.shards)
+    monkeypatch.setenv("CROWDRAY_CACHE_GIB", str(fraction * total / 2**30))
+    with caplog.at_level(logging.WARNING):
+        for expected, found in zip(columns(local), columns(stored), strict=True):
+            np.testing.assert_array_equal(expected, found)
+    assert len([path for path in cache.glob("??/*") if path.suffix != ".lock"]) == 3 - remote
+    assert len(caplog.records) == min(remote, 1)
+    stored.verify()
+
+
+def test_remote_row_is_one_round_trip_for_its_own_bytes(
+    twins: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, stored = twins
+    monkeypatch.setenv("CROWDRAY_CACHE_GIB", "0")
+    stored.sample(0)
+    requested: list[int] = []
+    cat_ranges = MEMORY.cat_ranges
+
+    def counted(self: Any, paths: Any, starts: Any, ends: Any, **options: Any) -> Any:
+        requested.append(sum(ends) - sum(starts))
+        return cat_ranges(self, paths, starts, ends, **options)
+
+    monkeypatch.setattr(MEMORY, "cat_ranges", counted)
+    for row in (64, 1, 65):
+        stored.sample(row)
+        sample = local.sample(row)
+        assert requested.pop() == sum(len(s) for s in (sample.image, sample.roi or b"", sample.depth or b"")) + (
+            sample.points.nbytes
+        )
+    assert not requested
+
+
+@pytest.mark.parametrize("damage", ["cut", "image"])
+def test_remote_reading_detects_damage(
+    twins: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    local, stored = twins
+    monkeypatch.setenv("CROWDRAY_CACHE_GIB", "0")
+    uri = storage.join(stored.uri, stored.index.shards[0].path)
+    whole = storage.read_bytes(uri)
+    image = bytes(local.sample(5).image)
+    other = image[:-40] + bytes([image[-40] ^ 1]) + image[-39:]
+    storage.write_bytes(uri, whole[:-200] if damage == "cut" else whole.replace(image, other))
+    with pytest.raises(DataError, match=rf"{uri} is (truncated or was replaced|damaged).*convert"):
+        stored.sample(5)
+    with pytest.raises(DataError, match=rf"{uri} is (truncated or was replaced|damaged).*convert"):
+        stored.verify()
+    assert storage.exists(storage.join(stored.uri, INDEX))
