@@ -1,4 +1,4 @@
-"""Laws of recomputing: the same training to the bit, in less memory, and the same number of operations told."""
+"""Activation checkpointing: bit-equal training in less memory, and the same FLOP count."""
 
 import weakref
 from collections.abc import Iterable, Sequence
@@ -33,8 +33,8 @@ from crowdray.training.flops import flops_per_window
 from crowdray.training.trainer import Trainer
 
 
-class Noisy(Backbone):
-    """A user's own: running statistics of both kinds, and dropout, in two segments."""
+class StochasticBackbone(Backbone):
+    """A user's backbone in two segments, with both kinds of running statistics and dropout."""
 
     channels = 16
     stride = 8
@@ -62,14 +62,14 @@ class Noisy(Backbone):
         return [self.blocks[:1], self.blocks[1:]]
 
 
-class Whole(Noisy):
-    """The same in one segment, as of a class with `forward` alone."""
+class SingleSegmentBackbone(StochasticBackbone):
+    """The same in one segment, as for a class that defines only `forward`."""
 
     def checkpoint_segments(self) -> Sequence[nn.Module]:
         return Backbone.checkpoint_segments(self)  # type: ignore[return-value]
 
 
-OWN = [f"{__name__}:{name}" for name in ("Noisy", "Whole")]
+USER_BACKBONES = [f"{__name__}:{name}" for name in ("StochasticBackbone", "SingleSegmentBackbone")]
 
 
 def config_of(backbone: str, activation_checkpointing: bool = False) -> Config:
@@ -84,8 +84,8 @@ def config_of(backbone: str, activation_checkpointing: bool = False) -> Config:
     )
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, *OWN])
-def test_segments_one_after_the_other_are_the_encoder(backbone: str) -> None:
+@pytest.mark.parametrize("backbone", [*BACKBONES, *USER_BACKBONES])
+def test_checkpoint_segments_in_sequence_equal_the_encoder(backbone: str) -> None:
     encoder = build_counter(config_of(backbone), 1.0).encoder.eval()
     image = torch.randn(1, 3, 50, 67)
     with torch.no_grad():
@@ -95,26 +95,25 @@ def test_segments_one_after_the_other_are_the_encoder(backbone: str) -> None:
         assert torch.equal(features, encoder(image))
 
 
-@pytest.mark.parametrize("backbone", OWN)
-def test_all_stages_train_to_the_same_bits(discs: Dataset, backbone: str) -> None:
-    """Weights, running statistics and their counts, in a frozen encoder and a trained one, in parts of a batch."""
-    kept, computed = (
+@pytest.mark.parametrize("backbone", USER_BACKBONES)
+def test_fit_with_activation_checkpointing_is_bit_equal(discs: Dataset, backbone: str) -> None:
+    """Weights and running statistics, in a frozen and a trained encoder, over microbatches."""
+    stored, recomputed = (
         Trainer(config_of(backbone, activation_checkpointing), discs, world=World(), device=torch.device("cpu"))
         for activation_checkpointing in (False, True)
     )
-    for training in (kept, computed):
-        training.fit()
-    assert (
-        computed.state.counter.activation_checkpointing and not computed.best_counter("joint").activation_checkpointing
-    )
-    state = computed.state.counter.state_dict()
+    for trainer in (stored, recomputed):
+        trainer.fit()
+    assert recomputed.state.counter.activation_checkpointing
+    assert not recomputed.best_counter("joint").activation_checkpointing
+    state = recomputed.state.counter.state_dict()
     assert any("num_batches_tracked" in name for name in state)
-    for name, value in kept.state.counter.state_dict().items():
+    for name, value in stored.state.counter.state_dict().items():
         assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize(("backbone", "bf16"), [("cfcn", False), ("csrnet", True), ("convnext", False)])
-def test_gradients_are_the_same_bits(backbone: str, bf16: bool) -> None:
+def test_gradients_with_activation_checkpointing_are_bit_equal(backbone: str, bf16: bool) -> None:
     gradients = []
     for activation_checkpointing in (False, True):
         counter = build_counter(config_of(backbone), 1.0)
@@ -130,68 +129,67 @@ def test_gradients_are_the_same_bits(backbone: str, bf16: bool) -> None:
         assert gradient is not None and other is not None and torch.equal(gradient, other), name
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of all tensors that operations have made and nobody has dropped, at their most."""
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the peak bytes of all live tensors that operations have created."""
 
-    def __init__(self, there: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most: int = 0
+        self.peak: int = 0
         self._live: int = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (address := tensor.untyped_storage()._cdata) not in self._known:
                 self._known.add(address)
                 self._live += tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self._gone, address, tensor.untyped_storage().nbytes())
-        self.most = max(self.most, self._live)
-        return made
+                weakref.finalize(tensor.untyped_storage(), self._freed, address, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self._live)
+        return result
 
-    def _gone(self, address: int, size: int) -> None:
+    def _freed(self, address: int, size: int) -> None:
         self._known.discard(address)
         self._live -= size
 
 
-def peak(backbone: str, activation_checkpointing: bool) -> int:
-    """Most bytes of an update's activations and their gradients; gradients of parameters lie there before."""
+def peak_bytes(backbone: str, activation_checkpointing: bool) -> int:
+    """Peak bytes of a step's activations and their gradients; gradients of parameters are allocated before."""
     config = replace(config_of(backbone), sampling=SamplingConfig(crop=96, context=0))
     counter = build_counter(config, 1.0)
     counter.activation_checkpointing = activation_checkpointing
-    there: list[Tensor] = []
+    existing: list[Tensor] = []
     for parameter in counter.parameters():
         parameter.grad = torch.zeros_like(parameter)
-        there += [parameter, parameter.grad]
+        existing += [parameter, parameter.grad]
     image = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
-    counted = LiveBytes(there)
-    with counted:
+    recorder = PeakBytes(existing)
+    with recorder:
         outputs = counter(image, TASKS)
         torch.stack([output.square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
-    return counted.most
+    return recorder.peak
 
 
-@pytest.mark.parametrize(("backbone", "share"), [("csrnet", 0.65), ("convnext", 0.3)])
-def test_less_memory_is_taken(backbone: str, share: float) -> None:
-    assert peak(backbone, activation_checkpointing=True) < share * peak(backbone, activation_checkpointing=False)
+@pytest.mark.parametrize(("backbone", "fraction"), [("csrnet", 0.65), ("convnext", 0.3)])
+def test_peak_memory_with_activation_checkpointing_falls(backbone: str, fraction: float) -> None:
+    assert peak_bytes(backbone, True) < fraction * peak_bytes(backbone, False)
 
 
-def test_operations_are_those_of_the_network_alone() -> None:
+def test_flops_per_window_ignores_recomputation() -> None:
     counter = build_counter(config_of("csrnet"), 1.0)
-    told = []
+    counted = []
     for counter.activation_checkpointing in (False, True):
-        told.append(flops_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
-    assert told[0] == told[1] and counter.activation_checkpointing
+        counted.append(flops_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
+    assert counted[0] == counted[1] and counter.activation_checkpointing
 
 
-def test_a_compiler_that_recomputes_itself_is_refused() -> None:
+def test_config_with_activation_checkpointing_and_compile_raises() -> None:
     with pytest.raises(
-        ConfigError,
-        match=r"numerics.activation_checkpointing is True and numerics.compile is graphs.*set only one of them",
+        ConfigError, match=r"activation_checkpointing is True and numerics.compile is graphs.*set only one of them"
     ):
         Config(numerics=NumericsConfig(activation_checkpointing=True, compile="graphs"))
 
 
-def test_graphs_are_recorded_for_one_size_of_windows() -> None:
+def test_config_with_cuda_graphs_and_scale_raises() -> None:
     with pytest.raises(ConfigError, match=r"numerics.compile is graphs and sampling.scale 0.25; .*compile yes"):
         Config(sampling=SamplingConfig(scale=0.25), numerics=NumericsConfig(compile="graphs"))

@@ -32,9 +32,9 @@ WORKERS, STEPS = 3, 2
 
 
 @settings(max_examples=300, deadline=None)
-@given(fitting=st.integers(0, 300), limit=st.integers(1, 300), overhead=st.floats(0, 100), knee=st.integers(1, 400))
+@given(capacity=st.integers(0, 300), limit=st.integers(1, 300), overhead=st.floats(0, 100), knee=st.integers(1, 400))
 def test_search_microbatch_size_returns_smallest_fast_power_of_two_or_largest_that_fits(
-    fitting: int, limit: int, overhead: float, knee: int
+    capacity: int, limit: int, overhead: float, knee: int
 ) -> None:
     """A step costs a constant and a time per window, which grows beyond the knee."""
     measured: list[int] = []
@@ -43,11 +43,11 @@ def test_search_microbatch_size_returns_smallest_fast_power_of_two_or_largest_th
         return size / (overhead + size * max(1, size / knee))
 
     def windows_per_s(size: int) -> float | None:
-        assert max([before for before in measured if before <= fitting], default=0) < size <= limit
+        assert max([before for before in measured if before <= capacity], default=0) < size <= limit
         measured.append(size)
-        return speed(size) if size <= fitting else None
+        return speed(size) if size <= capacity else None
 
-    largest = min(fitting, limit)
+    largest = min(capacity, limit)
     powers = [2**k for k in range(10) if 2**k <= largest]
     expected = next((p for p in powers if 2 * p in powers and speed(2 * p) < MIN_SPEEDUP * speed(p)), None)
     if expected is None and powers:

@@ -1,4 +1,4 @@
-"""Counted operations against their closed form, and measured rates against what is known of them."""
+"""Counted FLOPs against their closed form, and measured memory and throughput."""
 
 import resource
 from contextlib import nullcontext
@@ -16,15 +16,17 @@ from crowdray.training.flops import flops_per_window, peak_matmul_flops, peak_me
 CPU = torch.device("cpu")
 
 
-def forward_operations(layers: list[torch.nn.Conv2d], cells: list[int]) -> list[int]:
-    """A convolution does two operations for each weight and output cell."""
+def forward_flops(layers: list[torch.nn.Conv2d], cells: list[int]) -> list[int]:
+    """FLOPs of convolutions: two per weight and output cell."""
     return [2 * layer.weight.numel() * number for layer, number in zip(layers, cells, strict=True)]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_operations_are_those_of_the_convolutions_there_and_back(frozen: bool) -> None:
-    """Back: the gradients of weights and of inputs cost a forward pass each; the photo needs none, nor does anything
-    below what trains."""
+def test_flops_per_window_equals_closed_form_of_convolutions(frozen: bool) -> None:
+    """The gradients of weights and of inputs cost a forward pass each.
+
+    Neither the image nor anything below the first trained layer needs a gradient.
+    """
     config = replace(Config(), sampling=SamplingConfig(crop=64, context=0), model=ModelConfig("csrnet", "pooled"))
     counter = build_counter(config, 1.0)
     for name, parameter in counter.named_parameters():
@@ -33,17 +35,18 @@ def test_operations_are_those_of_the_convolutions_there_and_back(frozen: bool) -
     decoder = [layer for layer in counter.decoders[DENSITY].modules() if isinstance(layer, torch.nn.Conv2d)]
     side = 64
     sizes = [side] * 2 + [side // 2] * 2 + [side // 4] * 3 + [side // 8] * 6
-    there = forward_operations(encoder, [size**2 for size in sizes]), forward_operations(decoder, [8**2] * 4)
+    encoder_flops = forward_flops(encoder, [size**2 for size in sizes])
+    decoder_flops = forward_flops(decoder, [8**2] * 4)
     if frozen:
-        expected = sum(there[0]) + 3 * sum(there[1]) - there[1][0]
+        expected = sum(encoder_flops) + 3 * sum(decoder_flops) - decoder_flops[0]
     else:
-        expected = 3 * (sum(there[0]) + sum(there[1])) - there[0][0]
+        expected = 3 * (sum(encoder_flops) + sum(decoder_flops)) - encoder_flops[0]
     counted = flops_per_window(counter, (DENSITY,), (64, 64), frozen_encoder=frozen, autocast=nullcontext())
     assert counted == expected
 
 
-class Grouped(Backbone):
-    """A convolution in which every channel is alone."""
+class DepthwiseBackbone(Backbone):
+    """A backbone with a depthwise convolution."""
 
     channels = 16
     stride = 8
@@ -61,19 +64,19 @@ class Grouped(Backbone):
         return features
 
 
-def test_channels_that_are_alone_cost_what_they_cost() -> None:
-    model = ModelConfig(f"{__name__}:Grouped", "pooled")
+def test_flops_per_window_counts_grouped_convolutions_once() -> None:
+    model = ModelConfig(f"{__name__}:DepthwiseBackbone", "pooled")
     counter = build_counter(replace(Config(), sampling=SamplingConfig(crop=64, context=0), model=model), 1.0)
     for name, parameter in counter.named_parameters():
         parameter.requires_grad_(name.startswith(("encoder", "decoders.density")))
     stripped = counter.strip()
     layers = [layer for layer in stripped.modules() if isinstance(layer, torch.nn.Conv2d)]
-    there = forward_operations(layers, [8**2] * len(layers))
+    forward = forward_flops(layers, [8**2] * len(layers))
     counted = flops_per_window(stripped, (DENSITY,), (64, 64), frozen_encoder=False, autocast=nullcontext())
-    assert counted == 3 * sum(there) - there[0]
+    assert counted == 3 * sum(forward) - forward[0]
 
 
-def test_counting_leaves_no_trace() -> None:
+def test_flops_per_window_leaves_no_side_effects() -> None:
     counter = build_counter(replace(Config(), model=ModelConfig("cfcn", "pooled")), 1.0)
     counter.train()
     generator = torch.get_rng_state()
@@ -84,11 +87,13 @@ def test_counting_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_process_is_as_large_as_the_system_says_and_matrices_take_time() -> None:
+def test_peak_memory_on_cpu_is_that_of_the_process() -> None:
     before = peak_memory(CPU)
-    held = torch.ones(64 * 2**20)
-    assert peak_memory(CPU) >= before + 200 * 2**20 or before > 2 * held.nbytes
+    allocated = torch.ones(64 * 2**20)
+    assert peak_memory(CPU) >= before + 200 * 2**20 or before > 2 * allocated.nbytes
     assert peak_memory(CPU) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate = peak_matmul_flops(CPU, torch.float32, torch.get_num_threads())
-    assert 1e8 < rate < 1e14
-    assert peak_matmul_flops(CPU, torch.float32, torch.get_num_threads()) == rate
+
+
+def test_peak_matmul_flops_is_measured_once_per_process() -> None:
+    rates = [peak_matmul_flops(CPU, torch.float32, torch.get_num_threads()) for _ in range(2)]
+    assert rates[0] == rates[1] > 0

@@ -1,4 +1,4 @@
-"""Losses against their equations in numpy, and the calibration's law."""
+"""Losses against their equations in numpy, and loss balancing against its definition."""
 
 import numpy as np
 import pytest
@@ -30,45 +30,49 @@ def example(batch: int = 4) -> tuple[dict[str, torch.Tensor], MapTargets]:
     return outputs, targets
 
 
-def test_each_loss_is_its_equation() -> None:
+def test_task_losses_equal_their_equations() -> None:
     outputs, targets = example()
     losses = {name: value.item() for name, value in task_losses(outputs, targets, SCALES).items()}
-    o = {name: value.double().numpy() for name, value in outputs.items()}
-    t = {name: value.double().numpy() for name, value in vars(targets).items()}
-    probability = 1 / (1 + np.exp(-o[SEGMENTATION]))
-    entropy = -(t["segmentation"] * np.log(probability) + (1 - t["segmentation"]) * np.log(1 - probability))
+    predicted = {name: value.double().numpy() for name, value in outputs.items()}
+    true = {name: value.double().numpy() for name, value in vars(targets).items()}
+    probability = 1 / (1 + np.exp(-predicted[SEGMENTATION]))
+    entropy = -(true["segmentation"] * np.log(probability) + (1 - true["segmentation"]) * np.log(1 - probability))
+    known = true["has_depth"][:, None, None, None]
     expected = {
-        DENSITY: ((o[DENSITY] - 50 * t["density"]) ** 2 * t["weight"]).mean(),
-        SEGMENTATION: (entropy * t["weight"]).mean(),
-        DEPTH: ((o[DEPTH] - t["depth"]) ** 2 * t["weight"] * t["has_depth"][:, None, None, None]).mean(),
-        COUNT: ((o[COUNT] - t["count"] / 4) ** 2).mean(),
+        DENSITY: ((predicted[DENSITY] - 50 * true["density"]) ** 2 * true["weight"]).mean(),
+        SEGMENTATION: (entropy * true["weight"]).mean(),
+        DEPTH: (
+            (predicted[DEPTH] - true["depth"]) ** 2 * true["weight"] * true["has_depth"][:, None, None, None]
+        ).mean(),
+        COUNT: ((predicted[COUNT] - true["count"] / 4) ** 2).mean(),
     }
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mean_over_ranks_is_the_loss_of_the_whole_batch() -> None:
+def test_task_losses_averaged_over_ranks_equal_those_of_the_batch() -> None:
     outputs, targets = example()
     whole = task_losses(outputs, targets, SCALES)
     halves = []
-    for part in (slice(0, 4, 2), slice(1, 4, 2)):
-        share = MapTargets(**{name: value[part] for name, value in vars(targets).items()})
-        halves.append(task_losses({name: value[part] for name, value in outputs.items()}, share, SCALES))
+    for rank in (slice(0, 4, 2), slice(1, 4, 2)):
+        half = MapTargets(**{name: value[rank] for name, value in vars(targets).items()})
+        halves.append(task_losses({name: value[rank] for name, value in outputs.items()}, half, SCALES))
     for task in TASKS:
         torch.testing.assert_close((halves[0][task] + halves[1][task]) / 2, whole[task])
 
 
-def test_at_the_papers_weights_each_task_pulls_with_the_stated_share_of_the_density_gradient() -> None:
+def test_balanced_weights_at_paper_weights_yield_the_configured_gradient_ratio() -> None:
     features = torch.rand(3, 5, requires_grad=True, generator=torch.Generator().manual_seed(1))
     losses = {
         DENSITY: features.square().sum(), SEGMENTATION: (7 * features).sum(),
         DEPTH: features.pow(3).mean(), COUNT: features[0].exp().sum() * 100,
     }  # fmt: skip
     norms = gradient_norms(losses, features)
-    factors = balanced_weights(LossConfig(gradient_share=0.25), norms)
+    weights = balanced_weights(LossConfig(gradient_share=0.25), norms)
     for task in (SEGMENTATION, DEPTH, COUNT):
-        weighted = torch.autograd.grad(factors[task] * losses[task], features, retain_graph=True)[0].norm()
+        weighted = torch.autograd.grad(weights[task] * losses[task], features, retain_graph=True)[0].norm()
         assert weighted.item() == pytest.approx(0.25 * norms[DENSITY], rel=1e-5)
-    double = balanced_weights(LossConfig(gradient_share=0.25, depth=1.2), norms)
-    assert double[DEPTH] == pytest.approx(2 * factors[DEPTH])
-    assert double[COUNT] == factors[COUNT]
-    assert factors[DENSITY] == 1
+    doubled = balanced_weights(LossConfig(gradient_share=0.25, depth=1.2), norms)
+    assert doubled[DEPTH] == pytest.approx(2 * weights[DEPTH])
+    assert doubled[COUNT] == weights[COUNT]
+    assert weights[DENSITY] == 1
+    assert balanced_weights(LossConfig(), {DENSITY: 1.0, DEPTH: 0.0}) == {DENSITY: 1.0, DEPTH: 0.0}

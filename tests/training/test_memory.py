@@ -1,7 +1,7 @@
-"""A batch that does not fit into memory: one message with what does fit, found by trying.
+"""Lack of memory in training steps: one message with a batch size that fits, found by trying.
 
-The memory is one that holds so many windows: under a real limit of the process, oneDNN now and then ends it instead of
-saying that it got none.
+The limit is simulated as a number of windows: under a real limit of the process, oneDNN sometimes aborts it
+instead of reporting a failed allocation.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 
 from crowdray.config import NumericsConfig, OptimizerConfig
 from crowdray.data.shards import Dataset
-from crowdray.errors import InfeasibleConfigError, UserError
+from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import Counter
 from crowdray.presets import preset
 from crowdray.training.distributed import World
@@ -23,33 +23,26 @@ from crowdray.training.trainer import Trainer
 BATCH = 40
 
 
-class Kept:
-    """A tensor that a backward pass will need."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-def train(
-    discs: Dataset, grad_accumulation_steps: int, compiled: Literal["no", "yes", "graphs"] = "no"
+def train_baseline(
+    discs: Dataset, grad_accumulation_steps: int = 1, compiled: Literal["no", "yes", "graphs"] = "no"
 ) -> dict[str, torch.Tensor]:
-    """The baseline's weights."""
+    """Train the baseline stage on batches of 40 windows; returns the weights."""
     base = preset("debug")
-    sampling = dataclasses.replace(
-        base.sampling, batch=BATCH, crops_per_image=4, crop=32, context=32, validation_fraction=0.25
+    config = dataclasses.replace(
+        base,
+        sampling=dataclasses.replace(
+            base.sampling, batch=BATCH, crops_per_image=4, crop=32, context=32, validation_fraction=0.25
+        ),
+        optimizer=OptimizerConfig(name="sgd", grad_accumulation_steps=grad_accumulation_steps),
+        numerics=NumericsConfig(compile=compiled),
     )
-    optimizer, numerics = (
-        OptimizerConfig(name="sgd", grad_accumulation_steps=grad_accumulation_steps),
-        NumericsConfig(compile=compiled),
-    )
-    config = dataclasses.replace(base, sampling=sampling, optimizer=optimizer, numerics=numerics)
-    run = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    run.stages = run.stages[:1]
-    run.fit()
-    return run.state.counter.state_dict()
+    trainer = Trainer(config, discs, world=World(), device=torch.device("cpu"))
+    trainer.stages = trainer.stages[:1]
+    trainer.fit()
+    return trainer.state.counter.state_dict()
 
 
-def test_an_optimizer_that_does_not_fit_says_how_many_parameters_it_has(
+def test_fit_with_optimizer_state_too_large_names_its_parameters(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -59,96 +52,102 @@ def test_an_optimizer_that_does_not_fit_says_how_many_parameters_it_has(
     with pytest.raises(
         InfeasibleConfigError, match=r"baseline stage: .* [\d,]+ parameters .*--model.count-decoder pooled"
     ):
-        train(discs, grad_accumulation_steps=1)
+        train_baseline(discs)
 
 
-def test_a_compiled_network_is_gone_with_its_training(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled refers to its network: a process that trains again would keep both until the collector comes."""
-    networks: list[torch.nn.Module] = []
+def test_fit_with_compiled_model_releases_it(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled call and its model reference each other, and would stay until the garbage collector runs."""
+    models: list[torch.nn.Module] = []
 
     def compile(call: Any, **_: Any) -> Any:
-        networks.append(call.__self__)
+        models.append(call.__self__)
         return call
 
     monkeypatch.setattr(torch, "compile", compile)
-    train(discs, grad_accumulation_steps=1, compiled="yes")
-    assert networks and all(network._compiled_call_impl is None for network in networks)
+    train_baseline(discs, compiled="yes")
+    assert models and all(model._compiled_call_impl is None for model in models)
 
 
-def test_a_compiler_that_is_not_there_is_missed_at_the_start(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_without_compiler_raises_at_once(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(InfeasibleConfigError, match=r"numerics.compile is yes, .* C\+\+ compiler .*; install g\+\+"):
-        train(discs, grad_accumulation_steps=1, compiled="yes")
+        train_baseline(discs, compiled="yes")
 
 
-@pytest.mark.parametrize("room", [12, 25, 39])
+@pytest.mark.parametrize("limit", [12, 25, 39])
 @pytest.mark.parametrize(
-    "refusal", [torch.OutOfMemoryError("out of memory"), RuntimeError("could not create a primitive")], ids=str
+    "failure", [torch.OutOfMemoryError("out of memory"), RuntimeError("could not create a primitive")], ids=str
 )
-def test_what_fits_is_found_and_does_fit(
-    discs: Dataset, monkeypatch: pytest.MonkeyPatch, room: int, refusal: RuntimeError
+def test_fit_with_batch_too_large_suggests_steps_that_fit(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch, limit: int, failure: RuntimeError
 ) -> None:
     forward = Counter.forward
 
-    def request_timeout(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
-        if torch.is_grad_enabled() and len(image) > room:  # validation counts whole images one by one
-            raise refusal
+    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+        if torch.is_grad_enabled() and len(image) > limit:  # validation counts whole images one by one
+            raise failure
         return forward(self, image, *rest)
 
-    monkeypatch.setattr(Counter, "forward", request_timeout)
-    with pytest.raises(UserError) as caught:
-        train(discs, grad_accumulation_steps=1)
-    said = str(caught.value)
-    found = re.search(
-        r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*grad_accumulation_steps (\d+)", said
-    )
-    assert found and int(found[1]) > room >= int(found[2]) > room / 4, said
+    monkeypatch.setattr(Counter, "forward", limited)
+    with pytest.raises(InfeasibleConfigError) as caught:
+        train_baseline(discs)
+    pattern = r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*grad_accumulation_steps (\d+)"
+    found = re.search(pattern, str(caught.value))
+    assert found and int(found[1]) > limit >= int(found[2]) > limit / 4, caught.value
     assert int(found[2]) * int(found[3]) >= BATCH
-    train(discs, grad_accumulation_steps=int(found[3]))
+    train_baseline(discs, grad_accumulation_steps=int(found[3]))
 
 
-def test_an_attempt_leaves_nothing_in_the_memory_of_the_next(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where memory ends in the backward pass, the graph of that attempt is full of activations."""
-    forward, kept, left = Counter.forward, weakref.WeakSet[Kept](), []
+class SavedTensor:
+    """A tensor saved for the backward pass."""
 
-    def pack(tensor: torch.Tensor) -> Kept:
-        kept.add(held := Kept(tensor.detach()))  # itself, as some result, it would be held by its own graph
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_fit_with_batch_too_large_frees_each_attempt_before_the_next(
+    discs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the backward pass runs out of memory, the graph of that attempt still holds its activations."""
+    forward, saved, remaining = Counter.forward, weakref.WeakSet[SavedTensor](), []
+
+    def pack(tensor: torch.Tensor) -> SavedTensor:
+        saved.add(held := SavedTensor(tensor.detach()))  # undetached, a result would keep its own graph alive
         return held
 
     def refuse(gradient: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    def request_timeout(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(self, image, *rest)
-        left.append(len(kept))
+        remaining.append(len(saved))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
             outputs = forward(self, image, *rest)
         if len(image) > 7:
             outputs["density"].register_hook(refuse)  # type: ignore[no-untyped-call]
         return outputs
 
-    monkeypatch.setattr(Counter, "forward", request_timeout)
-    with pytest.raises(UserError, match="5 at a time do"):
-        train(discs, grad_accumulation_steps=1)
-    assert len(left) > 3 and not any(left[1:])
+    monkeypatch.setattr(Counter, "forward", limited)
+    with pytest.raises(InfeasibleConfigError, match="5 at a time do"):
+        train_baseline(discs)
+    assert len(remaining) > 3 and not any(remaining[1:])
 
 
-def test_gradients_that_are_kept_for_cuda_graphs_are_those_that_are_not(
-    discs: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the parts of an update, a gradient that lies in a graph's memory would be overwritten."""
+def test_gradients_accumulated_outside_cuda_graphs_are_equal(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next replay of a graph would overwrite gradients in its memory, so they keep their addresses."""
     monkeypatch.setattr(Counter, "compile", lambda *_, **__: None)
-    steps: list[set[int]] = []
+    addresses: list[frozenset[int]] = []
+    step = torch.optim.SGD.step
 
-    def watched(self: torch.optim.SGD, *rest: Any) -> None:
-        steps.append({parameter.grad.data_ptr() for parameter in self.param_groups[0]["params"]})
+    def recorded(self: torch.optim.SGD, *rest: Any) -> None:
+        addresses.append(frozenset(parameter.grad.data_ptr() for parameter in self.param_groups[0]["params"]))
         step(self, *rest)
 
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    plain, kept = (train(discs, grad_accumulation_steps=2, compiled=compiled) for compiled in ("no", "graphs"))
-    assert plain.keys() == kept.keys() and all(torch.equal(plain[name], kept[name]) for name in plain)
-    assert len({frozenset(places) for places in steps[len(steps) // 2 :]}) == 1
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    plain = train_baseline(discs, grad_accumulation_steps=2)
+    graphs = train_baseline(discs, grad_accumulation_steps=2, compiled="graphs")
+    assert plain.keys() == graphs.keys() and all(torch.equal(plain[name], graphs[name]) for name in plain)
+    assert len(set(addresses[len(addresses) // 2 :])) == 1

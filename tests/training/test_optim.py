@@ -1,4 +1,4 @@
-"""Optimizer state, plateau and weight average against torch and closed forms."""
+"""Optimizers, plateau schedule and weight average against torch and closed forms."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from crowdray.training.optim import (
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_a_restored_optimizer_steps_as_the_unbroken_one(name: str) -> None:
+def test_restored_optimizer_steps_like_the_original(name: str) -> None:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
 
-    def made() -> tuple[nn.Conv2d, torch.optim.Optimizer]:
+    def build() -> tuple[nn.Conv2d, torch.optim.Optimizer]:
         torch.manual_seed(0)
         layer = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return layer, build_optimizer(config, layer.parameters(), 0.1)
@@ -28,21 +28,21 @@ def test_a_restored_optimizer_steps_as_the_unbroken_one(name: str) -> None:
         layer(torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
         optimizer.step()
 
-    layer, optimizer = made()
+    layer, optimizer = build()
     for seed in range(3):
         step(layer, optimizer, seed)
-    kept = {k: v.clone().contiguous() for k, v in optimizer_tensors(optimizer).items()}  # as a file keeps them
+    saved = {k: v.clone().contiguous() for k, v in optimizer_tensors(optimizer).items()}  # as in a file
     weights = {k: v.clone() for k, v in layer.state_dict().items()}
     step(layer, optimizer, 3)
-    other, restored = made()
+    other, restored = build()
     other.load_state_dict(weights)
-    restore_optimizer(restored, kept, 0.1)
+    restore_optimizer(restored, saved, 0.1)
     step(other, restored, 3)
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters(), strict=True))
 
 
-def test_muon_is_torchs_on_convolutions_and_adam_elsewhere() -> None:
-    """torch's own Muon, which takes matrices only, is the reference for a convolution seen as one."""
+def test_muon_equals_torch_muon_on_convolutions_and_adam_elsewhere() -> None:
+    """torch's own Muon accepts only matrices; a convolution is compared as one."""
     torch.manual_seed(0)
     layer, head = nn.Conv2d(5, 8, 3), nn.Linear(6, 2)
     matrix = nn.Parameter(layer.weight.detach().flatten(1).clone())
@@ -66,21 +66,21 @@ def test_muon_is_torchs_on_convolutions_and_adam_elsewhere() -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_plateau_divides_after_its_patience_and_survives_a_restart() -> None:
+def test_plateau_reduces_after_its_patience_also_when_restored() -> None:
     config = OptimizerConfig(plateau_patience=1, plateau_factor=0.1)
     errors = [5.0, 4.0, 4.5, 4.6, 3.0, 3.5, 3.4, 3.3]
 
-    def rates(restart_after: int | None) -> list[float]:
+    def rates(restore_after: int | None) -> list[float]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        rule, seen = Plateau(optimizer, config), []
+        schedule, seen = Plateau(optimizer, config), []
         for index, error in enumerate(errors):
-            rule.step(error)
+            schedule.step(error)
             seen.append(optimizer.param_groups[0]["lr"])
-            if index == restart_after:
-                state = rule.state_dict()
+            if index == restore_after:
+                state = schedule.state_dict()
                 optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=seen[-1])
-                rule = Plateau(optimizer, config)
-                rule.load_state_dict(state)
+                schedule = Plateau(optimizer, config)
+                schedule.load_state_dict(state)
         return seen
 
     unbroken = rates(None)
@@ -89,7 +89,7 @@ def test_plateau_divides_after_its_patience_and_survives_a_restart() -> None:
         assert rates(index) == unbroken
 
 
-def test_weight_average_is_its_closed_form() -> None:
+def test_moving_average_equals_closed_form() -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
     average, expected = ExponentialMovingAverage({"w": weight}, 0.9), 1.0
     for number in range(1, 40):
@@ -101,7 +101,7 @@ def test_weight_average_is_its_closed_form() -> None:
     assert average.values["w"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_decay_the_average_is_the_last_weight() -> None:
+def test_moving_average_without_decay_is_the_last_value() -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
     average = ExponentialMovingAverage({"w": weight}, 0.0)
     with torch.no_grad():

@@ -68,7 +68,7 @@ def search_microbatch_size(windows_per_s: Callable[[int], float | None], limit: 
     If `limit` or the memory ends before that, the largest size that fits; 0 if none does.
 
     Args:
-        windows_per_s: measures a size larger than all that fitted before; None if it does not fit.
+        windows_per_s: measures a size above all that fit so far; None if it does not fit.
     """
     fits, speed, candidate = 0, 0.0, 1
     while candidate <= limit and (measured := windows_per_s(candidate)) is not None:
@@ -180,7 +180,7 @@ def explain_too_large(trainer: StageTrainer, batch: Batch) -> InfeasibleConfigEr
     state, local = trainer.state, len(batch.rows)
     height, width = batch.size
     trainer.optimizer.zero_grad(set_to_none=True)
-    state.counter.eval()  # a synchronised BatchNorm in training mode would wait for the other ranks
+    state.counter.eval()  # a synchronized BatchNorm in training mode would wait for the other ranks
     fits = failed = -(-local // min(state.config.optimizer.grad_accumulation_steps, local))
     while fits := fits // 2:
         # A quarter more, as a real step keeps other tensors too.
