@@ -24,7 +24,7 @@ class StageCacheConfig:
     uri: str
     """Absolute URI of the stage store."""
     limit_bytes: int
-    """Maximum size."""
+    """Size beyond which idle states are evicted."""
     snapshot_epochs: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Epochs of each stage, by name, after which a state is stored in addition to the stage's end."""
 
@@ -41,7 +41,8 @@ class StageCacheOptions:
     """Folder or URI of the stage cache, where runs reuse the stages that others trained; by default `stages` in
     --storage. With several nodes, shared by all of them."""
     stage_cache_gib: float = 20.0
-    """Maximum size of the stage cache in GiB; the least recently used states are evicted first."""
+    """Size of the stage cache in GiB beyond which the least recently used states are evicted; states used within the last
+    hour are kept."""
 
     def config(self, folder: str) -> StageCacheConfig:
         """Return the stage cache of the runs in `folder`."""

@@ -68,7 +68,7 @@ class _Entry:
 
 
 class StageStore:
-    """Training states at a URI; the least recently used are evicted beyond `limit_bytes`."""
+    """Training states at a URI; beyond `limit_bytes`, the least recently used idle ones are evicted."""
 
     def __init__(self, uri: str, limit_bytes: int) -> None:
         self.uri = storage.resolve(uri)
