@@ -1,9 +1,8 @@
-"""DDP through Ray Train against the same loop under torchrun: steps/s of the baseline stage once running,
-same machine.
+"""Throughput of the baseline stage: DDP through Ray Train against the same loop under torchrun, on one machine.
 
-Both run the demo's baseline stage for a few epochs with the same workers and threads; the first epoch is left
-out. A third figure is torchrun beside a Ray that has nothing to do: where the workers leave no core free, what its
-processes take by waking up is missing in the training, whoever runs it.
+Both run the demo's baseline stage for a few epochs with the same workers and threads; the first epoch is left out. A
+third measurement is torchrun next to an idle Ray: where the workers use all cores, Ray's background processes slow
+down any program.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from crowdray.training.distributed import local_world
 from crowdray.training.trainer import Trainer
 
 RAY_TRAIN_HELPERS = 7
-"""Processes that Ray Train keeps beside its workers: controller, queue, watchers and coordinators."""
+"""Processes of Ray Train in addition to its workers: controller, queue, watchers and coordinators."""
 
 
 def short(epochs: int) -> Config:
@@ -49,7 +48,7 @@ def short(epochs: int) -> Config:
 
 
 def under_torchrun(data: str, epochs: int) -> None:
-    """What each torchrun process does."""
+    """Train in one torchrun process, and print every epoch."""
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
     training = Trainer(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
@@ -80,7 +79,7 @@ def torchrun_rate(data: str, workers: int, epochs: int) -> float:
 
 
 def ray_rate(data: str, workers: int, epochs: int) -> float:
-    """Median images/s through Ray Train, read from the result of a training in a temporary storage."""
+    """Median images/s through Ray Train, read from the result of a run in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(to_json(short(epochs)))
@@ -102,7 +101,7 @@ class Idle:
 
 @contextmanager
 def idle_ray() -> Iterator[None]:
-    """A local Ray with as many processes as a training has beside its workers, all of them waiting."""
+    """A local Ray with as many idle processes as a run has in addition to its workers."""
     with connect():
         actor: Any = ray.remote(num_cpus=0)(Idle)
         helpers = [actor.remote() for _ in range(RAY_TRAIN_HELPERS)]
@@ -124,16 +123,16 @@ def main() -> None:
     for _ in range(2):
         alone = torchrun_rate(arguments.data, arguments.workers, arguments.epochs)
         with idle_ray():
-            beside = torchrun_rate(arguments.data, arguments.workers, arguments.epochs)
+            next_to_ray = torchrun_rate(arguments.data, arguments.workers, arguments.epochs)
         through = ray_rate(arguments.data, arguments.workers, arguments.epochs)
-        ratios.append((through / alone, through / beside))
+        ratios.append((through / alone, through / next_to_ray))
         print(
-            f"  images/s: torchrun {alone:.1f}, beside an idle Ray {beside:.1f}, Ray Train {through:.1f}",
+            f"  images/s: torchrun {alone:.1f}, next to an idle Ray {next_to_ray:.1f}, Ray Train {through:.1f}",
             flush=True,
         )
-    of_alone, of_beside = (mean(column) for column in zip(*ratios, strict=True))
-    print(f"  Ray Train / torchrun {of_alone:.3f} (goal: at least 0.97), {arguments.workers} workers of one thread")
-    print(f"  Ray Train / torchrun beside an idle Ray {of_beside:.3f}")
+    ratio_alone, ratio_next_to_ray = (mean(column) for column in zip(*ratios, strict=True))
+    print(f"  Ray Train / torchrun {ratio_alone:.3f} (goal: at least 0.97), {arguments.workers} workers of one thread")
+    print(f"  Ray Train / torchrun next to an idle Ray {ratio_next_to_ray:.3f}")
 
 
 if __name__ == "__main__":

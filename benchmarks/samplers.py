@@ -1,8 +1,8 @@
-"""The search by TPE against one by chance: the best validation MAE after equally many worker-seconds, seed by seed.
+"""TPE against random search: the best validation MAE after equal worker-seconds, seed by seed.
 
-Both search the same space on the same small synthetic scenes, with the stage tree and the stopping of poor trials, and
-begin with the same two points, the paper's weights and no task. The one that spent less decides where they are
-compared. Draws the curves to a PNG.
+Both search the same space on the same small synthetic scenes, with prefix caching and pruning, and start
+with the same two points, the paper's weights and no task. They are compared at the time that the cheaper one spent.
+Draws the curves to a PNG.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
-from benchmarks.tune import base_of, lengths_varied, render, search
+from benchmarks.tune import base_config, render, search, vary_lengths
 
 from crowdray.config import to_json
 from crowdray.plots import style
@@ -27,22 +27,22 @@ SAMPLERS = {"tpe": style.BLUE, "random": style.ORANGE}
 
 
 def best_so_far(record: StudyRecord) -> tuple[list[float], list[float]]:
-    """Worker-seconds after each trial that ended, and the best validation MAE of the complete ones by then."""
-    paid = list(accumulate(trial.spent for trial in record.by_end()))
+    """Worker-seconds after each trial, and the best validation MAE of the complete ones by then."""
+    spent = list(accumulate(trial.spent for trial in record.by_end()))
     maes = (trial.mae if trial.state == "complete" else None for trial in record.by_end())
-    return paid, list(accumulate((math.inf if mae is None else mae for mae in maes), min))
+    return spent, list(accumulate((math.inf if mae is None else mae for mae in maes), min))
 
 
 def best_within(record: StudyRecord, seconds: float) -> float:
-    """The best validation MAE of the trials that so many worker-seconds pay for."""
-    return min(best for paid, best in zip(*best_so_far(record), strict=True) if paid <= seconds * (1 + 1e-9))
+    """The best validation MAE within a budget of worker-seconds."""
+    return min(best for spent, best in zip(*best_so_far(record), strict=True) if spent <= seconds * (1 + 1e-9))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--divisor", type=int, default=10, help="what lengths of 20 to 60 epochs are divided by")
+    parser.add_argument("--divisor", type=int, default=10, help="divisor of the stage lengths")
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--figure", type=Path, default=Path("outputs/samplers.png"))
     arguments = parser.parse_args()
@@ -53,11 +53,11 @@ def main() -> None:
         folder = Path(scratch)
         render(folder / "data", arguments.images)
         for seed, axes in zip(arguments.seeds, panels, strict=True):
-            base = dataclasses.replace(base_of(arguments.divisor), seed=seed)
+            base = dataclasses.replace(base_config(arguments.divisor), seed=seed)
             (folder / "config.json").write_text(to_json(base))
-            varied = lengths_varied(arguments.divisor)
+            vary = vary_lengths(arguments.divisor)
             records = {
-                sampler: search(folder, f"{sampler}-{seed}", varied, arguments.trials, "--sampler", sampler)
+                sampler: search(folder, f"{sampler}-{seed}", vary, arguments.trials, "--sampler", sampler)
                 for sampler in SAMPLERS
             }
             seconds = min(record.spent for record in records.values())

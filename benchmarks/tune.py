@@ -1,9 +1,8 @@
-"""A search over the stage tree against plain Ray Tune training the same configurations: worker-seconds, same results.
+"""Prefix caching against plain Ray Tune on the same configurations: worker-seconds, with equal results.
 
 32 TPE trials over continuous loss weights and stage lengths in the proportions {20, 40, 60}, {10, 20}, {20, 40},
-shortened, on small synthetic scenes, enough of them to learn from. Plain trials start from nothing; in the paper's way
-the three decoders are trained one after the other. The search that stops poor trials is compared with training all of
-its trials whole.
+shortened, on small synthetic scenes. Plain trials start from scratch, with the three decoders trained together or, as
+in the paper, one after the other. The search with pruning is compared with training all of its trials to their end.
 """
 
 import argparse
@@ -39,7 +38,7 @@ LENGTHS = {"baseline": (20, 40, 60), "decoders": (10, 20), "joint": (20, 40)}
 """Epochs of the study to measure; shortened by a common divisor."""
 
 
-def base_of(divisor: int) -> Config:
+def base_config(divisor: int) -> Config:
     """The demo's configuration with one thread and the shortest lengths."""
     config = preset("demo")
     pace = config.stages
@@ -55,40 +54,40 @@ def base_of(divisor: int) -> Config:
     return dataclasses.replace(config, stages=stages, sampling=sampling, numerics=numerics, optimizer=optimizer)
 
 
-def render(place: Path, images: int) -> None:
-    """A dataset of small synthetic scenes."""
-    convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(place)]
+def render(folder: Path, images: int) -> None:
+    """Convert small synthetic scenes to a dataset in `folder`."""
+    convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(folder)]
     convert += ["--train", str(images), "--test", "8", "--width", "160", "--height", "120"]
     subprocess.run(convert, check=True, capture_output=True)
 
 
-def lengths_varied(divisor: int) -> list[str]:
-    """The three stage lengths as --vary takes them."""
+def vary_lengths(divisor: int) -> list[str]:
+    """Items of --vary for the three stage lengths."""
     shortened = {name: [length // divisor for length in lengths] for name, lengths in LENGTHS.items()}
     return [f"stages.{name}.epochs={json.dumps(lengths)}" for name, lengths in shortened.items()]
 
 
-def search(folder: Path, name: str, varied: Sequence[str], trials: int, *options: str) -> StudyRecord:
-    """A study of its own store, through the job; gives its record."""
+def search(folder: Path, name: str, vary: Sequence[str], trials: int, *options: str) -> StudyRecord:
+    """Run a study with a stage cache of its own, through the job, and return its record."""
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), "--preset", str(folder / "config.json")]
     command += ["--data", str(folder / "data"), "--trials", str(trials), "--name", name, *options]
-    command += ["--storage", str(folder / "runs"), "--stage-cache", str(folder / f"stages-{name}"), "--vary", *varied]
+    command += ["--storage", str(folder / "runs"), "--stage-cache", str(folder / f"stages-{name}"), "--vary", *vary]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    place = folder / "runs" / name / "record.json"
-    return StudyRecord.from_json(place.read_text(), str(place))
+    path = folder / "runs" / name / "record.json"
+    return StudyRecord.from_json(path.read_text(), str(path))
 
 
 def overheads(tracking: str, study: StudyRecord) -> dict[int, float]:
-    """Seconds from a trial's start to its end in which it trained no epoch, by number in the order of their starts.
+    """Seconds of each trial outside of its trained epochs, by number, in the order of their starts.
 
-    Without the best trial: its MLflow run ends again when its counter is registered.
+    Without the best trial: its MLflow run ends once more when its counter is registered.
     """
     client = MlflowClient(tracking)
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(everywhere, f"run_name like '{study.name}/%'", order_by=["start_time"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"run_name like '{study.name}/%'", order_by=["start_time"])
     trials = {f"{study.name}/trial-{trial.number:04d}": trial for trial in study.trials if trial != study.best()}
     found = {}
     for run in runs:
@@ -100,28 +99,28 @@ def overheads(tracking: str, study: StudyRecord) -> dict[int, float]:
     return found
 
 
-def plain_trial(data: str, configs: Sequence[Config], succession: bool, told: Mapping[str, Any]) -> None:
-    """A whole training from nothing, as Ray Tune runs one."""
-    config = configs[told["number"]]
+def plain_trial(data: str, configs: Sequence[Config], sequential: bool, tune_config: Mapping[str, Any]) -> None:
+    """Train one configuration from scratch in a trial of Ray Tune."""
+    config = configs[tune_config["number"]]
     torch.set_num_threads(config.numerics.threads)
     started = time.monotonic()
-    training = Trainer(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
-    if succession:
+    trainer = Trainer(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
+    if sequential:
         one_by_one = [
             [dataclasses.replace(stage, tasks=(task,), modules=(task,)) for task in stage.tasks]
             if stage.name == "decoders"
             else [stage]
-            for stage in training.stages
+            for stage in trainer.stages
         ]
-        training.stages = tuple(stage for stages in one_by_one for stage in stages)
-    training.fit()
-    tune.report({"mae": training.state.progress.best["joint"].mae, "seconds": time.monotonic() - started})
+        trainer.stages = tuple(stage for stages in one_by_one for stage in stages)
+    trainer.fit()
+    tune.report({"mae": trainer.state.progress.best["joint"].mae, "seconds": time.monotonic() - started})
 
 
-def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[float], float]:
-    """Validation MAE of each configuration and the worker-seconds of all, by plain Ray Tune."""
+def plain(data: str, configs: Sequence[Config], sequential: bool) -> tuple[list[float], float]:
+    """Validation MAE of each configuration and the worker-seconds of all, with plain Ray Tune."""
     with connect(), tempfile.TemporaryDirectory() as scratch:
-        trainable = tune.with_resources(partial(plain_trial, data, configs, succession), {"CPU": 1})
+        trainable = tune.with_resources(partial(plain_trial, data, configs, sequential), {"CPU": 1})
         tuner = tune.Tuner(
             trainable,
             param_space={"number": tune.grid_search(list(range(len(configs))))},
@@ -129,7 +128,7 @@ def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[
             run_config=tune.RunConfig(storage_path=scratch, verbose=0),
         )
         grid = tuner.fit()
-        ended = [grid[place] for place in range(len(grid))]
+        ended = [grid[index] for index in range(len(grid))]
         results = {result.config["number"]: result.metrics for result in ended if result.config and result.metrics}
     assert len(results) == len(configs), "a plain trial failed"
     return [results[n]["mae"] for n in range(len(configs))], sum(found["seconds"] for found in results.values())
@@ -138,43 +137,43 @@ def plain(data: str, configs: Sequence[Config], succession: bool) -> tuple[list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--divisor", type=int, default=10, help="what the study's lengths are divided by")
+    parser.add_argument("--divisor", type=int, default=10, help="divisor of the stage lengths")
     parser.add_argument("--images", type=int, default=192)
     arguments = parser.parse_args()
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     with tempfile.TemporaryDirectory() as scratch:
-        folder, base = Path(scratch), base_of(arguments.divisor)
+        folder, base = Path(scratch), base_config(arguments.divisor)
         (folder / "config.json").write_text(to_json(base))
         render(folder / "data", arguments.images)
-        varied = lengths_varied(arguments.divisor)
+        vary = vary_lengths(arguments.divisor)
         # No task is dropped: the weights are continuous.
         for name, item in default_space(base).dimensions.items():
             if isinstance(item, LogRange):
-                varied.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
-        space = load_space(None, varied, base)
-        whole = search(folder, "whole", varied, arguments.trials, "--prune", "False")
-        stopping = search(folder, "stopping", varied, arguments.trials)
-        idle = list(overheads(f"sqlite:///{folder}/mlflow.db", whole).values())
-        configs = {s.name: [space.configure(base, t.values) for t in s.trials] for s in (whole, stopping)}
+                vary.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
+        space = load_space(None, vary, base)
+        full = search(folder, "full", vary, arguments.trials, "--prune", "False")
+        pruned = search(folder, "pruned", vary, arguments.trials)
+        idle = list(overheads(f"sqlite:///{folder}/mlflow.db", full).values())
+        configs = {s.name: [space.configure(base, t.values) for t in s.trials] for s in (full, pruned)}
         data = str(folder / "data")
-        beside, beside_s = plain(data, configs["whole"], succession=False)
-        _, succession_s = plain(data, configs["whole"], succession=True)
-        _, stopping_beside_s = plain(data, configs["stopping"], succession=False)
-        _, stopping_succession_s = plain(data, configs["stopping"], succession=True)
-    same = beside == [trial.mae for trial in whole.trials]
-    print(f"{arguments.trials} trials, worker-seconds; results {'the same' if same else 'NOT the same'} as plain ones")
-    print(f"  plain, decoders in succession  {succession_s:8.0f}")
-    print(f"  plain, decoders side by side   {beside_s:8.0f}")
-    print(f"  stage tree                     {whole.spent:8.0f}")
-    print(f"  in succession / stage tree {succession_s / whole.spent:.2f} (goal: at least 3.4)")
-    print(f"  side by side / stage tree  {beside_s / whole.spent:.2f} (goal: at least 2.4)")
-    print(f"  its own record: speedup {whole.speedup:.2f} of at most {whole.max_speedup:.2f} (goal: within 10%)")
-    ratios = (stopping_succession_s / stopping.spent, stopping_beside_s / stopping.spent)
-    print(f"  with poor trials stopped: {ratios[0]:.2f} and {ratios[1]:.2f} (goals: at least 6.5 and 5)")
-    best = [study.best() for study in (whole, stopping)]
+        plain_maes, parallel_s = plain(data, configs["full"], sequential=False)
+        _, sequential_s = plain(data, configs["full"], sequential=True)
+        _, pruned_parallel_s = plain(data, configs["pruned"], sequential=False)
+        _, pruned_sequential_s = plain(data, configs["pruned"], sequential=True)
+    same = plain_maes == [trial.mae for trial in full.trials]
+    print(f"{arguments.trials} trials, worker-seconds; results {'equal to' if same else 'DIFFERENT from'} plain trials")
+    print(f"  plain, sequential decoders  {sequential_s:8.0f}")
+    print(f"  plain, parallel decoders    {parallel_s:8.0f}")
+    print(f"  prefix caching              {full.spent:8.0f}")
+    print(f"  sequential / cached {sequential_s / full.spent:.2f} (goal: at least 3.4)")
+    print(f"  parallel / cached   {parallel_s / full.spent:.2f} (goal: at least 2.4)")
+    print(f"  by its own record: speedup {full.speedup:.2f} of at most {full.max_speedup:.2f} (goal: within 10%)")
+    ratios = (pruned_sequential_s / pruned.spent, pruned_parallel_s / pruned.spent)
+    print(f"  with pruning: {ratios[0]:.2f} and {ratios[1]:.2f} (goals: at least 6.5 and 5)")
+    best = [study.best() for study in (full, pruned)]
     first = ", ".join(f"{seconds:.1f}" for seconds in idle[:3])
     print(f"  seconds of a trial outside its epochs: median {median(idle):.1f} (goal: at most 3), the first {first}")
-    print("  best validation MAE: " + ", stopping ".join(f"{trial.mae:.3f}" for trial in best if trial))
+    print("  best validation MAE: " + ", with pruning ".join(f"{trial.mae:.3f}" for trial in best if trial))
 
 
 if __name__ == "__main__":
