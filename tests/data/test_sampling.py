@@ -13,9 +13,9 @@ from crowdray.data.sampling import (
     epoch_batches,
     loss_weight,
     rank_slice,
-    split_validation,
     window_spans,
 )
+from crowdray.data.splits import split_validation
 
 CONFIG = WindowConfig(crop=32, context=12, margin=10, stride=4, flip=0.5, brightness=0.2, contrast=0.3)
 

@@ -8,13 +8,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-# First entries of the seeds of independent random streams.
-_VALIDATION, _ORDER, _WINDOW, _SCALE = 1, 2, 3, 4
+_ORDER_STREAM, _WINDOW_STREAM, _SCALE_STREAM = 2, 3, 4
+"""First entry of the seeds of independent random streams; 1 is that of the validation split."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +73,6 @@ class Window:
     """Scale red, green and blue by 1 + these."""
 
 
-def split_validation(
-    rows: NDArray[np.int64], fraction: float, method: Literal["random", "run"], seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and validation rows, each ascending; validation rows are drawn one by one or as one consecutive run."""
-    rng = np.random.default_rng((_VALIDATION, seed))
-    held_out = round(len(rows) * fraction)
-    kept = len(rows) - held_out
-    chosen = rng.permutation(len(rows))[kept:] if method == "random" else rng.integers(kept + 1) + np.arange(held_out)
-    return np.sort(np.delete(rows, chosen)), np.sort(rows[chosen])
-
-
 def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: int = 1) -> list[NDArray[np.int64]]:
     """Global batches of an epoch: a shuffle of the draws 0 .. samples * repeats - 1 without the incomplete last batch.
 
@@ -92,7 +80,7 @@ def epoch_batches(samples: int, batch: int, *, seed: int, epoch: int, repeats: i
     decoding. Batches do not depend on the number of ranks; `rank_slice` divides them. An epoch shorter than one batch
     is one smaller batch.
     """
-    order = np.random.default_rng((_ORDER, seed, epoch)).permutation(samples)
+    order = np.random.default_rng((_ORDER_STREAM, seed, epoch)).permutation(samples)
     order = (order[:, None] * repeats + np.arange(repeats)).reshape(-1)
     count = max(1, len(order) // batch)
     return [order[k * batch : (k + 1) * batch] for k in range(count)]
@@ -111,7 +99,7 @@ def draw_window(
     The crop's position is uniform over a range that exceeds the image by half a crop on each side, then clamped to the
     image: uniform positions inside it would hardly ever contain the border. `loss_weight` corrects for what remains.
     """
-    rng = np.random.default_rng((_WINDOW, seed, epoch, sample, repeat))
+    rng = np.random.default_rng((_WINDOW_STREAM, seed, epoch, sample, repeat))
     (top, height, crop_top), (left, width, crop_left) = (_draw_span(config, length, rng) for length in size)
     flip = bool(rng.random() < config.flip)
     limits = (config.brightness, config.contrast, config.colour, config.colour, config.colour)
@@ -122,7 +110,7 @@ def draw_window(
 
 def draw_scale(config: WindowConfig, *, seed: int, epoch: int, batch: int) -> float:
     """The factor by which a global batch is resized: one for all its samples, so that windows have equal sizes."""
-    rng = np.random.default_rng((_SCALE, seed, epoch, batch))
+    rng = np.random.default_rng((_SCALE_STREAM, seed, epoch, batch))
     return float((1 + config.scale) ** rng.uniform(-1, 1))
 
 

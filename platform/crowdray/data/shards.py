@@ -131,12 +131,10 @@ class Index:
                 raise ValueError(f"splits are {content['splits']}, but its shards have {index.splits}")
             if not all(isinstance(text, str) for text in (index.name, index.depth_teacher, *index.notes)):
                 raise ValueError("name, depth_teacher and notes must be strings")
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); {fix}") from error
         except DataError:
             raise
-        except ValueError as error:
-            raise DataError(f"{uri} is damaged ({error}); {fix}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); {fix}") from error
         return index
 
 

@@ -1,23 +1,27 @@
-"""The training and validation rows of a run, checked against its batch size."""
+"""The split of a dataset's training images into training and validation rows."""
+
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crowdray.config import Config
-from crowdray.data.sampling import split_validation
 from crowdray.data.shards import Dataset
 from crowdray.errors import InfeasibleConfigError, UserError
 
+_VALIDATION_STREAM = 1
+"""First entry of the random seed, see `data.sampling`."""
+
 
 def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the dataset's training split into training and validation rows.
+    """Split the training images into training and validation rows, and check the batch size.
 
     Returns:
         Training rows and validation rows, each ascending.
 
     Raises:
-        UserError: either part is empty.
-        InfeasibleConfigError: a batch has fewer windows than there are microbatches over all workers.
+        UserError: If either part is empty.
+        InfeasibleConfigError: If a batch has fewer windows than all workers have microbatches.
     """
     sampling = config.sampling
     training, validation = split_validation(
@@ -36,3 +40,14 @@ def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[
             "each: change --workers, --sampling.batch or --optimizer.grad_accumulation_steps"
         )
     return training, validation
+
+
+def split_validation(
+    rows: NDArray[np.int64], fraction: float, method: Literal["random", "run"], seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and validation rows, each ascending; validation rows are drawn one by one or as one consecutive run."""
+    rng = np.random.default_rng((_VALIDATION_STREAM, seed))
+    held_out = round(len(rows) * fraction)
+    kept = len(rows) - held_out
+    chosen = rng.permutation(len(rows))[kept:] if method == "random" else rng.integers(kept + 1) + np.arange(held_out)
+    return np.sort(np.delete(rows, chosen)), np.sort(rows[chosen])
