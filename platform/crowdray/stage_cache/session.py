@@ -41,8 +41,8 @@ class StageCacheOptions:
     """Folder or URI of the stage cache, where runs reuse the stages that others trained; by default `stages` in
     --storage. With several nodes, shared by all of them."""
     stage_cache_gib: float = 20.0
-    """Size of the stage cache in GiB beyond which the least recently used states are evicted; states used within the last
-    hour are kept."""
+    """Size of the stage cache in GiB beyond which the least recently used states are evicted; states used within the
+    last hour are kept."""
 
     def config(self, folder: str) -> StageCacheConfig:
         """Return the stage cache of the runs in `folder`."""

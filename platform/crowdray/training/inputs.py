@@ -24,7 +24,7 @@ def open_images(config: Config, dataset: Dataset) -> ImageCache:
     return ImageCache(dataset, sampling.downsample, sampling.roi, sampling.cache_gib * 2**30)
 
 
-def window_rule(config: Config, counter: Counter) -> WindowConfig:
+def window_config(config: Config, counter: Counter) -> WindowConfig:
     """Return how windows are cut for this configuration and encoder."""
     sampling, encoder = config.sampling, counter.encoder
     return WindowConfig(
@@ -52,7 +52,7 @@ def build_loader(state: TrainState, images: ImageCache, rows: NDArray[np.int64])
     return Loader(
         gpu_images or images,
         rows,
-        window_rule(config, state.counter),
+        window_config(config, state.counter),
         batch=sampling.batch,
         repeats=sampling.crops_per_image,
         seed=config.seed,
