@@ -40,7 +40,7 @@ def test_parse_with_config_with_a_repeated_option_raises(job: type, arguments: l
 
 
 def test_parse_with_a_repeated_option_raises() -> None:
-    with pytest.raises(UserError, match="^--split is given twice"):
+    with pytest.raises(UserError, match=r"^--split is given twice"):
         parse(ConvertJob, ["csv", "--split", "train", "--split", "test"], "convert")
 
 

@@ -1,13 +1,15 @@
-"""Exit status and message of a job, by the kind of its error."""
+"""The crowdray command, and the exit status and message of a job by the kind of its error."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from crowdray import __version__
 from crowdray.cluster.failures import TrainingStopped
 from crowdray.cluster.parallel import WorkStopped
-from crowdray.console.main import EXIT_FAILED, EXIT_USAGE, run_job
+from crowdray.console.main import COMMANDS, EXIT_FAILED, EXIT_USAGE, main, run_job
 from crowdray.datasets.validation import InvalidDatasetError
 from crowdray.errors import DataError, JobFailed, UserError
 from crowdray.pipeline.predict import PredictionError
@@ -16,11 +18,11 @@ from crowdray.tune.driver import StudyFailed
 
 
 def run_raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def main(arguments: list[str]) -> None:
+    def job(arguments: list[str]) -> None:
         raise error
 
     monkeypatch.setattr(sys, "path", [*sys.path])
-    run_job(main, [])
+    run_job(job, [])
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,28 @@ def test_run_job_on_an_expected_error_prints_one_line_and_exits(
     assert exit_.value.code == status
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_main_passes_the_arguments_to_each_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[list[str]] = []
+    monkeypatch.setattr(f"crowdray.console.commands.{name}.main", received.append)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main([name, "--data", "x"])
+    assert received == [["--data", "x"]]
+    assert (Path(__file__).parents[2] / "jobs" / f"{name}.py").is_file()
+
+
+def test_main_without_a_command_prints_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"crowdray {__version__}\n"
+
+
+def test_main_with_an_unknown_command_suggests_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["trian"])
+    assert exit_.value.code == EXIT_USAGE
+    assert capsys.readouterr().err == "error: unknown command 'trian'; use train\n"

@@ -35,7 +35,7 @@ def parse(job: type[Job], arguments: Sequence[str], command: str, description: s
         description: First paragraph of the help; the docstring of `job` by default.
     """
     _check_repeated(arguments)
-    return tyro.cli(job, args=list(arguments), prog=_program(command), description=description)
+    return tyro.cli(job, args=list(arguments), prog=program(command), description=description)
 
 
 def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) -> Job:
@@ -59,7 +59,12 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) ->
     }
     default: Job = cast(Any, job)(**required, config=base)
     flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(job, args=list(arguments), prog=_program(command), default=default, config=flags)
+    return tyro.cli(job, args=list(arguments), prog=program(command), default=default, config=flags)
+
+
+def program(command: str) -> str:
+    """Return how to start a command, the way this process was started."""
+    return f"python jobs/{command}.py" if Path(sys.argv[0]).parent.name == "jobs" else f"crowdray {command}"
 
 
 def load_preset(name: str) -> Config:
@@ -86,10 +91,6 @@ def console() -> Console:
     """Return a console as wide as the terminal; in a log, wide enough for every table."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=140)
-
-
-def _program(command: str) -> str:
-    return f"jobs/{command}.py" if sys.argv[0].endswith(f"{command}.py") else f"crowdray {command}"
 
 
 def option_name(argument: str) -> str:

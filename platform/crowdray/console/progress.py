@@ -1,20 +1,24 @@
 """Progress of a job: a live display on a terminal, plain lines in a log."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crowdray.cluster.parallel import Advance
-from crowdray.training.checkpoint import EpochMetrics
-from crowdray.training.stages import Stage
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+
+    from crowdray.cluster.parallel import Advance
+    from crowdray.training.checkpoint import EpochMetrics
+    from crowdray.training.stages import Stage
 
 LOG_INTERVAL_S = 10.0
 """Seconds between two progress lines in a log."""

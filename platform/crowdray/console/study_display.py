@@ -1,13 +1,19 @@
 """Progress of a study: a live table of its trials on a terminal, a line per finished trial in a log."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from crowdray.console.progress import LiveDisplay
-from crowdray.tune.record import StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from crowdray.tune.record import StudyRecord, TrialRecord
 
 MAX_ROWS = 24
 """Trials in the live table: the running ones, and the latest of the others."""

@@ -1,9 +1,10 @@
 """Tables at the end of a job: the results, and where they are stored."""
 
+from __future__ import annotations
+
 import math
 import shlex
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -11,17 +12,23 @@ from rich.table import Table
 from rich.text import Text
 
 from crowdray import storage
-from crowdray.cluster.check import HISTOGRAMS, SHEET
+from crowdray.console.arguments import program
 from crowdray.console.study_display import trial_table
-from crowdray.data.shards import Index
 from crowdray.datasets.quarantine import QUARANTINE, read_quarantine
 from crowdray.datasets.statistics import MAX_LISTED
-from crowdray.datasets.validation import REPORT, Distribution, SplitStats, ValidationReport
-from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics, Metrics
-from crowdray.evaluation.report import Evaluation
-from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.predict import COUNTS, Prediction
-from crowdray.tune.record import StudyOutcome
+from crowdray.datasets.validation import REPORT
+from crowdray.evaluation.metrics import GAME_LEVELS
+
+if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds
+    from collections.abc import Callable
+
+    from crowdray.data.shards import Index
+    from crowdray.datasets.validation import Distribution, SplitStats, ValidationReport
+    from crowdray.evaluation.metrics import GridMetrics, Metrics
+    from crowdray.evaluation.report import Evaluation
+    from crowdray.pipeline.outcome import Outcome
+    from crowdray.pipeline.predict import Prediction
+    from crowdray.tune.record import StudyOutcome
 
 _MAX_ROWS = 30
 """Photos in the table of a prediction; counts.csv lists all of them."""
@@ -50,8 +57,8 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
         {
             "dataset": dest,
             "digest": index.digest[:12],
-            "check it": f"python jobs/convert.py crowdray --source {shlex.quote(dest)} --check",
-            "train on it": f"python jobs/train.py --preset NAME --data {shlex.quote(dest)}",
+            "check it": f"{program('convert')} crowdray --source {shlex.quote(dest)} --check",
+            "train on it": f"{program('train')} --preset NAME --data {shlex.quote(dest)}",
         },
     )
 
@@ -69,6 +76,8 @@ def show_check(report: ValidationReport, folder: str, console: Console, *, stric
         console.print(f"PROBLEM: {problem}", style="bold red", **_PLAIN)
     if not report.problems:
         console.print("valid: every image is usable, no two splits share one", style="green", **_PLAIN)
+    from crowdray.cluster.check import HISTOGRAMS, SHEET
+
     names = {"images": SHEET, "histograms": HISTOGRAMS, "statistics": REPORT}
     _print_fields(console, {what: storage.join(storage.resolve(folder), name) for what, name in names.items()})
     if strict:
@@ -146,7 +155,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             "model": outcome.model,
             "run": outcome.run,
             "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
-            "use it": f"python jobs/predict.py --model {uri} --input IMAGE --output predictions",
+            "use it": f"{program('predict')} --model {uri} --input IMAGE --output predictions",
         },
     )
 
@@ -205,8 +214,9 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
         table.add_row(f"and {more:,} more", "", "")
     console.print(table)
     folder = prediction.counts.rpartition("/")[0]
-    names = {"counts": COUNTS, "overlays": "*.overlay.png", "densities": "*.density.npy"}
-    _print_fields(console, {name: storage.join(folder, pattern) for name, pattern in names.items()})
+    patterns = {"overlays": "*.overlay.png", "densities": "*.density.npy"}
+    files = {name: storage.join(folder, pattern) for name, pattern in patterns.items()}
+    _print_fields(console, {"counts": prediction.counts, **files})
 
 
 def _mae_rmse(metrics: Metrics | None) -> list[str]:
