@@ -41,12 +41,6 @@ def root_uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         fs.rm(root, recursive=True)
 
 
-@pytest.fixture
-def place(root_uri: str) -> str:
-    """Previous name of `root_uri`."""
-    return root_uri
-
-
 def disc_sample(number: int, split: str) -> Sample:
     """Noise with 0 to 8 bright discs as heads; every other image has a region of interest and depth."""
     rng = np.random.default_rng((number, len(split)))
