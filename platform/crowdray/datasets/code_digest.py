@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,17 +54,22 @@ def code_files(roots: Iterable[str], package: Path = PACKAGE) -> list[Path]:
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if file.is_file():  # an imported name that is not a module has no file
             files[name] = file
-            pending += _imports(file) if name != write_shard.__module__ else []  # it imports the readers of shards
+            pending += (
+                _imports(file.read_bytes()) if name != write_shard.__module__ else []
+            )  # it imports the readers of shards
     return sorted(files.values())
 
 
-def _imports(file: Path) -> Iterable[str]:
-    for node in ast.walk(ast.parse(file.read_bytes())):
+@cache
+def _imports(content: bytes) -> tuple[str, ...]:
+    """Names of everything that the code of a module imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(names)
 
 
 def _module_text(part: type) -> bytes:
