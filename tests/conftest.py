@@ -29,8 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(params=["local", "memory"])
-def root_uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def root_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A URI at which nothing exists yet: a local folder, or fsspec's memory in place of an object store."""
+    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     if request.param == "local":
         yield str(tmp_path / "root")
         return

@@ -48,8 +48,8 @@ class SamplingConfig:
     """Side in pixels (after downsampling) of the square crop whose heads the count decoder regresses."""
     context: int = 36
     """Image pixels around the crop that the network sees too: crop and context form the window. The losses of the maps
-    cover every pixel whose receptive field the window does not cut, which is how it is used on whole
-    images. CFCN's receptive field reaches 34 pixels."""
+    exclude pixels whose receptive field the window cuts, so that windows train what whole images need. The radius of
+    CFCN's receptive field is 34 pixels."""
     batch: int = 8
     """Global batch size: windows per update over all workers."""
     crops_per_image: int = 1

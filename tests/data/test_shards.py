@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,89 +13,45 @@ import pytest
 from crowdray import storage
 from crowdray.data import shards
 from crowdray.data.sample import SCHEMA, Sample
-from crowdray.data.shards import INDEX, ROWS_PER_BATCH, Dataset, Index, write_index, write_shard
-from crowdray.datasets import conversion
-from crowdray.datasets.sources import Item
+from crowdray.data.shards import INDEX, Dataset, Index, write_index, write_shard
 from crowdray.errors import UserError
 
-from ..support.builders import samples
+from ..support.builders import mixed_samples, sample_fields, samples
 
 
-@pytest.fixture(params=["local", "memory"])
-def root_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
-    return str(tmp_path / "made") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
-
-
-class ListSource:
-    """A source of samples in memory."""
-
-    name = "listed"
-    depth_teacher = "none"
-    teacher = None
-    gpu = False
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-
-    def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        return [Item(sample.split, sample.name, number=n) for n, sample in enumerate(self.samples)]
-
-    def load(self, item: Item) -> Sample:
-        return self.samples[item.number]
-
-    def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        return []
-
-
-def mixed() -> list[Sample]:
-    """More rows than one record batch, and a change of split inside a shard."""
-    return samples(ROWS_PER_BATCH + 9) + samples(5, "test", seed=1)
-
-
-def write(uri: str, listed: Sequence[Sample], rows: int = 40) -> Dataset:
-    written = [write_shard(listed[k : k + rows], uri, k // rows) for k in range(0, len(listed), rows)]
-    write_index(uri, written, source="listed", depth_teacher="none")
+def write(uri: str, originals: Sequence[Sample], rows: int = 40) -> Dataset:
+    written = [write_shard(originals[k : k + rows], uri, k // rows) for k in range(0, len(originals), rows)]
+    write_index(uri, written, source="list", depth_teacher="none")
     return Dataset.open(uri)
-
-
-def content(sample: Sample) -> tuple[object, ...]:
-    own = pickle.loads(pickle.dumps(sample))
-    return (
-        *(own.name, own.split, own.scene, own.image, own.height, own.width, own.roi, own.depth, own.sha256),
-        own.points.tobytes(),
-        own.points.shape,
-        own.points.dtype,
-    )
 
 
 @pytest.mark.parametrize("rows", [1, 40, 1000])
 def test_dataset_returns_the_written_samples_in_order(root_uri: str, rows: int) -> None:
-    listed = mixed()[-12:] if rows == 1 else mixed()
-    dataset = write(root_uri, listed, rows)
-    assert len(dataset) == len(listed)
-    for row, sample in enumerate(listed):
-        assert content(dataset.sample(row)) == content(sample)
+    originals = mixed_samples()[-12:] if rows == 1 else mixed_samples()
+    dataset = write(root_uri, originals, rows)
+    assert len(dataset) == len(originals)
+    for row, sample in enumerate(originals):
+        assert sample_fields(dataset.sample(row)) == sample_fields(sample)
 
 
 def test_dataset_columns_agree_with_its_rows(root_uri: str) -> None:
-    listed = mixed()
-    dataset = write(root_uri, listed)
-    every = [dataset.rows(split) for split in ("train", "test")]
-    np.testing.assert_array_equal(np.sort(np.concatenate(every)), np.arange(len(listed)))
-    for split, rows in zip(("train", "test"), every, strict=True):
-        these = [listed[row] for row in rows]
-        assert all(sample.split == split for sample in these) and (np.diff(rows) > 0).all()
-        np.testing.assert_array_equal(dataset.sizes(split), [(s.height, s.width) for s in these])
-        np.testing.assert_array_equal(dataset.counts(split), [len(s.points) for s in these])
-        assert dataset.strings("name", split) == [s.name for s in these]
-        assert dataset.strings("scene", split) == [s.scene for s in these]
-        total = {"rows": len(these), "heads": sum(len(s.points) for s in these)}
+    originals = mixed_samples()
+    dataset = write(root_uri, originals)
+    rows_by_split = [dataset.rows(split) for split in ("train", "test")]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows_by_split)), np.arange(len(originals)))
+    for split, rows in zip(("train", "test"), rows_by_split, strict=True):
+        in_split = [originals[row] for row in rows]
+        assert all(sample.split == split for sample in in_split) and (np.diff(rows) > 0).all()
+        np.testing.assert_array_equal(dataset.sizes(split), [(s.height, s.width) for s in in_split])
+        np.testing.assert_array_equal(dataset.counts(split), [len(s.points) for s in in_split])
+        assert dataset.strings("name", split) == [s.name for s in in_split]
+        assert dataset.strings("scene", split) == [s.scene for s in in_split]
+        total = {"rows": len(in_split), "heads": sum(len(s.points) for s in in_split)}
         assert dataset.index.splits[split] == total
 
 
 def test_sample_is_a_view_of_the_mapped_shard(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed())
+    dataset = write(str(tmp_path), mixed_samples())
     one, again = dataset.sample(5), dataset.sample(5)
     assert isinstance(one.image, memoryview) and one.image.readonly
     assert not one.points.flags.writeable and not one.points.flags.owndata
@@ -105,12 +60,12 @@ def test_sample_is_a_view_of_the_mapped_shard(tmp_path: Path) -> None:
 
 
 def test_sample_is_valid_after_its_dataset_is_deleted(tmp_path: Path) -> None:
-    sample = write(str(tmp_path), mixed()).sample(3)
+    sample = write(str(tmp_path), mixed_samples()).sample(3)
     assert hashlib.sha256(sample.image).hexdigest() == sample.sha256
 
 
 def test_shards_are_uncompressed_arrow_files_with_the_schema(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed())
+    dataset = write(str(tmp_path), mixed_samples())
     tables = []
     for shard in dataset.index.shards:
         path = tmp_path / shard.path
@@ -121,32 +76,32 @@ def test_shards_are_uncompressed_arrow_files_with_the_schema(tmp_path: Path) -> 
         images = b"".join(tables[-1].column("image").to_pylist())
         assert shard.bytes > len(images)
     names = pa.concat_tables(tables).column("name").to_pylist()
-    assert names == [sample.name for sample in mixed()]
+    assert names == [sample.name for sample in mixed_samples()]
 
 
 def test_record_batches_of_large_images_have_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = samples(20)
-    sizes = [len(s.image) + len(s.roi or b"") + len(s.depth or b"") for s in listed]
+    originals = samples(20)
+    sizes = [len(s.image) + len(s.roi or b"") + len(s.depth or b"") for s in originals]
     monkeypatch.setattr(shards, "BYTES_PER_BATCH", sum(sizes[:5]))
-    dataset = write(str(tmp_path), listed)
+    dataset = write(str(tmp_path), originals)
     with pa.ipc.open_file(str(tmp_path / dataset.index.shards[0].path)) as reader:
         lengths = [len(reader.get_batch(number)) for number in range(reader.num_record_batches)]
     assert lengths[0] == 5 and sum(lengths) == 20 and len(lengths) > 2
-    assert [content(dataset.sample(row)) for row in range(20)] == [content(sample) for sample in listed]
+    assert [sample_fields(dataset.sample(row)) for row in range(20)] == [sample_fields(sample) for sample in originals]
 
 
 def test_write_shard_is_deterministic_and_digest_depends_on_samples(tmp_path: Path) -> None:
-    one, two = write(str(tmp_path / "1"), mixed()), write(str(tmp_path / "2"), mixed())
+    one, two = write(str(tmp_path / "1"), mixed_samples()), write(str(tmp_path / "2"), mixed_samples())
     assert one.digest == two.digest
     for shard in one.index.shards:
         assert (tmp_path / "1" / shard.path).read_bytes() == (tmp_path / "2" / shard.path).read_bytes()
     assert (tmp_path / "1" / INDEX).read_bytes() == (tmp_path / "2" / INDEX).read_bytes()
-    assert write(str(tmp_path / "3"), mixed()[:-1]).digest != one.digest
-    assert write(str(tmp_path / "4"), mixed()[::-1]).digest != one.digest
+    assert write(str(tmp_path / "3"), mixed_samples()[:-1]).digest != one.digest
+    assert write(str(tmp_path / "4"), mixed_samples()[::-1]).digest != one.digest
 
 
 def test_index_json_is_read_back(tmp_path: Path) -> None:
-    index = write(str(tmp_path), mixed()).index
+    index = write(str(tmp_path), mixed_samples()).index
     content = json.loads((tmp_path / INDEX).read_text())
     assert content["format"] == "crowdray" and content["digest"] == index.digest
     assert {"path", "rows", "bytes", "sha256"} <= content["shards"][0].keys()
@@ -154,79 +109,17 @@ def test_index_json_is_read_back(tmp_path: Path) -> None:
 
 
 def test_pickled_dataset_is_small_and_returns_the_same_samples(root_uri: str) -> None:
-    dataset = write(root_uri, mixed())
+    dataset = write(root_uri, mixed_samples())
     dataset.sample(0)
     packed = pickle.dumps(dataset)
     assert len(packed) < 4000
-    assert content(pickle.loads(packed).sample(7)) == content(dataset.sample(7))
+    assert sample_fields(pickle.loads(packed).sample(7)) == sample_fields(dataset.sample(7))
 
 
 def test_dataset_with_unknown_split_or_row_raises_user_error(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed())
+    dataset = write(str(tmp_path), mixed_samples())
     with pytest.raises(UserError, match="no split 'val'; it has train, test"):
         dataset.rows("val")
     for row in (-1, len(dataset)):
         with pytest.raises(UserError, match=f"row {row} is outside"):
             dataset.sample(row)
-
-
-def test_convert_publishes_the_samples_of_the_source(root_uri: str) -> None:
-    listed = mixed()
-    seen: list[int] = []
-    index = conversion.convert(ListSource(listed), root_uri, on_slice=lambda result: seen.append(result.number))
-    dataset = Dataset.open(root_uri)
-    assert dataset.index == index and seen == list(range(len(index.shards)))
-    assert [content(dataset.sample(row)) for row in range(len(dataset))] == [content(s) for s in listed]
-    names = sorted(uri.rsplit("/", 1)[1] for uri in storage.list_files(root_uri))
-    assert names == sorted([INDEX, *(shard.path for shard in index.shards)])
-
-
-def test_slices_converted_in_any_order_result_in_the_same_dataset(tmp_path: Path) -> None:
-    source = ListSource(mixed())
-    parts = list(enumerate(conversion.split_into_slices(source.items(), 20)))
-    digests = []
-    for name, order in (("ahead", parts), ("back", parts[::-1])):
-        dest = str(tmp_path / name)
-        results = [conversion.convert_slice(source, items, dest, number) for number, items in order]
-        digests.append(conversion.publish(dest, source, pickle.loads(pickle.dumps(results))).digest)
-    assert digests[0] == digests[1]
-
-
-def test_convert_replaces_a_dataset_only_with_overwrite(root_uri: str) -> None:
-    old = conversion.convert(ListSource(samples(3)), root_uri)
-    with pytest.raises(UserError, match=r"already contains a dataset.*--overwrite"):
-        conversion.convert(ListSource(samples(4)), root_uri)
-    assert Dataset.open(root_uri).index == old
-    new = conversion.convert(ListSource(samples(4)), root_uri, overwrite=True)
-    assert Dataset.open(root_uri).index == new and new.digest != old.digest
-    assert len(storage.list_files(root_uri)) == 1 + len(new.shards)
-
-
-def test_convert_rejects_a_folder_of_other_files(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"thesis\.tex.*another --dest"):
-            conversion.convert(ListSource(samples(3)), str(tmp_path), overwrite=overwrite)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_convert_removes_leftovers_of_an_interrupted_conversion(root_uri: str) -> None:
-    source = ListSource(samples(6))
-    conversion.convert_slice(source, source.items()[:2], root_uri, 7)
-    if storage.is_local(root_uri):
-        storage.write_bytes(storage.join(root_uri, f"{storage.PARTIAL}123-shard-00000.arrow"), b"half")
-    with pytest.raises(UserError, match="its conversion is unfinished"):
-        Dataset.open(root_uri)
-    index = conversion.convert(source, root_uri)
-    assert len(storage.list_files(root_uri)) == 1 + len(index.shards)
-
-
-def test_convert_notes_repeated_images_and_images_without_heads(tmp_path: Path) -> None:
-    index = conversion.convert(ListSource([*samples(3), *samples(2, "test")]), str(tmp_path / "made"))
-    assert any("train/000 = test/000; train/001 = test/001" in note for note in index.notes)
-    assert any(note.startswith("2 images without heads: ") for note in index.notes)
-
-
-def test_convert_without_images_raises_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to convert"):
-        conversion.convert(ListSource([]), str(tmp_path / "made"))

@@ -1,5 +1,6 @@
 """Builders of small datasets in official layouts, for tests of sources, conversion and faults."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.io import savemat
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
+from crowdray.data.shards import ROWS_PER_BATCH
 
 HEIGHT, WIDTH = 24, 32
 
@@ -42,6 +44,18 @@ def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
         )
         result.append(sample)
     return result
+
+
+def mixed_samples() -> list[Sample]:
+    """More samples than one record batch has rows, with two splits."""
+    return samples(ROWS_PER_BATCH + 9) + samples(5, "test", seed=1)
+
+
+def sample_fields(sample: Sample) -> tuple[object, ...]:
+    """All fields of a sample in a form that can be compared with ==."""
+    copy = pickle.loads(pickle.dumps(sample))
+    fields = (getattr(copy, name) for name in Sample.__slots__ if name != "points")
+    return (*fields, copy.points.tobytes(), copy.points.shape, copy.points.dtype)
 
 
 def make_mall(root: Path, frames: Sequence[int] = range(1, 7), annotated: int = 6) -> Path:
