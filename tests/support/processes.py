@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 class Job:
     """A job in a process of its own."""
 
-    def __init__(self, script: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / script), *arguments],
+            command,
             env=dict(environment),
-            cwd=folder,  # not the repository: jobs must not depend on the working directory
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -63,6 +63,11 @@ class Job:
         for pid in filter(alive, agents):
             os.kill(pid, signal.SIGKILL)
         self.end()
+
+
+def job_command(script: str, arguments: Sequence[str]) -> list[str]:
+    """The command that runs a script of jobs/ with this interpreter."""
+    return [sys.executable, str(ROOT / "jobs" / script), *arguments]
 
 
 def descendants(pid: int) -> list[int]:
