@@ -12,7 +12,7 @@ SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 # Two test files at a time: end-to-end tests mostly wait for processes to start.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet install --no-compile --constraint constraints.txt
 
 help: ## say what each target does

@@ -87,7 +87,7 @@ import os, runpy, sys, threading, time
 sys.path.insert(1, sys.argv.pop(1))
 from crowdray.cluster import train
 
-train.LOOK_S = 1.0
+train.RESIZE_CHECK_S = 1.0
 
 def poll():
     # Ray Train's coordinator polls the cluster every 20 s; this job polls each second.
