@@ -27,6 +27,9 @@ def test_create_or_verify_of_another_config_or_dataset_raises(run: Run) -> None:
     del recorded["config"]["optimizer"]["grad_accumulation_steps"]  # written by a version without this field
     storage.write_bytes(f"{run.uri}/run.json", json.dumps(recorded).encode())
     run.create_or_verify()
+    recorded["config"]["optimizer"]["accumulate"] = 1  # previous name
+    storage.write_bytes(f"{run.uri}/run.json", json.dumps(recorded).encode())
+    run.create_or_verify()
     accumulating = replace(run.identity.config.optimizer, grad_accumulation_steps=2)
     with pytest.raises(UserError, match=r"optimizer\.grad_accumulation_steps: recorded 1, given 2"):
         run.with_config(replace(run.identity.config, optimizer=accumulating)).create_or_verify()

@@ -1,6 +1,5 @@
 """What a study accepts, how many of its trials fit, and what its trials cost."""
 
-import dataclasses
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -359,13 +358,12 @@ def test_spent_worker_seconds_never_decrease(clock: list[float], tmp_path: Path)
     assert spent == [10.0 * count for count in range(1, 13)]
 
 
-def test_tracker_reads_records_of_version_0_1(tmp_path: Path) -> None:
+def test_tracker_reads_records_with_previous_names(tmp_path: Path) -> None:
     costs = (StageCost("b", "baseline", 2, 1, 4.0, 4.0),)
     record = TrialRecord(0, "complete", {"loss.depth": 0.5}, 3.0, 4.0, {1: 3.0}, costs)
     old = asdict(record)
-    old["legs"] = [{"chain": cost.pop("key"), **cost} for cost in old.pop("stage_costs")]
+    old["legs"] = [{"chain": cost.pop("key"), **cost} for cost in old.pop("stage_costs")]  # previous name
     study = make_study(tmp_path)
     trial = open_optuna_study(study).ask()
     trial.set_user_attr(RECORD, old)
     assert make_tracker(study).record.trials == (record,)
-    assert dataclasses.is_dataclass(make_tracker(study).record.trials[0].stage_costs[0])

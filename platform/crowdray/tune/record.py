@@ -20,7 +20,7 @@ State = Literal["complete", "pruned", "failed", "running"]
 class StageCost:
     """Cost of one stage of one trial."""
 
-    key: Annotated[str, Field(validation_alias=AliasChoices("key", "chain"))]  # "chain": records of version 0.1
+    key: Annotated[str, Field(validation_alias=AliasChoices("key", "chain"))]  # previous name
     """Stage key: identifies this stage after one fixed prefix."""
     stage: str
     """baseline, decoders or joint."""
@@ -62,8 +62,9 @@ class TrialRecord:
     """The same for the RMSE."""
     curve: Mapping[int, float]
     """Best validation MAE so far, by epoch of the joint stage."""
-    stage_costs: Annotated[  # "legs": records of version 0.1
-        tuple[StageCost, ...], Field(validation_alias=AliasChoices("stage_costs", "legs"))
+    stage_costs: Annotated[
+        tuple[StageCost, ...],
+        Field(validation_alias=AliasChoices("stage_costs", "legs")),  # previous name
     ]
     """Its stages in order, as far as it got."""
     reason: str = ""
