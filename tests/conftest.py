@@ -1,9 +1,9 @@
 """Fixtures: small datasets, storage locations and a planned run."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -16,6 +16,8 @@ from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.presets import preset
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from crowdray.pipeline.run import Run
 
 HEIGHT, WIDTH = 64, 96
@@ -113,3 +115,20 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     info = write_shard([noise_sample(number) for number in range(25)], folder, 0)
     write_index(folder, [info], source="noise", depth_teacher="test")
     return Dataset.open(folder)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> "list[Figure]":
+    """Figures saved during the test."""
+    from crowdray.plots import style
+
+    figures: list[Figure] = []
+    save_figure: Callable[..., None] = style.save_figure
+
+    def save(figure: "Figure", *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        save_figure(figure, *args, **kwargs)
+
+    monkeypatch.setattr(style, "save_figure", save)
+    monkeypatch.setattr("crowdray.plots.overlay.save_figure", save)
+    return figures

@@ -1,1 +1,1 @@
-"""The only floor that knows Ray: conversion, training and prediction spread over a machine or a cluster."""
+"""Conversion, training and batch-size measurement on a Ray cluster."""
