@@ -41,9 +41,7 @@ def test_task_losses_equal_their_equations() -> None:
     expected = {
         DENSITY: ((predicted[DENSITY] - 50 * true["density"]) ** 2 * true["weight"]).mean(),
         SEGMENTATION: (entropy * true["weight"]).mean(),
-        DEPTH: (
-            (predicted[DEPTH] - true["depth"]) ** 2 * true["weight"] * true["has_depth"][:, None, None, None]
-        ).mean(),
+        DEPTH: ((predicted[DEPTH] - true["depth"]) ** 2 * true["weight"] * known).mean(),
         COUNT: ((predicted[COUNT] - true["count"] / 4) ** 2).mean(),
     }
     assert losses == pytest.approx(expected, rel=1e-5)
