@@ -1,4 +1,4 @@
-"""What only a GPU can show: collected where torch finds one."""
+"""Tests that need a GPU; collected only where torch finds one."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Training on a GPU: the CPU's numbers in fp32, nearly so in bf16 and compiled; and memory that really ends."""
+"""Training on a GPU: equal to a CPU in fp32, close in bf16 and compiled, and out of memory for real."""
 
 import re
 from dataclasses import fields, replace
@@ -14,19 +14,18 @@ from crowdray.data.batch import Batch
 from crowdray.data.gpu_cache import GpuImageCache
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
-from crowdray.errors import UserError
+from crowdray.errors import InfeasibleConfigError
 from crowdray.presets import preset
 from crowdray.training.batch_size_finder import measure_batch_size
 from crowdray.training.distributed import World
 from crowdray.training.errors import DivergedError
 from crowdray.training.trainer import Trainer
 
-GPU = torch.device("cuda", 0)
-JOINT = -1
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **optimizer: float) -> Config:
-    """Small windows, plain gradient descent, so that a difference of the gradient is one of the weights."""
+def config_of(backbone: str, precision: str = "fp32", compiled: str = "no", **optimizer: float) -> Config:
+    """Small windows and plain gradient descent, so that weights differ as much as gradients."""
     base = preset("debug")
     return replace(
         base,
@@ -37,138 +36,144 @@ def settings(backbone: str, precision: str = "fp32", compiled: str = "no", **opt
     )
 
 
-def trained(config: Config, dataset: Dataset, device: torch.device, updates: int = 3) -> tuple[Trainer, torch.Tensor]:
-    """The training after a few joint updates, and the losses (updates, tasks) that it saw."""
-    training = Trainer(config, dataset, world=World(), device=device)
-    stage = replace(training.stages[JOINT], balanced=False)
-    running = training.stage_trainer(stage)
-    running.set_train_mode()
-    batches = training.loader.epoch(1)
-    return training, torch.stack([running.train_step(next(batches)) for _ in range(updates)]).cpu()
+def joint_trainer(config: Config, dataset: Dataset, device: torch.device) -> Trainer:
+    """A trainer of the joint stage alone, with equal loss weights."""
+    trainer = Trainer(config, dataset, world=World(), device=device)
+    trainer.stages = (replace(trainer.stages[-1], balanced=False),)
+    return trainer
 
 
-def change(training: Trainer, start: Trainer) -> torch.Tensor:
-    """What the updates did to all weights."""
-    pairs = zip(training.state.counter.parameters(), start.state.counter.parameters(), strict=True)
+def train(config: Config, dataset: Dataset, device: torch.device, steps: int = 3) -> tuple[Trainer, torch.Tensor]:
+    """Take joint training steps; returns the trainer and the losses (steps, tasks)."""
+    trainer = joint_trainer(config, dataset, device)
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
+    stage_trainer.set_train_mode()
+    batches = trainer.loader.epoch(1)
+    return trainer, torch.stack([stage_trainer.train_step(next(batches)) for _ in range(steps)]).cpu()
+
+
+def change(trainer: Trainer, start: Trainer) -> torch.Tensor:
+    """The difference of all parameters to those at the start."""
+    pairs = zip(trainer.state.counter.parameters(), start.state.counter.parameters(), strict=True)
     return torch.cat([(new.detach().cpu() - old.detach().cpu()).flatten() for new, old in pairs])
 
 
 @pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
-def test_fp32_updates_are_those_of_a_cpu(discs: Dataset, backbone: str) -> None:
-    config = settings(backbone)
-    start = Trainer(config, discs, world=World(), device=torch.device("cpu"))
-    here, there = (trained(config, discs, device) for device in (torch.device("cpu"), GPU))
-    torch.testing.assert_close(there[1], here[1], rtol=1e-4, atol=1e-6)
-    expected, got = change(here[0], start), change(there[0], start)
+def test_train_steps_in_fp32_equal_those_on_cpu(discs: Dataset, backbone: str) -> None:
+    config = config_of(backbone)
+    start = Trainer(config, discs, world=World(), device=CPU)
+    (on_cpu, cpu_losses), (on_gpu, gpu_losses) = (train(config, discs, device) for device in (CPU, GPU))
+    torch.testing.assert_close(gpu_losses, cpu_losses, rtol=1e-4, atol=1e-6)
+    expected, actual = change(on_cpu, start), change(on_gpu, start)
     assert expected.norm() > 0
-    assert (got - expected).norm() < 1e-3 * expected.norm()
+    assert (actual - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # from the compiler
 @pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("compiled", ["no", "yes", "graphs"])
 @pytest.mark.parametrize("backbone", ["cfcn", "csrnet"])
-def test_bf16_and_compiled_updates_are_nearly_those_of_fp32(
+def test_train_steps_in_bf16_and_compiled_are_close_to_fp32(
     discs: Dataset, backbone: str, compiled: str, grad_accumulation_steps: int
 ) -> None:
-    exact = trained(settings(backbone), discs, GPU, updates=6)
-    fast = trained(
-        settings(backbone, "bf16", compiled, grad_accumulation_steps=grad_accumulation_steps), discs, GPU, updates=6
-    )
-    torch.testing.assert_close(fast[1], exact[1], rtol=2e-2, atol=1e-3)
+    _, exact = train(config_of(backbone), discs, GPU, steps=6)
+    config = config_of(backbone, "bf16", compiled, grad_accumulation_steps=grad_accumulation_steps)
+    _, fast = train(config, discs, GPU, steps=6)
+    torch.testing.assert_close(fast, exact, rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "grad_accumulation_steps"), [("sgd", 1), ("adamw", 2), ("muon", 2)])
-def test_an_update_waits_for_none_before_it(
+def test_train_step_never_synchronizes_with_gpu(
     discs: Dataset, name: Literal["sgd", "adamw", "muon"], grad_accumulation_steps: int
 ) -> None:
-    config = settings("cfcn", "bf16", grad_accumulation_steps=grad_accumulation_steps)
+    config = config_of("cfcn", "bf16", grad_accumulation_steps=grad_accumulation_steps)
     config = replace(config, optimizer=replace(config.optimizer, name=name))
-    training = Trainer(config, discs, world=World(), device=GPU)
-    running = training.stage_trainer(replace(training.stages[JOINT], balanced=False))
-    running.set_train_mode()
-    first, *others = [next(training.loader.epoch(1)) for _ in range(3)]
-    running.train_step(first)  # it counts operations and makes room
+    trainer = joint_trainer(config, discs, GPU)
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
+    stage_trainer.set_train_mode()
+    first, *others = [next(trainer.loader.epoch(1)) for _ in range(3)]
+    stage_trainer.train_step(first)  # counts FLOPs and allocates memory
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in others:
-            running.train_step(batch)
+            stage_trainer.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-class Grouped(World):
-    """One rank that asks a group of its own all the same."""
+class SingleRankGroup(World):
+    """One rank that uses its process group nevertheless."""
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """See World.mean."""
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """See World.all_reduce_mean."""
         values = values.clone()
         dist.all_reduce(values)
         return values
 
 
-def test_whatever_ranks_agree_on_goes_through_nccl(discs: Dataset, tmp_path: Path) -> None:
+def test_fit_epoch_with_nccl_reduces_only_gpu_tensors(discs: Dataset, tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        training = Trainer(settings("cfcn"), discs, world=Grouped(), device=GPU)
-        for stage in training.stages:
-            training.stage_trainer(stage).fit_epoch()
-        assert len(training.state.progress.history) == len(training.stages)
+        trainer = Trainer(config_of("cfcn"), discs, world=SingleRankGroup(), device=GPU)
+        for stage in trainer.stages:
+            trainer.stage_trainer(stage).fit_epoch()
+        assert len(trainer.state.progress.history) == len(trainer.stages)
     finally:
         dist.destroy_process_group()
 
 
-def test_what_fits_into_the_memory_is_said_and_does_fit(discs: Dataset) -> None:
-    def large(grad_accumulation_steps: int) -> Config:
-        config = settings("csrnet", grad_accumulation_steps=grad_accumulation_steps)
-        return replace(config, sampling=replace(config.sampling, batch=96, crops_per_image=8))
+def test_fit_out_of_memory_suggests_steps_that_fit(discs: Dataset) -> None:
+    def fit(grad_accumulation_steps: int) -> None:
+        config = config_of("csrnet", grad_accumulation_steps=grad_accumulation_steps)
+        config = replace(config, sampling=replace(config.sampling, batch=96, crops_per_image=8))
+        joint_trainer(config, discs, GPU).fit()
 
     total = torch.cuda.get_device_properties(GPU).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated(GPU) + 2**30) / total, GPU)
     try:
-        with pytest.raises(UserError) as caught:
-            trained(large(1), discs, GPU, updates=1)
+        with pytest.raises(InfeasibleConfigError) as caught:
+            fit(1)
         found = re.search(r"(\d+) at a time do: set --optimizer.grad_accumulation_steps (\d+)", str(caught.value))
         assert found, caught.value
+        caught.value.__traceback__ = None  # its frames reference tensors of the first attempt
+        del caught
         torch.cuda.empty_cache()
-        trained(large(int(found[2])), discs, GPU, updates=1)
+        fit(int(found[2]))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, GPU)
 
 
-def test_the_batch_is_found(discs: Dataset) -> None:
-    found = measure_batch_size(settings("cfcn", "bf16"), discs, device=GPU, workers=1)
-    assert found >= 1
+def test_measure_batch_size_finds_one(discs: Dataset) -> None:
+    assert measure_batch_size(config_of("cfcn", "bf16"), discs, device=GPU, workers=1) >= 1
 
 
 @pytest.mark.parametrize("position", [0, -1])
-def test_a_loss_that_is_not_finite_stops_before_the_epoch_is_saved(
+def test_fit_epoch_with_nan_loss_raises_before_it_is_recorded(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
-    """One update later, or at the epoch's end: of the rows that it saw."""
-    training = Trainer(settings("cfcn"), discs, world=World(), device=GPU)
-    running = training.stage_trainer(training.stages[0])
-    batches = list(training.loader.epoch(1))
+    """One step later, or at the end of the epoch, with the rows of the diverged step."""
+    trainer = Trainer(config_of("cfcn"), discs, world=World(), device=GPU)
+    stage_trainer = trainer.stage_trainer(trainer.stages[0])
+    batches = list(trainer.loader.epoch(1))
     batches[position].brightness[0] = float("nan")
-    monkeypatch.setattr(training.loader, "epoch", lambda *_, **__: iter(batches))
+    monkeypatch.setattr(trainer.loader, "epoch", lambda *_, **__: iter(batches))
     rows = re.escape(str(batches[position].rows.tolist()))
     with pytest.raises(DivergedError, match=rf"baseline stage.*density nan.*{rows}.*learning_rate"):
-        running.fit_epoch()
-    assert not training.state.progress.history
+        stage_trainer.fit_epoch()
+    assert not trainer.state.progress.history
 
 
 @pytest.mark.parametrize("context", [0, 8, 200])
-def test_windows_are_cut_on_the_gpu_as_by_the_loader(noise: Dataset, context: int) -> None:
-    base = settings("cfcn")
+def test_batches_cropped_on_gpu_equal_those_of_cpu(noise: Dataset, context: int) -> None:
+    base = config_of("cfcn")
     config = replace(base, sampling=replace(base.sampling, context=context, brightness=0.1))
-    kept = replace(config, sampling=replace(config.sampling, gpu_cache_gib=1))
-    there, here = (Trainer(choice, noise, world=World(), device=GPU) for choice in (kept, config))
-    assert isinstance(there.loader.images, GpuImageCache)
-    assert isinstance(here.loader.images, ImageCache)
-    running = there.stage_trainer(there.stages[0])
-    for one, other in zip(here.loader.epoch(1), there.loader.epoch(1), strict=True):
-        expected, got = one.to(GPU), running._to_device(other)
+    cached = replace(config, sampling=replace(config.sampling, gpu_cache_gib=1))
+    on_gpu, on_cpu = (Trainer(choice, noise, world=World(), device=GPU).loader for choice in (cached, config))
+    assert isinstance(on_gpu.images, GpuImageCache)
+    assert isinstance(on_cpu.images, ImageCache)
+    for one, other in zip(on_cpu.epoch(1), on_gpu.epoch(1), strict=True):
+        expected, actual = one.to(GPU), other.to(GPU)
         for field in fields(Batch):
-            values = (torch.as_tensor(getattr(batch, field.name)) for batch in (expected, got))
+            values = (torch.as_tensor(getattr(batch, field.name)) for batch in (expected, actual))
             assert torch.equal(*values), field.name
