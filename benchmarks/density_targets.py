@@ -1,4 +1,4 @@
-"""Density targets for 500 heads on 768x1024: ours against one full-frame scipy Gaussian filter per head."""
+"""Density targets of 500 heads on 768x1024 against one full-frame scipy Gaussian filter per head."""
 
 import sys
 import time
@@ -23,17 +23,17 @@ def main() -> None:
         density_map(torch.from_numpy(points)[None], torch.ones(1, HEADS), (HEIGHT, WIDTH), sigma=SIGMA)
     seconds = (time.perf_counter() - started) / REPEATS
 
-    usual = np.zeros((HEIGHT, WIDTH), np.float32)
+    reference = np.zeros((HEIGHT, WIDTH), np.float32)
     started = time.perf_counter()
     for x, y in points:
         impulse = np.zeros((HEIGHT, WIDTH), np.float32)
         impulse[int(y), int(x)] = 1
-        usual += gaussian_filter(impulse, SIGMA, mode="constant")
-    usual_seconds = time.perf_counter() - started
+        reference += gaussian_filter(impulse, SIGMA, mode="constant")
+    reference_seconds = time.perf_counter() - started
     print(f"{HEADS} heads on {HEIGHT}x{WIDTH}, sigma {SIGMA}, {torch.get_num_threads()} threads")
-    print(f"  a scipy filter per head: {usual_seconds:8.3f} s, sum {usual.sum():.3f}")
+    print(f"  a scipy filter per head: {reference_seconds:8.3f} s, sum {reference.sum():.3f}")
     print(f"  density_map:             {seconds:8.5f} s, sum {ours.double().sum().item():.5f}")
-    print(f"  ratio {usual_seconds / seconds:,.0f} (goal: at least 1,000, sum within 0.001 of {HEADS})")
+    print(f"  ratio {reference_seconds / seconds:,.0f} (goal: at least 1,000, sum within 0.001 of {HEADS})")
 
 
 if __name__ == "__main__":

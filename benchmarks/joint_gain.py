@@ -1,15 +1,12 @@
-"""Does the joint stage beat the baseline given the same number of updates? Both start from one baseline
-stage.
+"""Joint training against a control run with the density loss alone and as many updates.
 
-The rival goes on with the density loss alone, for the joint stage's epochs and the decoders stage's on top.
-Prints MAE and RMSE on the test split for each seed, the mean-count predictor, and a paired comparison over
-the test images. With --runs JOINT RIVAL it compares two finished runs of jobs/train.py instead, each the folder of
-its run.
+Both resume from one baseline stage; the control run trains the epochs of the decoders and joint stages. Prints
+MAE and RMSE on the test split for each seed, the mean-count predictor, and a paired comparison over the test
+images. --runs compares two finished runs of jobs/train.py instead, given their folders.
 """
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -28,14 +25,14 @@ from crowdray.presets import preset
 from crowdray.training.checkpoint import EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World, pick_device
 from crowdray.training.result import TrainingResult, final_result
-from crowdray.training.trainer import Trainer
+from crowdray.training.trainer import EpochCallback, Trainer
 
 VIDEO_BLOCK = 50
-"""Neighbouring frames of a video are no independent trials: the bootstrap draws as many together."""
+"""Frames per bootstrap block: neighbouring frames of a video are not independent."""
 
 
-def rival_of(config: Config) -> Config:
-    """The same training without auxiliary tasks, as many updates."""
+def control_config(config: Config) -> Config:
+    """The same run without auxiliary tasks, with as many updates."""
     stages = config.stages
     joint = dataclasses.replace(stages.joint, epochs=stages.joint.epochs + stages.decoders.epochs)
     return dataclasses.replace(
@@ -45,36 +42,35 @@ def rival_of(config: Config) -> Config:
     )
 
 
-def finish(config: Config, dataset: Dataset, checkpoint: Path | None, report: Callable[..., None]) -> TrainingResult:
-    """Train from a checkpoint, or from the start, to the end."""
+def train(config: Config, dataset: Dataset, checkpoint: Path | None, on_epoch: EpochCallback) -> TrainingResult:
+    """Train all stages, from a checkpoint if there is one."""
     restored = load_checkpoint(checkpoint) if checkpoint else None
-    training = Trainer(config, dataset, world=World(), device=pick_device(), restored=restored)
-    training.fit(report)
-    return final_result(training)
+    trainer = Trainer(config, dataset, world=World(), device=pick_device(), restored=restored)
+    trainer.fit(on_epoch)
+    return final_result(trainer)
 
 
 def train_both(config: Config, dataset: Dataset) -> tuple[TrainingResult, TrainingResult]:
-    """The joint training and its rival, of one seed, from a shared baseline stage."""
+    """Train the joint and the control run of one seed from a shared baseline stage."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def keep(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-            print(
-                f"    {row['stage']:8} {row['epoch']:3} val MAE {row.get('val/mae', float('nan')):.3f}",
-                flush=True,
-            )
-            if row["stage"] == "baseline" and row["epoch"] == config.stages.baseline.epochs:
+        def on_epoch(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
+            mae = metrics.get("val/mae", float("nan"))
+            print(f"    {metrics['stage']:8} {metrics['epoch']:3} val MAE {mae:.3f}", flush=True)
+            if metrics["stage"] == "baseline" and metrics["epoch"] == config.stages.baseline.epochs:
                 save(Path(folder))
 
-        joint = finish(config, dataset, None, keep)
-        return joint, finish(rival_of(config), dataset, Path(folder), keep)
+        joint = train(config, dataset, None, on_epoch)
+        return joint, train(control_config(config), dataset, Path(folder), on_epoch)
 
 
-def compare(config: Config, joint: TrainingResult, rival: TrainingResult) -> dict[str, Any]:
-    """Errors of both, and their paired difference over the test images."""
-    ours, theirs = (
-        np.array([abs(c.predicted - c.truth) for c in result.stages["joint"].test_counts]) for result in (joint, rival)
+def compare(config: Config, joint: TrainingResult, control: TrainingResult) -> dict[str, Any]:
+    """Compute the errors of both runs and their paired difference over the test images."""
+    joint_errors, control_errors = (
+        np.array([abs(c.predicted - c.truth) for c in result.stages["joint"].test_counts])
+        for result in (joint, control)
     )
-    gain = theirs - ours
+    gain = control_errors - joint_errors
     rng = np.random.default_rng(0)
     block = VIDEO_BLOCK if config.sampling.validation == "run" else 1
     blocks = np.array_split(gain, max(1, len(gain) // block))
@@ -85,39 +81,38 @@ def compare(config: Config, joint: TrainingResult, rival: TrainingResult) -> dic
     return {
         "mean": joint.mean_predictor.mae,
         "baseline": joint.stages["baseline"].test,
-        "rival": rival.stages["joint"].test,
+        "control": control.stages["joint"].test,
         "joint": joint.stages["joint"].test,
         "gain": gain.mean(),
         "block": block,
         "interval": np.percentile(means, [2.5, 97.5]),
-        "p": wilcoxon(theirs, ours).pvalue if gain.any() else 1.0,
+        "p": wilcoxon(control_errors, joint_errors).pvalue if gain.any() else 1.0,
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print what `compare` found."""
-    print("test MAE/RMSE (RMSE is what tables of the field print as MSE)")
-    print(f"  mean-count predictor      {found['mean']:7.3f}")
-    for name in ("baseline", "rival", "joint"):
-        test = found[name]
-        label = {"baseline": "stage 1 alone", "rival": "stage 1, same updates", "joint": "joint"}[name]
+def show(comparison: dict[str, Any]) -> None:
+    """Print the result of `compare`."""
+    print("test MAE/RMSE (crowd-counting papers print RMSE as MSE)")
+    print(f"  mean-count predictor      {comparison['mean']:7.3f}")
+    for name in ("baseline", "control", "joint"):
+        test = comparison[name]
+        label = {"baseline": "stage 1 alone", "control": "stage 1, same updates", "joint": "joint"}[name]
         print(f"  {label:25} {test.mae:7.3f} / {test.rmse:.3f}, bias {test.bias:+.3f}")
-    ratio = found["mean"] / found["joint"].mae
-    low, high = found["interval"]
+    ratio = comparison["mean"] / comparison["joint"].mae
+    low, high = comparison["interval"]
     print(f"  mean predictor / joint {ratio:.2f} (goal: at least 3)")
     print(
-        f"  paired gain of the joint model {found['gain']:+.3f} heads, 95% [{low:+.3f}, {high:+.3f}] "
-        f"(bootstrap, {found['block']} images at a time), Wilcoxon p = {found['p']:.2g}"
+        f"  paired gain of the joint model {comparison['gain']:+.3f} heads, 95% [{low:+.3f}, {high:+.3f}] "
+        f"(bootstrap, {comparison['block']} images at a time), Wilcoxon p = {comparison['p']:.2g}"
     )
 
 
-def finished(run: str) -> tuple[Config, TrainingResult]:
-    """Configuration and result of a finished run, from its folder."""
-    folder = Path(run)
-    place = folder / "trained" / "result.json"
+def load_run(folder: Path) -> tuple[Config, TrainingResult]:
+    """Load the configuration and result of a finished run from its folder."""
+    result = folder / "trained" / "result.json"
     return (
         from_json((folder / "config.json").read_text(), str(folder / "config.json")),
-        TrainingResult.from_json(place.read_text(), str(place)),
+        TrainingResult.from_json(result.read_text(), str(result)),
     )
 
 
@@ -127,24 +122,25 @@ def main() -> None:
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--runs", nargs=2, metavar=("JOINT", "RIVAL"))
+    parser.add_argument("--runs", nargs=2, type=Path, metavar=("JOINT", "CONTROL"))
     arguments = parser.parse_args()
     if arguments.runs:
-        (config, joint), (_, rival) = map(finished, arguments.runs)
-        show(compare(config, joint, rival))
+        (config, joint), (_, control) = map(load_run, arguments.runs)
+        show(compare(config, joint, control))
         return
     torch.set_num_threads(arguments.threads)
     dataset = Dataset.open(arguments.data)
     wins = 0
-    for seed in json.loads(f"[{arguments.seeds}]"):
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    for seed in seeds:
         started = time.perf_counter()
         config = dataclasses.replace(preset(arguments.preset), seed=seed)
-        found = compare(config, *train_both(config, dataset))
+        comparison = compare(config, *train_both(config, dataset))
         print(f"seed {seed}", end=", ")
-        show(found)
+        show(comparison)
         print(f"  {time.perf_counter() - started:.0f} s", flush=True)
-        wins += found["gain"] > 0
-    print(f"the joint stage wins in {wins} of {len(json.loads(f'[{arguments.seeds}]'))} seeds")
+        wins += comparison["gain"] > 0
+    print(f"the joint stage wins in {wins} of {len(seeds)} seeds")
 
 
 if __name__ == "__main__":

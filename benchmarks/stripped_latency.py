@@ -1,8 +1,8 @@
-"""The shipped counter against the plain network written with torch's own layers: latency, and parameters.
+"""Latency and parameters of the exported counter against a plain network of torch layers.
 
-Each of several fresh processes times the models in turn, beside a twin of the plain one, whose ratio says how
-far this measurement can be trusted. The C library's allocator keeps its memory in them: else the page faults of
-large intermediates, which depend on where a process happens to put them, decide the ratio.
+Several processes time the models in interleaved calls, together with a copy of the plain one, whose ratio shows
+the noise of the measurement. Their C allocator keeps freed memory: otherwise page faults of large intermediates,
+which vary by process, dominate the ratio.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--backbone", choices=("cfcn", "csrnet"), default="cfcn")
-    parser.add_argument("--package", type=Path, help="time this one, in this process")
+    parser.add_argument("--package", type=Path, help="time this packaged model in this process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sampling = SamplingConfig(crop=160, context=0)
@@ -51,7 +51,7 @@ def main() -> None:
     plain_network = PLAIN[args.backbone](counter)
     image = torch.randint(0, 256, (1, 3, 480, 640), dtype=torch.uint8)
     if args.package:
-        print(json.dumps(times_of(plain_network, args.package, image)))
+        print(json.dumps(measure(plain_network, args.package, image)))
         return
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "model"
@@ -59,30 +59,30 @@ def main() -> None:
         command = [sys.executable, __file__, "--threads", str(args.threads), "--package", str(package)]
         command += ["--backbone", args.backbone]
         environment = {**os.environ, **STEADY_ALLOCATOR}
-        seen = [
+        measured = [
             json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
             for _ in range(args.processes)
         ]
     print(
-        f"  parameters: shipped {sum(p.numel() for p in counter.strip().parameters()):,}, "
+        f"  parameters: exported {sum(p.numel() for p in counter.strip().parameters()):,}, "
         f"plain {sum(p.numel() for p in plain_network.parameters()):,}"
     )
-    plain = median(times["plain"] for times in seen)
+    plain = median(times["plain"] for times in measured)
     print(f"  480x640, {args.threads} threads, median of {ROUNDS} calls: plain {plain:.1f} ms")
-    for name in ("twin", "shipped"):
-        ratios = [times[name] / times["plain"] for times in seen]
+    for name in ("copy", "exported"):
+        ratios = [times[name] / times["plain"] for times in measured]
         print(f"  {name} / plain: {median(ratios):.3f}; by process {', '.join(f'{r:.3f}' for r in ratios)}")
-    print("  goal: the shipped one's within 0.02 of 1")
+    print("  goal: exported within 0.02 of 1")
 
 
-def times_of(plain: nn.Module, package: Path, image: Tensor) -> dict[str, float]:
-    """Median milliseconds of a call of each model, called in turn, each round in another order."""
-    shipped = load_counter(str(package))
-    models: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "twin": copy.deepcopy(plain), "shipped": shipped}
+def measure(plain: nn.Module, package: Path, image: Tensor) -> dict[str, float]:
+    """Return the median milliseconds per call of each model, interleaved in a rotating order."""
+    exported = load_counter(str(package))
+    models: dict[str, Callable[[Tensor], Tensor]] = {"plain": plain, "copy": copy.deepcopy(plain), "exported": exported}
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
-        torch.testing.assert_close(shipped(image), plain(image), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(exported(image), plain(image), atol=1e-6, rtol=1e-4)
         for number in range(WARM_UP + ROUNDS):
             names = names[1:] + names[:1]
             for name in names:
@@ -90,11 +90,11 @@ def times_of(plain: nn.Module, package: Path, image: Tensor) -> dict[str, float]
                 models[name](image)
                 if number >= WARM_UP:
                     times[name].append(1000 * (time.perf_counter() - started))
-    return {name: median(taken) for name, taken in times.items()}
+    return {name: median(values) for name, values in times.items()}
 
 
 class PlainCFCN(nn.Module):
-    """Encoder and density decoder as one would write them without this project, with the counter's weights."""
+    """CFCN encoder and density decoder in plain torch, with the counter's weights."""
 
     mean: Tensor
     std: Tensor
@@ -124,7 +124,7 @@ class PlainCFCN(nn.Module):
 
 
 class PlainCSRNet(nn.Module):
-    """CSRNet likewise."""
+    """CSRNet encoder and density decoder in plain torch, with the counter's weights."""
 
     mean: Tensor
     std: Tensor
