@@ -1,5 +1,7 @@
 """Expected errors: a job prints their message without a traceback and exits with status 2 or 1."""
 
+RESUME_HINT = "run the same command again to resume"
+
 
 class UserError(ValueError):
     """Invalid input from the user; the message shows the value, its location and the fix (exit status 2)."""

@@ -17,8 +17,8 @@ from crowdray.cluster.runtime import Resources
 from crowdray.cluster.train import run_training
 from crowdray.cluster.worker import upload
 from crowdray.config import NumericsConfig
-from crowdray.errors import InfeasibleConfigError, UserError
-from crowdray.pipeline.run import RESUME_HINT, Run
+from crowdray.errors import RESUME_HINT, InfeasibleConfigError, UserError
+from crowdray.pipeline.run import Run
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from crowdray.training.errors import DivergedError

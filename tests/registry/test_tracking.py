@@ -64,11 +64,11 @@ def test_open_tracker_in_a_race_opens_one_run(store: str, monkeypatch: pytest.Mo
     find = tracking.find_run
     answers = iter([lambda *a: None])
 
-    def blind_once(client: MlflowClient, experiment_id: str, key: str) -> object:
+    def miss_once(client: MlflowClient, experiment_id: str, key: str) -> object:
         return next(answers, find)(client, experiment_id, key)
 
     first = _open(store, "race")
-    monkeypatch.setattr(tracking, "find_run", blind_once)  # the second finds no run before it creates its own
+    monkeypatch.setattr(tracking, "find_run", miss_once)  # the second finds no run before it creates its own
     second = _open(store, "race")
     assert second.run_id == first.run_id
     client = MlflowClient(store, store)
@@ -118,8 +118,8 @@ def test_tracker_with_an_unreachable_artifact_store_warns_or_raises(
         monkeypatch.setenv(name, "key")
     monkeypatch.setenv("AWS_ENDPOINT_URL", closed_port)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    MlflowClient(store, store).create_experiment("afar", artifact_location="s3://bucket/afar")
-    tracker = open_tracker(store, "afar", "a run", "afar")
+    MlflowClient(store, store).create_experiment("remote", artifact_location="s3://bucket/remote")
+    tracker = open_tracker(store, "remote", "a run", "remote")
     (tmp_path / "note.txt").write_text("a note")
     tracker.log_file(tmp_path / "note.txt")
     assert "note.txt not tracked" in caplog.text and "Connection refused" in caplog.text

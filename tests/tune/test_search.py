@@ -14,8 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from crowdray import storage
 from crowdray.cluster.runtime import MAX_RETRIES
-from crowdray.errors import UserError
-from crowdray.pipeline.run import RESUME_HINT
+from crowdray.errors import RESUME_HINT, UserError
 from crowdray.stage_cache.store import StageStore, StateId
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study, sampled_trials
 from crowdray.tune.record import StageCost

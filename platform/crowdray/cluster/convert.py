@@ -8,7 +8,7 @@ from crowdray.data.shards import Index
 from crowdray.datasets.conversion import Conversion, convert_slice, open_conversion
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
-from crowdray.errors import UserError
+from crowdray.errors import RESUME_HINT, UserError
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
         except BaseException:
             if conversion.results:
                 kept = f"{len(conversion.results)} of {len(conversion.slices)} slices are finished and kept"
-                _print(f"{kept} in {conversion.dest}; run the same command again to resume")
+                _print(f"{kept} in {conversion.dest}; {RESUME_HINT}")
             raise
 
 

@@ -3,8 +3,8 @@
 from ray.exceptions import RayError
 
 from crowdray.cluster.ray_internals import ray_train_error
-from crowdray.errors import InfeasibleConfigError, JobFailed, UserError
-from crowdray.pipeline.run import RESUME_HINT, Run
+from crowdray.errors import RESUME_HINT, InfeasibleConfigError, JobFailed, UserError
+from crowdray.pipeline.run import Run
 from crowdray.training.errors import DivergedError, is_out_of_memory
 
 

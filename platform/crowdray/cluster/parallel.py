@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from crowdray.cluster.runtime import MAX_RETRIES, connect
 from crowdray.datasets.sources import Item, Source
-from crowdray.errors import JobFailed, UserError
+from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
 if TYPE_CHECKING:
     import ray
@@ -124,5 +124,5 @@ def _result(finished: "ray.ObjectRef[Result]", items: Sequence[Item]) -> Result:
         first, last = items[0], items[-1]
         raise WorkStopped(
             f"workers were lost {MAX_RETRIES + 1} times on {first.split}/{first.name} to {last.split}/{last.name} "
-            f"({type(error).__name__}). If memory ran out, give Ray fewer CPUs; run the same command again to resume"
+            f"({type(error).__name__}). If memory ran out, give Ray fewer CPUs; {RESUME_HINT}"
         ) from error

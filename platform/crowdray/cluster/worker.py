@@ -15,9 +15,9 @@ import torch
 
 from crowdray import storage
 from crowdray.config import Config
-from crowdray.errors import UserError
+from crowdray.errors import RESUME_HINT, UserError
 from crowdray.pipeline.identity import open_verified
-from crowdray.pipeline.run import RESULT, RESUME_HINT, Run
+from crowdray.pipeline.run import RESULT, Run
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import (
     STATE,

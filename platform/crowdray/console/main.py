@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from crowdray import __version__
-from crowdray.errors import JobFailed, UserError
+from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 """Exit status of a job: done, failed, invalid input, Ctrl-C."""
@@ -51,7 +51,7 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     except JobFailed as error:
         sys.exit(_print_error(error, EXIT_FAILED))
     except KeyboardInterrupt:
-        sys.exit(_print_error("interrupted; run the same command again to resume", EXIT_INTERRUPTED))
+        sys.exit(_print_error(f"interrupted; {RESUME_HINT}", EXIT_INTERRUPTED))
 
 
 def _print_error(message: object, status: int) -> int:

@@ -32,9 +32,6 @@ OUTCOME = "outcome.json"
 RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The list of checkpoints that Ray Train keeps."""
 
-RESUME_HINT = "run the same command again to resume"
-"""How messages end when no progress is lost."""
-
 
 @dataclass(frozen=True)
 class Run:

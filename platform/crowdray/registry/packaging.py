@@ -65,7 +65,7 @@ def package_counter(
         counter: A module with `density(image)`, or whose forward returns the density. It is copied to the CPU and
             not modified; auxiliary decoders are removed by its `strip()`, if it has one. Its `geometry`, if any, is
             stored in the metadata.
-        example: uint8 or float RGB (B, 3, H, W), 0..255; the centre of its first image becomes the input example.
+        example: uint8 or float RGB (B, 3, H, W), 0..255; the center of its first image becomes the input example.
         config: Configuration, stored in the metadata.
         metrics: Metrics, stored in the metadata.
         tags: Provenance (data digest, dataset URI, git revision), stored in the metadata.

@@ -36,7 +36,9 @@ class RegisteredVersion:
     """A version in the model registry."""
 
     name: str
+    """Name of the registered model."""
     version: int
+    """Number of the version."""
     uri: str
     """models:/NAME/VERSION"""
     alias: str | None

@@ -245,7 +245,7 @@ class MlflowTracker(Tracker):
     def _metrics(self, row: Mapping[str, float]) -> list["Metric"]:
         from mlflow.entities import Metric
 
-        # The timestamp of a row is fixed at the first attempt: a retry sends the same points, which MLflow recognises
+        # The timestamp of a row is fixed at the first attempt: a retry sends the same points, which MLflow recognizes
         # even if its answer to the first request was lost.
         epoch = int(row[_EPOCH])
         timestamp = self._timestamps.setdefault(epoch, int(row.get(_TIMESTAMP, time.time()) * 1000))

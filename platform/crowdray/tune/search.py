@@ -22,8 +22,7 @@ from ray.tune.search import Searcher
 from crowdray import storage
 from crowdray.cluster.runtime import MAX_RETRIES
 from crowdray.config import Config
-from crowdray.errors import UserError
-from crowdray.pipeline.run import RESUME_HINT
+from crowdray.errors import RESUME_HINT, UserError
 from crowdray.stage_cache.keys import StageKey, stage_keys
 from crowdray.stage_cache.store import StageStore, StateId
 from crowdray.tune.optuna_study import open_optuna_study, sampled_trials
