@@ -134,20 +134,19 @@ class StepTimer:
 
     def largest_windows(self, number: int) -> Batch:
         """Return windows of the tallest, widest and most crowded images, at the largest scale."""
-        sampling, rule = self.state.config.sampling, self.stage_trainer.loader.windows
+        sampling, windows = self.state.config.sampling, self.stage_trainer.loader.windows
         dataset = self.images.dataset
         sizes = dataset.sizes("train") * (1 + sampling.scale) / sampling.downsample
-        windows = np.array([[rule.window_length(round(side)) for side in image] for image in sizes.tolist()])
-        extremes = (*windows.argmax(axis=0), dataset.counts("train").argmax())
-        rows = dataset.rows("train")[list(extremes)].tolist()
-        images = [self.images[row] for row in rows]
-        views = []
+        lengths = np.array([[windows.window_length(round(side)) for side in size] for size in sizes.tolist()])
+        extremes = (*lengths.argmax(axis=0), dataset.counts("train").argmax())
+        images = [self.images[row] for row in dataset.rows("train")[list(extremes)].tolist()]
+        crops = []
         for repeat in range(number):
             image = images[repeat % len(images)]
-            size = scaled_size(image, 1 + sampling.scale, rule.stride)
-            window = draw_window(rule, size, seed=0, epoch=0, sample=image.row, repeat=repeat)
-            views.append(Crop(image, size, window))
-        return collate(views, replace(rule, reach=math.inf))  # no window has more heads than its whole image
+            size = scaled_size(image, 1 + sampling.scale, windows.stride)
+            window = draw_window(windows, size, seed=0, epoch=0, sample=image.row, repeat=repeat)
+            crops.append(Crop(image, size, window))
+        return collate(crops, replace(windows, reach=math.inf))  # no window has more heads than its whole image
 
     def _time_steps(self, batch: Batch) -> float:
         device = self.state.device
