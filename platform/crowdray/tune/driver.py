@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +21,7 @@ from crowdray.cluster.runtime import (
     run_in_thread,
 )
 from crowdray.cluster.train import run_training
-from crowdray.config import Device
+from crowdray.config import Config, Device
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
@@ -44,7 +44,6 @@ from crowdray.tune.trial_tracker import TrialTracker
 if TYPE_CHECKING:
     from crowdray.tune.search import StageTreeSearch
     from crowdray.tune.trial import TrialTask
-    from crowdray.tune.trial_tracker import TrialTracker
 
 _TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # Optuna and MLflow have these records
@@ -95,59 +94,123 @@ def tune(
         StudyFailed: No trial finished.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in _TUNE_SETTINGS.items()})
-    dataset = _checked_dataset(study, trials, concurrent)
-    identity, name = study.identity, dataset.index.name
-    study.create_or_verify()
-    if warning := deletion_warning(study.uri):
-        callback.on_status(warning)
-    tags = {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
-    lengths = {stage: study.space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")}
-    stage_cache = replace(stage_cache, snapshot_epochs=lengths)
-    with (
-        Lock(
-            storage.join(study.uri, "driver"),
-            f"the study {study.uri}",
-            "wait for it, or give another --name",
-            on_status=callback.on_status,
-        ) as lock,
-        finish_on_exit(open_tracker(tracking_uri, f"crowdray-{name}", identity.name, study.uri)) as tracker,
-    ):
-        tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, tags)
-        tracker.log_dataset(name, identity.data, identity.data_digest)
-        opened = open_optuna_storage(study)
-        trial_tracker = TrialTracker(
-            study,
-            open_optuna_study(study, opened),
-            callback.on_record,
-            dataset=name,
-            tracking_uri=tracking_uri,
-            parent=tracker.run_id,
-            tags=tags,
-        )
-        # Ray frees the workers of a stopped trial's own group through its dashboard.
-        with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
-            slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), device)
-            callback.on_status(f"searching: {slots} trials at once, {trials} in total")
-            search = _new_search(study, trial_tracker, opened, slots, trials, stage_cache, use_gpu, lock)
-            _run_trials(study, search, _new_task(study, resources, device, use_gpu, stage_cache))
-            best = _best(trial_tracker.record, study)
-            callback.on_status(f"trial {best.number} is the best: evaluating it on the test split, registering it")
-            train_again = partial(run_training, resources=resources, device=device, stage_cache=stage_cache)
-            outcome = _publish(study, trial_tracker, best, train_again, tracking_uri, tags, callback)
-        callback.on_status("drawing figures")
-        figures = _draw(trial_tracker.record, study, tracker)
-        return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures)
-
-
-def _checked_dataset(study: Study, trials: int, concurrent: int | None) -> Dataset:
-    """Open the dataset; a study that cannot start fails here, before any folder is created."""
     for option, value in (("--trials", trials), ("--concurrent", concurrent)):
         if value is not None and value < 1:
             raise UserError(f"{option} is {value}; give at least 1")
     dataset = Dataset.open(study.identity.data)
     first = study.space.configure(study.config, study.space.nearest(study.config))
-    split_rows(first, dataset, study.identity.max_workers)
-    return dataset
+    split_rows(first, dataset, study.identity.max_workers)  # fails before any folder is created
+    study.create_or_verify()
+    if warning := deletion_warning(study.uri):
+        callback.on_status(warning)
+    lengths = {stage: study.space.stage_lengths(stage) for stage in ("baseline", "decoders", "joint")}
+    driver = _Driver(
+        study, callback, dataset.index.name, tracking_uri, replace(stage_cache, snapshot_epochs=lengths), device
+    )
+    with Lock(
+        storage.join(study.uri, "driver"),
+        f"the study {study.uri}",
+        "wait for it, or give another --name",
+        on_status=callback.on_status,
+    ) as lock:
+        return driver.run(trials, concurrent, lock)
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """The steps of `tune`, and what they have in common."""
+
+    study: Study
+    callback: StudyCallback
+    dataset: str
+    """Name of the dataset."""
+    tracking_uri: str | None
+    stage_cache: StageCacheConfig
+    device: Device
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Provenance of the study and of all its trials."""
+        identity = self.study.identity
+        return {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
+
+    def run(self, trials: int, concurrent: int | None, lock: Lock) -> StudyOutcome:
+        """Search, publish the best trial, and draw the figures."""
+        study, identity = self.study, self.study.identity
+        name = f"crowdray-{self.dataset}"
+        with finish_on_exit(open_tracker(self.tracking_uri, name, identity.name, study.uri)) as tracker:
+            tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, self.tags)
+            tracker.log_dataset(self.dataset, identity.data, identity.data_digest)
+            opened = open_optuna_storage(study)
+            trial_tracker = TrialTracker(
+                study,
+                open_optuna_study(study, opened),
+                self.callback.on_record,
+                dataset=self.dataset,
+                tracking_uri=self.tracking_uri,
+                parent=tracker.run_id,
+                tags=self.tags,
+            )
+            # Ray frees the workers of a stopped trial's own group through its dashboard.
+            with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
+                slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), self.device)
+                self.callback.on_status(f"searching: {slots} trials at once, {trials} in total")
+                self.search(trial_tracker, opened, slots, trials, resources, use_gpu, lock)
+                best = _best(trial_tracker.record, study)
+                self.callback.on_status(
+                    f"trial {best.number} is the best: evaluating it on the test split, registering it"
+                )
+                outcome = self.publish(best, trial_tracker, resources)
+            self.callback.on_status("drawing figures")
+            figures = _draw(trial_tracker.record, study, tracker)
+            return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures)
+
+    def search(
+        self,
+        trial_tracker: TrialTracker,
+        opened: BaseStorage,
+        slots: int,
+        trials: int,
+        resources: Resources,
+        use_gpu: bool,
+        lock: Lock,
+    ) -> None:
+        """Run trials until there are `trials` of them."""
+        from crowdray.tune.search import StageTreeSearch
+        from crowdray.tune.trial import TrialTask
+
+        study = self.study
+        search = StageTreeSearch(
+            study,
+            trial_tracker,
+            opened,
+            max_concurrent=slots,
+            num_trials=trials,
+            store=self.stage_cache.open(),
+            numerics=_trial_numerics(study.config, use_gpu),
+            lock_is_lost=lambda: not lock.held,
+        )
+        task = TrialTask(study.identity, study.identity_file, resources, self.device, use_gpu, self.stage_cache)
+        _run_trials(study, search, task)
+
+    def publish(self, best: TrialRecord, trial_tracker: TrialTracker, resources: Resources) -> Outcome:
+        """Evaluate the best trial on the test split, package and register it under its own MLflow run."""
+        config = self.study.space.configure(self.study.config, best.values)
+        run = self.study.run_of(best.number, config)
+        run.create_or_verify()
+        if outcome := Outcome.of_finished(run, self.tracking_uri):
+            return outcome
+        if not run.is_trained:
+            evicted = f"the state of trial {best.number} was evicted: training epoch"
+
+            def on_history(history: Sequence[EpochMetrics]) -> None:
+                self.callback.on_status(f"{evicted} {len(history)} again")
+
+            run_training(run, resources, device=self.device, stage_cache=self.stage_cache, on_history=on_history)
+        with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
+            outcome = publish_run(run, tracker, self.tracking_uri, self.tags)
+        storage.write_bytes(run.outcome, outcome.to_json().encode())
+        return outcome
 
 
 def trial_slots(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:
@@ -171,45 +234,11 @@ def trial_slots(study: Study, resources: Resources, concurrent: int | None, devi
     return min(slots, concurrent or slots), use_gpu
 
 
-def _new_search(
-    study: Study,
-    trial_tracker: TrialTracker,
-    opened: BaseStorage,
-    slots: int,
-    trials: int,
-    stage_cache: StageCacheConfig,
-    use_gpu: bool,
-    lock: Lock,
-) -> "StageTreeSearch":
-    from crowdray.tune.search import StageTreeSearch
-
-    return StageTreeSearch(
-        study,
-        trial_tracker,
-        opened,
-        max_concurrent=slots,
-        num_trials=trials,
-        store=stage_cache.open(),
-        numerics=_trial_numerics(study, use_gpu),
-        lock_is_lost=lambda: not lock.held,
-    )
-
-
-def _new_task(
-    study: Study, resources: Resources, device: Device, use_gpu: bool, stage_cache: StageCacheConfig
-) -> "TrialTask":
-    from crowdray.tune.trial import TrialTask
-
-    return TrialTask(study.identity, study.identity_file, resources, device, use_gpu, stage_cache)
-
-
-def _trial_numerics(study: Study, use_gpu: bool) -> dict[str, str | int]:
+def _trial_numerics(config: Config, use_gpu: bool) -> dict[str, str | int]:
     """How a trial's process computes, asked in a process with its resources."""
     import ray
 
     from crowdray.tune.trial import trial_device
-
-    config = study.config
 
     def numerics() -> dict[str, str | int]:
         return numerics_facts(config, trial_device(use_gpu), config.numerics.threads)
@@ -263,33 +292,6 @@ def _best(record: StudyRecord, study: Study) -> TrialRecord:
         reasons = sorted({trial.reason for trial in record.trials if trial.reason})
         raise StudyFailed(f"no trial of {study.uri} finished: " + ("; ".join(reasons) or "all were stopped"))
     return best
-
-
-def _publish(
-    study: Study,
-    trial_tracker: TrialTracker,
-    best: TrialRecord,
-    train_again: Callable[..., None],
-    tracking_uri: str | None,
-    tags: Mapping[str, str],
-    callback: StudyCallback,
-) -> Outcome:
-    """Evaluate the best trial on the test split, package and register it under its own MLflow run."""
-    config = study.space.configure(study.config, best.values)
-    run = study.run_of(best.number, config)
-    run.create_or_verify()
-    if outcome := Outcome.of_finished(run, tracking_uri):
-        return outcome
-    if not run.is_trained:
-
-        def on_history(history: Sequence[EpochMetrics]) -> None:
-            callback.on_status(f"the state of trial {best.number} was evicted: training epoch {len(history)} again")
-
-        train_again(run, on_history=on_history)
-    with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
-        outcome = publish_run(run, tracker, tracking_uri, tags)
-    storage.write_bytes(run.outcome, outcome.to_json().encode())
-    return outcome
 
 
 def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...]:

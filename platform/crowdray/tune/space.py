@@ -77,27 +77,21 @@ class SpaceError(UserError):
         self.problems = problems
 
 
-def _of_type(value: Any, kind: Any) -> Any:
-    """Check a value against a field's type; nothing is converted except integers to float."""
+def _of_field_type(value: Any, info: ValidationInfo) -> Any:
+    """Check a value against its field's type, the validation's context; only integers are converted, to float."""
+    if info.context is None:
+        return value
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return TypeAdapter(info.context).validate_python(value, strict=True)
     except ValidationError as error:
         raise ValueError(error.errors(include_url=False)[0]["msg"].lower()) from None
 
 
-def _check_choice(value: Any, info: ValidationInfo) -> Any:
-    return value if info.context is None else _of_type(value, info.context)
-
-
-def _check_bound(value: Any, info: ValidationInfo) -> Any:
-    return _of_type(value, info.context) if info.context in (int, float) else value
-
-
-_Bound = Annotated[Any, AfterValidator(_check_bound)]
+_Value = Annotated[Any, AfterValidator(_of_field_type)]
 
 
 class _Dimension(BaseModel):
-    """How one field varies. The context of a validation is the type of the field."""
+    """How one field varies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,7 +99,7 @@ class _Dimension(BaseModel):
 class Choice(_Dimension):
     """A list of values."""
 
-    choices: tuple[Annotated[Any, AfterValidator(_check_choice)], ...]
+    choices: tuple[_Value, ...]
 
     def __str__(self) -> str:
         return "one of " + ", ".join(map(str, self.choices))
@@ -140,8 +134,8 @@ class Choice(_Dimension):
 class Range(_Dimension):
     """Numbers from `low` to `high`, on a linear scale."""
 
-    low: _Bound
-    high: _Bound
+    low: _Value
+    high: _Value
     log: Literal[False] = False
     zero: StrictBool = False
     """Whether 0 is possible as well: it drops a task."""
@@ -185,9 +179,6 @@ class Range(_Dimension):
 
     def problems(self, where: str, kind: Any) -> Iterator[str]:
         """Yield what cannot be used, one sentence each; `where` names the field and its source."""
-        if kind not in (int, float):
-            yield f"{where} is a range, but the field is not a number; give a list of choices"
-            return
         if self.low >= self.high:
             yield f"low of {where} is {self.low} and high is {self.high}; give a low below high, or null to fix it"
         elif self.step and kind is int and (self.high - self.low) % self.step:
@@ -394,6 +385,8 @@ def _parse(name: str, entry: Any, where: str, problems: list[str]) -> Dimension 
         problems.append(f"{where} is not a field; {_closest(name, FIELDS, 'see --help')}")
     elif not isinstance(entry, dict):
         problems.append(f"{where} is {entry!r}; give a range {_RANGE}, a list of choices, or null to fix the field")
+    elif FIELDS[name] not in (int, float) and _kind_of(entry) != "choice":
+        problems.append(f"{where} is a range, but the field is not a number; give a list of choices")
     else:
         try:
             dimension = _PARSER.validate_python(entry, context=FIELDS[name])
@@ -401,8 +394,6 @@ def _parse(name: str, entry: Any, where: str, problems: list[str]) -> Dimension 
             problems.extend(_readable(item["loc"], item, where) for item in error.errors(include_url=False))
             return None
         problems.extend(dimension.problems(where, FIELDS[name]))
-        if FIELDS[name] not in (int, float) and isinstance(dimension, Range):
-            return None
         if isinstance(dimension, Choice):
             return dimension.model_copy(update={"choices": tuple(sorted(dimension.choices))})
         return dimension
