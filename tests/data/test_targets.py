@@ -28,8 +28,8 @@ def reference(points: list[tuple[float, float]], size: tuple[int, int], sigma: f
 @pytest.mark.parametrize("stride", [1, 4, 8])
 def test_density_map_equals_scipys_gaussian_integrated_over_cells(stride: int) -> None:
     points = [(5.0, 7.5), (40.25, 3.0), (63.9, 31.0), (0.0, 0.0)]
-    ours = density_map(*heads(*points), (32, 64), sigma=SIGMA, stride=stride)[0, 0]
-    np.testing.assert_allclose(ours.numpy(), reference(points, (32, 64), SIGMA, stride), atol=2e-7)
+    actual = density_map(*heads(*points), (32, 64), sigma=SIGMA, stride=stride)[0, 0]
+    np.testing.assert_allclose(actual.numpy(), reference(points, (32, 64), SIGMA, stride), atol=2e-7)
 
 
 def test_density_map_sums_to_the_heads_at_borders_outside_and_on_one_pixel() -> None:
@@ -105,9 +105,9 @@ def test_cell_mask_is_one_with_half_of_the_pixels_of_a_cell(size: tuple[int, int
     """Compare with a loop over cells, including cells in which the image ends."""
     mask = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(3)).round()
     extent = torch.tensor([[0.0, 0.0, size[1], size[0]]])
-    ours = cell_mask(mask, extent, 8)[0, 0]
+    actual = cell_mask(mask, extent, 8)[0, 0]
     blocks = [[mask[0, 0, y : y + 8, x : x + 8] for x in range(0, size[1], 8)] for y in range(0, size[0], 8)]
-    assert torch.equal(ours, torch.tensor([[float(block.mean() >= 0.5) for block in row] for row in blocks]))
+    assert torch.equal(actual, torch.tensor([[float(block.mean() >= 0.5) for block in row] for row in blocks]))
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -47,8 +47,8 @@ def test_upsampling_equals_the_fixed_deconvolution_inside_the_border() -> None:
     deconvolution = nn.ConvTranspose2d(1, 1, 7, stride=2, padding=3, output_padding=1, bias=False)
     deconvolution.weight.data = torch.outer(taps, taps)[None, None]
     x = torch.randn(2, 1, 9, 12)
-    ours, reference = FixedUpsample()(x)[..., :18, :24], deconvolution(x)
-    torch.testing.assert_close(ours[..., 4:-4, 4:-4], reference[..., 4:-4, 4:-4])
+    actual, reference = FixedUpsample()(x)[..., :18, :24], deconvolution(x)
+    torch.testing.assert_close(actual[..., 4:-4, 4:-4], reference[..., 4:-4, 4:-4])
 
 
 def test_upsampling_keeps_a_constant_map_up_to_the_border() -> None:

@@ -70,11 +70,11 @@ class DecodedImage:
     @property
     def nbytes(self) -> int:
         """Bytes of image, points and decoded depth; regions of interest are shared within a scene and not counted."""
-        held = self.image.nbytes + self.points.nbytes
+        size = self.image.nbytes + self.points.nbytes
         if self.encoded_depth is not None:
-            stored, own = content_size(self.encoded_depth), self.size
-            held += len(self.encoded_depth) + 2 * min(stored[0], own[0]) * min(stored[1], own[1])
-        return held
+            height, width = content_size(self.encoded_depth)
+            size += len(self.encoded_depth) + 2 * min(height, self.size[0]) * min(width, self.size[1])
+        return size
 
 
 class ImageCache:

@@ -1,1 +1,1 @@
-"""Backbones, decoders and the counter made of them; torch only."""
+"""Backbones, decoders and the counter that combines them; torch only."""
