@@ -1,1 +1,1 @@
-"""Data, in the direction in which it flows: sources, samples, shards, then what training draws from them."""
+"""From shards to batches: samples, shards, sampling, image caches, batches, the loader, and targets."""
