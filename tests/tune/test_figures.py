@@ -15,7 +15,7 @@ from PIL import Image
 
 from crowdray import storage
 from crowdray.errors import DataError
-from crowdray.tune.figures import MaeScale, draw_importance, draw_optimisation, draw_slices, time_unit
+from crowdray.tune.figures import MaeScale, draw_importance, draw_optimization, draw_slices, time_unit
 from crowdray.tune.importance import MIN_TRIALS, importances
 from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import build_tree, draw_stage_tree, lay_out
@@ -94,7 +94,7 @@ def draw_bars(study: StudyRecord, path: str) -> None:
     draw_importance(study, importances(study), path)
 
 
-FIGURES: list[Callable[[StudyRecord, str], None]] = [draw_optimisation, draw_bars, draw_slices, draw_stage_tree]
+FIGURES: list[Callable[[StudyRecord, str], None]] = [draw_optimization, draw_bars, draw_slices, draw_stage_tree]
 
 
 def draw_bytes(draw: Callable[[StudyRecord, str], None], study: StudyRecord) -> bytes:
@@ -321,8 +321,8 @@ def test_figures_are_deterministic(draw: Callable[[StudyRecord, str], None]) -> 
     assert draw_bytes(draw, study) == draw_bytes(draw, StudyRecord.from_json(study.to_json(), "record.json"))
 
 
-def test_optimisation_figure_descends_to_the_best(study: StudyRecord, drawn: list[Figure]) -> None:
-    draw_bytes(draw_optimisation, study)
+def test_optimization_figure_descends_to_the_best(study: StudyRecord, drawn: list[Figure]) -> None:
+    draw_bytes(draw_optimization, study)
     best = study.best()
     assert best is not None
     over_trials, over_time = drawn[0].axes
@@ -333,13 +333,13 @@ def test_optimisation_figure_descends_to_the_best(study: StudyRecord, drawn: lis
     assert f"MAE {best.mae:.2f} by trial {best.number}, of 32 trials" in drawn[0].get_suptitle()
 
 
-def test_optimisation_figure_adds_up_time_in_the_order_of_ends(drawn: list[Figure]) -> None:
+def test_optimization_figure_adds_up_time_in_the_order_of_ends(drawn: list[Figure]) -> None:
     """A random search samples all trials at once, and starts them in the order of their shared prefixes."""
     some = [replace(trial, state="complete", ended=100.0 - trial.number) for trial in make_study(6, 1).trials]
     running = replace(some[0], number=6, state="running", ended=None)
     study = StudyRecord("backwards", (running, *some))
     assert [trial.number for trial in study.by_end()] == [5, 4, 3, 2, 1, 0, 6]
-    draw_bytes(draw_optimisation, study)
+    draw_bytes(draw_optimization, study)
     line = drawn[0].axes[1].lines[0]
     first = some[-1]
     assert np.asarray(line.get_ydata())[0] == first.mae

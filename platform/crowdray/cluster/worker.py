@@ -74,7 +74,7 @@ def _train(task: WorkerTask) -> None:
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
         nonlocal first
-        rows = list(trainer.state.progress.history) if first else [row]  # a copy: Ray serialises it later
+        rows = list(trainer.state.progress.history) if first else [row]  # a copy: Ray serializes it later
         first = False
         with (
             disk_full_as_user_error(f"a checkpoint under {run.uri}", _RETRY),

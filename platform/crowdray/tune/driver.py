@@ -33,7 +33,7 @@ from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
-from crowdray.tune.figures import draw_importance, draw_optimisation, draw_slices
+from crowdray.tune.figures import draw_importance, draw_optimization, draw_slices
 from crowdray.tune.importance import importances
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
 from crowdray.tune.record import StudyOutcome, StudyRecord, TrialRecord
@@ -298,9 +298,9 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
     """Draw the search, and store its record next to the figures."""
     uris = []
     with tempfile.TemporaryDirectory(prefix="crowdray-figures-") as folder:
-        names = ("optimisation", "importance", "slices", "stage-tree")
+        names = ("optimization", "importance", "slices", "stage-tree")
         paths = [Path(folder) / f"{name}.png" for name in names]
-        draw_optimisation(record, paths[0])
+        draw_optimization(record, paths[0])
         draw_importance(record, importances(record), paths[1])
         draw_slices(record, paths[2])
         draw_stage_tree(record, paths[3])

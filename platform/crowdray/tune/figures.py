@@ -40,7 +40,7 @@ _STRIP = 0.07
 """Fraction of an MAE axis, at its far end, for trials beyond its limit or without an MAE."""
 
 
-def draw_optimisation(study: StudyRecord, path: str | os.PathLike[str]) -> None:
+def draw_optimization(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """Draw the MAE of each trial and the best so far, over trials and over worker time, as a PNG.
 
     A dashed line shows the best so far over the time that the search would have taken without the stage cache.

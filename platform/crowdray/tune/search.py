@@ -203,7 +203,7 @@ class StageTreeSearch(Searcher):
         try:
             yield
         except UserError as error:
-            self.stop_reason = f"{error}; then {RESUME_HINT}"
+            self.stop_reason = str(error) if RESUME_HINT in str(error) else f"{error}; then {RESUME_HINT}"
         except (OSError, StorageInternalError) as error:
             location = "--database" if self._study.database else self._study.uri  # a URL may contain a password
             self.stop_reason = (

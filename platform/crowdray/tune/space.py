@@ -140,7 +140,7 @@ class Range(_Dimension):
     zero: StrictBool = False
     """Whether 0 is possible as well: it drops a task."""
     step: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Distance between neighbours of an integer range; 1 if left out."""
+    """Distance between neighbors of an integer range; 1 if left out."""
 
     def __str__(self) -> str:
         step, log = f" by {self.step}" if self.step else "", " on a log scale" if self.log else ""
