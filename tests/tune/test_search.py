@@ -234,8 +234,10 @@ def test_trial_whose_process_dies_before_it_starts_is_restarted(tmp_path: Path) 
     assert len(trials_of(study)) == 3
 
 
-def test_search_after_a_killed_driver_resumes_its_trials_under_their_numbers(tmp_path: Path) -> None:
-    study = make_study(tmp_path, prune=False)
+@pytest.mark.parametrize("in_database", [False, True])
+def test_search_after_a_killed_driver_resumes_its_trials_under_their_numbers(tmp_path: Path, in_database: bool) -> None:
+    database = f"sqlite:///{tmp_path}/optuna.db" if in_database else None
+    study = make_study(tmp_path, prune=False, database=database)
     cluster = Cluster(study, make_search(study))
     for _ in range(9):
         cluster.start()
