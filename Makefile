@@ -1,4 +1,4 @@
-# Everything runs in .venv, built from pyproject.toml and constraints.txt by whichever target needs it first.
+# All targets use .venv, which the first one builds from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 WORKERS ?= 2
 PORT ?= 5000
@@ -15,12 +15,12 @@ BIN := .venv/bin
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --quiet install --no-compile --constraint constraints.txt
 
-help: ## say what each target does
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
-setup: .venv/.dev ## build .venv with everything in it, development tools too
+setup: .venv/.dev ## build .venv, including the development tools
 
-train: .venv/.run data/demo/index.json ## make the demo's data, train, register the model, draw what it sees
+train: .venv/.run data/demo/index.json ## render the demo dataset, train, register the model, show the result
 	$(BIN)/python jobs/train.py --preset demo --data data/demo --workers $(WORKERS)
 
 test: .venv/.dev ## run all tests, including those that start Ray and MLflow
@@ -38,25 +38,25 @@ lint: .venv/.dev ## check style, format, types and imports
 bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# The server's job runner, seven more processes, serves features of MLflow that training does not use.
-ui: .venv/.run ## show runs, curves, figures and models at http://127.0.0.1:5000 (another port: PORT=5001)
+# Without MLflow's job runner: seven processes for features that crowdray does not use.
+ui: .venv/.run ## open runs, curves, figures and models at http://127.0.0.1:5000 (another port: PORT=5001)
 	@store="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; \
 	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a server already: open $$store"; exit 0;; esac; \
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$$store"
 
-docs: .venv/.dev ## show the documentation at http://127.0.0.1:8000
+docs: .venv/.dev ## serve the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8000
 
-clean: ## remove .venv, caches and the demo's data; trained runs and models stay
+clean: ## remove .venv, caches and the demo dataset; keep runs and models
 	rm -rf .venv data/demo build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis platform/*.egg-info
 	find platform jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 data/demo/index.json: | .venv/.run
 	$(BIN)/python jobs/convert.py synthetic --dest data/demo
 
-# Training needs no development tools, so it does not wait for them. Compiled on all cores rather than by pip on one;
-# else a dozen processes of Ray's would each compile some 2,000 modules at each start where bytecode is switched off.
+# `make train` does not install the development tools. Bytecode is compiled once, on all cores: where writing it is
+# disabled, each of Ray's processes would compile about 2,000 modules at every start.
 .venv/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crowdray needs Python 3.11 or newer, " \
 		"$(PYTHON) is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.11")'

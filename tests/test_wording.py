@@ -25,7 +25,7 @@ PROSE = {
     r"ships?|shipped|shipping": "export, publish, deploy",
     r"trainings|(a|one|each|every|this|that|its|whole|finished|same|another) training"
     r"(?! (and|batch|crop|data|dataset|epoch|frame|image|job|loop|part|photo|process|run|set|split)s?\b)"
-    r"(?! (stage|state|step|window|row)s?\b)": "training run",
+    r"(?! (result|stage|state|step|window|row)s?\b)": "training run",
     r"poor trials?|by chance": "unpromising trial; random search",
     r"(?<!in )(?<!take )(?<!takes )(?<!took )places?(?! holder)": "path, URI, position, slot",
     r"(a|the|its|this|each|whose|stated|worker's|rank's|large|small) share|share of": "fraction, rank slice",
