@@ -148,7 +148,7 @@ def test_convert_killed_at_any_moment_repeats_at_most_the_current_slice(
             converted = []
         repeated.add(len(converted))
         assert len(converted) <= SLICES - finished
-        assert content(dest) == expected
+        assert {name: data for name, data in content(dest).items() if resume.FOLDER not in name} == expected
     assert repeated == set(range(SLICES + 1)), "the moments miss a slice"
 
 
@@ -194,17 +194,13 @@ def test_convert_ignores_results_of_other_conversions(
     assert repeated() == [1, 2, 3]
 
 
-def test_slice_result_round_trip_through_json_is_equal(part: Path, tmp_path: Path) -> None:
-    source = open_part(part)
-    results = [
-        conversion.convert_slice(source, items, str(tmp_path / "made"), number)
-        for number, items in enumerate(conversion.split_into_slices(source.items(), 3))
-    ]
-    assert [len(result.stats.unusable) for result in results] == [0, 1, 1, 0]
-    for result in results:
-        again = SliceResult.from_json(result.to_json())
-        assert (again.number, again.shard, again.stats.images) == (result.number, result.shard, result.stats.images)
-        assert again.to_json() == result.to_json()
+def test_saved_results_are_loaded_equal(part: Path, tmp_path: Path) -> None:
+    source, dest, keys = open_part(part), str(tmp_path / "made"), [str(number) for number in range(SLICES)]
+    for number, items in enumerate(conversion.split_into_slices(source.items(), 3)):
+        result = conversion.convert_slice(source, items, dest, number, keys[number])
+        loaded = resume.load_results(dest, keys)[number]
+        assert len(result.stats.unusable) == (number in (1, 2))
+        assert repr(loaded) == repr(result)
 
 
 def _convert_slowly(part: Path, dest: str, reached: Any, on: Any) -> None:

@@ -5,7 +5,7 @@ it. Equal sources result in equal bytes for any number of workers and any number
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePosixPath
@@ -50,13 +50,11 @@ class Conversion:
     """All slices."""
     results: dict[int, SliceResult]
     """Results of finished slices by number, including those of an interrupted run."""
-    published: Index | None = None
-    """The index, if an earlier run was interrupted after it was written."""
 
     @property
     def pending(self) -> list[Slice]:
         """Slices that are not converted yet."""
-        return [] if self.published else [part for part in self.slices if part.number not in self.results]
+        return [part for part in self.slices if part.number not in self.results]
 
     def convert(self, part: Slice) -> SliceResult:
         """Convert a slice in this process."""
@@ -73,11 +71,7 @@ class Conversion:
         assert not self.pending
         if not self.lock.renew():
             self._fail_lock_lost()
-        if self.published:
-            _clean(self.dest, self.published)
-            return self.published
-        keys = [part.key for part in self.slices]
-        return publish(self.dest, self.source, self.results.values(), splits=self.splits, strict=strict, keys=keys)
+        return publish(self.dest, self.source, self.results.values(), splits=self.splits, strict=strict)
 
     def _fail_lock_lost(self) -> None:
         raise UserError(
@@ -128,7 +122,6 @@ def publish(
     *,
     splits: Sequence[str] = (),
     strict: bool = False,
-    keys: Sequence[str] = (),
 ) -> Index:
     """Write the index over the shards of all slices, which creates the dataset, and remove leftovers.
 
@@ -140,7 +133,6 @@ def publish(
         results: Results of all slices.
         splits: Splits that were converted; empty for all.
         strict: Treat any unusable item as an error.
-        keys: Keys of all slices, if their results are saved.
 
     Raises:
         DataError: Nothing was published because of unusable items: any if `strict`, else most of a split.
@@ -158,8 +150,6 @@ def publish(
     digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
     if report.unusable:
         write_quarantine(dest, report.unusable, digest)
-    if keys:
-        resume.mark_finished(dest, keys, digest)
     index = write_index(dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
     _clean(dest, index)
     return index
@@ -189,17 +179,14 @@ def open_conversion(
         UserError: `dest` contains other files or a dataset, or another process converts into it.
     """
     dest = storage.resolve(dest)
-    check_destination(dest, overwrite=overwrite or resume.is_unfinished(dest))
+    check_destination(dest, overwrite=overwrite)
     listed = split_into_slices(source.items(splits), ROWS_PER_SHARD)
     with resume.lock_destination(dest, log) as lock:
+        check_destination(dest, overwrite=overwrite)  # another process may have finished since
         keys = resume.slice_keys(source, listed)
         slices = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
-        published = _published_index(dest, resume.finished_digest(dest, keys))
-        if published is None:
-            check_destination(dest, overwrite=overwrite)
-        results = resume.load_results(dest, keys)
         try:
-            yield Conversion(source, dest, tuple(splits), lock, slices, results, published)
+            yield Conversion(source, dest, tuple(splits), lock, slices, resume.load_results(dest, keys))
         except BaseException:
             if lock.held:
                 _remove(dest, lambda name: name.startswith(storage.PARTIAL))
@@ -230,16 +217,6 @@ def _index_notes(report: ValidationReport) -> list[str]:
     if count := len(report.unusable):
         notes.insert(0, f"{count} item{'s' * (count != 1)} left out as unusable, see {QUARANTINE}")
     return [*notes, *report.notes]
-
-
-def _published_index(dest: str, digest: str) -> Index | None:
-    """The index at `dest` if it has this digest."""
-    uri = storage.join(dest, INDEX)
-    with suppress(DataError):  # --overwrite must be able to replace a damaged index
-        if digest and storage.exists(uri):
-            index = Index.from_json(storage.read_bytes(uri), uri)
-            return index if index.digest == digest else None
-    return None
 
 
 def _clean(dest: str, index: Index) -> None:

@@ -2,7 +2,6 @@
 
     .conversion/writer.*.json     lock of the process that converts
     .conversion/slice-*.json      result of a finished slice, written after its shard
-    .conversion/index-*.txt       digest of the index, written before it
 
 The name of a result contains a digest of everything that decides it, so the result of another conversion is never used.
 """
@@ -10,15 +9,17 @@ The name of a result contains a digest of everything that decides it, so the res
 import hashlib
 import json
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+
+from pydantic import TypeAdapter
 
 from crowdray import storage
-from crowdray.data.shards import ShardInfo, shard_from_json
-from crowdray.datasets.code_digest import code_digest
+from crowdray.data.shards import ShardInfo
 from crowdray.datasets.sources import Item, Source
 from crowdray.datasets.statistics import DatasetStats
 from crowdray.errors import UserError
@@ -27,14 +28,36 @@ from crowdray.storage.lock import Lock
 FOLDER = ".conversion"
 """Folder of the state, below the destination."""
 
+LIBRARIES = ("numpy", "pillow", "pyarrow", "scipy", "simplejpeg")
+"""Libraries that decide the bytes of a shard."""
+
+PACKAGE = Path(__file__).parents[1]
+"""Folder of the package crowdray."""
+
+SHARED_CODE = (
+    "data/orientation.py",
+    "data/sample.py",
+    "data/shards.py",
+    "datasets/depth/analytic.py",
+    "datasets/depth/inverse.py",
+    "datasets/sources/layout.py",
+    "datasets/sources/matlab*.py",
+    "datasets/sources/region.py",
+    "datasets/sources/annotations/annotation.py",
+    "datasets/sources/annotations/images.py",
+    "datasets/sources/annotations/json_reader.py",
+    "datasets/statistics.py",
+    "scenes/*.py",
+)
+"""Modules that adapters and depth teachers call, and that encode samples and write shards."""
+
 _LOCK = "writer"
 _RESULT = "slice-"
-_FINISHED = "index-"
 
 
 @dataclass(slots=True)
 class SliceResult:
-    """Result of converting one slice; small and picklable, and equal after a round trip through JSON."""
+    """Result of converting one slice; small and picklable."""
 
     number: int
     """Position of the slice, and number of its shard."""
@@ -43,17 +66,8 @@ class SliceResult:
     stats: DatasetStats = field(default_factory=DatasetStats)
     """Statistics of its items."""
 
-    def to_json(self) -> str:
-        """JSON text that from_json reads back."""
-        shard = asdict(self.shard) if self.shard else None
-        return json.dumps({"number": self.number, "shard": shard, "stats": self.stats.as_dict()})
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        """Inverse of to_json; ValueError, KeyError or TypeError for anything else."""
-        content = json.loads(text)
-        shard = content["shard"] and shard_from_json(content["shard"])
-        return cls(content["number"], shard, DatasetStats.from_dict(content["stats"]))
+_JSON = TypeAdapter(SliceResult)
 
 
 @contextmanager
@@ -91,9 +105,22 @@ def slice_keys(source: Source, slices: Sequence[Sequence[Item]]) -> list[str]:
     return [key(number, items) for number, items in enumerate(slices)]
 
 
+def code_digest(source: Source) -> str:
+    """Digest of the code and libraries that decide what a source is converted to.
+
+    These are the modules of its adapter and depth teacher with their base classes, and SHARED_CODE. A new source or
+    another plot must not discard the finished slices of an interrupted conversion.
+    """
+    modules = {sys.modules[part.__module__] for part in (*type(source).__mro__, *type(source.teacher).__mro__)}
+    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    files |= {file for pattern in SHARED_CODE for file in PACKAGE.glob(pattern)}
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
+    return hashlib.sha256(repr((hashes, [version(name) for name in LIBRARIES])).encode()).hexdigest()
+
+
 def save_result(dest: str, key: str, result: SliceResult) -> None:
     """Save the result of a slice whose shard is written."""
-    storage.write_bytes(storage.join(dest, _result_path(result.number, key)), result.to_json().encode())
+    storage.write_bytes(storage.join(dest, _result_path(result.number, key)), _JSON.dump_json(result))
 
 
 def load_results(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
@@ -102,32 +129,16 @@ def load_results(dest: str, keys: Sequence[str]) -> dict[int, SliceResult]:
     results = {}
     for number, key in enumerate(keys):
         if (path := _result_path(number, key)) in sizes:
-            with suppress(ValueError, KeyError, TypeError):  # a damaged result is converted again
-                result = SliceResult.from_json(storage.read_bytes(storage.join(dest, path)))
+            with suppress(ValueError):  # a damaged result is converted again
+                result = _JSON.validate_json(storage.read_bytes(storage.join(dest, path)))
                 if result.shard and sizes.get(result.shard.path) == result.shard.bytes:
                     results[number] = result
     return results
 
 
-def mark_finished(dest: str, keys: Sequence[str], digest: str) -> None:
-    """Save the digest of the index that completes the conversion; call this before writing the index."""
-    storage.write_bytes(storage.join(dest, FOLDER, _finished_name(keys)), digest.encode())
-
-
-def finished_digest(dest: str, keys: Sequence[str]) -> str:
-    """Digest given to mark_finished for the conversion of these slices; "" if there is none."""
-    return (storage.read_bytes_or_none(storage.join(dest, FOLDER, _finished_name(keys))) or b"").decode()
-
-
-def is_unfinished(dest: str) -> bool:
-    """Whether a conversion into `dest` is running or was interrupted."""
-    return storage.exists(storage.join(dest, FOLDER))
-
-
 def clear(dest: str) -> None:
-    """Remove the results of all conversions and, last, the marks of finished ones."""
+    """Remove the results of all conversions."""
     _remove(dest, _RESULT)
-    _remove(dest, _FINISHED)
 
 
 def _remove(dest: str, pattern: str) -> None:
@@ -138,10 +149,6 @@ def _remove(dest: str, pattern: str) -> None:
 
 def _result_path(number: int, key: str) -> str:
     return f"{FOLDER}/{_RESULT}{number:05d}-{key[:32]}.json"
-
-
-def _finished_name(keys: Sequence[str]) -> str:
-    return f"{_FINISHED}{hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:32]}.txt"
 
 
 def _stamps(uris: set[str]) -> dict[str, tuple[int, float]]:

@@ -5,15 +5,16 @@ is a row of numbers, its name and its hash. Statistics of slices add up to those
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import PlainSerializer, PlainValidator
 from scipy.spatial import cKDTree
 
 from crowdray import storage
@@ -27,6 +28,13 @@ SPACING_EDGES: NDArray[np.float64] = 2.0 ** (np.arange(-8, 105) / 8)
 
 MAX_LISTED = 20
 """Number of problems or names that a message lists before it only counts the rest."""
+
+Histogram = Annotated[
+    NDArray[np.int64],
+    PlainValidator(lambda counts: np.array(counts, dtype=np.int64)),
+    PlainSerializer(lambda counts: counts.tolist()),
+]
+"""A histogram that pydantic stores as a list."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
@@ -88,7 +96,7 @@ class DatasetStats:
     """Usable images."""
     unusable: list[UnusableItem] = field(default_factory=list)
     """Items that cannot be used."""
-    spacing: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    spacing: dict[str, Histogram] = field(default_factory=dict)
     """Per split: (112,) number of heads by distance to their nearest neighbour, see SPACING_EDGES."""
     missing: list[str] = field(default_factory=list)
     """Files that do not exist for the process that loaded the items."""
@@ -100,25 +108,6 @@ class DatasetStats:
             spacing[split] = spacing.get(split, 0) + histogram
         unusable, missing = self.unusable + other.unusable, self.missing + other.missing
         return DatasetStats(self.images + other.images, unusable, spacing, missing)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON content that from_dict reads back."""
-        return {
-            "images": [asdict(image) for image in self.images],
-            "unusable": [asdict(item) for item in self.unusable],
-            "spacing": {split: histogram.tolist() for split, histogram in self.spacing.items()},
-            "missing": self.missing,
-        }
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Inverse of as_dict; KeyError, TypeError or ValueError for anything else."""
-        images = [
-            ImageStats(**image | {"depth": image["depth"] and tuple(image["depth"])}) for image in content["images"]
-        ]
-        unusable = [UnusableItem(**item) for item in content["unusable"]]
-        spacing = {split: np.array(histogram, dtype=np.int64) for split, histogram in content["spacing"].items()}
-        return cls(images, unusable, spacing, list(content["missing"]))
 
 
 def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> Iterator[Sample]:
