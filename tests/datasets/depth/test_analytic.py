@@ -5,17 +5,16 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from crowdray.datasets.depth import (
+from crowdray.datasets.depth import TEACHERS, open_teacher
+from crowdray.datasets.depth.analytic import (
     DEFAULT_HEAD_SCALE,
-    TEACHERS,
-    DepthInput,
     PerspectiveDepth,
     PointSpacingDepth,
     StoredDepth,
     fit_head_scale,
-    open_teacher,
     plane_depth,
 )
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.errors import DataError, UserError
 
 Heads = NDArray[np.float64]

@@ -23,8 +23,10 @@ from transformers import (
     DPTImageProcessorPil,
 )
 
-from crowdray.datasets.depth import DepthInput, HuggingFaceDepth, huggingface, open_teacher
+from crowdray.datasets.depth import open_teacher
+from crowdray.datasets.depth.huggingface import HuggingFaceDepth, deterministic_inference
 from crowdray.datasets.depth.inverse import depth_of_inverse
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.errors import UserError
 
 SIDE = 28
@@ -174,6 +176,6 @@ def test_unsuitable_models_raise(models: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_deterministic_inference_configures_cudnn() -> None:
-    with huggingface.deterministic_inference():
+    with deterministic_inference():
         assert torch.backends.cudnn.enabled and torch.backends.cudnn.deterministic
         assert not torch.backends.cudnn.allow_tf32

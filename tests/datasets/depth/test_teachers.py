@@ -24,8 +24,11 @@ from crowdray.cluster.runtime import Resources
 from crowdray.data.sample import decode_depth
 from crowdray.data.shards import Dataset
 from crowdray.datasets.conversion import convert
-from crowdray.datasets.depth import DepthInput, OnnxDepth, PrecomputedDepth, open_teacher
+from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.inverse import depth_of_inverse
+from crowdray.datasets.depth.onnx import OnnxDepth
+from crowdray.datasets.depth.precomputed import PrecomputedDepth
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import open_source
 from crowdray.errors import DataError, UserError
 

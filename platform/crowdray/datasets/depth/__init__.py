@@ -7,38 +7,12 @@ a map of sizes is a depth map.
 
 from collections.abc import Callable, Sequence
 
-from crowdray.datasets.depth.analytic import (
-    DEFAULT_HEAD_SCALE,
-    NoDepth,
-    PerspectiveDepth,
-    PointSpacingDepth,
-    StoredDepth,
-    fit_head_scale,
-    plane_depth,
-)
+from crowdray.datasets.depth.analytic import NoDepth, PerspectiveDepth, PointSpacingDepth, StoredDepth
 from crowdray.datasets.depth.huggingface import HuggingFaceDepth
 from crowdray.datasets.depth.onnx import OnnxDepth
 from crowdray.datasets.depth.precomputed import PrecomputedDepth
-from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
+from crowdray.datasets.depth.teacher import DepthTeacher
 from crowdray.errors import UserError
-
-__all__ = [
-    "DEFAULT_HEAD_SCALE",
-    "IMAGE_TEACHERS",
-    "TEACHERS",
-    "DepthInput",
-    "DepthTeacher",
-    "HuggingFaceDepth",
-    "NoDepth",
-    "OnnxDepth",
-    "PerspectiveDepth",
-    "PointSpacingDepth",
-    "PrecomputedDepth",
-    "StoredDepth",
-    "fit_head_scale",
-    "open_teacher",
-    "plane_depth",
-]
 
 TEACHERS: dict[str, Callable[[], DepthTeacher]] = {
     "perspective": PerspectiveDepth,

@@ -65,10 +65,8 @@ class HuggingFaceDepth(DepthTeacher):
                 found = processor.post_process_depth_estimation(network(**tensors), **sizes)[0]["predicted_depth"]
         except Exception as error:  # a model's own code may raise anything
             raise DataError(f"{self.name} fails: {type(error).__name__}: {error}") from error
-        try:
-            return depth_map(found.float().cpu().numpy(), inputs, inverse=self._inverse, ratio=self._ratio)
-        except DataError as error:
-            raise DataError(f"{self.name}: {error}") from error
+        values = found.float().cpu().numpy()
+        return depth_map(values, inputs, self.name, inverse=self._inverse, ratio=self._ratio)
 
     def __getstate__(self) -> dict[str, Any]:
         # Weights are not pickled; each process loads its own on first use.
@@ -139,9 +137,7 @@ def _is_inverse(options: TeacherOptions, folder: Path) -> bool:
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     if type(config) not in library.MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
         raise UserError(f"{options.location} is a {config.model_type}, which does not estimate depth; use another")
-    inverse = options.inverse()
-    if inverse is None:
-        inverse = {"relative": True, "metric": False}.get(getattr(config, "depth_estimation_type", ""))
+    inverse = options.inverse(getattr(config, "depth_estimation_type", ""))
     if inverse is None:
         backbone = getattr(getattr(config, "backbone_config", None), "model_type", "")
         kind = config.model_type if backbone != "dinov2" else "dpt on dinov2"

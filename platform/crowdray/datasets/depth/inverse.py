@@ -20,25 +20,32 @@ TRIM = 0.01
 """Fraction of pixels clipped at each end: a few outliers must not decide the scale."""
 
 
-def depth_map(values: NDArray[Any], inputs: DepthInput, *, inverse: bool, ratio: float = RANGE) -> NDArray[np.float32]:
+def depth_map(
+    values: NDArray[Any], inputs: DepthInput, origin: str, *, inverse: bool, ratio: float = RANGE
+) -> NDArray[np.float32]:
     """Depth of an image from a map (h, w) of depth or inverse depth, reduced to at most the image's size.
 
     Infinite depth (sky) becomes the farthest finite depth.
 
     Raises:
-        DataError: NaN, negative depth, inverse depth that is not finite, or a constant map.
+        DataError: NaN, negative depth, inverse depth that is not finite, or a constant map; it names the `origin`.
     """
     found = np.asarray(values, dtype=np.float32)
-    wrong = ~np.isfinite(found) if inverse else ~(found >= 0)
-    if wrong.any():
-        what = "not finite" if inverse else "NaN or negative"
-        raise DataError(f"its depth is {what} at {int(wrong.sum())} of {wrong.size} pixels; fix its producer")
-    if not inverse:
-        found = np.minimum(found, found[found < np.inf].max(initial=0.0))
-    if not np.ptp(found) > 0:
-        raise DataError(f"its depth is {found.max():g} everywhere; use another --depth, or none")
-    found = reduce_map(found, inputs.height, inputs.width)
-    return depth_of_inverse(found, ratio) if inverse else found
+    try:
+        wrong = ~np.isfinite(found) if inverse else ~(found >= 0)
+        if wrong.any():
+            what = "not finite" if inverse else "NaN or negative"
+            raise DataError(f"its depth is {what} at {int(wrong.sum())} of {wrong.size} pixels; fix its producer")
+        if not inverse:
+            found = np.minimum(found, found[found < np.inf].max(initial=0.0))
+        if not np.ptp(found) > 0:
+            raise DataError(f"its depth is {found.max():g} everywhere; use another --depth, or none")
+        size = (min(found.shape[1], inputs.width), min(found.shape[0], inputs.height))
+        if size != found.shape[::-1]:
+            found = np.asarray(Image.fromarray(found).resize(size, Image.Resampling.BOX))  # averages pixels
+        return depth_of_inverse(found, ratio) if inverse else found
+    except DataError as error:
+        raise DataError(f"{origin}: {error}") from error
 
 
 def depth_of_inverse(values: NDArray[Any], ratio: float = RANGE) -> NDArray[np.float32]:
@@ -55,11 +62,3 @@ def depth_of_inverse(values: NDArray[Any], ratio: float = RANGE) -> NDArray[np.f
         raise DataError(f"its inverse depth is {nearest:g} nearly everywhere; use another --depth, or none")
     nearness = ((exact - farthest) / (nearest - farthest)).clip(0.0, 1.0)
     return np.asarray(1.0 / (nearness * (1.0 - 1.0 / ratio) + 1.0 / ratio), dtype=np.float32)
-
-
-def reduce_map(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Average a finite map (h, w) down to (min(h, height), min(w, width)), the resolution of its image."""
-    size = (min(values.shape[1], width), min(values.shape[0], height))
-    if size == values.shape[::-1]:
-        return values
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))

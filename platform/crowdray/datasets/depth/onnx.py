@@ -87,10 +87,8 @@ class OnnxDepth(DepthTeacher):
             ) from error
         if not (found.ndim in (3, 4) and set(found.shape[:-2]) == {1}):
             raise DataError(f"{self.name} returns {found.shape}, not a map (1, height, width); give a depth network")
-        try:
-            return depth_map(found.reshape(found.shape[-2:]), inputs, inverse=self._inverse, ratio=self._ratio)
-        except DataError as error:
-            raise DataError(f"{self.name}: {error}") from error
+        values = found.reshape(found.shape[-2:])
+        return depth_map(values, inputs, self.name, inverse=self._inverse, ratio=self._ratio)
 
     def __getstate__(self) -> dict[str, Any]:
         # A session cannot be pickled; each process opens its own on first use.
@@ -183,9 +181,7 @@ def _compatible(shape: Sequence[Any], expected: Sequence[int]) -> bool:
 
 
 def _is_inverse(options: TeacherOptions, metadata: dict[str, str], uri: str) -> bool:
-    inverse = options.inverse()
-    if inverse is None:
-        inverse = {"relative": True, "metric": False}.get(metadata.get("depth_estimation_type", ""))
+    inverse = options.inverse(metadata.get("depth_estimation_type", ""))
     if inverse is None:
         raise UserError(
             f"{uri} does not define depth_estimation_type; add ,inverse if larger is nearer (MiDaS, Depth Anything) "

@@ -44,11 +44,13 @@ class TeacherOptions:
         """Whether an option is given."""
         return option in self.options
 
-    def inverse(self) -> bool | None:
-        """Whether larger is nearer, from the flags inverse and metric; None without either."""
+    def inverse(self, depth_type: str = "") -> bool | None:
+        """Whether larger is nearer, from the flags inverse and metric, else a model's type; None if neither says it."""
         if self.flag("inverse") and self.flag("metric"):
             raise UserError(f"--depth {self.teacher}: inverse and metric exclude each other; give one")
-        return self.flag("inverse") if self.flag("inverse") or self.flag("metric") else None
+        if self.flag("inverse") or self.flag("metric"):
+            return self.flag("inverse")
+        return {"relative": True, "metric": False}.get(depth_type)
 
     def value(self, option: str, parse: Callable[[str], T], default: T) -> T:
         """Value of an option; UserError with an example if `parse` raises ValueError."""

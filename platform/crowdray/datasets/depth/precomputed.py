@@ -58,10 +58,7 @@ class PrecomputedDepth(DepthTeacher):
         uri = storage.join(self._folder, found[0])
         values = READERS[PurePosixPath(uri).suffix](storage.read_bytes(uri), uri)
         _check_shape(values, inputs, uri)
-        try:
-            return depth_map(values, inputs, inverse=self._inverse, ratio=self._ratio)
-        except DataError as error:
-            raise DataError(f"{uri}: {error}") from error
+        return depth_map(values, inputs, uri, inverse=self._inverse, ratio=self._ratio)
 
 
 def _png(content: bytes, uri: str) -> NDArray[Any]:

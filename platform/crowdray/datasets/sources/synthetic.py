@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import simplejpeg
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.datasets.depth import DepthInput, open_teacher
+from crowdray.datasets.depth import open_teacher
+from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits
 from crowdray.errors import UserError
