@@ -48,7 +48,7 @@ def main() -> None:
 
 def rates(source: str, dest: str) -> None:
     """Print images/s of each method in wall-clock and processor time, and ratios of medians."""
-    images = [Path(str(item.image)).read_bytes() for item in open_source("shanghaitech", source, depth="none").items()]
+    images = [Path(item.image).read_bytes() for item in open_source("shanghaitech", source, depth="none").items()]
     work: dict[str, Callable[[], None]] = {
         "decode": lambda: decode(images),
         "check": lambda: check(images),

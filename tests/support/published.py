@@ -34,9 +34,8 @@ def in_bucket(files: Mapping[str, bytes]) -> str:
     return root
 
 
-def below(uri: str | None) -> str:
+def below(uri: str) -> str:
     """Path of a file relative to its bucket."""
-    assert uri is not None
     return uri.removeprefix("memory://").split("/", 1)[1]
 
 

@@ -99,7 +99,7 @@ def slice_keys(source: Source, slices: Sequence[Sequence[Item]]) -> list[str]:
     common = [code_digest(source), hashlib.sha256(pickle.dumps(source)).hexdigest()]
 
     def key(number: int, items: Sequence[Item]) -> str:
-        listed = [(repr(item), stamps.get(item.image or ""), stamps.get(item.annotation or "")) for item in items]
+        listed = [(repr(item), stamps.get(item.image), stamps.get(item.annotation)) for item in items]
         return hashlib.sha256(json.dumps([common, number, listed]).encode()).hexdigest()
 
     return [key(number, items) for number, items in enumerate(slices)]
@@ -112,7 +112,7 @@ def code_digest(source: Source) -> str:
     another plot must not discard the finished slices of an interrupted conversion.
     """
     modules = {sys.modules[part.__module__] for part in (*type(source).__mro__, *type(source.teacher).__mro__)}
-    files = {Path(module.__file__) for module in modules if getattr(module, "__file__", None)}
+    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
     files |= {file for pattern in SHARED_CODE for file in PACKAGE.glob(pattern)}
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
     return hashlib.sha256(repr((hashes, [version(name) for name in LIBRARIES])).encode()).hexdigest()

@@ -125,7 +125,7 @@ def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> I
             if not missing and not isinstance(error, DataError):
                 raise
             stats.missing.extend(missing)
-            stats.unusable.append(UnusableItem(item.split, item.name, item.image or item.annotation or "", str(error)))
+            stats.unusable.append(UnusableItem(item.split, item.name, item.image or item.annotation, str(error)))
             continue
         stats.images.append(image_stats(sample))
         histogram += spacing_histogram(sample.points)

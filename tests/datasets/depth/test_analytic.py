@@ -1,10 +1,13 @@
 """Analytic depth teachers recover known perspectives; unknown choices raise an error."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
+from crowdray.data.sample import make_sample
 from crowdray.datasets.depth import TEACHERS, open_teacher
 from crowdray.datasets.depth.analytic import (
     DEFAULT_HEAD_SCALE,
@@ -41,10 +44,9 @@ def true_scale(pitch: float) -> float:
     return float(offset / (offset + slope * HEIGHT))
 
 
-def depth_input(points: Heads, head_scale: float = 0.0, fixed_camera: bool = False) -> DepthInput:
-    return DepthInput(
-        image=b"", height=HEIGHT, width=WIDTH, points=points, head_scale=head_scale, fixed_camera=fixed_camera
-    )
+def depth_input(points: Heads, **knowledge: Any) -> DepthInput:
+    sample = make_sample(name="a", split="train", scene="", image=b"", points=points, shape=(HEIGHT, WIDTH))
+    return DepthInput(sample=sample, **knowledge)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
@@ -93,7 +95,8 @@ def test_point_spacing_of_one_image_orders_depth_and_falls_back_to_prior() -> No
 
 def test_point_spacing_of_fixed_camera_ignores_heads_of_the_image() -> None:
     one, other = (
-        PointSpacingDepth().depth(depth_input(crowd(seed, 0.5)[0], 0.3, fixed_camera=True)) for seed in (1, 2)
+        PointSpacingDepth().depth(depth_input(crowd(seed, 0.5)[0], head_scale=0.3, fixed_camera=True))
+        for seed in (1, 2)
     )
     assert one is not None and other is not None
     np.testing.assert_array_equal(one, other)
@@ -105,9 +108,7 @@ def test_fit_head_scale_accepts_coinciding_heads() -> None:
 
 def test_perspective_depth_is_inverse_of_person_size() -> None:
     size = np.linspace(10, 50, HEIGHT)[:, None] * np.ones((1, WIDTH))
-    with_map = DepthInput(
-        image=b"", height=HEIGHT, width=WIDTH, points=np.zeros((0, 2)), person_size=size, source_depth=size
-    )
+    with_map = depth_input(np.zeros((0, 2)), person_size=size, source_depth=size)
     depth = PerspectiveDepth().depth(with_map)
     assert depth is not None
     np.testing.assert_allclose(depth * size, 1.0, rtol=1e-6)

@@ -23,6 +23,7 @@ from transformers import (
     DPTImageProcessorPil,
 )
 
+from crowdray.data.sample import make_sample
 from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.huggingface import HuggingFaceDepth, deterministic_inference
 from crowdray.datasets.depth.inverse import depth_of_inverse
@@ -77,9 +78,8 @@ def pixels() -> NDArray[np.uint8]:
 def depth_input() -> DepthInput:
     buffer = io.BytesIO()
     Image.fromarray(pixels()).save(buffer, format="PNG")
-    return DepthInput(
-        image=buffer.getvalue(), height=SIDE, width=SIDE, points=np.zeros((0, 2)), split="train", name="a"
-    )
+    image, points = buffer.getvalue(), np.zeros((0, 2))
+    return DepthInput(sample=make_sample(name="a", split="train", scene="", image=image, points=points))
 
 
 def direct(folder: Path) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from PIL import Image
 from crowdray.cluster import convert as cluster_convert
 from crowdray.cluster import parallel
 from crowdray.cluster.runtime import Resources
-from crowdray.data.sample import decode_depth
+from crowdray.data.sample import decode_depth, make_sample
 from crowdray.data.shards import Dataset
 from crowdray.datasets.conversion import convert
 from crowdray.datasets.depth import open_teacher
@@ -47,9 +47,8 @@ def pixels(height: int = 42, width: int = 56) -> NDArray[np.uint8]:
 def depth_input(image: NDArray[np.uint8], name: str = "a", split: str = "train") -> DepthInput:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    height, width = image.shape[:2]
-    points = np.zeros((0, 2))
-    return DepthInput(image=buffer.getvalue(), height=height, width=width, points=points, split=split, name=name)
+    content, points = buffer.getvalue(), np.zeros((0, 2))
+    return DepthInput(sample=make_sample(name=name, split=split, scene="", image=content, points=points))
 
 
 def compute(choice: str, inputs: DepthInput) -> Map:
@@ -326,7 +325,6 @@ def test_precomputed_invalid_map_raises(tmp_path: Path) -> None:
         "broken2": "broken2.exr cannot be read",
         "colours": "channels B, G, R; write depth alone",
         "gone": "contains none of gone.png, gone.npy, gone.exr$",
-        "": "does not name its images",
     }.items():
         with pytest.raises(DataError, match=message):
             teacher.depth(depth_input(pixels(), name))

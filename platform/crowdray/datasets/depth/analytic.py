@@ -58,8 +58,8 @@ class PointSpacingDepth(DepthTeacher):
         """
         scale = inputs.head_scale or DEFAULT_HEAD_SCALE
         if not inputs.fixed_camera:
-            scale = fit_head_scale([(inputs.points, inputs.height)], prior=scale)
-        height, width = (-(-side // POINTS_STRIDE) for side in (inputs.height, inputs.width))
+            scale = fit_head_scale([(inputs.sample.points, inputs.sample.height)], prior=scale)
+        height, width = (-(-side // POINTS_STRIDE) for side in (inputs.sample.height, inputs.sample.width))
         return np.broadcast_to(plane_depth(scale, height)[:, None], (height, width)).astype(np.float32)
 
 

@@ -56,9 +56,10 @@ class HuggingFaceDepth(DepthTeacher):
     def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
         """Depth at the model's resolution, at most the image's; DataError if the model fails."""
         processor, network = self._loaded
-        image = Image.fromarray(decode_image(inputs.image))
+        sample = inputs.sample
+        image = Image.fromarray(decode_image(sample.image))
         # Only ZoeDepth needs the image's size, to remove its padding; other models would resize with overshoot.
-        sizes = {"source_sizes": [(inputs.height, inputs.width)]} if network.config.model_type == "zoedepth" else {}
+        sizes = {"source_sizes": [(sample.height, sample.width)]} if network.config.model_type == "zoedepth" else {}
         try:
             with deterministic_inference():
                 tensors = processor(images=image, return_tensors="pt").to(network.device)
@@ -66,7 +67,7 @@ class HuggingFaceDepth(DepthTeacher):
         except Exception as error:  # a model's own code may raise anything
             raise DataError(f"{self.name} fails: {type(error).__name__}: {error}") from error
         values = found.float().cpu().numpy()
-        return depth_map(values, inputs, self.name, inverse=self._inverse, ratio=self._ratio)
+        return depth_map(values, sample, self.name, inverse=self._inverse, ratio=self._ratio)
 
     def __getstate__(self) -> dict[str, Any]:
         # Weights are not pickled; each process loads its own on first use.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray.datasets.depth.teacher import DepthInput
+from crowdray.data.sample import Sample
 from crowdray.errors import DataError
 
 RANGE = 10.0
@@ -21,7 +21,7 @@ TRIM = 0.01
 
 
 def depth_map(
-    values: NDArray[Any], inputs: DepthInput, origin: str, *, inverse: bool, ratio: float = RANGE
+    values: NDArray[Any], sample: Sample, origin: str, *, inverse: bool, ratio: float = RANGE
 ) -> NDArray[np.float32]:
     """Depth of an image from a map (h, w) of depth or inverse depth, reduced to at most the image's size.
 
@@ -40,7 +40,7 @@ def depth_map(
             found = np.minimum(found, found[found < np.inf].max(initial=0.0))
         if not np.ptp(found) > 0:
             raise DataError(f"its depth is {found.max():g} everywhere; use another --depth, or none")
-        size = (min(found.shape[1], inputs.width), min(found.shape[0], inputs.height))
+        size = (min(found.shape[1], sample.width), min(found.shape[0], sample.height))
         if size != found.shape[::-1]:
             found = np.asarray(Image.fromarray(found).resize(size, Image.Resampling.BOX))  # averages pixels
         return depth_of_inverse(found, ratio) if inverse else found

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdray import storage
-from crowdray.data.sample import decode_image
+from crowdray.data.sample import Sample, decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions, number_above, positive_int
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
@@ -74,8 +74,8 @@ class OnnxDepth(DepthTeacher):
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
         """Depth at the network's resolution, at most the image's; DataError if the network fails."""
-        height, width = self._size or self._input_size(inputs)
-        pixels = Image.fromarray(decode_image(inputs.image)).resize((width, height), Image.Resampling.BICUBIC)
+        height, width = self._size or self._input_size(inputs.sample)
+        pixels = Image.fromarray(decode_image(inputs.sample.image)).resize((width, height), Image.Resampling.BICUBIC)
         values = (np.asarray(pixels, dtype=np.float32) / np.float32(255) - self._mean) / self._std
         session = self.session
         try:
@@ -88,7 +88,7 @@ class OnnxDepth(DepthTeacher):
         if not (found.ndim in (3, 4) and set(found.shape[:-2]) == {1}):
             raise DataError(f"{self.name} returns {found.shape}, not a map (1, height, width); give a depth network")
         values = found.reshape(found.shape[-2:])
-        return depth_map(values, inputs, self.name, inverse=self._inverse, ratio=self._ratio)
+        return depth_map(values, inputs.sample, self.name, inverse=self._inverse, ratio=self._ratio)
 
     def __getstate__(self) -> dict[str, Any]:
         # A session cannot be pickled; each process opens its own on first use.
@@ -137,10 +137,10 @@ class OnnxDepth(DepthTeacher):
             raise UserError(f"{self._uri} accepts only {size[0]}x{size[1]} (HxW); leave {', '.join(given)} out")
         return size
 
-    def _input_size(self, inputs: DepthInput) -> tuple[int, int]:
+    def _input_size(self, sample: Sample) -> tuple[int, int]:
         """(h, w) with the image's aspect ratio: the shorter side as configured, both rounded to multiples."""
-        scale = self._side / min(inputs.height, inputs.width) / self._multiple
-        height, width = (max(1, round(side * scale)) * self._multiple for side in (inputs.height, inputs.width))
+        scale = self._side / min(sample.height, sample.width) / self._multiple
+        height, width = (max(1, round(side * scale)) * self._multiple for side in (sample.height, sample.width))
         return height, width
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdray import storage
+from crowdray.data.sample import Sample
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions, number_above
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
@@ -46,9 +47,8 @@ class PrecomputedDepth(DepthTeacher):
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32]:
         """Stored map of an image; DataError unless exactly one exists and fits the image."""
-        if not inputs.name:
-            raise DataError("this source does not name its images, so maps cannot be matched; use another --depth")
-        path = inputs.name if self._flat else f"{inputs.split}/{inputs.name}"
+        sample = inputs.sample
+        path = sample.name if self._flat else f"{sample.split}/{sample.name}"
         found = [path + ending for ending in READERS if path + ending in self._names]
         if len(found) > 1:
             raise DataError(f"{self._folder} contains {' and '.join(found)} for one image; keep one of them")
@@ -57,8 +57,8 @@ class PrecomputedDepth(DepthTeacher):
             raise DataError(f"{self._folder} contains none of {', '.join(path + e for e in READERS)}{hint}")
         uri = storage.join(self._folder, found[0])
         values = READERS[PurePosixPath(uri).suffix](storage.read_bytes(uri), uri)
-        _check_shape(values, inputs, uri)
-        return depth_map(values, inputs, uri, inverse=self._inverse, ratio=self._ratio)
+        _check_shape(values, sample, uri)
+        return depth_map(values, sample, uri, inverse=self._inverse, ratio=self._ratio)
 
 
 def _png(content: bytes, uri: str) -> NDArray[Any]:
@@ -103,12 +103,12 @@ READERS: dict[str, Callable[[bytes, str], NDArray[Any]]] = {".png": _png, ".npy"
 """Readers by file suffix: from content, and URI for messages, to an array (h, w)."""
 
 
-def _check_shape(values: NDArray[Any], inputs: DepthInput, uri: str) -> None:
+def _check_shape(values: NDArray[Any], sample: Sample, uri: str) -> None:
     """Raise DataError for a map that is not the whole image at some scale, up to rounding of each side."""
     height, width = values.shape
-    if abs(height / inputs.height - width / inputs.width) >= 1 / inputs.height + 1 / inputs.width:
+    if abs(height / sample.height - width / sample.width) >= 1 / sample.height + 1 / sample.width:
         raise DataError(
-            f"{uri} is {height}x{width} (HxW), its image {inputs.height}x{inputs.width}: it maps a crop or "
+            f"{uri} is {height}x{width} (HxW), its image {sample.height}x{sample.width}: it maps a crop or "
             "another image; replace it, or resize it to the image"
         )
 

@@ -6,23 +6,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdray.data.sample import Sample
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthInput:
     """One image with everything that its source knows about the scene."""
 
-    image: bytes
-    """Encoded image."""
-    height: int
-    """Image height H in pixels."""
-    width: int
-    """Image width W in pixels."""
-    points: NDArray[Any]
-    """(N, 2) heads as (x, y) in continuous pixels."""
-    split: str = ""
-    """Split of the dataset."""
-    name: str = ""
-    """Image name, unique in its split; stored maps are found by split and name."""
+    sample: Sample
+    """The image with its heads, without depth. Stored maps are found by split and name."""
     person_size: NDArray[Any] | None = None
     """(H, W) size of a person in pixels, any unit, from the dataset's perspective map."""
     source_depth: NDArray[Any] | None = None

@@ -19,10 +19,10 @@ class Item:
     """Split of the dataset."""
     name: str
     """Name, unique in the split."""
-    image: str | None = None
-    """URI of the image; None if only its annotation exists, which load() refuses."""
-    annotation: str | None = None
-    """URI of its annotation; None if missing, which load() refuses, or if the source needs none."""
+    image: str = ""
+    """URI of the image; "" if only its annotation exists, which load() refuses."""
+    annotation: str = ""
+    """URI of its annotation; "" if missing, which load() refuses, or if the source needs none."""
     number: int = 0
     """Position in the source, for sources with many annotations in one file or rendered images."""
     scene: str = ""

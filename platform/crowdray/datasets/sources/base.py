@@ -85,7 +85,6 @@ class AnnotatedImages:
 
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
         """Encoded image of an item, and its heads in pixels of that image; unchanged by default."""
-        assert item.image is not None
         return storage.read_bytes(item.image), heads
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
@@ -96,9 +95,9 @@ class AnnotatedImages:
 
     def load(self, item: Item) -> Sample:
         """One image with its heads, and the depth and region of interest of its camera."""
-        if item.image is None:
+        if not item.image:
             raise DataError(f"{item.annotation} annotates {item.name}, whose image is missing; copy it again")
-        if item.annotation is None:
+        if not item.annotation:
             raise DataError(f"{item.image} has no annotation; copy it again, or remove the image")
         heads = self._usable_heads(item)
         try:
@@ -154,12 +153,7 @@ class AnnotatedImages:
         if shared and key in self._encoded:
             return self._encoded[key]
         inputs = DepthInput(
-            image=bytes(sample.image),
-            height=sample.height,
-            width=sample.width,
-            points=sample.points,
-            split=item.split,
-            name=item.name,
+            sample=sample,
             person_size=camera.person_size if camera else None,
             head_scale=item.head_scale,
             fixed_camera=camera is not None,
@@ -197,7 +191,7 @@ class AnnotatedImages:
         images = []
         for item in items:
             with contextlib.suppress(UserError):
-                if item.image is not None and item.annotation is not None:
+                if item.image and item.annotation:
                     camera = self.camera(item)
                     height, _ = (camera.size if camera else None) or image_size(item.image)
                     images.append((self._usable_heads(item), height))
@@ -209,4 +203,4 @@ def pair_items(
 ) -> list[Item]:
     """Items of a split in natural order, from URIs of images and annotations by name; `scene` maps a name."""
     names = sorted(images.keys() | annotations.keys(), key=natural_key)
-    return [Item(split, name, images.get(name), annotations.get(name), scene=scene(name)) for name in names]
+    return [Item(split, name, images.get(name, ""), annotations.get(name, ""), scene=scene(name)) for name in names]

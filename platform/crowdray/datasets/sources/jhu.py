@@ -54,7 +54,6 @@ class Jhu(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one gt file, checked against the image's label; an empty file is an image without heads."""
-        assert item.annotation is not None
         rows = [line.split() for line in text_lines(item.annotation)]
         try:
             if wrong := [row for row in rows if len(row) != HEAD_FIELDS]:

@@ -47,8 +47,8 @@ class Mall(AnnotatedImages):
         for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):
             number = _frame_number(name, frames.get(name, name))
             if split == SPLITS[number >= TRAIN_FRAMES]:
-                ground_truth = self._ground_truth if number < annotated else None
-                found.append(Item(split, name, frames.get(name), ground_truth, number, self.name))
+                ground_truth = self._ground_truth if number < annotated else ""
+                found.append(Item(split, name, frames.get(name, ""), ground_truth, number, self.name))
         return found
 
     def heads(self, item: Item) -> Heads:

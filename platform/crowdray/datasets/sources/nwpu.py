@@ -56,7 +56,6 @@ class Nwpu(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of the JSON or MATLAB file; if both exist, their counts must agree."""
-        assert item.annotation is not None
         if not item.annotation.lower().endswith(".json"):
             return read_points(item.annotation, "annPoints", COORDINATE_BASE)
         heads = _read_json(item.annotation)

@@ -48,7 +48,6 @@ class ShanghaiTech(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one GT_IMG_n.mat."""
-        assert item.annotation is not None
 
         def extract(variables: dict[str, Any]) -> Heads:
             return as_points(variables["image_info"][0, 0]["location"][0, 0], COORDINATE_BASE)

@@ -1,6 +1,7 @@
 """Rendered crowds: no download, exact heads and depth, equal bytes for equal options."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import simplejpeg
@@ -61,26 +62,17 @@ class Synthetic:
         image = simplejpeg.encode_jpeg(scene.image, quality=JPEG_QUALITY, colorsubsampling="420")
         # Depth beyond the farthest annotated pixel is useless, and sky would compress the rest.
         depth = scene.depth.clip(max=scene.depth[scene.roi].max()) if scene.roi.any() else scene.depth
-        inputs = DepthInput(
-            image=image,
-            height=height,
-            width=width,
-            points=scene.points,
-            split=item.split,
-            name=item.name,
-            source_depth=depth,
-        )
-        teacher_depth = self.teacher.depth(inputs)
-        return make_sample(
+        sample = make_sample(
             name=item.name,
             split=item.split,
             scene=scene.scene,
             image=image,
             points=scene.points,
             roi=None if scene.roi.all() else encode_roi(scene.roi),
-            depth=None if teacher_depth is None else encode_depth(teacher_depth),
             shape=(height, width),
         )
+        teacher_depth = self.teacher.depth(DepthInput(sample=sample, source_depth=depth))
+        return replace(sample, depth=None if teacher_depth is None else encode_depth(teacher_depth))
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """No notes: every requested split is complete."""

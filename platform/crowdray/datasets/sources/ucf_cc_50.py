@@ -60,7 +60,6 @@ class UcfCc50(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one n_ann.mat, including those outside the image."""
-        assert item.annotation is not None
         return read_points(item.annotation, "annPoints", COORDINATE_BASE)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:

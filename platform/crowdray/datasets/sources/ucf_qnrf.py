@@ -59,7 +59,6 @@ class UcfQnrf(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one img_n_ann.mat, in pixels of the original photo."""
-        assert item.annotation is not None
         return read_points(item.annotation, "annPoints", COORDINATE_BASE)
 
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:

@@ -71,13 +71,12 @@ class Ucsd(AnnotatedImages):
                 number = clip * CLIP_FRAMES + frame
                 name = f"{_clip(clip)}_f{frame:03d}"
                 if split == frame_split(number):
-                    annotation = uri if frame <= annotated else None
-                    found.append(Item(split, name, images.get(name), annotation, number, self.name))
+                    annotation = uri if frame <= annotated else ""
+                    found.append(Item(split, name, images.get(name, ""), annotation, number, self.name))
         return found
 
     def heads(self, item: Item) -> Heads:
         """Heads of one frame, including those outside the region of interest."""
-        assert item.annotation is not None
         return self.cached(item.annotation, _read_frames)[(item.number - 1) % CLIP_FRAMES]
 
     def camera(self, item: Item) -> Camera:

@@ -72,17 +72,17 @@ class WorldExpo(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """All labelled heads, including those outside the region of interest, which evaluation ignores."""
-        assert item.annotation is not None
-        uri = item.annotation
 
         def extract(variables: dict[str, Any]) -> Heads:
             heads = as_points(variables["point_position"], COORDINATE_BASE)
             number = np.asarray(variables["point_num"]).ravel().tolist()
             if number != [len(heads)]:
-                raise DataError(f"{uri}: `point_num` is {number}, but there are {len(heads)} points; copy it again")
+                raise DataError(
+                    f"{item.annotation}: `point_num` is {number}, but there are {len(heads)} points; copy it again"
+                )
             return heads
 
-        return read_matlab(uri, extract, "`point_position` and `point_num`")
+        return read_matlab(item.annotation, extract, "`point_position` and `point_num`")
 
     def camera(self, item: Item) -> Camera:
         """Region of interest of the scene, and its pixels per metre as size of a person."""

@@ -84,7 +84,7 @@ class AnnotatedFolder:
         for number, annotation in enumerate(self._parsed):
             if not annotation.skip_reason:
                 image, _ = self._found[number]
-                uri = storage.join(self._root, image) if image else None
+                uri = storage.join(self._root, image) if image else ""
                 found.append(Item(self._splits[number], image or annotation.image, uri, annotation.uri, number))
         if not found:
             raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image; export it again")
@@ -96,7 +96,7 @@ class AnnotatedFolder:
     def load(self, item: Item) -> Sample:
         """Load one image with its heads, region of interest and depth."""
         annotation = self._annotation_of(item)
-        if item.image is None or annotation.problem:
+        if not item.image or annotation.problem:
             raise DataError(annotation.problem or self._found[item.number][1])
         image = upright(self._image(item), annotation.size)
         _, scene = split_and_scene(item.name)
@@ -117,16 +117,7 @@ class AnnotatedFolder:
                 f"{item.image} is {width}x{height}, but was annotated at {annotated}; replace it by the annotated image"
             )
         roi = encode_roi(roi_mask(annotation.roi_polygons, height, width)) if annotation.roi_polygons else None
-        inputs = DepthInput(
-            image=image,
-            height=height,
-            width=width,
-            points=sample.points,
-            split=item.split,
-            name=item.name,
-            head_scale=item.head_scale,
-        )
-        depth = self.teacher.depth(inputs)
+        depth = self.teacher.depth(DepthInput(sample=sample, head_scale=item.head_scale))
         return replace(sample, roi=roi, depth=None if depth is None else encode_depth(depth))
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
@@ -159,7 +150,6 @@ class AnnotatedFolder:
         return self._parsed[item.number]
 
     def _image(self, item: Item) -> bytes:
-        assert item.image is not None
         return storage.read_bytes(item.image)
 
     def _find_annotations(self, given: Sequence[str]) -> list[str]:

@@ -72,12 +72,12 @@ class LabelMe(AnnotatedFolder):
         return ""  # the file is named after its image
 
     def _annotation_of(self, item: Item) -> ImageAnnotation:
-        if item.annotation is None or item.image is None:
+        if not item.annotation or not item.image:
             return super()._annotation_of(item)
         return self._read(item.annotation)[0]  # a worker reads only the files of its own images
 
     def _image(self, item: Item) -> bytes:
-        if item.image is None or item.image != item.annotation:
+        if not item.image or item.image != item.annotation:
             return super()._image(item)
         data = _parse(item.image).imageData or ""
         try:
