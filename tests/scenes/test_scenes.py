@@ -54,10 +54,7 @@ def test_render_depends_on_spec_and_index_only() -> None:
     )
     path = os.pathsep.join([str(Path(crowdray.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     other = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     assert other.stdout.strip() == in_order[5], other.stderr
 

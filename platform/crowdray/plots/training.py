@@ -204,12 +204,7 @@ def _mark_stage(above: Axes, below: Axes, rows: Sequence[Mapping[str, Any]], bac
         best = min(scored, key=lambda row: row["val/mae"])
         point = (best["epoch"], best["val/mae"])
         below.plot(*point, "o", markerfacecolor="none", markeredgecolor=style.INK, markersize=7)
-        offset: dict[str, Any] = {
-            "xytext": (0, -7),
-            "textcoords": "offset points",
-            "ha": "center",
-            "va": "top",
-        }
+        offset: dict[str, Any] = {"xytext": (0, -7), "textcoords": "offset points", "ha": "center", "va": "top"}
         below.annotate(f"{point[1]:.2f}", point, size=7.5, color=style.INK, **offset)
 
 
@@ -219,14 +214,7 @@ def _draw_series(axes: Axes, stages: Sequence[Sequence[Mapping[str, Any]]], name
         pairs = [(row["epoch"], row[name]) for row in rows if name in row]
         if pairs:
             marker = "o" if len(pairs) == 1 else ""
-            axes.plot(
-                *zip(*pairs, strict=True),
-                color=colour,
-                linewidth=1.4,
-                marker=marker,
-                markersize=3,
-                label=label,
-            )
+            axes.plot(*zip(*pairs, strict=True), color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
             label = "_"
 
 

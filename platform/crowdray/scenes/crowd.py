@@ -50,11 +50,7 @@ def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator)
     clothes = clothing_palettes(rng, len(people), layout.darkness)
     colours = np.concatenate([np.array(palettes, np.float32).reshape(-1, 16, 3), clothes])
     order = sorted(range(len(figures)), key=lambda i: -figures[i].y)
-    return Crowd(
-        tuple(figures[i] for i in order),
-        colours[order],
-        np.array([i >= len(props) for i in order], np.bool_),
-    )
+    return Crowd(tuple(figures[i] for i in order), colours[order], np.array([i >= len(props) for i in order], np.bool_))
 
 
 def _pick_cells(layout: SceneLayout, rng: np.random.Generator, nearness: float, count: int) -> Feet:

@@ -161,11 +161,7 @@ def _carried(pen: Pen, pose: Pose) -> None:
             pen.disc(lean, 1.24, 0.15, 0.23, BAG)
         else:
             for sign in (-1, 1):
-                pen.limb(
-                    (lean + 0.12 * sign * wide, 1.46, 0.022),
-                    (lean + 0.13 * sign * wide, 1.15, 0.02),
-                    part=BAG,
-                )
+                pen.limb((lean + 0.12 * sign * wide, 1.46, 0.022), (lean + 0.13 * sign * wide, 1.15, 0.02), part=BAG)
     elif pose.carried == "handbag":
         pen.limb((-0.12 * wide, 1.46, 0.014), (0.2 * wide, 1.0, 0.014), part=BAG)
         pen.disc(0.22 * wide, 0.93, 0.12, 0.11, BAG)

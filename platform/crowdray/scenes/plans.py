@@ -62,12 +62,7 @@ def to_ground(angle: float, s: float, t: float) -> tuple[float, float]:
 
 
 def _building_row(
-    rng: np.random.Generator,
-    angle: float,
-    t: float,
-    s0: float,
-    s1: float,
-    heights: tuple[float, float] = (8, 17),
+    rng: np.random.Generator, angle: float, t: float, s0: float, s1: float, heights: tuple[float, float] = (8, 17)
 ) -> list[Wall]:
     walls, s = [], s0
     while s < s1:
@@ -109,11 +104,7 @@ def _street(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     left, right = -float(rng.uniform(5, 10)), float(rng.uniform(5, 10))
     zones = [
         Zone("slabs", (0, 40), (90, 90)),
-        Zone(
-            str(rng.choice(["cobbles", "brick", "asphalt"])),
-            ((left + right) / 2, 40),
-            ((right - left) * 0.28, 90),
-        ),
+        Zone(str(rng.choice(["cobbles", "brick", "asphalt"])), ((left + right) / 2, 40), ((right - left) * 0.28, 90)),
     ]
     walls = [
         *_side(rng, angle, left),
@@ -153,16 +144,7 @@ def _park(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
         walls.append(Wall(*ends, float(rng.uniform(7, 12)) + back / 3, "woods", int(rng.integers(1 << 30))))
     prop_counts = {
         "far": {"tree": 12, "conifer": 5},
-        "any": {
-            "bush": 12,
-            "bench": 6,
-            "globe": 6,
-            "statue": 2,
-            "lamp": 2,
-            "kiosk": 1,
-            "bin": 3,
-            "bicycle": 2,
-        },
+        "any": {"bush": 12, "bench": 6, "globe": 6, "statue": 2, "lamp": 2, "kiosk": 1, "bin": 3, "bicycle": 2},
         "row": {"topiary": 6},
     }
     return zones, walls, prop_counts

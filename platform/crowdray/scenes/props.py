@@ -179,10 +179,7 @@ def statue(rng: np.random.Generator) -> ColouredSprite:
     pen.lathe([(0, 0.6), (0.15, 0.6), (0.16, 0.48), (plinth - 0.1, 0.46), (plinth - 0.09, 0.54), (plinth, 0.54)], 1)
     base = pen.sprite()
     pixels = base.texels
-    left, right = (
-        max(person.foot, base.foot),
-        max(person.texels.shape[1] - person.foot, pixels.shape[1] - base.foot),
-    )
+    left, right = (max(person.foot, base.foot), max(person.texels.shape[1] - person.foot, pixels.shape[1] - base.foot))
     whole = np.zeros((person.texels.shape[0] + pixels.shape[0], int(left + right) + 2), np.int32)
     column = int(left - person.foot) + 1
     whole[: person.texels.shape[0], column : column + person.texels.shape[1]] = person.texels

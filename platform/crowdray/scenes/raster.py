@@ -125,11 +125,7 @@ def _blurred(canvas: Image.Image, radius: float) -> Floats:
 
 
 def shade_figures(
-    code: npt.NDArray[np.int32],
-    palettes: Floats,
-    sunlit: Floats,
-    normals: Floats,
-    sun: tuple[float, float, float],
+    code: npt.NDArray[np.int32], palettes: Floats, sunlit: Floats, normals: Floats, sun: tuple[float, float, float]
 ) -> tuple[Floats, Floats]:
     """Shade figure samples.
 

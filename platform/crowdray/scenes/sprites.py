@@ -126,12 +126,7 @@ class Pen:
         rows, columns, gx, gz = self._window(x - r, x + r, z - r, z + r)
         distance = np.hypot(gx - x, gz - z)
         self._paint(
-            rows,
-            columns,
-            np.abs(distance - r + thickness / 2) <= thickness / 2,
-            part,
-            0 * distance,
-            0 * distance,
+            rows, columns, np.abs(distance - r + thickness / 2) <= thickness / 2, part, 0 * distance, 0 * distance
         )
 
     def sprite(self, head: tuple[float, float] | None = None) -> Sprite:

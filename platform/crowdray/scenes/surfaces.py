@@ -141,20 +141,12 @@ def facade(kind: str, along: Floats, z: Floats, height: float, salt: int, night:
         shade = shade * _tiles(along, z, np.full(len(z), 0.06, np.float32), (0.6, 0.3), 0.03, 0.2, salt, stagger=True)
     colour = wall * shade[:, None]
     light = np.zeros(len(along), np.float32)
-    bay, storey, street = (
-        float(rng.uniform(2.2, 3.8)),
-        float(rng.uniform(3.0, 3.7)),
-        float(rng.uniform(3.6, 4.6)),
-    )
+    bay, storey, street = (float(rng.uniform(2.2, 3.8)), float(rng.uniform(3.0, 3.7)), float(rng.uniform(3.6, 4.6)))
 
     up = (z - street) / storey
     i, j = np.floor(along / bay).astype(np.int64), np.floor(up).astype(np.int64)
     u, v = along / bay - i, up - j
-    half, low, high = (
-        float(rng.uniform(0.2, 0.42)),
-        float(rng.uniform(0.12, 0.3)),
-        float(rng.uniform(0.76, 0.9)),
-    )
+    half, low, high = (float(rng.uniform(0.2, 0.42)), float(rng.uniform(0.12, 0.3)), float(rng.uniform(0.76, 0.9)))
     upper = (z > street) & (z < height - 0.7)
     frame = upper & (np.abs(u - 0.5) < half + 0.03) & (v > low - 0.04) & (v < high + 0.03)
     glass = upper & (np.abs(u - 0.5) < half) & (v > low) & (v < high) & (np.abs(u - 0.5) > 0.012)
@@ -169,14 +161,7 @@ def facade(kind: str, along: Floats, z: Floats, height: float, salt: int, night:
 
 
 def _shops(
-    colour: Floats,
-    light: Floats,
-    along: Floats,
-    z: Floats,
-    street: float,
-    span: float,
-    salt: int,
-    night: bool,
+    colour: Floats, light: Floats, along: Floats, z: Floats, street: float, span: float, salt: int, night: bool
 ) -> None:
     """Paint shop fronts: glass between pillars, a sign band and some awnings."""
     k = np.floor(along / span).astype(np.int64)

@@ -56,10 +56,7 @@ def test_csv_spreadsheet_dialects_load(tmp_path: Path, text: str, expected: list
         ("image,x,y\n,1,1\n", "line 2: the image is missing"),
         ('image,x,y\n"a.jpg,1,1\n', "unexpected end of data"),
         ("image,x,y,split\na.jpg,1,1,trian\n", "unknown split 'trian'; write train, val or test"),
-        (
-            "image,x,y,split\na.jpg,1,1,val\na.jpg,1,1,test\n",
-            "has the split 'test', but 'val' in an earlier row",
-        ),
+        ("image,x,y,split\na.jpg,1,1,val\na.jpg,1,1,test\n", "has the split 'test', but 'val' in an earlier row"),
     ],
 )
 def test_csv_invalid_row_reports_location(tmp_path: Path, text: str, message: str) -> None:
@@ -120,17 +117,9 @@ def test_coco_unnamed_keypoint_loads_and_crowd_region_skips_image(tmp_path: Path
     ("path", "value", "message"),
     [
         (["annotations", 1, "keypoints"], [1, 2, 2], "annotations[1].keypoints has 3 numbers, expected 6"),
-        (
-            ["annotations", 1, "keypoints", 0],
-            None,
-            "keypoints[0] is None: Input should be a valid number",
-        ),
+        (["annotations", 1, "keypoints", 0], None, "keypoints[0] is None: Input should be a valid number"),
         (["annotations", 2, "image_id"], 5, "annotations[2].image_id is 5, an id that is missing from images"),
-        (
-            ["annotations", 2, "category_id"],
-            [1],
-            "category_id is [1]: Input should be an integer or a string",
-        ),
+        (["annotations", 2, "category_id"], [1], "category_id is [1]: Input should be an integer or a string"),
         (["images", 1, "id"], 397133, "images[1] has the same id 397133 as"),
         (["images", 1, "file_name"], "a.jpg", "a.jpg is annotated twice"),
         (["images", 1, "file_name"], 3, "images[1].file_name is 3: Input should be a valid string"),
