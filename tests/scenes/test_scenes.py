@@ -2,21 +2,16 @@
 
 import dataclasses
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+import multiprocessing
 
 import numpy as np
 import pytest
 
-import crowdray
 from crowdray.errors import UserError
 from crowdray.scenes import RenderedScene, SceneSpec, render
 from crowdray.scenes.background import render_background
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.crowd import MIN_DISTANCE, sample_crowd
+from crowdray.scenes.crowd import MIN_DISTANCE, Crowd, sample_crowd
 from crowdray.scenes.layout import scene_layout
 from crowdray.scenes.people import HEAD_PARTS, person_sprites
 from crowdray.scenes.raster import FINE, Figure, Raster
@@ -32,31 +27,24 @@ def digest(scene: RenderedScene) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in parts) + scene.scene.encode()).hexdigest()
 
 
-def empty_raster(camera: Camera) -> Raster:
-    return Raster(camera, np.full((camera.height * FINE, camera.width * FINE), 1e4, np.float32))
+def empty_raster() -> Raster:
+    return Raster(CAMERA, np.full((CAMERA.height * FINE, CAMERA.width * FINE), 1e4, np.float32))
+
+
+def crowd_of(spec: SceneSpec, index: int) -> Crowd:
+    return sample_crowd(spec, scene_layout(spec, index % spec.cameras), generator(spec.seed, 3, index))
 
 
 def test_render_depends_on_spec_and_index_only() -> None:
     in_order = {index: digest(render(SPEC, index)) for index in (0, 5, 6)}
     scene_layout.cache_clear()
     render_background.cache_clear()
-    reversed_order = {index: digest(render(SPEC, index)) for index in (6, 5, 0)}
-    assert in_order == reversed_order
+    assert in_order == {index: digest(render(SPEC, index)) for index in (6, 5, 0)}
     assert len(set(in_order.values())) == 3
     assert digest(render(dataclasses.replace(SPEC, seed=4), 0)) != in_order[0]
 
-    program = (
-        "import hashlib; from crowdray.scenes import SceneSpec, render;"
-        f"scene = render({SPEC!r}, 5);"
-        "parts = (scene.image, scene.points, scene.depth, scene.roi);"
-        "whole = b''.join(part.tobytes() for part in parts) + scene.scene.encode();"
-        "print(hashlib.sha256(whole).hexdigest())"
-    )
-    path = os.pathsep.join([str(Path(crowdray.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    other = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert other.stdout.strip() == in_order[5], other.stderr
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert digest(pool.apply(render, (SPEC, 5))) == in_order[5]
 
 
 def test_render_returns_documented_shapes_and_dtypes() -> None:
@@ -93,7 +81,7 @@ def test_ground_inverts_project() -> None:
 def test_figure_size_follows_pinhole_model(distance: float) -> None:
     sprite = next(s for s in person_sprites() if s.size[2] < 1.85 and s.head is not None)
     assert sprite.head is not None
-    raster = empty_raster(CAMERA)
+    raster = empty_raster()
     raster.draw(Figure(sprite, 1.0, distance, 1.0), 0)
     rows = np.flatnonzero((raster.code > 0).any(1))
     top = CAMERA.project([1.0, distance, sprite.size[2]])
@@ -111,7 +99,7 @@ def test_figure_size_follows_pinhole_model(distance: float) -> None:
 
 def test_raster_nearer_figure_occludes_in_any_order() -> None:
     near, far = Figure(person_sprites()[0], 0.0, 10.0, 1.0), Figure(person_sprites()[7], 0.05, 10.6, 1.0)
-    forwards, backwards, alone = empty_raster(CAMERA), empty_raster(CAMERA), empty_raster(CAMERA)
+    forwards, backwards, alone = empty_raster(), empty_raster(), empty_raster()
     forwards.draw(far, 1)
     forwards.draw(near, 0)
     backwards.draw(near, 0)
@@ -141,7 +129,7 @@ def test_background_ground_depth_equals_plane(number: int) -> None:
 @pytest.mark.parametrize("index", range(8, 12))
 def test_render_points_match_depth_map(index: int) -> None:
     scene, layout = render(SPEC, index), scene_layout(SPEC, index % 4)
-    crowd = sample_crowd(SPEC, layout, generator(SPEC.seed, 3, index))
+    crowd = crowd_of(SPEC, index)
     people = [f for f, person in zip(crowd.figures, crowd.is_person, strict=True) if person]
     heads = np.array(
         [[f.x + f.sprite.head[0] * f.size, f.y, f.sprite.head[1] * f.size] for f in people if f.sprite.head]
@@ -167,7 +155,7 @@ def test_people_outside_roi_need_masked_camera() -> None:
         outside[fraction] = 0
         for index in range(4, 12):
             layout = scene_layout(spec, index % 4)
-            crowd = sample_crowd(spec, layout, generator(spec.seed, 3, index))
+            crowd = crowd_of(spec, index)
             raster = Raster(layout.camera, render_background(spec, index % 4).forward.copy())
             for i, figure in enumerate(crowd.figures):
                 raster.draw(figure, i)
@@ -180,7 +168,7 @@ def test_people_outside_roi_need_masked_camera() -> None:
 
 def test_crowd_keeps_minimum_distance_and_heights() -> None:
     for index in range(8):
-        crowd = sample_crowd(SPEC, scene_layout(SPEC, index % 4), generator(SPEC.seed, 3, index))
+        crowd = crowd_of(SPEC, index)
         feet = np.array([(f.x, f.y) for f in crowd.figures])
         gaps = np.hypot(*(feet[:, None] - feet[None]).transpose(2, 0, 1)) + 9 * np.eye(len(feet))
         assert gaps.min() > MIN_DISTANCE
@@ -190,10 +178,7 @@ def test_crowd_keeps_minimum_distance_and_heights() -> None:
 
 
 def test_crowd_sizes_vary_at_one_camera() -> None:
-    layout = scene_layout(SPEC, 1)
-    sizes = [
-        int(sample_crowd(SPEC, layout, generator(SPEC.seed, 3, index)).is_person.sum()) for index in range(1, 200, 4)
-    ]
+    sizes = [int(crowd_of(SPEC, index).is_person.sum()) for index in range(1, 200, 4)]
     assert min(sizes) <= 10 and max(sizes) >= 150
     assert np.std(sizes) > 0.6 * np.mean(sizes)
 
@@ -201,38 +186,15 @@ def test_crowd_sizes_vary_at_one_camera() -> None:
 def test_crowd_size_matches_requested_range() -> None:
     spec = dataclasses.replace(SPEC, min_people=30, max_people=30)
     for index in range(4):
-        assert sample_crowd(spec, scene_layout(spec, index), generator(spec.seed, 3, index)).is_person.sum() == 30
+        assert crowd_of(spec, index).is_person.sum() == 30
     nearly_empty = dataclasses.replace(SPEC, min_people=0, max_people=1, masked_fraction=0.0)
     assert min(len(render(nearly_empty, index).points) for index in range(6)) == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"seed": -1}, "seed = -1"),
-        ({"width": 10}, "width = 10"),
-        ({"height": 2.5}, "height = 2.5"),
-        ({"cameras": 0}, "cameras = 0"),
-        ({"cameras": True}, "cameras = True"),
-        ({"max_people": 10**6}, "max_people = 1000000"),
-        ({"min_people": 9, "max_people": 3}, "min_people = 9 is more than max_people = 3"),
-        ({"masked_fraction": 1.5}, "masked_fraction = 1.5"),
-        ({"sensor_noise": float("nan")}, "sensor_noise = nan"),
-    ],
-)
-def test_spec_invalid_field_raises_with_fix(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=r"use|lower") as caught:
-        SceneSpec(**fields)
-    assert message in str(caught.value)
-
-
-def test_spec_reports_all_problems_together() -> None:
+def test_spec_reports_every_invalid_field_with_fix() -> None:
     with pytest.raises(UserError) as caught:
-        SceneSpec(seed=-1, width=0, masked_fraction=-2)
-    assert all(word in str(caught.value) for word in ("seed", "width", "masked_fraction"))
-
-
-@pytest.mark.parametrize("index", [-1, 1.5, True])
-def test_render_invalid_index_raises(index: Any) -> None:
-    with pytest.raises(UserError, match="index"):
-        render(SPEC, index)
+        SceneSpec(seed=-1, width=10, cameras=0, max_people=10**6, masked_fraction=1.5, sensor_noise=float("nan"))
+    assert str(caught.value).count("use a value from") == 6
+    assert "width = 10: use a value from 64 to 4096" in str(caught.value)
+    with pytest.raises(UserError, match="min_people = 9: use a value from 0 to 3"):
+        SceneSpec(min_people=9, max_people=3)

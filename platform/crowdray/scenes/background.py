@@ -83,8 +83,6 @@ def _far_end(camera: Camera) -> Floats:
 
 def _paint_sky(layout: SceneLayout, raster: Raster, albedo: Floats) -> None:
     rows = np.flatnonzero(raster.down < 0.2)
-    if len(rows) == 0:
-        return
     cloud = float(generator(layout.salt, 3).uniform(0.1, 0.95))
     across = raster.across[None, :] / raster.per_depth[rows, None]
     down = np.broadcast_to(raster.down[rows, None], across.shape)
@@ -99,8 +97,6 @@ def _paint_ground(layout: SceneLayout, raster: Raster, albedo: Floats) -> Bools:
     depth = distance / raster.per_depth
     rows = np.flatnonzero(depth < MAX_DEPTH)
     ground = np.zeros(raster.forward.shape, np.bool_)
-    if len(rows) == 0:
-        return ground
     x = raster.across[None, :] * depth[rows, None]
     y = np.broadcast_to(distance[rows, None], x.shape)
     s, t = to_site(layout.angle, x, y)
@@ -172,8 +168,6 @@ def _paint_wall(layout: SceneLayout, wall: Wall, raster: Raster, layers: tuple[F
     along = np.asarray(position[hit] * length, np.float32)
     below_top = z[hit] <= surfaces.ragged_top(wall.kind, along, wall.height)
     hit[hit], along = below_top, along[below_top]
-    if not hit.any():
-        return
     colour, glow = surfaces.facade(wall.kind, along, z[hit], wall.height, wall.salt, layout.night)
     facing = np.array([-dy, dx]) / length
     facing *= -np.sign(facing @ np.array([ax, ay]))

@@ -41,7 +41,7 @@ def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator)
     for x, y in props:
         kind = MOVABLE_KINDS[int(rng.integers(len(MOVABLE_KINDS)))]
         sprite, palette = prop_variants(kind)[int(rng.integers(VARIANTS))]
-        figures.append(Figure(sprite, float(x), float(y), float(rng.uniform(0.9, 1.1))))
+        figures.append(Figure(sprite, float(x), float(y), rng.uniform(0.9, 1.1)))
         palettes.append(palette)
     poses = person_sprites()
     heights = rng.normal(1.71, 0.085, len(people)).clip(1.5, 1.9)
@@ -62,7 +62,7 @@ def _pick_cells(layout: SceneLayout, rng: np.random.Generator, nearness: float, 
 
 def _sample_positions(layout: SceneLayout, rng: np.random.Generator, target: int) -> Feet:
     """Sample `target` ground points from a random mixture of formations; fewer if the free space is too small."""
-    nearness = float(rng.uniform(0.2, 1.6))
+    nearness = rng.uniform(0.2, 1.6)
     weights = rng.dirichlet([1.6, 1.4, 0.5, 0.7])
     found = np.zeros((0, 2))
     for _ in range(6):
@@ -119,8 +119,6 @@ def _gathering(layout: SceneLayout, rng: np.random.Generator, count: int) -> Fee
 
 def _remove_overlaps(feet: Feet) -> Feet:
     """Remove points closer than MIN_DISTANCE to an earlier one."""
-    if len(feet) < 2:
-        return feet
     pairs = cKDTree(feet).query_pairs(MIN_DISTANCE, output_type="ndarray")
     keep = np.ones(len(feet), np.bool_)
     keep[pairs.max(1)] = False

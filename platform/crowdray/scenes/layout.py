@@ -91,7 +91,7 @@ def scene_layout(spec: SceneSpec, number: int) -> SceneLayout:
     if night:
         azimuth, elevation = 0.0, np.deg2rad(80)
     sun = (np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth), np.sin(elevation))
-    angle = float(rng.uniform(-0.45, 0.45)) * (0.35 if kind == "street" else 1.0)
+    angle = rng.uniform(-0.45, 0.45) * (0.35 if kind == "street" else 1.0)
     salt = int(rng.integers(1 << 30))
     unit = camera.focal * 240 / spec.height
     far = min(unit * HEAD_WIDTH / MIN_HEAD_WIDTH, 50.0)
@@ -120,9 +120,9 @@ def scene_layout(spec: SceneSpec, number: int) -> SceneLayout:
         walkable=walkable,
         cells=cells,
         gathering_points=tuple((float(x), float(y)) for x, y in picks[:2]),
-        queues=tuple((float(x), float(y), float(rng.uniform(0, 2 * np.pi))) for x, y in picks[2:4]),
-        peak_crowd=float(rng.uniform(0.8, 1.0)),
-        darkness=float(rng.uniform(0, 1)),
+        queues=tuple((float(x), float(y), rng.uniform(0, 2 * np.pi)) for x, y in picks[2:4]),
+        peak_crowd=rng.uniform(0.8, 1.0),
+        darkness=rng.uniform(0, 1),
         roi=roi,
     )
 
@@ -130,8 +130,8 @@ def scene_layout(spec: SceneSpec, number: int) -> SceneLayout:
 def _camera(spec: SceneSpec, rng: np.random.Generator) -> Camera:
     """Sample a camera at 3.3 to 11 m, pitched to a random horizon, often above the image."""
     altitude = float(np.exp(rng.uniform(np.log(3.3), np.log(11))))
-    focal = float(rng.uniform(0.95, 1.75)) * spec.height
-    horizon = float(rng.uniform(-0.3, 0.26)) * spec.height
+    focal = rng.uniform(0.95, 1.75) * spec.height
+    horizon = rng.uniform(-0.3, 0.26) * spec.height
     return Camera(spec.width, spec.height, focal, altitude, float(np.arctan2(spec.height / 2 - horizon, focal)))
 
 
@@ -188,7 +188,7 @@ def _add_props(rng: np.random.Generator, counts: PropCounts, walkable: Bools, ca
                 choice[:] = choice[0]
             for (px, py), number in zip(points, choice, strict=True):
                 if py >= 3.5:
-                    size = float(rng.uniform(0.93, 1.07))
+                    size = rng.uniform(0.93, 1.07)
                     props.append(Prop(kind, *prop_variants(kind)[int(number)], float(px), float(py), size))
     return props
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from crowdray.scenes.spec import Floats, generator, linear
+from crowdray.scenes.spec import Floats, generator, hex_colours, linear
 from crowdray.scenes.sprites import PARTS, Pen, Sprite
 
 FACE, HAIR, HAT, BEARD, SKIN, TOP, SLEEVE, BOTTOM, SHOE, BAG = range(1, 11)
@@ -62,19 +62,19 @@ def _one_of(rng: np.random.Generator, chances: dict[str, float]) -> str:
 def draw_person(rng: np.random.Generator) -> Sprite:
     """Draw a person with a random pose, clothes, hair and luggage."""
     side = float(rng.choice([0.0, 0.45, 1.0], p=[0.45, 0.25, 0.3]))
-    stride = float(rng.uniform(-1, 1)) if rng.random() < 0.6 else float(rng.normal(0, 0.12))
+    stride = rng.uniform(-1, 1) if rng.random() < 0.6 else rng.normal(0, 0.12)
     cut = _one_of(rng, _CUTS)
     pose = Pose(
         side=side,
         back=bool(rng.random() < 0.5),
-        wide=(1 - 0.36 * side) * float(rng.normal(1.0, 0.09)),
+        wide=(1 - 0.36 * side) * rng.normal(1.0, 0.09),
         stride=stride,
-        lean=0.02 * side * abs(stride) + float(rng.normal(0, 0.008)),
+        lean=0.02 * side * abs(stride) + rng.normal(0, 0.008),
         cut=cut,
         bare_arms=bool(rng.random() < (0.0 if cut in ("coat", "hoodie") else 0.45)),
         carried=_one_of(rng, _CARRIED),
     )
-    head = (pose.lean + 0.035 * side + float(rng.normal(0, 0.008)), HEAD_CENTRE + float(rng.normal(0, 0.004)))
+    head = (pose.lean + 0.035 * side + rng.normal(0, 0.008), HEAD_CENTRE + rng.normal(0, 0.004))
     pen = Pen(0.85, 2.4, SCALE)
     _arm(pen, rng, pose, -1)
     _legs(pen, pose)
@@ -133,7 +133,7 @@ def _torso(pen: Pen, rng: np.random.Generator, pose: Pose) -> None:
 def _arm(pen: Pen, rng: np.random.Generator, pose: Pose, sign: int) -> None:
     wide, side, swing = pose.wide, pose.side, pose.stride * sign
     shoulder = (pose.lean * 0.8 + 0.19 * wide * sign * (1 - 0.7 * side), 1.42)
-    gesture = float(rng.random())
+    gesture = rng.random()
     if gesture < 0.62 or pose.carried in ("shopping", "trolley"):
         upper = 0.12 * sign * (1 - side) + 0.4 * swing * side
         fore = upper + 0.15 * side + 0.05 * sign * (1 - side)
@@ -198,18 +198,13 @@ def _head(pen: Pen, rng: np.random.Generator, pose: Pose, head: tuple[float, flo
         pen.disc(x, z + 0.055, 0.185, 0.03, HAT)
 
 
-def _colours(table: str) -> Floats:
-    """Convert hexadecimal sRGB colours to linear light (N, 3)."""
-    return np.stack([linear(*bytes.fromhex(colour)) for colour in table.split()])
-
-
-HAIR_COLOURS = _colours("161210 1e1814 342418 543a24 806038 ac8c58 969491 cdcbc6 682c1a 28282c")
-SKIN_COLOURS = _colours("ecc6ac e0b292 ce9a76 b27c58 885a3e 5c3c2a f2d2be")
-CLOTH_COLOURS = _colours(
+HAIR_COLOURS = hex_colours("161210 1e1814 342418 543a24 806038 ac8c58 969491 cdcbc6 682c1a 28282c")
+SKIN_COLOURS = hex_colours("ecc6ac e0b292 ce9a76 b27c58 885a3e 5c3c2a f2d2be")
+CLOTH_COLOURS = hex_colours(
     "1c1d21 2c303a 1e2642 3e4248 606468 d6d4ce eeece6 961e22 ba342c 2c548c 5c88ba 26543e 6c7642 c6a442 "
     "d4762e 783e6c d896a8 a68a68 684a32 468c8c"
 )
-TROUSER_COLOURS = _colours("1c1d21 242c42 344462 4e6488 46464a 7a6e5c b0a084 d4d0c8 3c3028")
+TROUSER_COLOURS = hex_colours("1c1d21 242c42 344462 4e6488 46464a 7a6e5c b0a084 d4d0c8 3c3028")
 
 
 def clothing_palettes(rng: np.random.Generator, count: int, darkness: float) -> Floats:

@@ -66,10 +66,10 @@ def _building_row(
 ) -> list[Wall]:
     walls, s = [], s0
     while s < s1:
-        length = float(rng.uniform(9, 18))
-        back = float(rng.uniform(0, 0.6))
+        length = rng.uniform(9, 18)
+        back = rng.uniform(0, 0.6)
         ends = to_ground(angle, s, t + back), to_ground(angle, s + length, t + back)
-        walls.append(Wall(*ends, float(rng.uniform(*heights)), "building", int(rng.integers(1 << 30))))
+        walls.append(Wall(*ends, rng.uniform(*heights), "building", int(rng.integers(1 << 30))))
         s += length
     return walls
 
@@ -80,17 +80,17 @@ SitePlan = tuple[list[Zone], list[Wall], PropCounts]
 
 
 def _plaza(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
-    depth = far + float(rng.uniform(2, 12))
+    depth = far + rng.uniform(2, 12)
     zones = [
         Zone(str(rng.choice(["slabs", "cobbles", "brick"])), (0, 40), (90, 90)),
-        Zone("slabs", (float(rng.uniform(-4, 4)), far * 0.55), (far * 0.3, far * 0.3), round=True),
-        Zone("cobbles", (float(rng.uniform(-12, 12)), far * float(rng.uniform(0.5, 0.8))), (1.6, 60)),
+        Zone("slabs", (rng.uniform(-4, 4), far * 0.55), (far * 0.3, far * 0.3), round=True),
+        Zone("cobbles", (rng.uniform(-12, 12), far * rng.uniform(0.5, 0.8)), (1.6, 60)),
     ]
     for _ in range(int(rng.integers(1, 4))):
-        s, t = float(rng.uniform(-far * 0.5, far * 0.5)), float(rng.uniform(far * 0.4, far * 0.95))
-        zones.append(Zone("grass", (s, t), (float(rng.uniform(1.5, 4)), float(rng.uniform(1, 3))), False, True))
+        s, t = rng.uniform(-far * 0.5, far * 0.5), rng.uniform(far * 0.4, far * 0.95)
+        zones.append(Zone("grass", (s, t), (rng.uniform(1.5, 4), rng.uniform(1, 3)), False, True))
     if rng.random() < 0.5:
-        zones.append(Zone("water", (float(rng.uniform(-6, 6)), far * 0.6), (2.4, 2.4), False, True))
+        zones.append(Zone("water", (rng.uniform(-6, 6), far * 0.6), (2.4, 2.4), False, True))
     walls = _building_row(rng, angle, depth, -60, 60)
     prop_counts = {
         "bed": {"tree": 4, "bush": 7},
@@ -101,7 +101,7 @@ def _plaza(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
 
 
 def _street(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
-    left, right = -float(rng.uniform(5, 10)), float(rng.uniform(5, 10))
+    left, right = -rng.uniform(5, 10), rng.uniform(5, 10)
     zones = [
         Zone("slabs", (0, 40), (90, 90)),
         Zone(str(rng.choice(["cobbles", "brick", "asphalt"])), ((left + right) / 2, 40), ((right - left) * 0.28, 90)),
@@ -109,7 +109,7 @@ def _street(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     walls = [
         *_side(rng, angle, left),
         *_side(rng, angle, right),
-        *_building_row(rng, angle, far + float(rng.uniform(8, 30)), -30, 30),
+        *_building_row(rng, angle, far + rng.uniform(8, 30), -30, 30),
     ]
     prop_counts = {
         "row": {"lamp": 3, "tree": 2, "bollard": 8, "bicycle": 4, "topiary": 4, "planter": 3},
@@ -121,9 +121,9 @@ def _street(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
 def _side(rng: np.random.Generator, angle: float, s: float) -> list[Wall]:
     walls, t = [], -4.0
     while t < 62:
-        length = float(rng.uniform(8, 16))
+        length = rng.uniform(8, 16)
         ends = [to_ground(angle, s, t), to_ground(angle, s, t + length)]
-        walls.append(Wall(ends[0], ends[1], float(rng.uniform(8, 15)), "building", int(rng.integers(1 << 30))))
+        walls.append(Wall(ends[0], ends[1], rng.uniform(8, 15), "building", int(rng.integers(1 << 30))))
         t += length
     return walls
 
@@ -131,17 +131,17 @@ def _side(rng: np.random.Generator, angle: float, s: float) -> list[Wall]:
 def _park(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
     zones = [Zone("grass", (0, 40), (90, 90))]
     for _ in range(int(rng.integers(1, 3))):
-        zones.append(Zone("gravel", (float(rng.uniform(-8, 8)), 30), (float(rng.uniform(1.5, 3)), 90)))
-    zones.append(Zone("gravel", (0, float(rng.uniform(0.45, 0.7)) * far), (90, float(rng.uniform(1.2, 2.5)))))
+        zones.append(Zone("gravel", (rng.uniform(-8, 8), 30), (rng.uniform(1.5, 3), 90)))
+    zones.append(Zone("gravel", (0, rng.uniform(0.45, 0.7) * far), (90, rng.uniform(1.2, 2.5))))
     zones.append(Zone("gravel", (zones[1].centre[0], zones[-1].centre[1]), (5, 4), round=True))
     if rng.random() < 0.6:
         side = float(rng.choice([-1, 1]))
         zones.append(Zone("water", (side * far * 0.45, far * 0.75), (6, 4), False, True))
-    depth = far + float(rng.uniform(2, 6))
-    walls = [Wall(to_ground(angle, -60, depth), to_ground(angle, 60, depth), float(rng.uniform(1.2, 2.2)), "hedge", 1)]
+    depth = far + rng.uniform(2, 6)
+    walls = [Wall(to_ground(angle, -60, depth), to_ground(angle, 60, depth), rng.uniform(1.2, 2.2), "hedge", 1)]
     for back in (5, 14):
         ends = to_ground(angle, -90, depth + back), to_ground(angle, 90, depth + back)
-        walls.append(Wall(*ends, float(rng.uniform(7, 12)) + back / 3, "woods", int(rng.integers(1 << 30))))
+        walls.append(Wall(*ends, rng.uniform(7, 12) + back / 3, "woods", int(rng.integers(1 << 30))))
     prop_counts = {
         "far": {"tree": 12, "conifer": 5},
         "any": {"bush": 12, "bench": 6, "globe": 6, "statue": 2, "lamp": 2, "kiosk": 1, "bin": 3, "bicycle": 2},
@@ -151,12 +151,12 @@ def _park(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
 
 
 def _station(rng: np.random.Generator, angle: float, far: float) -> SitePlan:
-    depth = far + float(rng.uniform(1, 6))
-    road = far * float(rng.uniform(0.72, 0.85))
+    depth = far + rng.uniform(1, 6)
+    road = far * rng.uniform(0.72, 0.85)
     zones = [
         Zone(str(rng.choice(["slabs", "brick"])), (0, 40), (90, 90)),
         Zone("asphalt", (0, road), (90, 3.2), False, paint="lane"),
-        Zone("asphalt", (float(rng.uniform(-6, 6)), road), (2.4, 3.2), paint="zebra"),
+        Zone("asphalt", (rng.uniform(-6, 6), road), (2.4, 3.2), paint="zebra"),
     ]
     walls = _building_row(rng, angle, depth, -60, 60, (6, 13))
     prop_counts = {

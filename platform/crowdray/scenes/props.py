@@ -68,20 +68,20 @@ def tree(rng: np.random.Generator) -> ColouredSprite:
 
 def conifer(rng: np.random.Generator) -> ColouredSprite:
     """A slim conifer of 3 to 7 m."""
-    height = float(rng.uniform(3, 7))
+    height = rng.uniform(3, 7)
     pen = Pen(1.3, height + 0.5, 30)
     pen.limb((0, 0, 0.1), (0, 0.9, 0.09), part=5)
     pen.lathe([(0.5, height * 0.14), (height, 0.04)], 1)
     for _ in range(150):
         z = rng.uniform(0.5, height)
         half = height * 0.15 * (1 - (z - 0.5) / height)
-        pen.disc(float(rng.uniform(-half, half)), float(z), 0.14, 0.09, int(rng.integers(1, 4)))
+        pen.disc(rng.uniform(-half, half), float(z), 0.14, 0.09, int(rng.integers(1, 4)))
     return pen.sprite(), _foliage(rng)
 
 
 def bush(rng: np.random.Generator) -> ColouredSprite:
     """A shrub of 0.7 to 1.6 m, similar to the upper half of a person."""
-    height, half_width = float(rng.uniform(0.7, 1.6)), float(rng.uniform(0.4, 0.9))
+    height, half_width = rng.uniform(0.7, 1.6), rng.uniform(0.4, 0.9)
     pen = Pen(half_width * 1.5, height * 1.4, 60)
     _crown(pen, rng, 0, height * 0.52, half_width, height * 0.5, 0.11, 90)
     return pen.sprite(), _foliage(rng)
@@ -89,11 +89,11 @@ def bush(rng: np.random.Generator) -> ColouredSprite:
 
 def topiary(rng: np.random.Generator) -> ColouredSprite:
     """A potted tree with a ball of leaves at head height."""
-    height = float(rng.uniform(1.35, 1.8))
+    height = rng.uniform(1.35, 1.8)
     pen = Pen(0.6, 2.3, 70)
     pen.limb((0, 0.3, 0.03), (0, height - 0.1, 0.03), part=5)
     pen.lathe([(0.0, 0.15), (0.42, 0.22)], 6)
-    ball = float(rng.uniform(0.13, 0.3))
+    ball = rng.uniform(0.13, 0.3)
     _crown(pen, rng, 0, height, ball, ball, 0.05, 60)
     palette = _foliage(rng)
     palette[6] = linear(150, 90, 64) if rng.random() < 0.5 else linear(*_STONE)
@@ -103,11 +103,11 @@ def topiary(rng: np.random.Generator) -> ColouredSprite:
 def planter(rng: np.random.Generator) -> ColouredSprite:
     """A tub with flowers."""
     pen = Pen(0.8, 1.6, 60)
-    half = float(rng.uniform(0.35, 0.6))
+    half = rng.uniform(0.35, 0.6)
     pen.lathe([(0, half * 0.85), (0.5, half)], 6)
     _crown(pen, rng, 0, 0.62, half * 0.9, 0.25, 0.08, 50)
     for _ in range(26):
-        pen.disc(float(rng.uniform(-half, half) * 0.85), float(rng.uniform(0.55, 0.88)), 0.035, 0.035, 7)
+        pen.disc(float(rng.uniform(-half, half) * 0.85), rng.uniform(0.55, 0.88), 0.035, 0.035, 7)
     palette = _foliage(rng)
     palette[6], palette[7] = linear(*_STONE), _cloth(rng)
     return pen.sprite(), palette
@@ -115,7 +115,7 @@ def planter(rng: np.random.Generator) -> ColouredSprite:
 
 def street_lamp(rng: np.random.Generator) -> ColouredSprite:
     """A lamp post of 3.5 to 7 m with an arm or with globes."""
-    height = float(rng.uniform(3.5, 7))
+    height = rng.uniform(3.5, 7)
     pen = Pen(1.6, height + 0.6, 40)
     pen.limb((0, 0, 0.075), (0, height, 0.05), part=1)
     pen.lathe([(0, 0.14), (0.5, 0.09)], 1)
@@ -131,7 +131,7 @@ def street_lamp(rng: np.random.Generator) -> ColouredSprite:
 
 def globe_lamp(rng: np.random.Generator) -> ColouredSprite:
     """A low lamp with a globe on a post, similar to a head on a thin body."""
-    height = float(rng.uniform(1.3, 2.0))
+    height = rng.uniform(1.3, 2.0)
     pen = Pen(0.4, 2.5, 70)
     pen.limb((0, 0, 0.05), (0, height - 0.1, 0.04), part=1)
     pen.disc(0, height, 0.14, 0.15, 2)
@@ -140,7 +140,7 @@ def globe_lamp(rng: np.random.Generator) -> ColouredSprite:
 
 def bollard(rng: np.random.Generator) -> ColouredSprite:
     """A bollard with a round top, 0.8 to 1.2 m."""
-    height = float(rng.uniform(0.8, 1.2))
+    height = rng.uniform(0.8, 1.2)
     pen = Pen(0.25, 1.5, 80)
     pen.lathe([(0, 0.1), (height - 0.1, 0.075)], 1)
     pen.disc(0, height - 0.08, 0.1, 0.1, 1)
@@ -151,7 +151,7 @@ def bollard(rng: np.random.Generator) -> ColouredSprite:
 def bin_(rng: np.random.Generator) -> ColouredSprite:
     """A litter bin of 0.9 to 1.2 m."""
     pen = Pen(0.5, 1.5, 60)
-    height = float(rng.uniform(0.85, 1.15))
+    height = rng.uniform(0.85, 1.15)
     pen.lathe([(0, 0.25), (height, 0.29)], 1)
     pen.disc(0, height, 0.3, 0.13, 2, above=height)
     pen.box(-0.14, 0.14, height * 0.72, height * 0.84, 3)
@@ -161,7 +161,7 @@ def bin_(rng: np.random.Generator) -> ColouredSprite:
 
 def pillar_box(rng: np.random.Generator) -> ColouredSprite:
     """A post box or an advertising pillar, as tall as a person."""
-    height, half = float(rng.uniform(1.4, 1.8)), float(rng.uniform(0.2, 0.3))
+    height, half = rng.uniform(1.4, 1.8), rng.uniform(0.2, 0.3)
     pen = Pen(0.6, 2.3, 60)
     pen.lathe([(0, half), (height - 0.15, half)], 1)
     pen.lathe([(0, half * 1.1), (0.16, half * 1.1)], 3)
@@ -174,7 +174,7 @@ def pillar_box(rng: np.random.Generator) -> ColouredSprite:
 def statue(rng: np.random.Generator) -> ColouredSprite:
     """A figure of stone or bronze on a plinth."""
     person = draw_person(rng)
-    plinth = float(rng.uniform(0.5, 1.3))
+    plinth = rng.uniform(0.5, 1.3)
     pen = Pen(0.8, plinth + 0.1, person.scale)
     pen.lathe([(0, 0.6), (0.15, 0.6), (0.16, 0.48), (plinth - 0.1, 0.46), (plinth - 0.09, 0.54), (plinth, 0.54)], 1)
     base = pen.sprite()
@@ -235,7 +235,7 @@ def bicycle(rng: np.random.Generator) -> ColouredSprite:
 
 def bench(rng: np.random.Generator) -> ColouredSprite:
     """A bench."""
-    half = float(rng.uniform(0.7, 1.0))
+    half = rng.uniform(0.7, 1.0)
     pen = Pen(1.1, 1.2, 60)
     for x in (-half * 0.8, half * 0.8):
         pen.limb((x, 0, 0.04), (x, 0.8, 0.035), part=1)
@@ -254,7 +254,7 @@ def parasol(rng: np.random.Generator) -> ColouredSprite:
         pen.box(x + 0.17 if x < 0 else x - 0.22, x + 0.22 if x < 0 else x - 0.17, 0.0, 0.42, 3)
     pen.limb((0, 0, 0.04), (0, 2.3, 0.03), part=1)
     pen.disc(0, 0.74, 0.5, 0.06, 4)
-    half = float(rng.uniform(1.1, 1.5))
+    half = rng.uniform(1.1, 1.5)
     for i in range(6):
         x0, x1 = -half + 2 * half * i / 6, -half + 2 * half * (i + 1) / 6
         pen.lathe(
@@ -272,7 +272,7 @@ def parasol(rng: np.random.Generator) -> ColouredSprite:
 def a_board(rng: np.random.Generator) -> ColouredSprite:
     """An advertising board, often with a face."""
     pen = Pen(0.6, 1.9, 60)
-    height = float(rng.uniform(1.0, 1.7))
+    height = rng.uniform(1.0, 1.7)
     pen.box(-0.36, 0.36, 0.05, height, 1)
     pen.box(-0.31, 0.31, 0.14, height - 0.06, 2, up=0.2)
     if rng.random() < 0.6:
@@ -281,7 +281,7 @@ def a_board(rng: np.random.Generator) -> ColouredSprite:
         pen.disc(0, height * 0.7, 0.12, 0.14, 6, above=height * 0.74)
     else:
         for z in np.arange(0.3, height - 0.2, 0.14):
-            pen.box(-0.22, float(rng.uniform(0, 0.24)), float(z), float(z) + 0.06, 4)
+            pen.box(-0.22, rng.uniform(0, 0.24), float(z), float(z) + 0.06, 4)
     palette = _palette((50, 44, 40), (0, 0, 0), (0, 0, 0), (60, 60, 66), (214, 166, 136), (44, 32, 26))
     palette[2], palette[4] = _cloth(rng), _cloth(rng)
     return pen.sprite(), palette
@@ -300,7 +300,7 @@ def balloons(rng: np.random.Generator) -> ColouredSprite:
     """A bunch of balloons, each as large as a head."""
     pen = Pen(0.9, 2.9, 60)
     for _ in range(int(rng.integers(5, 12))):
-        x, z = float(rng.normal(0, 0.28)), float(rng.uniform(1.5, 2.4))
+        x, z = rng.normal(0, 0.28), rng.uniform(1.5, 2.4)
         pen.limb((0, 0.95, 0.008), (x, z, 0.008), part=1)
         pen.disc(x, z, 0.12, 0.15, int(rng.integers(2, 7)))
     pen.lathe([(0, 0.3), (0.95, 0.3)], 7)
@@ -320,7 +320,7 @@ def kiosk(rng: np.random.Generator) -> ColouredSprite:
         pen.box(-1.5 + 0.25 * i, -1.25 + 0.25 * i, 1.95, 2.35, 4 + i % 2, up=0.6)
     pen.box(-1.5, 1.5, 2.35, 2.8, 6, up=0.1)
     for _ in range(14):
-        pen.disc(float(rng.uniform(-1.1, 1.1)), float(rng.uniform(1.12, 1.5)), 0.09, 0.11, int(rng.integers(7, 10)))
+        pen.disc(rng.uniform(-1.1, 1.1), rng.uniform(1.12, 1.5), 0.09, 0.11, int(rng.integers(7, 10)))
     palette = _palette((0, 0, 0), (34, 30, 28), (170, 150, 120), (0, 0, 0), (232, 228, 220), (0, 0, 0))
     for part in (1, 4, 6, 7, 8, 9):
         palette[part] = _cloth(rng)

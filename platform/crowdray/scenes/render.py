@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from crowdray.errors import UserError
 from crowdray.scenes.background import Background, light_at, render_background
 from crowdray.scenes.crowd import Crowd, sample_crowd
 from crowdray.scenes.layout import SceneLayout, scene_layout
@@ -26,13 +25,11 @@ def render(spec: SceneSpec, index: int) -> RenderedScene:
     """Render image `index` of a spec: bit-identical in any process and order on the same kind of machine.
 
     A person is annotated if the head's centre lies in the image and the ROI and at least MIN_VISIBLE_FRACTION of the
-    head is visible. Raises UserError for a negative index.
+    head is visible.
     """
-    if isinstance(index, bool) or not isinstance(index, (int, np.integer)) or index < 0:
-        raise UserError(f"synthetic scene: index = {index!r}: use an integer of at least 0")
-    number = spec.camera_of(int(index))
+    number = index % spec.cameras
     layout, static = scene_layout(spec, number), render_background(spec, number)
-    rng = generator(spec.seed, 3, int(index))
+    rng = generator(spec.seed, 3, index)
     crowd = sample_crowd(spec, layout, rng)
     raster = Raster(layout.camera, static.forward.copy())
     for i, figure in enumerate(crowd.figures):
@@ -47,8 +44,8 @@ def render(spec: SceneSpec, index: int) -> RenderedScene:
 def _depth(raster: Raster) -> Floats:
     """Return the depth (H, W) in metres of the nearest sample of each pixel."""
     fine = raster.forward * (1 / raster.per_depth)[:, None]
-    rows = np.minimum(fine[::FINE], fine[1::FINE])
-    return np.minimum(np.minimum(rows[:, ::FINE], rows[:, 1::FINE]), np.float32(MAX_DEPTH))
+    nearest = fine.reshape(raster.camera.height, FINE, raster.camera.width, FINE).min(axis=(1, 3))
+    return np.asarray(np.minimum(nearest, np.float32(MAX_DEPTH)), np.float32)
 
 
 def annotated_heads(layout: SceneLayout, crowd: Crowd, raster: Raster) -> Floats:
@@ -111,9 +108,8 @@ def _weather(layout: SceneLayout, clear: float, rng: np.random.Generator) -> tup
     low = np.clip(1.3 - layout.sun[2] * 1.5, 0, 1)
     warm = linear(255, 244, 228) * (1 - low) + linear(255, 206, 150) * low
     sky = linear(186, 204, 232) * clear + linear(222, 224, 228) * (1 - clear)
-    return np.asarray(sky * (0.75 - 0.3 * clear) * jitter, np.float32), np.asarray(
-        warm * 2.0 * clear * jitter, np.float32
-    )
+    sunlight = warm * 2.0 * clear * jitter
+    return np.asarray(sky * (0.75 - 0.3 * clear) * jitter, np.float32), np.asarray(sunlight, np.float32)
 
 
 def _downsample(fine: Floats) -> Floats:
@@ -135,8 +131,8 @@ def _sensor(
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     vignette = 1 - np.float32(rng.uniform(0.08, 0.3) / 2) * (x**2 + y**2).astype(np.float32)
     balance = rng.normal(target / level, 0.035 * target / level, 3).astype(np.float32)
-    blur = float(rng.uniform(0.3, 0.62))
-    strength = spec.sensor_noise * float(rng.uniform(0.7, 1.6)) * (1.7 if layout.night else 1.0)
+    blur = rng.uniform(0.3, 0.62)
+    strength = spec.sensor_noise * rng.uniform(0.7, 1.6) * (1.7 if layout.night else 1.0)
     grain = rng.standard_normal((height, width), np.float32) * np.float32(1.7 * strength)
     grain += np.float32(0.5)  # rounds when the cast to uint8 truncates
     image = np.empty((height, width, 3), np.uint8)

@@ -40,34 +40,23 @@ class SceneSpec:
     """Strength of the sensor noise; 1 is a phone camera by day, 0 is none."""
 
     def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "seed": (0, 2**63 - 1),
+            "width": (64, 4096),
+            "height": (64, 4096),
+            "cameras": (1, 1000),
+            "min_people": (0, self.max_people),
+            "max_people": (1, 2000),
+            "masked_fraction": (0, 1),
+            "sensor_noise": (0, 10),
+        }
         problems = [
-            f"{name} = {getattr(self, name)!r}: use an integer from {low} to {high}"
-            for name, low, high in (
-                ("seed", 0, 2**63 - 1),
-                ("width", 64, 4096),
-                ("height", 64, 4096),
-                ("cameras", 1, 1000),
-                ("min_people", 0, 2000),
-                ("max_people", 1, 2000),
-            )
-            if not _is_integer(getattr(self, name)) or not low <= getattr(self, name) <= high
+            f"{name} = {value}: use a value from {low} to {high}"
+            for name, (low, high) in limits.items()
+            if not low <= (value := getattr(self, name)) <= high
         ]
-        problems += [
-            f"{name} = {getattr(self, name)!r}: use a number from 0 to {high}"
-            for name, high in (("masked_fraction", 1.0), ("sensor_noise", 10.0))
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) <= high
-        ]
-        if not problems and self.min_people > self.max_people:
-            problems.append(
-                f"min_people = {self.min_people} is more than max_people = {self.max_people}: "
-                f"lower min_people or raise max_people"
-            )
         if problems:
             raise UserError("synthetic scene: " + "; ".join(problems))
-
-    def camera_of(self, index: int) -> int:
-        """Return the number of the camera that takes image `index`."""
-        return index % self.cameras
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -86,14 +75,6 @@ class RenderedScene:
     """Identity of the camera, e.g. `camera-03`."""
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
 def generator(*keys: int) -> np.random.Generator:
     """Return a random generator that depends on the keys alone."""
     return np.random.default_rng(keys)
@@ -102,3 +83,8 @@ def generator(*keys: int) -> np.random.Generator:
 def linear(*srgb: int) -> Floats:
     """Convert an sRGB colour in 0..255 to linear light, float32 (3,)."""
     return ((np.array(srgb, np.float64) / 255) ** 2.2).astype(np.float32)
+
+
+def hex_colours(table: str) -> Floats:
+    """Convert hexadecimal sRGB colours to linear light, float32 (N, 3)."""
+    return np.stack([linear(*bytes.fromhex(colour)) for colour in table.split()])

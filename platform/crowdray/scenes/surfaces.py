@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from crowdray.scenes.spec import Bools, Floats, generator, linear
+from crowdray.scenes.spec import Bools, Floats, generator, hex_colours, linear
 
 _TABLE = 256
+WALL_COLOURS = hex_colours("b2a28a 965c48 c4beb2 a89478 7e7a76 ccba96 8c9296")
 
 Reals = npt.NDArray[np.floating]
 
@@ -86,7 +87,7 @@ def ground(kind: str, s: Floats, t: Floats, footprint: Floats, salt: int) -> Flo
         return np.asarray(linear(158, 112, 92) * (shade * stain * grain * tone)[:, None], np.float32)
     size = float(rng.choice([0.5, 0.8, 1.2]))
     shade = _tiles(s, t, footprint, (size, size), 0.025, 0.16, salt)
-    base = np.stack([linear(176, 168, 154), linear(160, 160, 160), linear(186, 172, 150)])[int(rng.integers(3))]
+    base = hex_colours("b0a89a a0a0a0 baac96")[int(rng.integers(3))]
     period = int(rng.integers(4, 9))
     i, j = np.floor(s / size).astype(np.int64), np.floor(t / size).astype(np.int64)
     pattern = {
@@ -126,27 +127,17 @@ def facade(kind: str, along: Floats, z: Floats, height: float, salt: int, night:
         leaf = 0.5 + 0.9 * noise(along, z, clump / 3) * (0.4 + 0.6 * noise(along + 7, z, clump)) + 0.25 * z / height
         return np.asarray(linear(56, 82, 38) * leaf[:, None], np.float32), np.zeros(len(along), np.float32)
     rng = generator(0xFACADE, salt)
-    walls = (
-        (178, 162, 138),
-        (150, 92, 72),
-        (196, 190, 178),
-        (168, 148, 120),
-        (126, 122, 118),
-        (204, 186, 150),
-        (140, 146, 150),
-    )
-    wall = linear(*walls[int(rng.integers(len(walls)))]) * np.float32(rng.uniform(0.75, 1.1))
+    wall = WALL_COLOURS[int(rng.integers(len(WALL_COLOURS)))] * np.float32(rng.uniform(0.75, 1.1))
     shade = 0.9 + 0.2 * noise(along, z, 1.9)
     if rng.random() < 0.4:
         shade = shade * _tiles(along, z, np.full(len(z), 0.06, np.float32), (0.6, 0.3), 0.03, 0.2, salt, stagger=True)
     colour = wall * shade[:, None]
     light = np.zeros(len(along), np.float32)
-    bay, storey, street = (float(rng.uniform(2.2, 3.8)), float(rng.uniform(3.0, 3.7)), float(rng.uniform(3.6, 4.6)))
-
+    bay, storey, street = rng.uniform(2.2, 3.8), rng.uniform(3.0, 3.7), rng.uniform(3.6, 4.6)
     up = (z - street) / storey
     i, j = np.floor(along / bay).astype(np.int64), np.floor(up).astype(np.int64)
     u, v = along / bay - i, up - j
-    half, low, high = (float(rng.uniform(0.2, 0.42)), float(rng.uniform(0.12, 0.3)), float(rng.uniform(0.76, 0.9)))
+    half, low, high = rng.uniform(0.2, 0.42), rng.uniform(0.12, 0.3), rng.uniform(0.76, 0.9)
     upper = (z > street) & (z < height - 0.7)
     frame = upper & (np.abs(u - 0.5) < half + 0.03) & (v > low - 0.04) & (v < high + 0.03)
     glass = upper & (np.abs(u - 0.5) < half) & (v > low) & (v < high) & (np.abs(u - 0.5) > 0.012)
