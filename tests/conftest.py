@@ -125,10 +125,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> "list[Figure]":
     figures: list[Figure] = []
     save_figure: Callable[..., None] = style.save_figure
 
-    def save(figure: "Figure", *args: Any, **kwargs: Any) -> None:
+    def save(figure: "Figure", path: Any) -> None:
         figures.append(figure)
-        save_figure(figure, *args, **kwargs)
+        save_figure(figure, path)
 
     monkeypatch.setattr(style, "save_figure", save)
-    monkeypatch.setattr("crowdray.plots.overlay.save_figure", save)
     return figures

@@ -22,13 +22,11 @@ from crowdray.plots import style
 from crowdray.plots.contact_sheet import draw_contact_sheet
 from crowdray.plots.dataset import draw_histograms
 
-
-def figure_uri() -> str:
-    return f"memory://sheets/{np.random.default_rng().integers(2**60)}.png"
+URI = "memory://figures/figure.png"
 
 
-def read_pixels(uri: str) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))).convert("RGB"))
+def read_pixels() -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(storage.read_bytes(URI))).convert("RGB"))
 
 
 def grey_sample(
@@ -59,9 +57,8 @@ def test_contact_sheet_heads_and_maps_align_with_photo(size: tuple[int, int], dr
     height, width = size
     inside = [(0.1 * width, 0.2 * height), (0.4 * width, 0.9 * height)]
     outside = [(0.75 * width, 0.5 * height), (-0.5 * width, 0.6 * height)]
-    uri = figure_uri()
-    draw_contact_sheet([grey_sample([*inside, *outside], size, roi=True)], "title", uri)
-    page, (photo, depth, crowd) = read_pixels(uri), drawn[0].axes
+    draw_contact_sheet([grey_sample([*inside, *outside], size, roi=True)], "title", URI)
+    page, (photo, depth, crowd) = read_pixels(), drawn[0].axes
     scale = 1 / round(width / np.ptp(photo.get_xlim()))
     for x, y in inside:
         np.testing.assert_allclose(colour_at(page, photo, x * scale, y * scale), to_rgb(style.HEAD_COLOUR), atol=0.02)
@@ -85,7 +82,7 @@ def test_contact_sheet_heads_and_maps_align_with_photo(size: tuple[int, int], dr
 
 def test_contact_sheet_crowd_equals_segmentation_target(drawn: list[Figure]) -> None:
     sample = grey_sample([(60, 45)])
-    draw_contact_sheet([sample], "", figure_uri(), target=TargetConfig(sigma=6.0, threshold=0.5))
+    draw_contact_sheet([sample], "", URI, target=TargetConfig(sigma=6.0, threshold=0.5))
     crowd = np.asarray(drawn[0].axes[2].images[0].get_array())
     rows, columns = np.mgrid[:90, :120] + 0.5
     far = (columns - 60) ** 2 + (rows - 45) ** 2
@@ -97,9 +94,8 @@ def test_contact_sheet_crowd_equals_segmentation_target(drawn: list[Figure]) -> 
 def test_contact_sheet_rows_per_split_and_texts_fit(drawn: list[Figure]) -> None:
     samples = [grey_sample([(5, 5)] * n, depth=n > 0) for n in range(4)]
     samples += [grey_sample([(5, 5)], (200, 90), split="test")]
-    uri = figure_uri()
-    draw_contact_sheet(samples, "title", uri)
-    page, figure = read_pixels(uri), drawn[0]
+    draw_contact_sheet(samples, "title", URI)
+    page, figure = read_pixels(), drawn[0]
     assert page.shape[1] == 1920 and len(figure.axes) == 3 * 5
     tops = [round(axes.get_position().y1, 6) for axes in figure.axes[::3]]
     assert len(set(tops)) == 3 and tops[0] == tops[1] == tops[2] > tops[3] > tops[4]
@@ -129,10 +125,9 @@ def bars(axes: Axes) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
 
 def test_histograms_are_percentages_of_each_split(drawn: list[Figure]) -> None:
     counts = {"train": [12, 13, 13, 40], "test": [20, 22]}
-    uri = figure_uri()
-    draw_histograms(counted(counts), uri)
+    draw_histograms(counted(counts), URI)
     heads, spacing = drawn[0].axes
-    assert heads.get_xscale() == "linear" and read_pixels(uri).shape[1] == 1536
+    assert heads.get_xscale() == "linear" and read_pixels().shape[1] == 1536
     for (values, edges), numbers in zip(bars(heads), counts.values(), strict=True):
         np.testing.assert_allclose(values, 100 * np.histogram(numbers, edges)[0] / len(numbers))
         assert values.sum() == pytest.approx(100) and (edges % 1 == 0.5).all()
@@ -144,7 +139,7 @@ def test_histograms_are_percentages_of_each_split(drawn: list[Figure]) -> None:
 
 
 def test_histograms_wide_counts_use_log_axis(drawn: list[Figure]) -> None:
-    draw_histograms(counted({"train": [0, 0, 2, 30, 400]}), figure_uri())
+    draw_histograms(counted({"train": [0, 0, 2, 30, 400]}), URI)
     axes = drawn[0].axes[0]
     legend = axes.get_legend()
     assert axes.get_xscale() == "log" and legend is not None
@@ -153,10 +148,8 @@ def test_histograms_wide_counts_use_log_axis(drawn: list[Figure]) -> None:
 
 
 def test_plots_missing_data_shows_message(drawn: list[Figure]) -> None:
-    draw_contact_sheet([], "nothing", figure_uri())
-    draw_histograms(
-        validate("made", "none", DatasetStats([], [], {"train": np.zeros(112, dtype=np.int64)})), figure_uri()
-    )
+    draw_contact_sheet([], "nothing", URI)
+    draw_histograms(validate("made", "none", DatasetStats([], [], {"train": np.zeros(112, dtype=np.int64)})), URI)
     assert [len(figure.axes) for figure in drawn] == [0, 0]
-    draw_histograms(counted({"train": [0], "test": [1]}), figure_uri())
+    draw_histograms(counted({"train": [0], "test": [1]}), URI)
     assert drawn[2].axes[1].texts[0].get_text() == "no image has two heads"

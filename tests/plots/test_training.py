@@ -16,10 +16,11 @@ from crowdray.evaluation.inference import image_to_tensor
 from crowdray.evaluation.metrics import ImageCount
 from crowdray.models.build import build_counter
 from crowdray.models.counter import Counter
-from crowdray.plots import style
 from crowdray.plots.overlay import draw_overlay
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.presets import debug
+
+URI = "memory://figures/figure.png"
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,8 @@ def images(discs: Dataset) -> list[DecodedImage]:
     return chosen
 
 
-def figure_uri() -> str:
-    return f"memory://figures/{np.random.default_rng().integers(2**60)}.png"
-
-
-def open_png(uri: str) -> Image.Image:
-    return Image.open(io.BytesIO(storage.read_bytes(uri)))
+def open_png() -> Image.Image:
+    return Image.open(io.BytesIO(storage.read_bytes(URI)))
 
 
 def axes_texts(figure: Figure) -> list[str]:
@@ -53,8 +50,7 @@ def axes_texts(figure: Figure) -> list[str]:
 def test_overview_counts_inside_roi_on_one_scale(
     counter: Counter, images: list[DecodedImage], drawn: list[Figure]
 ) -> None:
-    uri = figure_uri()
-    draw_overview(counter, images, uri, sigma=2.0, threshold=0.3)
+    draw_overview(counter, images, URI, sigma=2.0, threshold=0.3)
     expected = []
     for decoded in images:
         with torch.no_grad():
@@ -66,20 +62,18 @@ def test_overview_counts_inside_roi_on_one_scale(
     for row in range(len(images)):
         truth, predicted = (drawn[0].axes[5 * row + column].images[0] for column in (1, 2))
         assert truth.get_clim() == predicted.get_clim()
-    assert open_png(uri).width == 1600
+    assert open_png().width == 1600
     assert counter.training
 
 
 def test_overview_accepts_baseline_and_stripped_counter(
     counter: Counter, images: list[DecodedImage], drawn: list[Figure]
 ) -> None:
-    draw_overview(counter, images[:1], figure_uri(), sigma=2.0, threshold=0.3, baseline=counter.strip())
+    draw_overview(counter, images[:1], URI, sigma=2.0, threshold=0.3, baseline=counter.strip())
     titles = [text.get_text() for text in drawn[0].texts]
     assert titles[:4] == ["Photo and heads", "Ground truth", "Baseline", "Joint model"]
-    draw_overview(counter.strip(), images[:1], figure_uri(), sigma=2.0, threshold=0.3)
+    draw_overview(counter.strip(), images[:1], URI, sigma=2.0, threshold=0.3)
     assert len(drawn[1].axes) == 3
-    with pytest.raises(ValueError, match="no image"):
-        draw_overview(counter, [], figure_uri(), sigma=2.0, threshold=0.3)
 
 
 @pytest.mark.parametrize("size", [(30, 40), (480, 640), (700, 2000), (900, 10)])
@@ -87,11 +81,10 @@ def test_overlay_count_is_sum_of_density(size: tuple[int, int], drawn: list[Figu
     height, width = size
     rng = np.random.default_rng(0)
     density = rng.random(((height + 1) // 2, (width + 1) // 2), dtype=np.float32) / np.float32(100)
-    uri = figure_uri()
     image = np.full((height, width, 3), 120, np.uint8)
-    draw_overlay(image, density, uri)
+    draw_overlay(image, density, URI)
     assert axes_texts(drawn[0]) == [f"{density.sum(dtype=np.float64):.1f} heads"]
-    shown = Image.open(io.BytesIO(storage.read_bytes(uri)))
+    shown = open_png()
     longest = max(shown.size)
     assert longest == min(max(max(size), 640), 1280)
     scale = longest / max(size)
@@ -100,9 +93,8 @@ def test_overlay_count_is_sum_of_density(size: tuple[int, int], drawn: list[Figu
 
 def test_overlay_empty_density_keeps_photo() -> None:
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    uri = figure_uri()
-    draw_overlay(image, np.zeros((240, 320), np.float32), uri)
-    shown = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    draw_overlay(image, np.zeros((240, 320), np.float32), URI)
+    shown = np.asarray(open_png())
     np.testing.assert_array_equal(shown[:400], image[:400])
 
 
@@ -114,28 +106,28 @@ def counted(bias: float, rows: range = range(40)) -> list[ImageCount]:
 
 def test_density_levels_are_group_means_by_true_count(drawn: list[Figure]) -> None:
     joint, baseline = counted(1.0), counted(-3.0)[::-1]
-    draw_density_levels(joint, baseline, figure_uri())
+    draw_density_levels(joint, baseline, URI)
     axes = drawn[0].axes[0]
     means = np.arange(100, 140).reshape(10, 4).mean(axis=1)
     np.testing.assert_allclose([bar.get_height() for bar in axes.patches], means)  # type: ignore[attr-defined]
     for line, shift in zip(axes.lines, (-3.0, 1.0), strict=True):
         np.testing.assert_allclose(np.asarray(line.get_ydata()), means + shift)
-    draw_density_levels(joint[:3], joint[:3], figure_uri())
+    draw_density_levels(joint[:3], joint[:3], URI)
     assert len(drawn[1].axes[0].patches) == 3
     for other in ([], counted(0.0, range(1, 41))):
         with pytest.raises(ValueError, match="counts of the same rows"):
-            draw_density_levels(joint, other, figure_uri())
+            draw_density_levels(joint, other, URI)
 
 
 def test_calibration_plots_each_image_and_bias(drawn: list[Figure]) -> None:
-    draw_calibration(counted(1.5), figure_uri())
+    draw_calibration(counted(1.5), URI)
     axes = drawn[0].axes[0]
     points = np.asarray(axes.collections[0].get_offsets())
     np.testing.assert_allclose(points[:, 1] - points[:, 0], 1.5)
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["equal", "bias +1.50"]
-    draw_calibration([ImageCount(0, 0, 0.0, 0.0)], figure_uri())
+    draw_calibration([ImageCount(0, 0, 0.0, 0.0)], URI)
 
 
 def history() -> list[dict[str, Any]]:
@@ -149,7 +141,7 @@ def history() -> list[dict[str, Any]]:
 
 
 def test_history_breaks_at_stages_and_marks_best_epochs(drawn: list[Figure]) -> None:
-    draw_history(history(), figure_uri())
+    draw_history(history(), URI)
     above, below = drawn[0].axes
     assert [text.get_text() for text in above.texts] == ["baseline", "decoders", "joint"]
     rings = [line for line in below.lines if line.get_markersize() == 7]
@@ -157,26 +149,6 @@ def test_history_breaks_at_stages_and_marks_best_epochs(drawn: list[Figure]) -> 
     assert [len(np.asarray(line.get_xdata())) for line in above.lines] == [3, 2, 3, 1, 2]
 
 
-def test_history_single_epoch_draws_and_empty_raises() -> None:
+def test_history_single_epoch_draws() -> None:
     for rows in (history()[:1], history()[3:4]):
-        draw_history(rows, figure_uri())
-    with pytest.raises(ValueError, match="no epoch"):
-        draw_history([], figure_uri())
-
-
-def test_save_figure_palette_keeps_white_and_colours() -> None:
-    image = np.full((300, 400, 3), 255, np.uint8)
-    rows, columns = np.mgrid[:200, :300]
-    image[50:250, 50:350] = np.stack([rows, columns * 0.8, 250 - rows], axis=2)
-    image[250:] = 252  # Pillow's dithering turns this into white
-    figure = Figure(figsize=(4, 3), dpi=100, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(image)
-    axes.set_axis_off()
-    uri = figure_uri()
-    style.save_figure(figure, uri)
-    reduced = open_png(uri)
-    assert reduced.mode == "P"
-    found = np.asarray(reduced.convert("RGB")).astype(int)
-    assert (found[:50] == 255).all()
-    assert np.abs(found - image.astype(int)).mean() < 5
+        draw_history(rows, URI)

@@ -5,7 +5,6 @@ Shape legend: H W photo in displayed pixels, N heads.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch.nn.functional import max_pool2d
 
 from crowdray.config import TargetConfig
 from crowdray.data.image_cache import DecodedImage, crop_map, load_image
@@ -30,23 +30,6 @@ _HEADER, _CAPTION = 0.62, 0.24
 """Inches above the sheet, and above each row."""
 _CHARACTER_WIDTH = 0.088
 """Largest width of a caption's character in inches."""
-_OUTSIDE_COLOUR = style.VERMILION
-
-
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """One sample prepared for display."""
-
-    caption: str
-    """Its split and name."""
-    decoded: DecodedImage
-    """Downsampled to about the displayed size; its points are those used in training."""
-    heads: NDArray[np.float32]
-    """(N, 2) all annotated heads; those outside the image are moved to its border."""
-    outside: NDArray[np.bool_]
-    """(N,) heads outside the image or its region of interest."""
-    crowd: NDArray[np.float32]
-    """(H, W) segmentation target."""
 
 
 def draw_contact_sheet(
@@ -71,45 +54,31 @@ def draw_contact_sheet(
     photo = ((tile - _INSIDE) * 2 / 3, (tile - _INSIDE) * 2 / 3 * shape)
     height = _HEADER + len(rows) * (_CAPTION + photo[1] + 0.08) + _MARGIN
     figure = Figure(figsize=(_INCHES, height), dpi=style.DPI, facecolor="white")
-    any_outside, top = False, _HEADER
+    top = _HEADER
     for row in rows:
         for column, sample in enumerate(row):
-            drawn = _tile(sample, photo, target)
-            _draw_tile(figure, drawn, _MARGIN + column * (tile + _BETWEEN), top, photo)
-            any_outside = any_outside or bool(drawn.outside.any())
+            _draw_tile(figure, sample, target, _MARGIN + column * (tile + _BETWEEN), top, photo)
         top += _CAPTION + photo[1] + 0.08
-    note = "Right of each photo: depth (bright is far) and crowd segmentation, "
-    note += f"sigma {target.sigma:g} pixels, threshold {target.threshold:g}."
-    note += " Dashed: region of interest." * any(sample.roi is not None for sample in samples)
-    note += " Red: heads outside it, or outside the image." * any_outside
+    note = (
+        "Right of each photo: depth (bright is far) and crowd segmentation, "
+        f"sigma {target.sigma:g} pixels, threshold {target.threshold:g}. "
+        "Dashed: region of interest. Red: heads outside it, or outside the image."
+    )
     options: dict[str, Any] = {"ha": "left", "va": "top"}
     figure.text(_MARGIN / _INCHES, 1 - 0.13 / height, title, size=11, color=style.INK, weight="bold", **options)
     figure.text(_MARGIN / _INCHES, 1 - 0.38 / height, note, size=8, color=style.FAINT, **options)
-    style.save_figure(figure, path, palette=False)
+    style.save_figure(figure, path)
 
 
-def _tile(sample: Sample, photo: tuple[float, float], target: TargetConfig) -> _Tile:
-    pixels = _scale(sample.height, sample.width, photo) * style.DPI
-    reduce = max(1, round(1 / pixels / 1.5))
-    decoded = load_image(sample, 0, reduce, use_roi=True)
-    crowd = image_targets(decoded, target.sigma / reduce, target.threshold, 1).segmentation[0, 0].numpy()
-    heads = sample.points.clip(0, np.array([sample.width, sample.height], dtype=np.float32))
-    outside = (heads != sample.points).any(axis=1)
-    heads /= np.float32(reduce)
-    if decoded.roi is not None:
-        outside |= ~in_roi(heads, decoded.roi, *decoded.size)
-    return _Tile(f"{sample.split}/{sample.name}", decoded, heads, outside, crowd)
-
-
-def _scale(height: int, width: int, photo: tuple[float, float]) -> float:
-    """Return inches per pixel of a photo scaled to fit its panel."""
-    return min(photo[0] / width, photo[1] / height)
-
-
-def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tuple[float, float]) -> None:
+def _draw_tile(
+    figure: Figure, sample: Sample, target: TargetConfig, left: float, top: float, photo: tuple[float, float]
+) -> None:
     """Draw a caption, photo, depth and crowd; left and top are inches from the sheet's upper left corner."""
-    rows, columns = tile.decoded.size
-    scale = _scale(rows, columns, photo)
+    inches_per_pixel = min(photo[0] / sample.width, photo[1] / sample.height)
+    reduce = max(1, round(1 / (inches_per_pixel * style.DPI) / 1.5))
+    decoded = load_image(sample, 0, reduce, use_roi=True)
+    rows, columns = decoded.size
+    scale = min(photo[0] / columns, photo[1] / rows)
     width, height = columns * scale, rows * scale
     map_height = (height - _INSIDE) / 2
     map_width = map_height * width / height
@@ -118,52 +87,44 @@ def _draw_tile(figure: Figure, tile: _Tile, left: float, top: float, photo: tupl
     def panel(x: float, y: float, w: float, h: float) -> Axes:
         return figure.add_axes((x / _INCHES, 1 - (y + h) / page, w / _INCHES, h / page))
 
-    count = f"{len(tile.heads):,} head{'s' * (len(tile.heads) != 1)}"
+    count = f"{len(sample.points):,} head{'s' * (len(sample.points) != 1)}"
     total_width = width + _INSIDE + map_width
-    name = _shorten(tile.caption, int(total_width / _CHARACTER_WIDTH) - len(count) - 2)
+    caption = f"{sample.split}/{sample.name}"
+    limit = int(total_width / _CHARACTER_WIDTH) - len(count) - 2
+    if len(caption) > limit:
+        caption = f"…{caption[1 - limit :]}"
     base = 1 - (top + _CAPTION - 0.06) / page
-    figure.text(left / _INCHES, base, name, size=8.5, color=style.INK, va="baseline")
+    figure.text(left / _INCHES, base, caption, size=8.5, color=style.INK, va="baseline")
     figure.text((left + total_width) / _INCHES, base, count, size=8.5, color=style.FAINT, va="baseline", ha="right")
     top += _CAPTION
-    _draw_photo(panel(left, top, width, height), tile, scale)
+    _draw_photo(panel(left, top, width, height), sample, decoded, reduce, scale)
     maps_left = left + width + _INSIDE
     upper = panel(maps_left, top, map_width, map_height)
     lower = panel(maps_left, top + map_height + _INSIDE, map_width, map_height)
-    depth = tile.decoded.depth
-    resized = None if depth is None else crop_map(depth, tile.decoded.size, slice(rows), slice(columns))
-    _draw_map(upper, resized, style.DEPTH_CMAP, tile.decoded.size)
+    depth = None if decoded.depth is None else crop_map(decoded.depth, decoded.size, slice(rows), slice(columns))
+    _draw_map(upper, depth, style.DEPTH_CMAP, decoded.size)
+    crowd = image_targets(decoded, target.sigma / reduce, target.threshold, 1).segmentation
     cell = -(-rows // int(map_height * style.DPI))
-    _draw_map(lower, _max_pool(tile.crowd, cell), style.SEGMENTATION_CMAP, tile.decoded.size, cell)
+    pooled = max_pool2d(crowd, cell, ceil_mode=True)[0, 0].numpy()  # so that a single head stays visible
+    _draw_map(lower, pooled, style.SEGMENTATION_CMAP, decoded.size, cell)
 
 
-def _shorten(name: str, limit: int) -> str:
-    """Replace the middle of a name by an ellipsis if it has more than `limit` characters."""
-    if len(name) <= limit:
-        return name
-    kept = max(2, limit - 1)
-    return f"{name[: kept // 2]}…{name[-(kept - kept // 2) :]}"
-
-
-def _max_pool(crowd: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Return the maximum of each square of `factor` cells, so that a single head stays visible."""
-    height, width = crowd.shape
-    padded = np.pad(crowd, ((0, -height % factor), (0, -width % factor)))
-    squares = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
-    largest: NDArray[np.float32] = squares.max(axis=(1, 3))
-    return largest
-
-
-def _draw_photo(axes: Axes, tile: _Tile, scale: float) -> None:
-    height, width = tile.decoded.size
-    axes.imshow(tile.decoded.image, extent=(0, width, height, 0), interpolation="antialiased", aspect="auto")
-    if tile.decoded.roi is not None:
-        style.draw_roi(axes, tile.decoded.roi)
-    spacing = nearest_neighbours(tile.heads)
+def _draw_photo(axes: Axes, sample: Sample, decoded: DecodedImage, reduce: int, scale: float) -> None:
+    """Draw a photo reduced by a factor; heads outside the image are moved to its border."""
+    height, width = decoded.size
+    axes.imshow(decoded.image, extent=(0, width, height, 0), interpolation="antialiased", aspect="auto")
+    heads = sample.points.clip(0, np.array([sample.width, sample.height], dtype=np.float32))
+    outside = (heads != sample.points).any(axis=1)
+    heads /= np.float32(reduce)
+    if decoded.roi is not None:
+        outside |= ~in_roi(heads, decoded.roi, *decoded.size)
+        style.draw_roi(axes, decoded.roi)
+    spacing = nearest_neighbours(heads)
     points_apart = float(np.median(spacing)) * scale * 72 if len(spacing) else 8.0
     marker = float(np.clip(0.6 * points_apart, 1.3, 4.5))
-    for chosen, colour in ((~tile.outside, style.HEAD_COLOUR), (tile.outside, _OUTSIDE_COLOUR)):
-        x, y = tile.heads[chosen].T
+    for chosen, colour in ((~outside, style.HEAD_COLOUR), (outside, style.VERMILION)):
         options: dict[str, Any] = {"edgecolors": "black", "linewidths": min(0.4, 0.12 * marker), "clip_on": False}
+        x, y = heads[chosen].T
         axes.scatter(x, y, s=marker**2, color=colour, **options)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()

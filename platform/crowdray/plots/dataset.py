@@ -1,8 +1,7 @@
 """Histograms of a dataset: heads per image and distances between heads."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ def _draw_counts(axes: Axes, counts: dict[str, NDArray[np.int64]]) -> None:
     positive = all_counts[all_counts > 0]
     logarithmic = len(positive) > 0 and positive.max() >= _LOG_RATIO * positive.min()
     edges = _count_edges(positive if logarithmic else all_counts, logarithmic)
-    for (split, values), colour in zip(counts.items(), _cycle(counts), strict=False):
+    for (split, values), colour in zip(counts.items(), cycle(_COLOURS), strict=False):
         empty = f", {(values == 0).sum():,} empty" if logarithmic and (values == 0).any() else ""
         label = f"{split}: median {np.median(values):,.10g}{empty}"
         _draw_bars(axes, np.histogram(values, edges)[0] / len(values), edges, colour, float(np.median(values)), label)
@@ -81,7 +80,7 @@ def _draw_spacing(axes: Axes, splits: dict[str, SplitStats]) -> None:
     filled = np.flatnonzero(sum(recorded.values()))
     first, last = int(filled[0]), int(filled[-1]) + 1
     edges = SPACING_EDGES[::_MERGED][first : last + 1]
-    for (split, stats), colour in zip(splits.items(), _cycle(splits), strict=False):
+    for (split, stats), colour in zip(splits.items(), cycle(_COLOURS), strict=False):
         if stats.spacing:
             fractions = recorded[split][first:last] / recorded[split].sum()
             _draw_bars(axes, fractions, edges, colour, stats.spacing, f"{split}: median {stats.spacing:.1f} pixels")
@@ -96,10 +95,6 @@ def _draw_bars(
     axes.stairs(100 * fractions, edges, fill=True, color=colour, alpha=0.18, linewidth=0)
     axes.stairs(100 * fractions, edges, color=colour, linewidth=1.3, label=label)
     axes.axvline(median, color=colour, linewidth=1.0, linestyle="--")
-
-
-def _cycle(splits: dict[str, Any]) -> Sequence[str]:
-    return _COLOURS * (len(splits) // len(_COLOURS) + 1)
 
 
 def _use_log_scale(axes: Axes) -> None:

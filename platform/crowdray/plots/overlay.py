@@ -1,13 +1,14 @@
 """Overlay of a predicted density on its photo, with the count."""
 
 import os
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crowdray.plots.style import GAMMA, badge, density_colormap, save_figure
+from crowdray.plots import style
 
 _SIDE_LIMITS = (640, 1280)
 """Limits in pixels of an overlay's longer side; photos are resized to fit."""
@@ -35,16 +36,10 @@ def draw_overlay(image: NDArray[np.uint8], density: NDArray[np.float32], path: s
     # The last cells extend beyond the photo if its size is not a multiple of theirs.
     cell = max(1, round(longest / max(rows, columns)))
     top = max(float(density.max()), _MIN_PEAK)
-    axes.imshow(
-        density,
-        cmap=density_colormap(),
-        norm=PowerNorm(GAMMA, 0, top),
-        extent=(0, columns * cell, rows * cell, 0),
-        interpolation="bilinear",
-        aspect="auto",
-    )
+    colours: dict[str, Any] = {"cmap": style.density_colormap(), "norm": PowerNorm(style.GAMMA, 0, top)}
+    axes.imshow(density, extent=(0, columns * cell, rows * cell, 0), interpolation="bilinear", aspect="auto", **colours)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     size = float(np.clip(min(height, width) * scale * 0.032, 8, 26))
-    badge(axes, f"{density.sum(dtype=np.float64):.1f} heads", size)
-    save_figure(figure, path, palette=False)
+    style.badge(axes, f"{density.sum(dtype=np.float64):.1f} heads", size)
+    style.save_figure(figure, path)

@@ -29,38 +29,27 @@ DENSITY_CMAP, SEGMENTATION_CMAP, DEPTH_CMAP = "inferno", "bone", "cividis"
 GAMMA = 0.7
 """Exponent of the density colour scale; below 1 keeps an isolated head visible next to a dense crowd."""
 
-_WHITE, _PALETTE_SIZE = 255, 254
-"""Palette index reserved for pure white, and number of colours chosen by quantization."""
 
-
-def save_figure(figure: Figure, path: str | os.PathLike[str], palette: bool = True) -> None:
-    """Render a figure to a PNG at a path or URI; a 256-colour palette halves its size."""
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Render a figure to a PNG at a path or URI."""
     canvas: Any = FigureCanvasAgg(figure)
     with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    image = _quantize(pixels) if palette else Image.fromarray(pixels)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=palette)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, format="PNG")
     storage.write_bytes(os.fspath(path), buffer.getvalue())
 
 
 def badge(axes: Axes, text: str, size: float) -> None:
     """Add white text (`size` in points) on a dark box in the lower left corner."""
     box = {"boxstyle": "round,pad=0.3", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
-    axes.annotate(
-        text,
-        (0, 0),
-        (0.7 * size, 0.7 * size),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        size=size,
-        weight="bold",
-        color="white",
-        ha="left",
-        va="bottom",
-        bbox=box,
-    )
+    position: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "ha": "left",
+        "va": "bottom",
+    }
+    axes.annotate(text, (0, 0), (0.7 * size, 0.7 * size), size=size, weight="bold", color="white", bbox=box, **position)
 
 
 def draw_outline(
@@ -114,22 +103,3 @@ def style_axes(axes: Axes) -> None:
         label.set(color=INK, size=8.5)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#d0d7de", linewidth=0.5)
-
-
-def _quantize(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Reduce pixels (H, W, 3) to 256 dithered colours, keeping pure white, which Pillow's dithering tints.
-
-    White and nearly black pixels do not influence the palette: maps are mostly black, photos are not.
-    """
-    white = (pixels == 255).all(axis=2)
-    coloured = pixels[~white & (pixels.sum(axis=2) > 30)]
-    source = Image.fromarray(coloured[None] if len(coloured) else pixels)
-    colours = (source.quantize(_PALETTE_SIZE).getpalette() or [])[: 3 * _PALETTE_SIZE]
-    colours += [0] * (3 * _WHITE - len(colours)) + [255] * 3
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(colours)
-    index = np.array(Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG))
-    index[white] = _WHITE
-    quantized = Image.fromarray(index)
-    quantized.putpalette(colours)
-    return quantized

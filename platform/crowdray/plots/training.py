@@ -67,14 +67,12 @@ def draw_overview(
 
     Args:
         counter: Model whose maps are drawn; panels of missing decoders are omitted.
-        images: At least one image, else ValueError.
+        images: At least one image.
         path: Path or URI of the PNG, 1600 pixels wide.
         sigma: Standard deviation in pixels of the density targets.
         threshold: Threshold of the segmentation targets.
         baseline: Another model whose density is drawn before that of `counter`.
     """
-    if not images:
-        raise ValueError("no image to draw an overview of")
     rows = [_panels(counter, decoded, sigma, threshold, baseline) for decoded in images]
     shapes = [float(np.clip(decoded.size[0] / decoded.size[1], 0.4, 1.2)) for decoded in images]
     head, foot, gap = 0.26, 0.28, 0.05
@@ -157,11 +155,9 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
     Args:
         history: Rows with "epoch", "stage", "loss/<task>" and, in validated stages, "val/mae" and "val/rmse"; at least
-            one, else ValueError.
+            one.
         path: Path or URI of the PNG.
     """
-    if not history:
-        raise ValueError("no epoch to draw")
     figure = Figure(figsize=(7.6, 4.6), dpi=style.DPI, layout="constrained", facecolor="white")
     above, below = figure.subplots(2, 1, sharex=True)
     stages = [list(rows) for _, rows in groupby(history, key=lambda row: row["stage"])]
