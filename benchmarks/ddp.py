@@ -1,4 +1,4 @@
-"""Throughput of the baseline stage: DDP through Ray Train against the same loop under torchrun, on one machine.
+"""Throughput of DDP through Ray Train against the same loop under torchrun, on one machine.
 
 Both run the demo's baseline stage for a few epochs with the same workers and threads; the first epoch is left out. A
 third measurement is torchrun next to an idle Ray: where the workers use all cores, Ray's background processes slow

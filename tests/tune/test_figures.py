@@ -1,4 +1,4 @@
-"""A search as plain data, and its figures: totals equal those of a simulated cache, every figure can be drawn."""
+"""A search as plain data: its totals equal those of a simulated cache, its figures can be drawn."""
 
 import io
 import math
@@ -51,7 +51,7 @@ class Cache:
 
 
 def make_study(count: int, seed: int = 0, cache: Cache | None = None) -> StudyRecord:
-    """A simulated search that converges to the paper's weights; a bad weight and a short stage increase the MAE."""
+    """A simulated search that converges to the paper's weights; short stages increase the MAE."""
     rng, cache = np.random.default_rng(seed), cache or Cache()
     trials = []
     for number in range(count):

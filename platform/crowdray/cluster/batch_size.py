@@ -11,7 +11,7 @@ from crowdray.training.errors import DivergedError
 
 
 def find_batch_size(run: Run, on_status: Callable[[str], None], *, device: Device = "auto") -> Run:
-    """Return the run with a measured batch size; a resumed run keeps the batch size that it was started with.
+    """Return the run with a measured batch size; a resumed run keeps its recorded batch size.
 
     Raises:
         UserError: Not one crop fits, the measuring process is killed, or the number of workers may change, and with

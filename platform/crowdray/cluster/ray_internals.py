@@ -1,4 +1,4 @@
-"""Everything that has no public name in Ray; pyproject.toml pins the minor versions that it was tested with."""
+"""Everything without a public name in Ray; pyproject.toml pins the minor version that was tested."""
 
 from dataclasses import dataclass
 

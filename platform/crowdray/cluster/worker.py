@@ -143,7 +143,7 @@ def _own_checkpoint(task: WorkerTask) -> Checkpoint | None:
 
 
 def threads_of(config: Config, workers_on_node: int) -> int:
-    """CPU threads of this worker: as configured, else its fraction of the CPUs that Ray may use on its node."""
+    """CPU threads of this worker: as configured, else its fraction of Ray's CPUs on its node."""
     node = ray.get_runtime_context().get_node_id()
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     cpus = next(int(entry["Resources"].get("CPU", 1)) for entry in nodes if entry["NodeID"] == node)

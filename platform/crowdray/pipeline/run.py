@@ -119,7 +119,7 @@ class Run:
 def plan_run(
     config: Config, data: str, workers: Workers, folder: str, name: str | None, preset: str, *, auto_batch: bool = False
 ) -> Run:
-    """Resolve a command's options into a run; the default name is the preset and a hash of all that it computes.
+    """Resolve a command's options into a run; its default name depends on all that it computes.
 
     Args:
         config: What to compute.

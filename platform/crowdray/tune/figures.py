@@ -1,4 +1,4 @@
-"""Figures of a search: progress, importance of fields, and error over each field as in the paper's Figure 5."""
+"""Figures of a search: progress, importance of each field, and error over each field (Figure 5)."""
 
 import math
 import os
@@ -200,7 +200,7 @@ def scatter(
 def legend(
     figure: Figure, trials: Sequence[TrialRecord], first: list[Line2D], scale: MaeScale, complete: bool = True
 ) -> None:
-    """Draw a legend under the figure: the lines `first`, the states that occur, the best trial and the strip."""
+    """Draw a legend under the figure: the lines `first`, occurring states, best trial and strip."""
     handles: list[Any] = list(first)
     axes = figure.axes[0]
     for state in MARKERS:

@@ -19,7 +19,7 @@ _FOLDER = "folder"
 
 
 class _WholeLineJournal(JournalFileBackend):
-    """A journal that removes what a full disk left of a line; Optuna would append to it and read neither line."""
+    """A journal without incomplete lines: Optuna would append to one and then read neither line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))

@@ -179,7 +179,7 @@ class StudyOutcome:
 
 
 def is_weight(name: str, values: Sequence[Value]) -> bool:
-    """Whether a field is best seen on a log scale with 0 apart: a loss weight or another positive real number."""
+    """Whether a field needs a log scale with 0 apart: a loss weight or another positive real number."""
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     real = name.startswith("loss.") or any(isinstance(value, float) for value in values)
     return numbers and real and all(value >= 0 for value in values if not isinstance(value, str))

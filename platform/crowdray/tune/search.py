@@ -226,7 +226,7 @@ class StageTreeSearch(Searcher):
             self._unreachable_since = None
 
     def _should_prune(self, candidate: Candidate, report: TrialReport) -> bool:
-        """Report new epochs of the joint stage, also those from the stage cache, and ask the pruner about each.
+        """Report new epochs of the joint stage, also restored ones, and ask the pruner about each.
 
         References are reported for the comparison alone. A trial in its last epoch has nothing left to stop.
         """
@@ -239,7 +239,7 @@ class StageTreeSearch(Searcher):
         return prune and report.status == "running" and not _is_reference(candidate)
 
     def retry_unstarted(self, trial_id: str) -> bool:
-        """Whether to start a trial again whose process died before it started: Tune only restarts started ones."""
+        """Whether to retry a trial whose process died before it started; Tune only retries started ones."""
         number = self._running[trial_id].number
         self._unstarted[number] += 1
         if self._unstarted[number] > MAX_RETRIES:
@@ -306,7 +306,7 @@ class StageTreeSearch(Searcher):
         return max(0, self._num_trials - len(sampled_trials(self._trials)))
 
     def _choose(self) -> tuple[Candidate, tuple[StageKey, ...]] | None:
-        """The waiting trial to start, with the keys of the stages that it will train; None if all have to wait."""
+        """The waiting trial to start and the stage keys that it will train; None if all have to wait."""
         stored = self._store.stored()
         untrained = {number: candidate.untrained(self._store, stored) for number, candidate in self._waiting.items()}
         demand = Counter(keys[0].key for keys in untrained.values() if keys)
@@ -343,7 +343,7 @@ def _is_reference(candidate: Candidate) -> bool:
 
 
 def _sampler(study: Study, sampled: int) -> BaseSampler:
-    """The study's sampler; its seed depends on the trials so far, or every start would sample the same points."""
+    """The study's sampler, seeded by the trials so far: otherwise each start samples the same points."""
     seed = study.config.seed + sampled
     return RandomSampler(seed) if study.sampler == "random" else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
 

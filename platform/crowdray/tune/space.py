@@ -78,7 +78,7 @@ class SpaceError(UserError):
 
 
 def _of_field_type(value: Any, info: ValidationInfo) -> Any:
-    """Check a value against its field's type, the validation's context; only integers are converted, to float."""
+    """Check a value against its field's type, the context; only integers are converted, to float."""
     if info.context is None:
         return value
     try:
@@ -324,7 +324,7 @@ def load_space(path: str | None, vary: Sequence[str], base: Config) -> Space:
 
 
 def first_points(space: Space, base: Config) -> list[dict[str, Any]]:
-    """Optuna's parameters of the points that a study starts with: `base`, the paper's weights, no auxiliary task.
+    """Optuna's parameters of a study's first points: `base`, the paper's weights, no auxiliary task.
 
     Other fields have the nearest value to `base`. Weights outside the space are left out, equal points occur once.
     """
@@ -364,7 +364,7 @@ def _parse_json(text: str | bytes, source: str, problems: list[str]) -> Any:
 
 
 def _parse_entry(name: str, entry: Any, source: str, base: Config, problems: list[str]) -> Dimension | None:
-    """Parse an entry of a file or of --vary, and try its extreme values in the configuration; None for null."""
+    """Parse an entry of a file or --vary, and try its extremes in the configuration; None for null."""
     where = f"{name} in {source}"
     if entry is None and name in FIELDS:
         return None
@@ -378,7 +378,7 @@ def _parse_entry(name: str, entry: Any, source: str, base: Config, problems: lis
 
 
 def _parse(name: str, entry: Any, where: str, problems: list[str]) -> Dimension | None:
-    """Parse how a field varies, with values of its type and ascending choices; add to `problems` what is wrong."""
+    """Parse how a field varies, with values of its type and ascending choices; append to `problems`."""
     if name in FIXED:
         problems.append(f"{where} cannot vary: {FIXED[name]}")
     elif name not in FIELDS:
@@ -401,7 +401,7 @@ def _parse(name: str, entry: Any, where: str, problems: list[str]) -> Dimension 
 
 
 def _readable(loc: Sequence[Any], error: Any, where: str) -> str:
-    """One message for an error of pydantic; `loc` is the kind of dimension, its key and the index of a choice."""
+    """Describe a pydantic error; `loc` is the kind of dimension, its key and the index of a choice."""
     kind, key, *index = loc
     value = error["input"]
     if error["type"] == "missing":

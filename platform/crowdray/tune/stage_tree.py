@@ -186,7 +186,7 @@ def _set_rows(segment: Segment, rows: dict[int, float]) -> list[float]:
 
 
 def draw_stage_tree(study: StudyRecord, path: str | os.PathLike[str]) -> None:
-    """Draw each trained segment once, as wide as its use, and the MAE of each trial next to its end, as a PNG.
+    """Draw each trained segment once, as wide as its use, and the MAE of each trial, as a PNG.
 
     Epochs run from left to right. In a large search, trials that branch off at the same point share one label. The
     path to the best trial has a dark outline.

@@ -105,7 +105,7 @@ class Study:
 
 
 def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -> Study:
-    """Resolve a command's options into a study; the default name is the preset and a hash of what is searched.
+    """Resolve a command's options into a study; its default name depends on what is searched.
 
     A worker has one CPU unless the configuration says otherwise: more concurrent trials beat faster ones.
 
