@@ -111,7 +111,7 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
 
 
 class MaeScale:
-    """An MAE axis from the best to a multiple of the median, with a gray strip at its end for all other trials."""
+    """An MAE axis up to a multiple of the median, with a gray strip at its end for all other trials."""
 
     def __init__(self, trials: Sequence[TrialRecord]) -> None:
         maes = np.array([trial.mae for trial in trials if trial.is_scored], dtype=np.float64)

@@ -149,10 +149,10 @@ def _label(trial: TrialRecord) -> str:
 def _draw_segment(
     axes: Axes, segment: Segment, parent_row: float, rows: Mapping[int, int], best: TrialRecord | None
 ) -> None:
-    """Draw the branch from the parent's end, the segment, the ends of its trials, and all segments that follow."""
+    """Draw a segment with the branch from its parent, the ends of its trials, and what follows."""
     color, count, right = STAGE_COLORS.get(segment.stage, style.PINK), len(segment.trials), axes.get_xlim()[1]
-    branch = [segment.start, segment.start, segment.end], [parent_row, segment.row, segment.row]
-    _draw_line(axes, *branch, color, 1.1 + 1.3 * math.log2(count), best in segment.trials)
+    x, y = [segment.start, segment.start, segment.end], [parent_row, segment.row, segment.row]
+    _draw_line(axes, x, y, color, 1.1 + 1.3 * math.log2(count), best in segment.trials)
     for trial in segment.ended:
         row = rows[trial.number]
         _draw_line(axes, [segment.end, segment.end], [segment.row, row], color, 1.1, trial is best)
@@ -166,7 +166,7 @@ def _draw_segment(
         _draw_segment(axes, child, segment.row, rows, best)
 
 
-def _draw_line(axes: Axes, x: list[float], y: list[float], color: str, width: float, is_best: bool) -> None:
+def _draw_line(axes: Axes, x: list[int], y: list[float], color: str, width: float, is_best: bool) -> None:
     if is_best:
         axes.plot(x, y, color=style.INK, linewidth=width + 2.2, solid_capstyle="round", zorder=3)
     axes.plot(x, y, color=color, linewidth=width, solid_capstyle="round", zorder=4 if is_best else 2)
