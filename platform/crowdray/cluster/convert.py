@@ -24,16 +24,7 @@ def convert(
 
     The bytes depend neither on the number of workers nor on restarts; finished slices are kept on any failure.
 
-    Args:
-        source: The source to convert.
-        dest: Path or URI of the dataset.
-        splits: Splits to convert; empty for all.
-        overwrite: Replace a dataset at `dest`.
-        strict: Fail on any unusable item; otherwise only if most of a split is unusable.
-        progress: Display of the number of converted images.
-
-    Returns:
-        Index of the dataset.
+    Empty `splits` means all; `strict` fails on any unusable item, otherwise only most of a split is an error.
     """
     with open_conversion(source, dest, splits=splits, overwrite=overwrite, log=_print) as conversion:
         try:

@@ -47,7 +47,6 @@ class Conversion:
     lock: Lock
     """Exclusive right to convert into `dest`."""
     slices: Sequence[Slice]
-    """All slices."""
     results: dict[int, SliceResult]
     """Results of finished slices by number, including those of an interrupted run."""
 
@@ -125,14 +124,8 @@ def publish(
 ) -> Index:
     """Write the index over the shards of all slices, which creates the dataset, and remove leftovers.
 
-    Unusable items are listed in quarantine.json.
-
-    Args:
-        dest: Path or URI of the dataset.
-        source: The converted source.
-        results: Results of all slices.
-        splits: Splits that were converted; empty for all.
-        strict: Treat any unusable item as an error.
+    Unusable items are listed in quarantine.json. Empty `splits` means all; `strict` treats any unusable item as an
+    error.
 
     Raises:
         DataError: Nothing was published because of unusable items: any if `strict`, else most of a split.
@@ -166,14 +159,7 @@ def open_conversion(
 ) -> Iterator[Conversion]:
     """Lock `dest` and yield its conversion, with the results of an interrupted run of the same conversion.
 
-    Finished slices are kept if the block fails.
-
-    Args:
-        source: The source to convert.
-        dest: Path or URI of the dataset.
-        splits: Splits to convert; empty for all.
-        overwrite: Replace a dataset at `dest`.
-        log: Receives a message while the lock of a dead process expires.
+    Finished slices are kept if the block fails. `log` receives a message while the lock of a dead process expires.
 
     Raises:
         UserError: `dest` contains other files or a dataset, or another process converts into it.

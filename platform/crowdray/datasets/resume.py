@@ -74,9 +74,7 @@ _JSON = TypeAdapter(SliceResult)
 def lock_destination(dest: str, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of a destination; UserError if another running process converts into it.
 
-    Args:
-        dest: Path or URI of the dataset.
-        log: Receives a message while the lock of a dead process expires.
+    `log` receives a message while the lock of a dead process expires.
     """
     folder = storage.join(dest, FOLDER)
     fix = "wait until it finishes, or choose another --dest"

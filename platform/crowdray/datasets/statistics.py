@@ -7,11 +7,9 @@ is a row of numbers, its name and its hash. Statistics of slices add up to those
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Annotated, Any, Self
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import PlainSerializer, PlainValidator
@@ -144,10 +142,13 @@ def image_stats(sample: Sample) -> ImageStats:
     """Statistics of one sample, without decoding its image again."""
     colours, exif_rotated = _header_facts(sample.image)
     pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
-    roi, outside_roi = None, 0
+    roi, depth, outside_roi = None, None, 0
     if sample.roi is not None:
-        roi = _roi_fraction(bytes(sample.roi))
-        outside_roi = int((~in_roi(sample.points, decode_roi(sample.roi), sample.height, sample.width)).sum())
+        mask = decode_roi(sample.roi)
+        roi, outside_roi = float(mask.mean()), int((~in_roi(sample.points, mask, sample.height, sample.width)).sum())
+    if sample.depth is not None:
+        values = decode_depth(sample.depth)
+        depth = float(values.min()), float(values.max())
     return ImageStats(
         split=sample.split,
         name=sample.name,
@@ -161,7 +162,7 @@ def image_stats(sample: Sample) -> ImageStats:
         overlapping=len(sample.points) - len(pixels),
         roi=roi,
         outside_roi=outside_roi,
-        depth=None if sample.depth is None else _depth_range(bytes(sample.depth)),
+        depth=depth,
     )
 
 
@@ -208,18 +209,5 @@ def _header_facts(image: Encoded) -> tuple[str, bool]:
         ValueError,
         Image.DecompressionBombError,
     ):  # simplejpeg reads some that Pillow refuses
-        mode = simplejpeg.decode_jpeg_header(image)[2] if simplejpeg.is_jpeg(image) else ""
-        mode, rotated = {"Gray": "L", "YCCK": "CMYK"}.get(mode, mode), False
+        return "colour", False
     return "grey" if mode in _GREY_MODES else "CMYK" if mode == "CMYK" else "colour", rotated
-
-
-# Images of one scene often share one mask and one depth map.
-@lru_cache(maxsize=8)
-def _roi_fraction(content: bytes) -> float:
-    return float(decode_roi(content).mean())
-
-
-@lru_cache(maxsize=8)
-def _depth_range(content: bytes) -> tuple[float, float]:
-    depth = decode_depth(content)
-    return float(depth.min()), float(depth.max())

@@ -23,19 +23,15 @@ class InvalidDatasetError(JobFailed):
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Summary of one number over images."""
+    """Minimum, median, mean and maximum of one number over images."""
 
     min: float
-    """Minimum."""
     median: float
-    """Median."""
     mean: float
-    """Mean."""
     max: float
-    """Maximum."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SplitStats:
     """Statistics of one split."""
 
@@ -73,8 +69,8 @@ class SplitStats:
     """Minimum and maximum depth over all of them."""
     spacing: float | None
     """Median distance in pixels to the nearest other head, to about 10%; None if no image has two heads."""
-    spacing_histogram: NDArray[np.int64]
-    """(112,) number of heads by that distance, see SPACING_EDGES."""
+    spacing_histogram: list[int]
+    """Number of heads by that distance, in the 112 bins of SPACING_EDGES."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +102,11 @@ class ValidationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The full report as JSON content."""
-        splits = {
-            name: asdict(stats) | {"spacing_histogram": stats.spacing_histogram.tolist()}
-            for name, stats in self.splits.items()
-        }
-        return {
-            "source": self.source,
-            "depth_teacher": self.depth_teacher,
-            "valid": not self.problems,
-            "problems": self.problems,
-            "notes": self.notes,
-            "splits": splits,
-            "spacing_edges": SPACING_EDGES.tolist(),
-            "duplicates": [[{"split": i.split, "name": i.name, "heads": i.heads} for i in g] for g in self.duplicates],
-            "unusable": [asdict(item) for item in self.unusable],
-            "images": [asdict(image) for image in self.images],
-        }
+        duplicates = [
+            [{"split": i.split, "name": i.name, "heads": i.heads} for i in group] for group in self.duplicates
+        ]
+        summary = {"valid": not self.problems, "spacing_edges": SPACING_EDGES.tolist(), "duplicates": duplicates}
+        return asdict(self) | summary
 
 
 def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:
@@ -173,14 +158,13 @@ def _split_stats(split: str, stats: DatasetStats) -> SplitStats:
         with_depth=len(depths),
         depth=(min(nearest for nearest, _ in depths), max(farthest for _, farthest in depths)) if depths else None,
         spacing=_median(stats.spacing[split]),
-        spacing_histogram=stats.spacing[split],
+        spacing_histogram=stats.spacing[split].tolist(),
     )
 
 
 def _distribution(values: Sequence[int]) -> Distribution | None:
-    if not values:
-        return None
-    return Distribution(min(values), float(np.median(values)), sum(values) / len(values), max(values))
+    mean = sum(values) / max(1, len(values))
+    return Distribution(min(values), float(np.median(values)), mean, max(values)) if values else None
 
 
 def _median(histogram: NDArray[np.int64]) -> float | None:

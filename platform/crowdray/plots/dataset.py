@@ -71,7 +71,7 @@ def _count_edges(counts: NDArray[np.int64], logarithmic: bool) -> NDArray[np.flo
 
 
 def _draw_spacing(axes: Axes, splits: dict[str, SplitStats]) -> None:
-    recorded = {s: f.spacing_histogram.reshape(-1, _MERGED).sum(axis=1) for s, f in splits.items() if f.spacing}
+    recorded = {s: np.reshape(f.spacing_histogram, (-1, _MERGED)).sum(1) for s, f in splits.items() if f.spacing}
     axes.set(xlabel="pixels to the nearest other head", ylabel="heads of the split, %")
     if not recorded:
         axes.text(0.5, 0.5, "no image has two heads", transform=axes.transAxes, ha="center", color=style.FAINT)

@@ -36,9 +36,6 @@ def open_teacher(choice: str, available: Sequence[str]) -> DepthTeacher:
     Args:
         choice: A name, `auto` for the first of `available`, or KIND:LOCATION[,OPTION...].
         available: Names of the teachers that the source supports, best first.
-
-    Raises:
-        UserError: The name is unknown or unsupported by this source, or its file or folder cannot be used.
     """
     kind, _, argument = choice.partition(":")
     if kind in IMAGE_TEACHERS:

@@ -25,10 +25,8 @@ def depth_map(
 ) -> NDArray[np.float32]:
     """Depth of an image from a map (h, w) of depth or inverse depth, reduced to at most the image's size.
 
-    Infinite depth (sky) becomes the farthest finite depth.
-
-    Raises:
-        DataError: NaN, negative depth, inverse depth that is not finite, or a constant map; it names the `origin`.
+    Infinite depth (sky) becomes the farthest finite depth. DataError, which names the `origin`, for NaN, negative
+    depth, inverse depth that is not finite, and a constant map.
     """
     found = np.asarray(values, dtype=np.float32)
     try:

@@ -58,10 +58,10 @@ class AnnotatedImages:
     fixed_cameras = False
     """Whether images of one scene come from one fixed camera."""
 
-    def __init__(self, root: str, splits: Sequence[str], depth: str, teachers: Sequence[str]) -> None:
+    def __init__(self, root: str, splits: Sequence[str], depth: str, *, perspective: bool = False) -> None:
         self._root = root
         self._splits = tuple(splits)
-        self.teacher = open_teacher(depth, teachers)
+        self.teacher = open_teacher(depth, ("perspective", "points", "none") if perspective else ("points", "none"))
         self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._encoded: dict[tuple[str, float], tuple[bytes | None, bytes | None]] = {}
         self._cache: dict[str, Any] = {}

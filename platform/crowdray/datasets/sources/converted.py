@@ -1,9 +1,10 @@
 """A converted dataset as a source: to check it, or to convert some of its splits."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
-from crowdray.data.sample import Sample, decode_depth, decode_roi, make_sample
+from crowdray.data.sample import Sample, check_image, decode_depth, decode_roi, validate_points
 from crowdray.data.shards import Dataset
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits
@@ -19,9 +20,8 @@ class Converted:
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         if depth not in ("auto", "none"):
             raise UserError(f"--depth {depth}: a converted dataset keeps its depth (auto) or drops it (none)")
-        self._dataset = Dataset.open(
-            source, verify=True
-        )  # else a damaged shard would be converted into one with a valid hash
+        # Without verification a damaged shard would be converted into one with a valid hash.
+        self._dataset = Dataset.open(source, verify=True)
         self._keeps_depth = depth == "auto"
         self.name = self._dataset.index.name
         self.depth_teacher = self._dataset.index.depth_teacher if self._keeps_depth else "none"
@@ -36,16 +36,9 @@ class Converted:
 
     def load(self, item: Item) -> Sample:
         """One stored sample; DataError if its shard is damaged, or something in it cannot be decoded."""
-        stored = self._dataset.sample(item.number)
-        sample = make_sample(
-            name=stored.name,
-            split=stored.split,
-            scene=stored.scene,
-            image=bytes(stored.image),
-            points=stored.points,
-            roi=None if stored.roi is None else bytes(stored.roi),
-            depth=None if stored.depth is None else bytes(stored.depth),
-        )
+        sample = copy(self._dataset.sample(item.number))
+        validate_points(sample.points)
+        check_image(sample.image)
         try:
             if sample.roi is not None:
                 decode_roi(sample.roi)

@@ -41,7 +41,7 @@ class Jhu(AnnotatedImages):
             raise UserError(
                 f"{source} is not JHU-CROWD++: train/images is missing; give the folder that contains train"
             )
-        super().__init__(root, available, depth, ("points", "none"))
+        super().__init__(root, available, depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""

@@ -17,14 +17,9 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
-def stem(uri: str) -> str:
-    """File name of a URI without suffix."""
-    return PurePosixPath(uri).stem
-
-
 def by_stem(uris: Iterable[str]) -> dict[str, str]:
     """URIs by file name without suffix."""
-    return {stem(uri): uri for uri in uris}
+    return {PurePosixPath(uri).stem: uri for uri in uris}
 
 
 def text_lines(uri: str) -> list[str]:

@@ -35,15 +35,14 @@ class Nwpu(AnnotatedImages):
         available = [split for split in SPLITS if storage.exists(storage.join(root, f"{split}.txt"))]
         if not available:
             raise UserError(f"{source} is not NWPU-Crowd: it contains neither train.txt nor val.txt; check --source")
-        super().__init__(root, available, depth, ("points", "none"))
+        super().__init__(root, available, depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the split's list."""
         listed = self._listed(split)
         images = self._files("images", IMAGES)
         annotations = self._files("mats", (".mat",)) | self._files("jsons", (".json",))
-        missing = [name for name in listed if name not in images and name not in annotations]
-        if missing:
+        if missing := [name for name in listed if name not in images and name not in annotations]:
             raise DataError(
                 f"{len(missing)} images of {split}.txt and their annotations are missing, such as {missing[0]}; "
                 f"copy them again, or remove them from {storage.join(self._root, f'{split}.txt')}"
@@ -55,14 +54,10 @@ class Nwpu(AnnotatedImages):
         )
 
     def heads(self, item: Item) -> Heads:
-        """Heads of the JSON or MATLAB file; if both exist, their counts must agree."""
-        if not item.annotation.lower().endswith(".json"):
-            return read_points(item.annotation, "annPoints", COORDINATE_BASE)
-        heads = _read_json(item.annotation)
-        other = self._files("mats", (".mat",)).get(item.name)
-        if other is not None and len(again := read_points(other, "annPoints", COORDINATE_BASE)) != len(heads):
-            raise DataError(f"{item.annotation} contains {len(heads)} heads, but {other} {len(again)}; copy both again")
-        return heads
+        """Heads of the JSON file, or without one of the MATLAB file."""
+        if item.annotation.lower().endswith(".json"):
+            return _read_json(item.annotation)
+        return read_points(item.annotation, "annPoints", COORDINATE_BASE)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Missing splits, and the unlabelled test split."""

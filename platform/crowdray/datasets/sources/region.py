@@ -12,16 +12,10 @@ MAX_VERTICES = 10_000
 
 
 def polygon_mask(x: NDArray[Any], y: NDArray[Any], height: int, width: int) -> NDArray[np.bool_]:
-    """Bool (height, width) mask of the pixels whose centre lies inside a closed polygon.
+    """Bool (height, width) mask of the pixels whose centre lies inside a polygon with vertices at (x, y).
 
     Self-intersections follow the even-odd rule. A centre on an edge belongs to the side with larger coordinates, so
     adjacent polygons neither overlap nor leave gaps.
-
-    Args:
-        x: Continuous x coordinates of the vertices, in pixels.
-        y: Continuous y coordinates of the vertices, in pixels.
-        height: Height of the mask.
-        width: Width of the mask.
 
     Raises:
         ValueError: Too few or too many vertices, or a vertex that is far outside the image.

@@ -37,7 +37,7 @@ class ShanghaiTech(AnnotatedImages):
     ) -> None:
         root, letter = _find_part(storage.resolve(source), part.upper())
         self.name = f"shanghaitech-{letter.lower()}" if letter else "shanghaitech"
-        super().__init__(root, [split for split in SPLITS if _has_split(root, split)], depth, ("points", "none"))
+        super().__init__(root, [split for split in SPLITS if _has_split(root, split)], depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""

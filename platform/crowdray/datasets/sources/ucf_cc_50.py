@@ -48,7 +48,7 @@ class UcfCc50(AnnotatedImages):
         available = {self._split(name) for name in self._images}
         if not available:
             raise UserError(f"{source} is not UCF_CC_50: it contains no image such as 1.jpg; check --source")
-        super().__init__(root, [split for split in SPLITS if split in available], depth, ("points", "none"))
+        super().__init__(root, [split for split in SPLITS if split in available], depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""

@@ -48,7 +48,7 @@ class UcfQnrf(AnnotatedImages):
         available = [split for split, folder in FOLDERS.items() if storage.exists(storage.join(root, folder))]
         if not available:
             raise UserError(f"{source} is not UCF-QNRF: it contains neither Train nor Test; check --source")
-        super().__init__(root, available, depth, ("points", "none"))
+        super().__init__(root, available, depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Photos in the order of their numbers."""

@@ -48,16 +48,13 @@ class Ucsd(AnnotatedImages):
         self._frames = _first_existing(root, FRAME_FOLDERS, source)
         self._annotations = _first_existing(root, ("vidf-cvpr", "ucsdpeds/vidf-cvpr"), source)
         self._names = {uri.rsplit("/", 1)[-1] for uri in storage.list_files(self._annotations, (".mat",))}
-        clips = {
-            clip: all((_frame_file(clip) in self._names, storage.exists(self._clip_folder(clip))))
-            for clip in range(CLIPS)
-        }
-        self._clips = [clip for clip, complete in clips.items() if complete]
+        annotated = [clip for clip in range(CLIPS) if _frame_file(clip) in self._names]
+        self._clips = [clip for clip in annotated if storage.exists(self._clip_folder(clip))]
         splits = {frame_split(clip * CLIP_FRAMES + frame) for clip in self._clips for frame in (1, CLIP_FRAMES)}
         if not splits:
             raise UserError(f"{source} contains no annotated clip of UCSD, such as {_frame_file(0)}; check --source")
-        teachers = (*(("perspective",) if PERSPECTIVE in self._names else ()), "points", "none")
-        super().__init__(root, [split for split in SPLITS if split in splits], depth, teachers)
+        available = [split for split in SPLITS if split in splits]
+        super().__init__(root, available, depth, perspective=PERSPECTIVE in self._names)
 
     def split_items(self, split: str) -> list[Item]:
         """Frames in the order of the video."""

@@ -60,7 +60,7 @@ class WorldExpo(AnnotatedImages):
         if not available:
             raise UserError(f"{source} is not WorldExpo'10: train_frame and test_frame are missing; check --source")
         mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in available)
-        super().__init__(root, available, depth, (*(("perspective",) if mapped else ()), "points", "none"))
+        super().__init__(root, available, depth, perspective=mapped)
 
     def split_items(self, split: str) -> list[Item]:
         """Frames by name, which groups them by scene; known bad ones are left out."""
