@@ -5,15 +5,15 @@ Shape legend: H W image in working pixels, h w output cells, N heads.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -28,27 +28,6 @@ _INCHES = 10.0
 """Width of the overview: 1600 pixels."""
 _TASKS = {DENSITY: style.BLUE, SEGMENTATION: style.GREEN, DEPTH: style.ORANGE, COUNT: style.PINK}
 _ERRORS = {"MAE": style.BLUE, "RMSE": style.SKY}
-
-
-@dataclass(frozen=True, eq=False)
-class _Panel:
-    """One panel of the overview."""
-
-    title: str
-    values: NDArray[Any]
-    """(H, W, 3) for the photo, (h, w) cells for a map."""
-    cell: int = 1
-    """Pixels per cell, along one side."""
-    colormap: str | None = None
-    """Name of the colormap; None for a photo."""
-    top: float = 1.0
-    """Value at the top of the colour scale."""
-    count: str | None = None
-    """Text in the corner."""
-    heads: NDArray[np.float32] | None = None
-    """(N, 2) points to mark."""
-    outline: NDArray[np.float32] | None = None
-    """(h, w) mask of 0 and 1 whose border is drawn."""
 
 
 def draw_overview(
@@ -66,33 +45,28 @@ def draw_overview(
     segmentation bounds the true crowd.
 
     Args:
-        counter: Model whose maps are drawn; panels of missing decoders are omitted.
+        counter: Model in evaluation mode whose maps are drawn; panels of missing decoders are omitted.
         images: At least one image.
         path: Path or URI of the PNG, 1600 pixels wide.
         sigma: Standard deviation in pixels of the density targets.
         threshold: Threshold of the segmentation targets.
         baseline: Another model whose density is drawn before that of `counter`.
     """
-    rows = [_panels(counter, decoded, sigma, threshold, baseline) for decoded in images]
     shapes = [float(np.clip(decoded.size[0] / decoded.size[1], 0.4, 1.2)) for decoded in images]
-    head, foot, gap = 0.26, 0.28, 0.05
-    side = (_INCHES - gap * (len(rows[0]) + 1)) / len(rows[0])
-    height = head + foot + sum(shape * side + gap for shape in shapes)
-    figure = Figure(figsize=(_INCHES, height), dpi=style.DPI, facecolor="white")
-    top = height - head
-    for number, (decoded, panels, shape) in enumerate(zip(images, rows, shapes, strict=True)):
-        for column, panel in enumerate(panels):
-            left, low = gap + column * (side + gap), top - shape * side
-            box = (left / _INCHES, low / height, side / _INCHES, shape * side / height)
-            _draw_panel(figure.add_axes(box), panel, decoded)
-            if number == 0:
-                middle, over = (left + side / 2) / _INCHES, (top + 0.07) / height
-                figure.text(middle, over, panel.title, ha="center", va="bottom", size=8.5, color=style.INK)
-        top -= shape * side + gap
-    note = "Corners: number of heads. Densities in a row share one colour scale. Depth: bright is far."
-    if any(decoded.roi is not None for decoded in images):
-        note += " Dashed: region of interest."
-    figure.text(0.5, 0.1 / height, note, ha="center", va="bottom", size=6.5, color=style.FAINT)
+    columns = 3 + (baseline is not None) + (SEGMENTATION in counter.decoders) + (DEPTH in counter.decoders)
+    height = 0.5 + sum(shapes) * _INCHES / columns
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
+    figure = Figure(figsize=(_INCHES, height), dpi=style.DPI, layout=layout, facecolor="white")
+    grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=shapes)
+    for row, decoded in zip(grid, images, strict=True):
+        titles = _draw_row(row, counter, decoded, sigma, threshold, baseline)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, size=8.5, color=style.INK)
+    note = (
+        "Corners: number of heads. Densities in a row share one colour scale. Depth: bright is far. "
+        "Dashed: region of interest."
+    )
+    figure.supxlabel(note, size=6.5, color=style.FAINT)
     style.save_figure(figure, path)
 
 
@@ -214,70 +188,68 @@ def _draw_series(axes: Axes, stages: Sequence[Sequence[Mapping[str, Any]]], name
             label = "_"
 
 
-def _panels(
-    counter: Counter, decoded: DecodedImage, sigma: float, threshold: float, baseline: Counter | None
-) -> list[_Panel]:
+def _draw_row(
+    row: Sequence[Axes],
+    counter: Counter,
+    decoded: DecodedImage,
+    sigma: float,
+    threshold: float,
+    baseline: Counter | None,
+) -> list[str]:
+    """Draw the panels of one image and return their titles."""
     stride = counter.encoder.output_stride
     roi = roi_cells(np.ones(decoded.size, dtype=np.bool_) if decoded.roi is None else decoded.roi, stride)
     targets = image_targets(decoded, sigma, threshold, stride)
     maps = _predict(counter, decoded)
-    predicted = {"Density" if baseline is None else "Joint model": maps[DENSITY]}
+    densities = {"Ground truth": targets.density[0, 0].numpy()}
     if baseline is not None:
-        predicted = {"Baseline": _predict(baseline, decoded)[DENSITY]} | predicted
-    truth = targets.density[0, 0].numpy()
-    top = max(float((values * roi).max()) for values in (truth, *predicted.values())) or 1.0
-    panels = [
-        _Panel("Photo and heads", decoded.image, heads=decoded.points),
-        _Panel("Ground truth", truth, stride, style.DENSITY_CMAP, top, f"{len(decoded.points)}"),
-    ]
-    for title, values in predicted.items():
-        count = f"{(values * roi).sum(dtype=np.float64):.1f}"
-        panels.append(_Panel(title, values, stride, style.DENSITY_CMAP, top, count))
+        densities["Baseline"] = _predict(baseline, decoded)[DENSITY]
+    densities["Density" if baseline is None else "Joint model"] = maps[DENSITY]
+    top = max(float((values * roi).max()) for values in densities.values()) or 1.0
+
+    height, width = decoded.size
+    photo, *others = row
+    photo.imshow(decoded.image, extent=(0, width, height, 0), interpolation="antialiased")
+    size = float(np.clip(600 / max(1, len(decoded.points)), 3, 14))
+    x, y = decoded.points.T
+    photo.scatter(x, y, s=size, color=style.HEAD_COLOUR, edgecolors="black", linewidths=0.4)
+    panels = iter(others)
+    for title, values in densities.items():
+        axes = next(panels)
+        _draw_map(axes, values, stride, style.DENSITY_CMAP, PowerNorm(style.GAMMA, 0, top))
+        heads = f"{len(decoded.points)}" if title == "Ground truth" else f"{(values * roi).sum(dtype=np.float64):.1f}"
+        style.badge(axes, heads, 9)
+    titles = ["Photo and heads", *densities]
     if SEGMENTATION in maps:
-        crowd = targets.segmentation[0, 0].numpy()
-        panels.append(_Panel("Crowd segmentation", maps[SEGMENTATION], stride, style.SEGMENTATION_CMAP, outline=crowd))
+        axes = next(panels)
+        _draw_map(axes, maps[SEGMENTATION], stride, style.SEGMENTATION_CMAP, Normalize(0, 1))
+        style.draw_outline(axes, targets.segmentation[0, 0].numpy(), style.HEAD_COLOUR, 0.6, cell=stride)
+        titles.append("Crowd segmentation")
     if DEPTH in maps:
-        panels.append(_Panel("Distilled depth", maps[DEPTH], stride, style.DEPTH_CMAP))
-    return panels
+        _draw_map(next(panels), maps[DEPTH], stride, style.DEPTH_CMAP, Normalize(0, 1))
+        titles.append("Distilled depth")
+    for axes in row:
+        if decoded.roi is not None:
+            style.draw_roi(axes, decoded.roi)
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+    return titles
+
+
+def _draw_map(axes: Axes, values: NDArray[np.float32], cell: int, colours: str, norm: Normalize) -> None:
+    """Draw a map (h, w) with cells of `cell` pixels, the last of which may extend beyond the photo."""
+    rows, columns = (side * cell for side in values.shape)
+    colormap = style.fade_to_black(colours)
+    axes.imshow(values, cmap=colormap, norm=norm, extent=(0, columns, rows, 0), interpolation="antialiased")
 
 
 def _predict(counter: Counter, decoded: DecodedImage) -> dict[str, NDArray[np.float32]]:
     """Predict the maps (h, w) of an image: heads per cell, crowd probability, distilled depth."""
     tasks = [task for task in (DENSITY, SEGMENTATION, DEPTH) if task in counter.decoders]
     image = image_to_tensor(decoded.image, next(counter.parameters()).device)
-    was_training = counter.training
-    counter.eval()
-    try:
-        with torch.inference_mode():
-            maps = {task: values[0, 0].float().cpu() for task, values in counter(image, tasks).items()}
-    finally:
-        counter.train(was_training)
+    with torch.inference_mode():
+        maps = {task: values[0, 0].float().cpu() for task, values in counter(image, tasks).items()}
     maps[DENSITY] = maps[DENSITY] / counter.density_scale
     if SEGMENTATION in maps:
         maps[SEGMENTATION] = maps[SEGMENTATION].sigmoid()
     return {task: values.numpy() for task, values in maps.items()}
-
-
-def _draw_panel(axes: Axes, panel: _Panel, decoded: DecodedImage) -> None:
-    height, width = decoded.size
-    extent = (0, width, height, 0)
-    if panel.colormap is None:
-        axes.imshow(panel.values, extent=extent, interpolation="antialiased")
-    else:
-        norm = PowerNorm(style.GAMMA if panel.colormap == style.DENSITY_CMAP else 1.0, 0, panel.top)
-        colours = style.fade_to_black(panel.colormap)
-        rows, columns = (side * panel.cell for side in panel.values.shape)  # the last cells may extend beyond the photo
-        cells_extent = (0, columns, rows, 0)
-        axes.imshow(panel.values, cmap=colours, norm=norm, extent=cells_extent, interpolation="antialiased")
-    if decoded.roi is not None:
-        style.draw_roi(axes, decoded.roi)
-    if panel.heads is not None and len(panel.heads):
-        x, y = panel.heads.T
-        size = float(np.clip(600 / len(panel.heads), 3, 14))
-        axes.scatter(x, y, s=size, color=style.HEAD_COLOUR, edgecolors="black", linewidths=0.4)
-    if panel.outline is not None:
-        style.draw_outline(axes, panel.outline, style.HEAD_COLOUR, 0.6, cell=panel.cell)
-    if panel.count is not None:
-        style.badge(axes, panel.count, 9)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
