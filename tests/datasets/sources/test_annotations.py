@@ -19,8 +19,6 @@ from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.sources.annotations.annotation import roi_mask
-from crowdray.datasets.sources.annotations.images import upright
-from crowdray.errors import DataError
 
 from ...support.annotation_builders import (
     HEADS,
@@ -215,15 +213,6 @@ def test_upright_applies_exif_orientation(tmp_path: Path, orientation: int) -> N
         content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}]}
         write_json(tmp_path / "market" / "a.json", content | {"annotations": [], "categories": []})
         assert load("coco", tmp_path / "market")["a.jpg"].image == buffer.getvalue()
-
-
-def test_upright_too_long_for_jpeg_raises() -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    buffer = io.BytesIO()
-    Image.new("RGB", (2, 65_501)).save(buffer, "PNG", exif=exif)
-    with pytest.raises(DataError, match="its EXIF tag makes it 2x65501 pixels, more than the 65500 of a JPEG"):
-        upright(buffer.getvalue(), None)
 
 
 def test_convert_csv_keeps_scenes_and_counts(tmp_path: Path) -> None:

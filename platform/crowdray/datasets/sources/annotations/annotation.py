@@ -48,6 +48,8 @@ class ImageAnnotation:
     """Path or name of the image as the file writes it."""
     alias: str = ""
     """Alternative name of the image."""
+    path: str = ""
+    """Path of the image below the dataset's root; "" if it is missing."""
     embedded: bool = False
     """Whether the file contains the image itself."""
     size: tuple[int, int] | None = None
@@ -67,7 +69,7 @@ class ImageAnnotation:
     skip_reason: str = ""
     """Description of images that are skipped although nothing is wrong, such as unfinished ones."""
     problem: str = ""
-    """What is wrong with the annotation; raised when the image is loaded."""
+    """What is wrong with the annotation or its image; raised when the image is loaded."""
 
     def add_shape(self, rules: HeadRules, kind: str, label: str, corners: Sequence[Corner], location: str) -> None:
         """Add a shape to the heads, the regions of interest or the ignored shapes.

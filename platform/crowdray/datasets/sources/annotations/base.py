@@ -81,11 +81,10 @@ class AnnotatedFolder:
         """Return the annotated images in natural order; load() raises for those that are missing."""
         self._check_labels()
         found = []
-        for number, annotation in enumerate(self._parsed):
-            if not annotation.skip_reason:
-                image, _ = self._found[number]
-                uri = storage.join(self._root, image) if image else ""
-                found.append(Item(self._splits[number], image or annotation.image, uri, annotation.uri, number))
+        for number, one in enumerate(self._annotations):
+            if not one.skip_reason:
+                uri = storage.join(self._root, one.path) if one.path else ""
+                found.append(Item(one.split, one.path or one.image, uri, one.uri, number))
         if not found:
             raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image; export it again")
         wanted = chosen_splits(self.name, self._available, splits)
@@ -96,8 +95,8 @@ class AnnotatedFolder:
     def load(self, item: Item) -> Sample:
         """Load one image with its heads, region of interest and depth."""
         annotation = self._annotation_of(item)
-        if not item.image or annotation.problem:
-            raise DataError(annotation.problem or self._found[item.number][1])
+        if annotation.problem:
+            raise DataError(annotation.problem)
         image = upright(self._image(item), annotation.size)
         _, scene = split_and_scene(item.name)
         try:
@@ -123,10 +122,10 @@ class AnnotatedFolder:
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Return notes on images and shapes that are left out, and on a missing test split."""
         ignored: Counter[str] = Counter()
-        for annotation in self._parsed:
+        for annotation in self._annotations:
             ignored.update({annotation.skip_reason: 1} if annotation.skip_reason else annotation.ignored)
         notes = [f"{count} {description} are left out" for description, count in sorted(ignored.items())]
-        named = {image for image, _ in self._found if image}
+        named = {annotation.path for annotation in self._annotations}
         if unnamed := [path for path in self._images if path not in named]:
             notes.append(f"{len(unnamed)} images without annotation are left out: {_listed(unnamed)}")
         if not splits and "test" not in self._available:
@@ -147,7 +146,7 @@ class AnnotatedFolder:
         return uri.removeprefix(self._root).lstrip("/")
 
     def _annotation_of(self, item: Item) -> ImageAnnotation:
-        return self._parsed[item.number]
+        return self._annotations[item.number]
 
     def _image(self, item: Item) -> bytes:
         return storage.read_bytes(item.image)
@@ -176,9 +175,7 @@ class AnnotatedFolder:
 
     def _check_labels(self) -> None:
         """Raise UserError if several labels exist and none is selected, or if a selected one is missing."""
-        labels: Counter[str] = Counter()
-        for annotation in self._parsed:
-            labels.update(annotation.labels)
+        labels = sum((annotation.labels for annotation in self._annotations), Counter[str]())
         present = [f"{label!r} ({count})" for label, count in sorted(labels.items())]
         if not self._rules.labels and len(labels) > 1:
             raise UserError(
@@ -186,7 +183,7 @@ class AnnotatedFolder:
                 "select those to count with --label"
             )
         missing = [label for label in self._rules.labels if label not in labels]
-        others = sorted({description for annotation in self._parsed for description in annotation.ignored})
+        others = sorted({description for annotation in self._annotations for description in annotation.ignored})
         if missing and others:
             raise UserError(
                 f"--label {missing[0]}: no head has this label; found {', '.join([*present, *others])}; correct it"
@@ -199,7 +196,7 @@ class AnnotatedFolder:
         images = []
         for item in items:
             with contextlib.suppress(UserError):
-                annotation = self._parsed[item.number]
+                annotation = self._annotations[item.number]
                 if item.image and len(annotation.heads) > 1:
                     images.append((np.array(annotation.heads), (annotation.size or upright_size(item.image))[0]))
         return fit_head_scale(images)
@@ -217,54 +214,43 @@ class AnnotatedFolder:
         return [path for path in self._files if path.lower().endswith(ENDINGS)]
 
     @cached_property
-    def _parsed(self) -> list[ImageAnnotation]:
-        return [annotation for uri in self._annotation_files for annotation in self._read(uri)]
-
-    @cached_property
-    def _found(self) -> list[tuple[str, str]]:
-        """Path of each annotation's image and "", or "" and the problem."""
-        index = ImageIndex(self._images)
-        found: list[tuple[str, str]] = []
-        first: dict[str, ImageAnnotation] = {}
-        for annotation in self._parsed:
-            where = annotation.location
-            try:
-                image = index.find(annotation.image, where) or index.find(annotation.alias, where)
-                if image is None and annotation.embedded:
-                    image = self._below(annotation.uri)
-                if image is None:
+    def _annotations(self) -> list[ImageAnnotation]:
+        """All annotations with their images and splits; problems of one are raised when it is loaded."""
+        annotations = [annotation for uri in self._annotation_files for annotation in self._read(uri)]
+        index, first = ImageIndex(self._images), dict[str, ImageAnnotation]()
+        for annotation in annotations:
+            with annotation.capture_error():
+                path = self._find_image(annotation, index)
+                if not annotation.skip_reason and (other := first.setdefault(path, annotation)) is not annotation:
                     raise DataError(
-                        f"{where}: there is no image {annotation.image!r} below {self._root}; "
-                        "add it, or remove its annotation"
+                        f"{path} is annotated twice: {other.location} and {annotation.location}; keep one of them"
                     )
-                if not annotation.skip_reason and (before := first.setdefault(image, annotation)) is not annotation:
-                    raise DataError(f"{image} is annotated twice: {before.location} and {where}; keep one of them")
-                found.append((image, ""))
-            except DataError as error:
-                found.append(("", str(error)))
-        return found
-
-    @cached_property
-    def _splits(self) -> list[str]:
-        """Split of each annotation: from its file, else from the folders of the image or the name of the file."""
-        splits: list[str] = []
-        names: list[str] = []
-        for annotation, (image, _) in zip(self._parsed, self._found, strict=True):
-            splits.append(annotation.split or split_and_scene(image)[0] or self._split_of(annotation.uri))
-            names.append(image or annotation.image)
-        if self._test_fraction and "test" in splits:
+                annotation.path = path
+            folders, _ = split_and_scene(annotation.path)
+            annotation.split = annotation.split or folders or self._split_of(annotation.uri) or "train"
+        if self._test_fraction and any(annotation.split == "test" for annotation in annotations):
             raise UserError(
                 f"--test-fraction {self._test_fraction}: {self.name} already has a test split; omit the option"
             )
-        return [
-            "test" if split in ("", "train") and _hash_fraction(name) < self._test_fraction else split or "train"
-            for name, split in zip(names, splits, strict=True)
-        ]
+        for annotation in annotations:
+            name = annotation.path or annotation.image
+            if annotation.split == "train" and _hash_fraction(name) < self._test_fraction:
+                annotation.split = "test"
+        return annotations
+
+    def _find_image(self, annotation: ImageAnnotation, index: ImageIndex) -> str:
+        where = annotation.location
+        if path := index.find(annotation.image, where) or index.find(annotation.alias, where):
+            return path
+        if annotation.embedded:
+            return self._below(annotation.uri)
+        raise DataError(
+            f"{where}: there is no image {annotation.image!r} below {self._root}; add it, or remove its annotation"
+        )
 
     @property
     def _available(self) -> list[str]:
-        pairs = zip(self._splits, self._parsed, strict=True)
-        available = {split for split, annotation in pairs if not annotation.skip_reason}
+        available = {annotation.split for annotation in self._annotations if not annotation.skip_reason}
         return [split for split in SPLITS if split in available]
 
 

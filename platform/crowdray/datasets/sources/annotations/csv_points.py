@@ -41,7 +41,6 @@ class CsvTable(AnnotatedFolder):
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
         images: dict[str, ImageAnnotation] = {}
-        empty: dict[str, str] = {}
         for where, row in _rows(uri):
             name = row["image"]
             if not name:
@@ -52,10 +51,6 @@ class CsvTable(AnnotatedFolder):
                 if row["x"] or row["y"]:
                     x, y = (parse_number(row[axis], f"{where}: {axis}") + self._shift for axis in ("x", "y"))
                     image.add_shape(self._rules, "points", row["label"], [(x, y)], where)
-                else:
-                    empty[name] = where
-                if name in empty and (image.heads or image.ignored):
-                    raise DataError(f"{empty[name]}: {name!r} has no coordinates here, but has some in other rows")
         return list(images.values())
 
 

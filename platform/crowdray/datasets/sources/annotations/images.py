@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,8 +21,6 @@ ENDINGS = (*IMAGES, ".webp", ".tif", ".tiff")
 JPEG_QUALITY = 95
 """Quality of rotated images; all others keep their original bytes."""
 
-_MAX_JPEG_SIDE = 65_500
-"""Longest side in pixels that libjpeg writes."""
 _SPLIT = re.compile(r"(train|val|test)(?:ing|id|idation)?(?:\d{4})?", re.IGNORECASE)
 _GENERIC_FOLDERS = ("images",)
 """Folder names that do not identify a scene."""
@@ -90,9 +89,6 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
     Args:
         content: The encoded image.
         size: (H, W) of the image when it was annotated; if it equals the stored size, the image is not rotated.
-
-    Raises:
-        DataError: if the rotated image is too large for a JPEG.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -103,11 +99,6 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
             rotated = turn_upright(np.asarray(image.convert("RGB")), orientation)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return content  # decoding it later reports the problem
-    if max(rotated.shape) > _MAX_JPEG_SIDE:
-        height, width = rotated.shape[:2]
-        raise DataError(
-            f"its EXIF tag makes it {height}x{width} pixels, more than the {_MAX_JPEG_SIDE} of a JPEG; split it"
-        )
     encoded: bytes = simplejpeg.encode_jpeg(rotated, quality=JPEG_QUALITY, colorsubsampling="444")
     return encoded
 
@@ -125,7 +116,5 @@ def upright_size(uri: str) -> tuple[int, int]:
 
 
 def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
-    length = 0
-    while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
-        length += 1
-    return length
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
