@@ -1,17 +1,11 @@
 """Sources list items in natural order and convert coordinates from their own base."""
 
-import pickle
-import uuid
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
-from scipy.io import loadmat, savemat
 
 from crowdray.data.sample import decode_depth, decode_image
-from crowdray.data.shards import Dataset
-from crowdray.datasets import conversion
 from crowdray.datasets.sources import mall as mall_module
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.sources.layout import natural_key
@@ -56,14 +50,6 @@ def test_mall_splits_by_frame_and_converts_matlab_coordinates(mall: Path) -> Non
     assert [item.split for item in source.items(["test"])] == ["test", "test"]
 
 
-def test_mall_first_pixel_centre_is_one_half(mall: Path) -> None:
-    variables = loadmat(mall / "mall_gt.mat")
-    variables["frame"][0, 1]["loc"][0, 0][:] = [[1.0, 1.0]]
-    savemat(mall / "mall_gt.mat", {key: variables[key] for key in ("frame", "count")})
-    source = open_source("mall", str(mall))
-    np.testing.assert_array_equal(source.load(source.items()[1]).points, [[0.5, 0.5]])
-
-
 def test_mall_depth_is_largest_where_its_map_is_largest(mall: Path) -> None:
     # pMapN is an inverse area: for 1.5 times the height it is 1 / 2.25 as large.
     source = open_source("mall", str(mall))
@@ -71,20 +57,6 @@ def test_mall_depth_is_largest_where_its_map_is_largest(mall: Path) -> None:
     assert sample.depth is not None and sample.roi is not None and source.depth_teacher == "perspective-1"
     expected = 0.5 / (0.5 + np.arange(HEIGHT) / HEIGHT)
     np.testing.assert_allclose(decode_depth(sample.depth), np.tile(expected[:, None], WIDTH), atol=1e-4)
-
-
-def test_mall_depth_from_points_ignores_test_heads(mall: Path) -> None:
-    def depth() -> bytes:
-        source = open_source("mall", str(mall), depth="points")
-        depths = {bytes(source.load(item).depth or b"") for item in source.items()}
-        assert len(depths) == 1
-        return depths.pop()
-
-    before = depth()
-    variables = loadmat(mall / "mall_gt.mat")
-    variables["frame"][0, 5]["loc"][0, 0][:] *= 0.3
-    savemat(mall / "mall_gt.mat", {key: variables[key] for key in ("frame", "count")})
-    assert depth() == before
 
 
 def test_depth_none_stores_no_depth(mall: Path) -> None:
@@ -128,25 +100,6 @@ def test_shanghaitech_root_with_both_parts_needs_part(tmp_path: Path) -> None:
         open_source("shanghaitech", str(tmp_path), part="c")
     with pytest.raises(UserError, match="is part A, but --part is B"):
         open_source("shanghaitech", str(tmp_path / "part_A"), part="B")
-
-
-def test_convert_from_and_to_a_bucket_equals_local(mall: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
-    remote = f"memory://{uuid.uuid4().hex}"
-    fsspec.filesystem("memory").put(str(mall), f"{remote}/mall", recursive=True)
-    in_bucket = conversion.convert(open_source("mall", f"{remote}/mall"), f"{remote}/made")
-    local = conversion.convert(open_source("mall", str(mall)), str(tmp_path / "made"))
-    assert in_bucket == local
-    assert len(Dataset.open(f"{remote}/made").sample(5).points) == 5
-
-
-def test_sources_are_picklable_and_small(mall: Path, tmp_path: Path) -> None:
-    part = make_shanghaitech(tmp_path / "part_B", count=3)
-    for source in (open_source("mall", str(mall)), open_source("shanghaitech", str(part))):
-        items = source.items()
-        copy, item = pickle.loads(pickle.dumps((source, items[2])))
-        assert copy.load(item).image == source.load(items[2]).image
-        assert len(pickle.dumps((source, item))) < 2000
 
 
 def test_sources_ignore_files_that_are_not_images(mall: Path, tmp_path: Path) -> None:
