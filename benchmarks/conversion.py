@@ -1,11 +1,10 @@
-"""Conversion of JPEGs on one core: images/s compared with decoding only and writing only, and peak memory.
+"""Conversion of JPEGs on one core: images/s compared with decoding and checking alone, and peak memory.
 
 The images are synthetic, 1024x768, in ShanghaiTech's layout; --source takes a part of the real dataset instead. The
 methods alternate within each round. Peak memory is measured in new processes that convert n and 4n images.
 """
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import simplejpeg
@@ -41,60 +41,36 @@ def main() -> None:
         source = arguments.source or make_images(f"{folder}/part_B", arguments.images)
         rates(source, f"{folder}/made")
         if arguments.source is None:
-            multiply(Path(source), Path(folder, "four", "part_B"), 4)
-            peaks = [peak(path, f"{folder}/made") for path in (source, f"{folder}/four/part_B")]
+            larger = make_images(f"{folder}/four/part_B", 4 * arguments.images)
+            peaks = [peak(path, f"{folder}/made") for path in (source, larger)]
             print(f"  peak memory of {arguments.images} images {peaks[0]} MB, of {4 * arguments.images} {peaks[1]} MB")
 
 
 def rates(source: str, dest: str) -> None:
-    """Print images/s of each method in wall-clock and processor time, and ratios of medians."""
+    """Print images/s of each method in processor time, and ratios of medians."""
     images = [Path(item.image).read_bytes() for item in open_source("shanghaitech", source, depth="none").items()]
-    work: dict[str, Callable[[], None]] = {
-        "decode": lambda: decode(images),
-        "check": lambda: check(images),
-        "write": lambda: write(images, f"{dest}.bytes"),
+    work: dict[str, Callable[[], object]] = {
+        "decode": lambda: [decode_image(image) for image in images],  # as training does
+        "check": lambda: [check_image(image) for image in images],  # as conversion does
         "convert": lambda: convert(source, dest),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in work}
+    seconds: dict[str, list[float]] = {method: [] for method in work}
     for _ in range(ROUNDS):
         for method, run in work.items():
-            clock, cpu = time.perf_counter(), time.process_time()
+            started = time.process_time()
             run()
-            seconds[method].append((time.perf_counter() - clock, time.process_time() - cpu))
+            seconds[method].append(time.process_time() - started)
+    rate = {method: len(images) / median(times) for method, times in seconds.items()}
     size = sum(map(len, images)) / len(images)
-    print(f"{len(images)} JPEGs of {size / 1024:.0f} KiB, medians of {ROUNDS} rounds, images/s")
-    for number, name in enumerate(("wall-clock time", "processor time")):
-        rate = {method: len(images) / sorted(pair[number] for pair in seconds[method])[ROUNDS // 2] for method in work}
-        slower = min(rate["check"], rate["write"])
-        print(f"  {name}: " + ", ".join(f"{method} {images_per_s:.0f}" for method, images_per_s in rate.items()))
-        print(f"    convert / slower of check and write: {rate['convert'] / slower:.2f} (goal 0.8)")
-
-
-def decode(images: list[bytes]) -> None:
-    """Decode as training does."""
-    for image in images:
-        decode_image(image)
-
-
-def check(images: list[bytes]) -> None:
-    """Decode as conversion does."""
-    for image in images:
-        check_image(image)
+    print(f"{len(images)} JPEGs of {size / 1024:.0f} KiB, medians of {ROUNDS} rounds, images/s of processor time")
+    print("  " + ", ".join(f"{method} {images_per_s:.0f}" for method, images_per_s in rate.items()))
+    ratios = {method: f"{rate['convert'] / rate[method]:.2f}" for method in ("decode", "check")}
+    print(f"  convert / decode: {ratios['decode']}, convert / check: {ratios['check']} (goal 0.8)")
 
 
 def convert(source: str, dest: str) -> None:
     conversion.convert(open_source("shanghaitech", source, depth="none"), dest, overwrite=True)
     shutil.rmtree(dest)
-
-
-def write(images: list[bytes], path: str) -> None:
-    """Write the images' bytes to one file, and flush it to disk."""
-    with open(path, "wb") as file:
-        for image in images:
-            file.write(image)
-        file.flush()
-        os.fsync(file.fileno())
-    os.remove(path)
 
 
 def peak(source: str, dest: str) -> int:
@@ -117,15 +93,6 @@ def make_images(part: str, count: int) -> str:
         info[0, 0] = {"location": rng.uniform(0, [WIDTH, HEIGHT], (HEADS, 2)), "number": HEADS}
         savemat(f"{part}/train_data/ground_truth/GT_IMG_{number}.mat", {"image_info": info})
     return part
-
-
-def multiply(part: Path, larger: Path, times: int) -> None:
-    """Link the files of a part under several names each."""
-    for file in part.rglob("*.*"):
-        for number in range(times):
-            link = larger / file.relative_to(part).with_name(f"{file.stem}{number:02d}{file.suffix}")
-            link.parent.mkdir(parents=True, exist_ok=True)
-            os.link(file, link)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,10 @@ def _put(group: Any, name: str, value: Any) -> None:
             dataset.attrs["MATLAB_empty"] = np.uint8(1)
 
 
-def grey_png(seed: int) -> bytes:
+def grey_image(seed: int, form: str) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def grey_jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(grey_png(seed))).save(buffer, "JPEG")
+    Image.fromarray(pixels).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -130,11 +124,12 @@ def ucsd(frames: int = 2) -> Files:
     for clip in range(10):
         cell = np.empty((1, frames), dtype=object)
         for frame in range(frames):
-            heads = ucsd_heads(clip, frame)
-            cell[0, frame] = {
-                "loc": np.hstack([heads, np.full((len(heads), 1), 7.0)]) if len(heads) else np.zeros((0, 0))
-            }
-            files[f"ucsdpeds/vidf/vidf1_33_{clip:03d}.y/vidf1_33_{clip:03d}_f{frame + 1:03d}.png"] = grey_png(clip)
+            heads = np.array(HEADS)[: (clip + frame) % 4]
+            located = np.hstack([heads, np.full((len(heads), 1), 7.0)])
+            cell[0, frame] = {"loc": located if len(heads) else np.zeros((0, 0))}
+            files[f"ucsdpeds/vidf/vidf1_33_{clip:03d}.y/vidf1_33_{clip:03d}_f{frame + 1:03d}.png"] = grey_image(
+                clip, "PNG"
+            )
         content = mat(fgt={"frame": cell}) if clip % 2 else mat(frame=cell)
         files[f"vidf-cvpr/vidf1_33_{clip:03d}_frame_full.mat"] = content
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
@@ -143,19 +138,15 @@ def ucsd(frames: int = 2) -> Files:
     files["vidf-cvpr/vidf1_33_roi_mainwalkway.mat"] = mat(roi={"mask": mask, **corners})
     area = pixels_per_metre() ** 2
     files["vidf-cvpr/vidf1_33_dmap3.mat"] = mat(dmap={"pmapx": area**0.5, "pmapy": area**0.5, "pmapxy": area})
-    files["ucsdpeds/vidf/vidf1_33_010.y/vidf1_33_010_f001.png"] = grey_png(99)  # a clip without annotation
+    files["ucsdpeds/vidf/vidf1_33_010.y/vidf1_33_010_f001.png"] = grey_image(99, "PNG")  # a clip without annotation
     return files
-
-
-def ucsd_heads(clip: int, frame: int) -> np.ndarray[Any, Any]:
-    return np.array(HEADS)[: (clip + frame) % 4]
 
 
 def ucf_cc_50() -> Files:
     """Fifty grey images; image n has n % 3 heads, except that number 7 has two outside its bounds."""
     files = {}
     for number in range(1, 51):
-        files[f"{number}.jpg"] = grey_jpeg(number)
+        files[f"{number}.jpg"] = grey_image(number, "JPEG")
         files[f"{number}_ann.mat"] = mat(annPoints=np.array(OUTSIDE if number == 7 else HEADS[: number % 3]))
     return files
 

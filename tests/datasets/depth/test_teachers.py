@@ -288,46 +288,38 @@ def test_precomputed_maps_are_read_as_written(ending: str, tmp_path: Path) -> No
 def test_precomputed_invalid_map_raises(tmp_path: Path) -> None:
     fits, sky = integer_map(42, 56), integer_map(42, 56)
     sky[:4] = np.inf
-    np.save(tmp_path / "sky.npy", sky)
-    for name, wrong in {"nan": np.nan, "negative": -1.0}.items():
-        np.save(tmp_path / f"{name}.npy", np.where(fits > 1900, wrong, fits))
-    np.save(tmp_path / "flat.npy", np.ones_like(fits))
-    np.save(tmp_path / "whole.npy", fits.astype(np.int64))
-    np.save(tmp_path / "objects.npy", np.array([{}]))
-    np.save(tmp_path / "deep.npy", fits[None])
-    np.save(tmp_path / "turned.npy", fits.T)
-    np.save(tmp_path / "cropped.npy", fits[:, :50])
-    np.save(tmp_path / "both.npy", fits)
-    Image.fromarray(fits.astype(np.uint16)).save(tmp_path / "both.png")
-    Image.fromarray(fits.astype(np.uint8)).save(tmp_path / "eight.png")
-    Image.fromarray(pixels()).save(tmp_path / "coloured.png")
-    for name in ("broken.png", "broken.exr"):
-        (tmp_path / name).write_bytes(b"nothing")
-    (tmp_path / "broken.exr").rename(tmp_path / "broken2.exr")
-    write_exr(tmp_path / "colours.exr", {"R": fits, "G": fits, "B": fits})
+    cases: dict[str, tuple[Any, str]] = {
+        "nan.npy": (np.where(fits > 1900, np.nan, fits), "nan.npy.*NaN or negative at"),
+        "negative.npy": (np.where(fits > 1900, -1, fits), "negative.npy.*NaN or negative at"),
+        "flat.npy": (np.ones_like(fits), "flat.npy.*is 1 everywhere"),
+        "whole.npy": (fits.astype(np.int64), "int64 of shape \\(42, 56\\), expected floats"),
+        "objects.npy": (np.array([{}]), "not an array of numbers"),
+        "deep.npy": (fits[None], "\\(1, 42, 56\\)"),
+        "turned.npy": (fits.T, "56x42 .*its image 42x56"),
+        "cropped.npy": (fits[:, :50], "42x50 .*its image 42x56"),
+        "eight.png": (Image.fromarray(fits.astype(np.uint8)), "mode L, expected 16-bit grey"),
+        "coloured.png": (Image.fromarray(pixels()), "mode RGB, expected"),
+        "broken.png": (b"nothing", "broken.png is not a PNG"),
+        "damaged.exr": (b"nothing", "damaged.exr cannot be read"),
+        "colours.exr": ({"R": fits, "G": fits, "B": fits}, "channels B, G, R; write depth alone"),
+        "both.npy": (fits, "both.png and both.npy"),
+        "both.png": (Image.fromarray(fits.astype(np.uint16)), "both.png and both.npy"),
+    }
+    for name, (content, _) in (cases | {"sky.npy": (sky, "")}).items():
+        if isinstance(content, Image.Image):
+            content.save(tmp_path / name)
+        elif isinstance(content, dict):
+            write_exr(tmp_path / name, content)
+        elif isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            np.save(tmp_path / name, content)
     teacher = PrecomputedDepth(f"{tmp_path},flat")
-    np.testing.assert_array_equal(
-        teacher.depth(depth_input(pixels(), "sky")), np.where(sky < np.inf, sky, sky[4:].max())
-    )
-    for name, message in {
-        "nan": "nan.npy.*NaN or negative at",
-        "negative": "negative.npy.*NaN or negative at",
-        "flat": "flat.npy.*is 1 everywhere",
-        "whole": "int64 of shape \\(42, 56\\), expected floats",
-        "objects": "not an array of numbers",
-        "deep": "\\(1, 42, 56\\)",
-        "turned": "56x42 .*its image 42x56",
-        "cropped": "42x50 .*its image 42x56",
-        "both": "both.png and both.npy",
-        "eight": "mode L, expected 16-bit grey",
-        "coloured": "mode RGB, expected",
-        "broken": "broken.png is not a PNG",
-        "broken2": "broken2.exr cannot be read",
-        "colours": "channels B, G, R; write depth alone",
-        "gone": "contains none of gone.png, gone.npy, gone.exr$",
-    }.items():
+    found = teacher.depth(depth_input(pixels(), "sky"))
+    np.testing.assert_array_equal(found, np.where(sky < np.inf, sky, sky[4:].max()))
+    for name, (_, message) in (cases | {"gone": (None, "contains none of gone.png, gone.npy, gone.exr$")}).items():
         with pytest.raises(DataError, match=message):
-            teacher.depth(depth_input(pixels(), name))
+            teacher.depth(depth_input(pixels(), Path(name).stem))
     with pytest.raises(DataError, match=r"none of train/sky.png.*option flat"):
         PrecomputedDepth(str(tmp_path)).depth(depth_input(pixels(), "sky"))
     with pytest.raises(DataError, match="not finite"):

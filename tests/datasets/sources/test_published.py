@@ -1,10 +1,7 @@
 """Official layouts of public datasets, with their quirks, are read from folders and buckets."""
 
 import io
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +9,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import crowdray
 from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
 from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
-from crowdray.datasets.sources import SOURCES, Item, Source, open_source, source_options
+from crowdray.datasets.sources import SOURCES, Source, open_source, source_options
 from crowdray.datasets.sources import ucsd as ucsd_module
 from crowdray.datasets.sources import worldexpo as worldexpo_module
 from crowdray.errors import DataError, UserError
 
 from ...support import published
 from ...support.builders import HEIGHT, WIDTH, jpeg
-from ...support.published import BAD_TEST, BAD_TRAIN, HEADS, OUTSIDE, S1, S2, SCENE_A, SCENE_DASH, Files, in_bucket, mat
+from ...support.published import (
+    BAD_TEST,
+    BAD_TRAIN,
+    HEADS,
+    OUTSIDE,
+    S1,
+    S2,
+    SCENE_A,
+    SCENE_DASH,
+    Files,
+    below,
+    in_bucket,
+    mat,
+)
 
 MATLAB = np.array(HEADS) - 0.5
 """HEADS as continuous pixels, for files where the centre of the first pixel is 1."""
@@ -50,11 +59,6 @@ def open_layout(name: str, files: Files, **options: Any) -> Source:
     return open_source(name, in_bucket(files), **options)
 
 
-def image_name(item: Item) -> str:
-    """File name of an item's image."""
-    return item.image.rsplit("/", 1)[-1]
-
-
 def load_split(source: Source, split: str) -> list[Sample]:
     return [source.load(item) for item in source.items([split])]
 
@@ -68,13 +72,7 @@ def test_worldexpo_names_scenes_and_skips_bad_labels() -> None:
         ("test", S2, "S2"),
     ]
     assert source.notes() == [f"2 frames with labels known to be bad are left out: {BAD_TEST}, {BAD_TRAIN}"]
-    assert len(worldexpo_module.BAD) == 6 and list(worldexpo_module.TEST_SCENES.values()) == [
-        "S1",
-        "S2",
-        "S3",
-        "S4",
-        "S5",
-    ]
+    assert len(worldexpo_module.BAD) == 6
 
 
 def test_worldexpo_both_matlab_formats_read_alike_and_keep_all_heads() -> None:
@@ -304,37 +302,27 @@ def test_folder_and_bucket_convert_equally_and_sources_are_picklable(name: str, 
     index = conversion.convert(local, str(tmp_path / "local"))
     assert conversion.convert(remote, str(tmp_path / "remote")) == index
     assert Dataset.open(str(tmp_path / "remote")).digest == index.digest
-    item = local.items()[-1]
-    copy, item_copy = pickle.loads(pickle.dumps((local, item)))
-    assert copy.load(item_copy).sha256 == local.load(item).sha256
-    assert len(pickle.dumps((open_source(name, str(tmp_path / "in")), item))) < 10_000
+    pickled = pickle.dumps((local, local.items()[-1]))
+    copy, item = pickle.loads(pickled)
+    assert copy.load(item).sha256 == local.load(item).sha256 and len(pickled) < 10_000
 
 
+@pytest.mark.parametrize("missing", ["image", "annotation"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_load_item_without_image_or_annotation_raises(name: str) -> None:
+def test_load_item_without_image_or_annotation_raises(name: str, missing: str) -> None:
     files = LAYOUTS[name]()
-    source = open_layout(name, files)
-    item = source.items()[0]
-    missing = item.image.split("/", 3)[-1]
-    broken = open_layout(name, {path: data for path, data in files.items() if path != missing})
-    (again,) = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
-    with pytest.raises(DataError, match=f"{item.annotation.rsplit('/', 1)[-1]} annotates {item.name}, whose image"):
-        broken.load(again)
-    if name != "ucsd":  # a clip without its annotation file is left out
-        missing = item.annotation.split("/", 3)[-1]
-        broken = open_layout(name, {path: data for path, data in files.items() if path != missing})
-        (again,) = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
-        with pytest.raises(DataError, match=f"{image_name(again)} has no annotation"):
-            broken.load(again)
-
-
-def test_source_options_import_only_the_requested_adapter() -> None:
-    code = "import sys; from crowdray.datasets.sources import SOURCES, source_options; source_options('jhu'); "
-    code += "paths = {name: entry.path.split(':')[0] for name, entry in SOURCES.items()}; "
-    code += "print([name for name, path in paths.items() if f'crowdray.datasets.sources.{path}' in sys.modules])"
-    environment = {**os.environ, "PYTHONPATH": str(Path(crowdray.__file__).parents[1])}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout.strip() == "['jhu']"
+    item = open_layout(name, files).items()[0]
+    del files[below(getattr(item, missing))]
+    broken = open_layout(name, files)
+    found = [other for other in broken.items() if (other.split, other.name) == (item.split, item.name)]
+    if (name, missing) == ("ucsd", "annotation"):  # a clip without its annotation file is left out
+        assert not found
+        return
+    message = rf"{below(item.image)} has no annotation"
+    if missing == "image":
+        message = f"{below(item.annotation)} annotates {item.name}, whose image is missing"
+    with pytest.raises(DataError, match=message):
+        broken.load(found[0])
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "synthetic"])
