@@ -32,42 +32,33 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
+def csv_folder(folder: Path, text: str, images: Any = tuple(HEADS)) -> Path:
+    write_images(folder, images)
+    (folder / "heads.csv").write_text(text)
+    return folder
+
+
 def write_csv(folder: Path) -> Path:
     """Write a CSV table; the empty photo is a row without coordinates."""
     lines = [f"{name},{x},{y}" for name, heads in HEADS.items() for x, y in heads]
-    write_images(folder)
-    (folder / "heads.csv").write_text("\n".join(["image,x,y", *lines, "c.jpg,,"]) + "\n")
-    return folder
+    return csv_folder(folder, "\n".join(["image,x,y", *lines, "c.jpg,,"]) + "\n")
 
 
 def coco(keypoints: Any = ("nose", "left_eye"), shift: float = 0.5) -> dict[str, Any]:
     """COCO keypoints: x, y and visibility of each, as pixel indices."""
-    images = [
-        {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT, "license": 1, "coco_url": ""}
-        for number, name in enumerate(HEADS, 397133)
-    ]
+    size = {"width": WIDTH, "height": HEIGHT}
     people = [(n, x - shift, y - shift) for n, name in enumerate(HEADS, 397133) for x, y in HEADS[name]]
+    person = {"category_id": 1, "num_keypoints": 1, "area": 24, "iscrowd": 0, "segmentation": []}
+    unmarked = [0, 0, 0] * (len(keypoints) - 1)
     annotations = [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": 1,
-            "keypoints": [x, y, 2, *(0, 0, 0) * (len(keypoints) - 1)],
-            "num_keypoints": 1,
-            "bbox": [x - 1, y - 1, 4, 6],
-            "area": 24,
-            "iscrowd": 0,
-            "segmentation": [],
-        }
-        for number, (image, x, y) in enumerate(people, 1)
+        {**person, "id": n, "image_id": image, "keypoints": [x, y, 2, *unmarked], "bbox": [x - 1, y - 1, 4, 6]}
+        for n, (image, x, y) in enumerate(people, 1)
     ]
-    category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": keypoints, "skeleton": [[1, 2]]}
     return {
         "info": {"year": 2026},
-        "licenses": [],
-        "images": images,
+        "images": [{"id": n, "file_name": name, "license": 1, **size} for n, name in enumerate(HEADS, 397133)],
         "annotations": annotations,
-        "categories": [category],
+        "categories": [{"id": 1, "name": "person", "supercategory": "person", "keypoints": keypoints}],
     }
 
 
@@ -80,33 +71,16 @@ def write_coco(folder: Path) -> Path:
 
 def task(image: str, heads: Any, *, result: Any = (), **annotation: Any) -> dict[str, Any]:
     """A Label Studio task with one annotation of keypoints in percent of the image size."""
-    shapes = [
-        {
-            "id": f"kp{number}",
-            "type": "keypointlabels",
-            "from_name": "kp-1",
-            "to_name": "img-1",
-            "origin": "manual",
-            "image_rotation": 0,
-            "original_width": WIDTH,
-            "original_height": HEIGHT,
-            "value": {"x": x / WIDTH * 100, "y": y / HEIGHT * 100, "width": 0.75, "keypointlabels": ["Head"]},
-        }
-        for number, (x, y) in enumerate(heads)
+    shape = {"type": "keypointlabels", "origin": "manual", "image_rotation": 0}
+    size = {"original_width": WIDTH, "original_height": HEIGHT}
+    points = [
+        {"x": x / WIDTH * 100, "y": y / HEIGHT * 100, "width": 0.75, "keypointlabels": ["Head"]} for x, y in heads
     ]
-    done = {
-        "id": 1001,
-        "completed_by": 1,
-        "result": [*shapes, *result],
-        "was_cancelled": False,
-        "ground_truth": False,
-        "created_at": "2026-03-09T22:16:08.728353Z",
-        "updated_at": "2026-03-09T22:16:08.728378Z",
-        "lead_time": 4.288,
-        **annotation,
-    }
+    shapes = [{"id": f"kp{number}", "value": value, **shape, **size} for number, value in enumerate(points)]
+    state = {"was_cancelled": False, "ground_truth": False, "updated_at": "2026-03-09T22:16:08.728378Z"}
     data = {"image": f"/data/upload/1/0a1b2c3d-{image}"}
-    return {"id": 1, "annotations": [done], "drafts": [], "predictions": [], "data": data, "meta": {}, "project": 1}
+    annotations = [{"id": 1001, "result": [*shapes, *result], **state, **annotation}]
+    return {"id": 1, "annotations": annotations, "drafts": [], "predictions": [], "data": data}
 
 
 def write_label_studio(folder: Path) -> Path:
@@ -120,9 +94,7 @@ def cvat_xml(images: str) -> str:
     return f"""<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>
-  <meta><task><id>1</id><name>market</name><size>3</size><mode>annotation</mode><overlap>0</overlap>
-    <labels><label><name>head</name><color>#ff0000</color><type>points</type><attributes></attributes></label></labels>
-  </task><dumped>2026-03-09 22:16:08.728378+00:00</dumped></meta>
+  <meta><task><name>market</name><labels><label><name>head</name><type>points</type></label></labels></task></meta>
 {images}
 </annotations>
 """
@@ -147,20 +119,9 @@ def write_cvat(folder: Path) -> Path:
 
 def labelme(image: str, shapes: Any, **more: Any) -> dict[str, Any]:
     """A LabelMe file with shapes of (type, label, corners)."""
-    listed = [
-        {
-            "label": label,
-            "points": [list(corner) for corner in corners],
-            "group_id": None,
-            "description": "",
-            "shape_type": kind,
-            "flags": {},
-            "mask": None,
-        }
-        for kind, label, corners in shapes
-    ]
+    listed = [{"label": label, "points": points, "shape_type": kind, "flags": {}} for kind, label, points in shapes]
     size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
-    return {"version": "5.5.0", "flags": {}, "shapes": listed, "imagePath": image, "imageData": None, **size, **more}
+    return {"version": "5.5.0", "shapes": listed, "imagePath": image, "imageData": None, **size, **more}
 
 
 def write_labelme(folder: Path) -> Path:
@@ -198,9 +159,3 @@ def conversion_error(kind: str, folder: Path, **options: Any) -> str:
         conversion.convert(open_source(kind, str(folder), **options), str(made), strict=True)
     assert not (made / "index.json").exists()
     return str(caught.value)
-
-
-def csv_folder(folder: Path, text: str, images: Any = tuple(HEADS)) -> Path:
-    write_images(folder, images)
-    (folder / "heads.csv").write_text(text)
-    return folder
