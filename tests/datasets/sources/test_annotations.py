@@ -1,7 +1,7 @@
 """Users' own data: every export format loads the marked heads; anything ambiguous is an error or a note."""
 
+import base64
 import io
-import json
 import pickle
 import re
 import uuid
@@ -11,14 +11,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from matplotlib.path import Path as Outline
 from PIL import ExifTags, Image, ImageOps
 
-from crowdray.data.sample import decode_image
+from crowdray.data.sample import decode_image, decode_roi
 from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
-from crowdray.datasets.sources.annotations.annotation import roi_mask
+from crowdray.errors import DataError
 
 from ...support.annotation_builders import (
     HEADS,
@@ -27,9 +26,12 @@ from ...support.annotation_builders import (
     conversion_error,
     csv_folder,
     cvat_image,
+    cvat_points,
     cvat_xml,
     heads,
+    labelme,
     load,
+    task,
     write_images,
     write_json,
 )
@@ -56,9 +58,7 @@ def test_open_source_any_format_loads_marked_heads(tmp_path: Path, kind: str, mo
     fsspec.filesystem("memory").put(str(folder), remote, recursive=True)
     index = conversion.convert(open_source(kind, remote), f"{remote}-made")
     assert index == conversion.convert(source, str(tmp_path / "made"))
-    assert index.splits == {"train": {"rows": 3, "heads": 3}} and any(
-        "1 image without heads" in note for note in index.notes
-    )
+    assert index.splits == {"train": {"rows": 3, "heads": 3}} and "1 image without heads" in str(index.notes)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -78,8 +78,7 @@ def test_convert_missing_and_broken_images_reports_both(tmp_path: Path, kind: st
 )
 def test_convert_corrupt_annotation_file_names_it(tmp_path: Path, kind: str, content: bytes) -> None:
     folder = WRITERS[kind](tmp_path / "market")
-    endings = {".csv", ".json", ".xml"}
-    file = min(path for path in folder.rglob("*") if path.suffix in endings)
+    file = min(path for path in folder.rglob("*") if path.suffix in (".csv", ".json", ".xml"))
     file.write_bytes(content)
     assert str(file) in conversion_error(kind, folder)
 
@@ -106,13 +105,8 @@ def test_image_index_prefers_full_path_then_longest_suffix(tmp_path: Path) -> No
     images = ["x/1.jpg", "y/1.jpg", "y/2.b.jpg", "deep/er/3.jpg", ".hidden/3.jpg", "1.jpg"]
     rows = "image,x,y\nx/1.jpg,1,1\nother\\y\\1.jpg,2,2\n./1.jpg,3,3\n/data/er/3.jpg,4,4\n2.b,5,5\n"
     folder = csv_folder(tmp_path / "market", rows, images)
-    assert heads("csv", folder) == {
-        "1.jpg": [(3, 3)],
-        "deep/er/3.jpg": [(4, 4)],
-        "x/1.jpg": [(1, 1)],
-        "y/1.jpg": [(2, 2)],
-        "y/2.b.jpg": [(5, 5)],
-    }
+    expected = ["x/1.jpg", "y/1.jpg", "1.jpg", "deep/er/3.jpg", "y/2.b.jpg"]
+    assert heads("csv", folder) == {name: [(n, n)] for n, name in enumerate(expected, 1)}
     (folder / "1.jpg").unlink()
     assert "line 4: './1.jpg' matches both x/1.jpg and y/1.jpg" in conversion_error("csv", folder)
 
@@ -137,15 +131,12 @@ def test_splits_are_read_from_file_names_and_subsets(tmp_path: Path) -> None:
     for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
         (folder / f"heads_{split}2017.csv").write_text(f"image,x,y\n{name},1,1\n")
     samples = load("csv", folder, annotations=["heads_train2017.csv", "heads_val2017.csv"])
-    assert [(name, sample.split) for name, sample in samples.items()] == [("a.jpg", "train"), ("b.jpg", "val")]
+    assert {name: s.split for name, s in samples.items()} == {"a.jpg": "train", "b.jpg": "val"}
     # The name of a single file is ignored.
     assert [s.split for s in load("csv", folder, annotations=["heads_val2017.csv"]).values()] == ["train"]
     images = [cvat_image("a.jpg", "", 'subset="Test"'), cvat_image("b.jpg", "", 'subset="default"')]
     (folder / "a.xml").write_text(cvat_xml("".join(images)))
-    assert [(name, sample.split) for name, sample in load("cvat", folder).items()] == [
-        ("b.jpg", "train"),
-        ("a.jpg", "test"),
-    ]
+    assert {name: s.split for name, s in load("cvat", folder).items()} == {"a.jpg": "test", "b.jpg": "train"}
 
 
 def test_test_fraction_depends_on_names_only(tmp_path: Path) -> None:
@@ -168,7 +159,6 @@ def test_test_fraction_depends_on_names_only(tmp_path: Path) -> None:
     (folder / "heads.csv").write_text("image,x,y,split\n1.jpg,,,test\n2.jpg,,,\n")
     assert "already has a test split" in conversion_error("csv", folder, test_fraction=0.2)
     assert "--test-fraction is 1" in conversion_error("csv", folder, test_fraction=1.0)
-    assert "--boxes top" in conversion_error("csv", folder, boxes="top")
 
 
 def test_notes_count_ignored_shapes_and_images(tmp_path: Path) -> None:
@@ -182,16 +172,6 @@ def test_notes_count_ignored_shapes_and_images(tmp_path: Path) -> None:
     ]
     assert "--label haed" in conversion_error("csv", folder, label=["haed"])
     assert len(load("csv", folder, label=["head", "car"])["a.jpg"].points) == 2
-
-
-def test_roi_mask_equals_matplotlib() -> None:
-    rng = np.random.default_rng(0)
-    regions = [rng.uniform(-5, 40, (corners, 2)) for corners in (3, 4)]
-    centres = np.stack(np.meshgrid(np.arange(WIDTH) + 0.5, np.arange(HEIGHT) + 0.5), axis=-1).reshape(-1, 2)
-    expected = np.any([Outline(region).contains_points(centres) for region in regions], axis=0)
-    mask = roi_mask([[(x, y) for x, y in region] for region in regions], HEIGHT, WIDTH)
-    np.testing.assert_array_equal(mask.ravel(), expected)
-    assert 0.1 < mask.mean() < 0.9
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -222,7 +202,6 @@ def test_convert_csv_keeps_scenes_and_counts(tmp_path: Path) -> None:
     assert (index.name, index.depth_teacher) == ("my-market", "none")
     assert dataset.strings("scene", "train") == ["hall", "train/b.jpg"] and dataset.counts("train").tolist() == [2, 0]
     assert "1 head outside the image, in 1 image: train/a.jpg (1)" in index.notes
-    assert json.loads((tmp_path / "made" / "index.json").read_text())["splits"]["train"] == {"rows": 2, "heads": 2}
 
 
 def test_documentation_examples_load(tmp_path: Path) -> None:
@@ -237,3 +216,266 @@ def test_documentation_examples_load(tmp_path: Path) -> None:
         found = heads(kind, folder, depth="none")
         assert found.pop("2.jpg", []) == [] and list(found) == ["1.jpg"]
         np.testing.assert_allclose(found["1.jpg"], [(412.5, 96.5), (387.5, 101.5)], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeffImage;X;Y\na.jpg;1,5;2\n", [(1.5, 2)]),
+        ("name\tfilename\tx\ty\nz\ta.jpg\t1.5\t2\n\n", [(1.5, 2)]),
+        ('"image","y","x"\r\n"a.jpg","2","1.5"\r\n"a.jpg","2","1.5"\r\n', [(1.5, 2)] * 2),
+    ],
+)
+def test_csv_spreadsheet_dialects_load(tmp_path: Path, text: str, expected: list[tuple[float, float]]) -> None:
+    assert heads("csv", csv_folder(tmp_path / "market", text)) == {"a.jpg": expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg,1,2\n", r"the header ['a.jpg', '1', '2'] has 0 columns 'image'; write image,x,y"),
+        ("image,x,y,X\na.jpg,1,2,3\n", "2 columns 'x'"),
+        ("image,x,y\na.jpg,1\n", "line 2 has 2 cells, the header has 3"),
+        ("image,x,y\na.jpg,one,2\n", "line 2: x: 'one' is not a number"),
+        ("image,x,y\na.jpg,nan,2\n", "'nan' is not a number"),
+        ("image,x,y\na.jpg,1e99,2\n", "(1e+99, 2) is far outside any image"),
+        ("image,x,y\n,1,1\n", "line 2: the image is missing"),
+        ('image,x,y\n"a.jpg,1,1\n', "unexpected end of data"),
+        ("image,x,y,split\na.jpg,1,1,trian\n", "unknown split 'trian'; write train, val or test"),
+        ("image,x,y,split\na.jpg,1,1,val\na.jpg,1,1,test\n", "has the split 'test', but 'val' in an earlier row"),
+    ],
+)
+def test_csv_invalid_row_reports_location(tmp_path: Path, text: str, message: str) -> None:
+    folder = csv_folder(tmp_path / "market", text)
+    assert message in (error := conversion_error("csv", folder)) and "heads.csv" in error
+
+
+def test_base_shifts_coordinates(tmp_path: Path) -> None:
+    folder = csv_folder(tmp_path / "market", "image,x,y\na.jpg,1,1\n")
+    assert [heads("csv", folder, base=base)["a.jpg"] for base in (0, 0.5, 1)] == [[(1.5, 1.5)], [(1, 1)], [(0.5, 0.5)]]
+    write_json(folder / "points.json", coco(shift=0.0))
+    assert heads("coco", folder, base=0.5) == HEADS
+
+
+def test_coco_keypoint_selects_the_head(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    content = coco(keypoints=["left_foot", "Head", "nose"])
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = [1, 1, 2, *annotation["keypoints"][:3], 2, 2, 2]
+    content["annotations"][0]["keypoints"][5] = 1  # occluded, but marked
+    content["annotations"][1]["keypoints"][3:6] = [0, 0, 0]
+    write_json(folder / "people.json", content)
+    assert heads("coco", folder) == HEADS | {"a.jpg": HEADS["a.jpg"][:1]}
+    assert "1 'person' whose 'Head' is not marked are left out" in open_source("coco", str(folder)).notes()
+    assert heads("coco", folder, keypoint="left_foot")["b.jpg"] == [(1.5, 1.5)]
+    error = conversion_error("coco", folder, keypoint="hat")
+    assert "categories[0]: 'person' has the keypoints left_foot, Head, nose" in error and "--keypoint" in error
+    # Boxes are continuous: (x - 1, y - 1, 4, 6) in pixel indices has its centre at (x + 1, y + 2).
+    assert heads("coco", folder, boxes="centre")["b.jpg"] == [(8.5, 7.5)]
+    for annotation in content["annotations"]:
+        del annotation["keypoints"]
+    write_json(folder / "people.json", content)
+    assert "annotations[0]: a box labelled 'person' is not a point" in conversion_error("coco", folder)
+
+
+def test_coco_unnamed_keypoint_loads_and_crowd_region_skips_image(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    content = coco(keypoints=["centre of hat"])
+    del content["categories"][0]["keypoints"]
+    content["categories"].append({"id": 2, "name": "ROI"})
+    square = [0, 0, 8, 0, 8, 24, 0, 24]
+    content["annotations"] += [
+        {"id": 8, "image_id": 397134, "category_id": 1, "iscrowd": 1, "bbox": [0, 0, 9, 9], "segmentation": {}},
+        {"id": 9, "image_id": 397133, "category_id": 2, "iscrowd": 0, "segmentation": [square]},
+    ]
+    write_json(folder / "points.json", content)
+    source = open_source("coco", str(folder))
+    samples = [source.load(item) for item in source.items()]
+    assert [(s.name, len(s.points)) for s in samples] == [("a.jpg", 2), ("c.jpg", 0)]
+    assert samples[0].roi and decode_roi(samples[0].roi).sum() == 8 * 24 and samples[1].roi is None
+    assert any(note.startswith("1 images with a crowd region (iscrowd)") for note in source.notes())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["annotations", 1, "keypoints"], [1, 2, 2], "annotations[1].keypoints has 3 numbers, expected 6"),
+        (["annotations", 1, "keypoints", 0], None, "keypoints[0] is None: Input should be a valid number"),
+        (["annotations", 2, "image_id"], 5, "annotations[2].image_id is 5, an id that is missing from images"),
+        (["annotations", 2, "category_id"], [1], "category_id is [1]: Input should be an integer or a string"),
+        (["images", 1, "id"], 397133, "images[1] has the same id 397133 as"),
+        (["images", 1, "file_name"], "a.jpg", "a.jpg is annotated twice"),
+        (["images", 1, "file_name"], 3, "images[1].file_name is 3: Input should be a valid string"),
+        (["images", 0, "width"], 64, "a.jpg is 32x24, but was annotated at 64x24"),
+        (["images"], {}, "images is {}: Input should be a valid list"),
+        (["categories"], None, "categories is None: Input should be a valid list"),
+    ],
+)
+def test_coco_invalid_value_reports_json_path(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    folder = write_images(tmp_path / "market")
+    content = inner = coco()
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    write_json(folder / "people.json", content)
+    assert message in conversion_error("coco", folder)
+
+
+@pytest.mark.parametrize("kind", ["coco", "label-studio"])
+def test_broken_annotation_costs_only_its_image(tmp_path: Path, kind: str) -> None:
+    folder = write_images(tmp_path / "market")
+    people, tasks = coco(), [task(name, points) for name, points in HEADS.items()]
+    people["annotations"][2]["keypoints"][0] = tasks[1]["annotations"][0]["result"][0]["value"]["x"] = "8"
+    write_json(folder / "export.json", people if kind == "coco" else tasks)
+    source = open_source(kind, str(folder))
+    first, broken, empty = source.items()
+    assert len(source.load(first).points) == 2 and len(source.load(empty).points) == 0
+    with pytest.raises(DataError, match="is '8': Input should be a valid number"):
+        source.load(broken)
+
+
+def test_label_studio_urls_resolve_to_images(tmp_path: Path) -> None:
+    names = ["deep/one two.jpg", "3.jpg", "4.jpg", "ab12cd34-5.jpg"]
+    folder = write_images(tmp_path / "market", names)
+    tasks = [task("", [(n, n)]) for n in range(1, 5)]
+    tasks[0]["data"] = {"image": "/data/local-files/?d=photos/deep/one%20two.jpg"}
+    tasks[1]["data"] = {"image": "https://host/a/3.jpg?X-Amz-Date=1", "name": "three"}
+    tasks[2]["data"] = {"photo": "s3://bucket/any/4.jpg", "text": "a street"}
+    tasks[3]["data"] = {"image": "/data/upload/7/ab12cd34-5.jpg"}  # copied from Label Studio's storage, hash included
+    write_json(folder / "export.json", tasks)
+    assert heads("label-studio", folder) == {name: [(n, n)] for n, name in enumerate(names, 1)}
+
+
+def test_label_studio_uses_ground_truth_or_latest_annotation(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    tasks = [task(name, [(1, 1)]) for name in HEADS]
+    later = task("", [(2, 2)], updated_at="2026-03-10T00:00:00.000000Z")["annotations"][0]
+    skipped = later | {"was_cancelled": True, "updated_at": "2026-03-11T00:00:00.000000Z"}
+    truth = task("", [(3, 3)], ground_truth=True)["annotations"][0]
+    tasks[0]["annotations"] = [later, *tasks[0]["annotations"], skipped]
+    tasks[1]["annotations"] += [later, truth]
+    tasks[2] |= {"annotations": [skipped], "predictions": later["result"]}
+    write_json(folder / "export.json", tasks)
+    assert heads("label-studio", folder) == {"a.jpg": [(2, 2)], "b.jpg": [(3, 3)]}
+    assert open_source("label-studio", str(folder)).notes(["train"]) == [
+        "3 annotations of tasks with a later one or a ground truth are left out",
+        "1 tasks that were skipped or not annotated are left out",
+    ]
+
+
+def test_label_studio_shapes_convert_to_pixels(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    size = {"original_width": WIDTH, "original_height": HEIGHT, "id": "s"}
+    # 16x12 pixels, rotated by 90 degrees about (16, 0): x from 4 to 16, y from 0 to 16.
+    box = {"x": 50, "y": 0, "width": 50, "height": 50, "rotation": 90, "rectanglelabels": ["Head"]}
+    half = {"points": [[0, 0], [50, 0], [50, 100], [0, 100]], "polygonlabels": ["roi"]}
+    shapes = [
+        {"type": "rectanglelabels", "value": box} | size,
+        {"type": "polygonlabels", "value": half} | size,
+        {"type": "choices", "value": {"choices": ["rainy"]}, "id": "c"},
+    ]
+    write_json(folder / "export.json", [task("a.jpg", [(1, 1)], result=shapes)])
+    assert "result[1]: a box labelled 'Head' is not a point" in conversion_error("label-studio", folder)
+    sample = load("label-studio", folder, boxes="centre")["a.jpg"]
+    np.testing.assert_allclose(sample.points, [(1, 1), (10, 8)], rtol=1e-6)
+    assert sample.roi and decode_roi(sample.roi)[:, : WIDTH // 2].all() and decode_roi(sample.roi).mean() == 0.5
+    # A shape and its label may be separate results.
+    value = {"x": 50, "y": 50, "width": 1}
+    apart = [
+        {"type": kind, "value": value | {"labels": ["Head"]} if kind == "labels" else value} | size
+        for kind in ("keypoint", "labels")
+    ]
+    write_json(folder / "export.json", [task("a.jpg", [], result=apart)])
+    assert heads("label-studio", folder, label=["Head"]) == {"a.jpg": [(16, 12)]}
+
+
+def test_label_studio_unsupported_export_raises(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    write_json(folder / "export.json", [{"image": "/data/upload/1/a.jpg", "id": 1, "annotator": 1}])
+    assert "not as JSON-MIN" in conversion_error("label-studio", folder)
+    rotated = task("a.jpg", [(1, 1)])
+    rotated["annotations"][0]["result"][0]["image_rotation"] = 90
+    write_json(folder / "export.json", [rotated])
+    assert "rotated by 90 degrees" in conversion_error("label-studio", folder)
+    del rotated["annotations"][0]["result"][0]["type"]  # an unknown shape may be a head
+    write_json(folder / "export.json", [rotated])
+    assert "result[0] has no 'type'" in conversion_error("label-studio", folder)
+
+
+def cvat(folder: Path, shapes: str, **options: Any) -> list[tuple[float, ...]]:
+    write_images(folder)
+    (folder / "annotations.xml").write_text(cvat_xml(cvat_image("a.jpg", shapes)))
+    return heads("cvat", folder, **options)["a.jpg"]
+
+
+def test_cvat_shapes_load(tmp_path: Path) -> None:
+    folder = tmp_path / "market"
+    points = cvat_points([(1, 1)]) + cvat_points([(2, 2), (2, 2)]) + '<tag label="rainy" source="manual"></tag>'
+    assert cvat(folder, points) == [(1, 1), (2, 2), (2, 2)]
+    box = points + '<box label="head" occluded="0" xtl="4.0" ytl="2.0" xbr="8.0" ybr="8.0" z_order="0"></box>'
+    assert cvat(folder, box, boxes="centre")[-1] == (6, 5)
+    assert "image 'a.jpg': box: a box labelled 'head' is not a point" in conversion_error("cvat", folder)
+    hat, foot = (f'<points label="{name}" outside="{n}" points="5,3"/>' for n, name in enumerate(("hat", "foot")))
+    person = f'<skeleton label="person" z_order="0">{hat}{foot}</skeleton>'
+    assert cvat(folder, person, keypoint="hat") == [(5, 3)]
+    assert cvat(folder, person, keypoint="foot") == []
+    assert "name the point that is the head with --keypoint" in conversion_error("cvat", folder)
+    assert "no point 'nose'; it has foot, hat" in conversion_error("cvat", folder, keypoint="nose")
+    assert cvat(folder, person + points, label=["head"]) == [(1, 1), (2, 2), (2, 2)]
+    half = '<polygon label="roi" points="0.0,0.0;16.0,0.0;16.0,24.0;0.0,24.0"></polygon>'
+    cvat(folder, points + half)
+    roi = load("cvat", folder)["a.jpg"].roi
+    assert roi and decode_roi(roi).mean() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('points="3.50,4.50;', 'points="3.50;', "'a.jpg': points: points are '3.50;16.00,12.00', expected x,y;x,y"),
+        ('points="3.50,', 'points="three,', "'three' is not a number"),
+        ('name="a.jpg"', 'label="a.jpg"', "image 1 has no name"),
+        ('width="32"', 'width="wide"', "image 'a.jpg': width: 'wide' is not a number"),
+        ("<image", "<track", "contains video tracks; export the task as 'CVAT for images 1.1'"),
+        ("</annotations>", "", "not readable XML (no element found: line"),
+        ("<annotations>", '<!DOCTYPE a [<!ENTITY b "c">]><annotations>', "not readable XML (EntitiesForbidden"),
+    ],
+)
+def test_cvat_invalid_xml_reports_location(tmp_path: Path, old: str, new: str, message: str) -> None:
+    folder = WRITERS["cvat"](tmp_path / "market")
+    text = (folder / "annotations.xml").read_text()
+    assert old in text
+    (folder / "annotations.xml").write_text(text.replace(old, new))
+    assert message in (error := conversion_error("cvat", folder)) and "annotations.xml" in error
+
+
+def test_labelme_finds_adjacent_distant_and_embedded_images(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market", ["photos/1.jpg", "2.jpg"])
+    points = [("point", "head", [(5, 6)])]
+    write_json(folder / "marks" / "1.json", labelme("..\\photos\\1.jpg", points))
+    write_json(folder / "2.json", labelme("renamed.jpg", points))
+    inside = base64.b64encode(jpeg(7)).decode()
+    write_json(folder / "test_3.json", labelme("3.jpg", points, imageData=inside))
+    samples = load("labelme", folder)
+    assert {name: sample.image for name, sample in samples.items()} == {
+        "photos/1.jpg": jpeg(0),
+        "2.jpg": jpeg(1),
+        "test_3.json": jpeg(7),
+    }
+    assert all(sample.points.tolist() == [[5, 6]] and sample.split == "train" for sample in samples.values())
+    write_json(folder / "test_3.json", labelme("3.jpg", points, imageData="?"))
+    assert "test_3.json: imageData is not valid base64" in conversion_error("labelme", folder)
+    write_json(folder / "settings.json", {"a": 1})
+    assert "settings.json has no 'shapes', so LabelMe did not write it" in conversion_error("labelme", folder)
+
+
+def test_labelme_shapes_load(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market", ["1.jpg"])
+    half = ("polygon", "ROI", [(0, 0), (16, 0), (16, 24), (0, 24)])
+    box = ("rectangle", "head", [(4, 2), (8, 8)])
+    write_json(folder / "1.json", labelme("1.jpg", [("point", "head", [(1, 1)]), half, box]))
+    assert "shapes[2]: a box labelled 'head' is not a point" in conversion_error("labelme", folder)
+    sample = load("labelme", folder, boxes="centre")["1.jpg"]
+    assert sample.points.tolist() == [[1, 1], [6, 5]]
+    assert sample.roi and decode_roi(sample.roi).mean() == 0.5
+    write_json(folder / "1.json", labelme("1.jpg", [("circle", "head", [(4, 2), (8, 8)])]))
+    assert "a circle labelled 'head' is not a point; select the labels of heads" in conversion_error("labelme", folder)

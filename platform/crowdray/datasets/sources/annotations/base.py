@@ -64,8 +64,6 @@ class AnnotatedFolder:
     ) -> None:
         if not 0 <= test_fraction < 1:
             raise UserError(f"--test-fraction is {test_fraction}; use a fraction in [0, 1), such as 0.2")
-        if boxes not in (None, "centre"):
-            raise UserError(f"--boxes {boxes}: the only choice is --boxes centre")
         self.teacher = open_teacher(depth, ("points", "none"))
         self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._root = storage.resolve(source)
