@@ -1,29 +1,23 @@
 """The node's cache of remote files: each fetched once by all processes, verified, with a limited total size.
 
-    <sha256[:2]>/<sha256>                     a copy; its access time is that of its last use
-    <sha256[:2]>/.partial-<size>-<sha256>     a download, whose size is reserved
+    <sha256[:2]>/<sha256>                     a copy, locked by its readers; its access time is that of its last use
+    <sha256[:2]>/.partial-<size>-<sha256>     a download, locked by its process, whose size is reserved
     <sha256[:2]>/<sha256>.lock                held by the process that downloads
-    readers/<id>                              names of the copies that a process uses, locked while it runs
     lock                                      held while space is freed or a copy is put into use
 
 All locks are the operating system's, so those of a killed process are released and the next process cleans up. Deleting
 a mapped file would not disturb its readers on Linux; copies in use stay so that they are not fetched twice.
 """
 
-import contextlib
 import fcntl
-import functools
 import hashlib
-import math
 import os
 import re
 import shutil
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from crowdray.errors import DataError, UserError
 from crowdray.storage.files import open_read
@@ -34,10 +28,13 @@ _BLOCK = 2**22
 _POLL_S = 0.005
 """Interval between attempts to take the cache's lock, which is held for moments only."""
 
-_PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(\d+)-(\w+)")
+_PARTIAL_NAME = re.compile(re.escape(PARTIAL) + r"(\d+)-\w+")
 
 _verified: set[tuple[str, int, int, int]] = set()
 """Hash, inode, size and modification time of files that this process has verified."""
+
+_in_use: dict[Path, int] = {}
+"""Descriptors of the copies that this process uses; their locks last while it or a fork of it runs."""
 
 
 class CacheFullError(UserError):
@@ -121,10 +118,10 @@ def _compare(uri: str, found_size: int, size: int, found_sha256: str = "", sha25
 
 def _use_existing(cached: Path, uri: str, size: int) -> bool:
     """Put an existing valid copy into use; False if there is none."""
-    with _cache_lock(cached.parents[1]) as folder:
+    with _cache_lock(cached.parents[1]):
         if not cached.exists():
             return False
-        _mark_in_use(folder, cached.name)
+        _keep(cached, cached)
         os.utime(cached, ns=(time.time_ns(), cached.stat().st_mtime_ns))
     try:
         _verify_file(cached, uri, sha256=cached.name, size=size)
@@ -141,41 +138,39 @@ def _download(uri: str, cached: Path, size: int) -> None:
         fs.get_file(remote, str(partial))
         _verify_file(partial, uri, sha256=cached.name, size=size)
 
-    with _cache_lock(cached.parents[1]) as folder:
+    folder = cached.parents[1]
+    with _cache_lock(folder):
         cached.unlink(missing_ok=True)  # a damaged copy
-        _free_space(folder, partial, uri, size)
+        _free_space(folder, uri, size)
         partial.touch()
-        _mark_in_use(folder, cached.name)
+        _keep(cached, partial)
     try:
         retry(attempt)
-        partial.replace(cached)
+        with _cache_lock(folder):
+            partial.replace(cached)
     except FileNotFoundError as error:
         raise DataError(f"{uri} is missing but listed in the index; copy it back or convert again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with _cache_lock(folder):
+            partial.unlink(missing_ok=True)
 
 
-def _free_space(folder: Path, partial: Path, uri: str, size: int) -> None:
+def _free_space(folder: Path, uri: str, size: int) -> None:
     """Remove downloads of killed processes, then unused copies, until `size` bytes are free."""
     copies: list[tuple[int, Path, int]] = []
     total = 0
     for path in folder.glob("[0-9a-f][0-9a-f]/*"):
-        if path == partial or path.suffix == ".lock":
+        if path.suffix == ".lock":
             continue
         if match := _PARTIAL_NAME.fullmatch(path.name):
-            total += 0 if _remove_if_abandoned(path, match[2]) else int(match[1])
+            total += 0 if _remove_unused(path) else int(match[1])
         else:
             status = path.stat()
             copies.append((status.st_atime_ns, path, status.st_size))
             total += status.st_size
     limit = _limit_bytes(folder, total)
-    used: set[str] | None = None
     for _, path, freed in sorted(copies):
-        if total + size <= limit:
-            break
-        used = _copies_in_use(folder) if used is None else used
-        if path.name not in used:
-            path.unlink()
+        if total + size > limit and _remove_unused(path):
             total -= freed
     if total + size > limit:
         raise CacheFullError(
@@ -184,59 +179,35 @@ def _free_space(folder: Path, partial: Path, uri: str, size: int) -> None:
         )
 
 
-def _remove_if_abandoned(partial: Path, name: str) -> bool:
-    """Remove a download that no process continues; returns whether it was removed."""
-    try:
-        with FileLock(partial.with_name(f"{name}.lock"), blocking=False):
-            partial.unlink(missing_ok=True)
-    except Timeout:
-        return False
-    return True
-
-
 def _limit_bytes(folder: Path, used: int) -> int:
     text = os.environ.get("CROWDRAY_CACHE_GIB")
     if not text:
         return int(_DISK_FRACTION * (shutil.disk_usage(folder).free + used))
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = math.nan
-    if not gib >= 0:
+    if not re.fullmatch(r"\d+(\.\d*)?", text):
         raise UserError(f"CROWDRAY_CACHE_GIB is {text!r}; give the size of the cache in GiB, such as 200")
-    return int(min(gib, 2**30) * 2**30)
+    return int(float(text) * 2**30)
 
 
-@contextlib.contextmanager
-def _cache_lock(folder: Path) -> Iterator[Path]:
+def _cache_lock(folder: Path) -> FileLock:
     """Exclude other processes from freeing space and from putting copies into use."""
-    with FileLock(folder / "lock", poll_interval=_POLL_S):
-        yield folder
+    return FileLock(folder / "lock", poll_interval=_POLL_S)
 
 
-@functools.cache
-def _readers_file(folder: Path) -> int:
-    """Descriptor of the file that lists what this process uses; locked while it or a fork of it runs."""
-    path = folder / "readers" / uuid.uuid4().hex
-    path.parent.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+def _keep(cached: Path, file: Path) -> None:
+    """Lock the file that is, or becomes, a copy, which protects it from `_remove_unused`."""
+    descriptor = os.open(file, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if cached in _in_use:
+        os.close(_in_use[cached])
+    _in_use[cached] = descriptor
 
 
-def _mark_in_use(folder: Path, name: str) -> None:
-    os.write(_readers_file(folder), f"{name}\n".encode())
-
-
-def _copies_in_use(folder: Path) -> set[str]:
-    """Names of the copies that running processes use; the files of dead processes are removed."""
-    names: set[str] = set()
-    for path in (folder / "readers").iterdir():
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                names.update(file.read().decode().split())
-            else:
-                path.unlink()
-    return names
+def _remove_unused(path: Path) -> bool:
+    """Remove a file that no process has locked; returns whether it was removed."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink()
+        return True
