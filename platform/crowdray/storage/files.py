@@ -20,9 +20,6 @@ from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve,
 exclusive_create_support: dict[str, bool] = {}
 """Result of `_supports_exclusive_create` by bucket."""
 
-_PART = 2**26
-"""Bytes held in memory while a file is copied."""
-
 
 def exists(uri: str) -> bool:
     """Whether a file or a folder exists at the URI."""
@@ -54,7 +51,7 @@ def read_bytes_or_none(uri: str) -> bytes | None:
 
 
 def read_ranges(uri: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Read byte ranges of a file, as (start, end) with an exclusive end; raise DataError if the file is shorter."""
+    """Read ranges (start, end) of a file, end exclusive; raise DataError if the file is shorter."""
     nonempty = [(start, end) for start, end in ranges if start < end]
     starts, ends = [start for start, _ in nonempty], [end for _, end in nonempty]
 
@@ -138,15 +135,19 @@ def local_copy(uri: str) -> Iterator[Path]:
     if is_local(uri):
         yield Path(resolve(uri))
         return
-    found = find_files(uri, depth=1)
-    if not found:
-        raise UserError(f"cannot copy {uri}: it does not exist; check the path")
+
+    def copy(file: FileInfo) -> None:
+        fs.get_file(join(path, file.name), str(Path(folder, file.name)))
+        if Path(folder, file.name).stat().st_size != file.size:
+            raise DataError(f"{join(uri, file.name)} was cut off while it was copied; run the command again")
+
     with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
-        for file in found:
-            with translated_errors("copy", join(uri, file.name)), (Path(folder) / file.name).open("wb") as copy:
-                for start in range(0, file.size, _PART):
-                    part = (start, min(start + _PART, file.size))
-                    copy.writelines(read_ranges(join(uri, file.name), [part]))
+        with translated_errors("copy", uri):
+            fs, path = filesystem(uri)
+            if not (found := find_files(uri, depth=1)):
+                raise FileNotFoundError(uri)
+            for file in found:
+                retry(functools.partial(copy, file))
         yield Path(folder)
 
 
@@ -190,17 +191,12 @@ def write_bytes(uri: str, data: bytes) -> None:
         if not is_local(uri):
             retry(lambda: fs.pipe_file(path, data))
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_sibling(target)
-        try:
+        with _partial_sibling(Path(path)) as partial:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            partial.replace(path)
 
 
 def publish_file(local: Path, uri: str) -> None:
@@ -211,14 +207,9 @@ def publish_file(local: Path, uri: str) -> None:
             retry(lambda: fs.put_file(str(local), path))
             local.unlink()
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_sibling(target)
-        try:
+        with _partial_sibling(Path(path)) as partial:
             shutil.move(local, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            partial.replace(path)
 
 
 @contextlib.contextmanager
@@ -229,12 +220,8 @@ def staging_file(uri: str) -> Iterator[Path]:
     """
     with translated_errors("write", uri):
         target = Path(resolve(uri)) if is_local(uri) else Path(tempfile.gettempdir()) / Path(uri).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_sibling(target)
-        try:
+        with _partial_sibling(target) as partial:
             yield partial
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def remove(uri: str) -> None:
@@ -260,9 +247,11 @@ def publish_directory(local: Path, uri: str, last: str) -> None:
         raise UserError(f"{uri} already contains {last}; choose another path, or remove that folder first")
     with translated_errors("publish", uri):
         if is_local(uri):
-            _publish_locally(local, Path(resolve(uri)))
+            with _partial_sibling(Path(resolve(uri))) as partial:
+                shutil.copytree(local, partial)
+                partial.replace(resolve(uri))
         else:
-            _publish_remotely(local, uri, sorted(names, key=lambda name: name == last))
+            _upload(local, uri, sorted(names, key=lambda name: name == last))
 
 
 def unpublish_directory(uri: str, last: str) -> None:
@@ -270,10 +259,8 @@ def unpublish_directory(uri: str, last: str) -> None:
     with translated_errors("remove", uri):
         fs, path = filesystem(uri)
         if is_local(uri):
-            partial = _partial_sibling(Path(path))
-            with contextlib.suppress(FileNotFoundError):
+            with _partial_sibling(Path(path)) as partial, contextlib.suppress(FileNotFoundError):
                 Path(path).replace(partial)
-            shutil.rmtree(partial, ignore_errors=True)
             return
         fs.invalidate_cache()
         for name in sorted(fs.find(path), key=lambda name: name != join(path, last)):
@@ -281,8 +268,18 @@ def unpublish_directory(uri: str, last: str) -> None:
                 fs.rm_file(name)
 
 
-def _partial_sibling(target: Path) -> Path:
-    return target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}-{target.name}")
+@contextlib.contextmanager
+def _partial_sibling(target: Path) -> Iterator[Path]:
+    """Yield a path next to `target` for an unfinished file or folder, which is removed unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}-{target.name}")
+    try:
+        yield partial
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def _create_locally(target: Path, data: bytes) -> None:
@@ -297,7 +294,7 @@ def _create_locally(target: Path, data: bytes) -> None:
 
 
 def _supports_exclusive_create(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-    """Whether a store refuses to create an existing file; tested once per bucket and process, with a probe file."""
+    """Whether a store refuses to create an existing file; tested once per bucket, with a probe file."""
     bucket = f"{fs.protocol}{path.lstrip('/').split('/')[0]}"
     if bucket not in exclusive_create_support:
         probe = f"{path.rpartition('/')[0]}/{PARTIAL}{uuid.uuid4().hex}"
@@ -321,17 +318,7 @@ def _modified(entry: Mapping[str, Any]) -> float:
     return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
-def _publish_locally(local: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_sibling(target)
-    try:
-        shutil.copytree(local, partial)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _publish_remotely(local: Path, uri: str, names: Sequence[str]) -> None:
+def _upload(local: Path, uri: str, names: Sequence[str]) -> None:
     fs, root = filesystem(uri)
     uploaded: list[str] = []
     try:

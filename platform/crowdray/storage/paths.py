@@ -100,7 +100,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def is_transient(error: UserError) -> bool:
-    """Whether the cause of an error may be transient, as a network fault is; refused access and a full disk are not."""
+    """Whether an error may not recur, as a network fault; refused access and a full disk do."""
     cause = error.__cause__
     if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return False
