@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from crowdray.errors import InfeasibleConfigError
 
@@ -34,56 +34,67 @@ class ConfigError(InfeasibleConfigError):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class Limits:
+    """Range of a number, both ends included."""
+
+    lowest: float
+    highest: float = math.inf
+
+    def problems(self, name: str, value: float) -> Iterator[str]:
+        """A message if the value is outside."""
+        if not (math.isfinite(value) and self.lowest <= value <= self.highest):
+            wanted = "at least {0}" if self.highest == math.inf else "a number from {0} to {1}"
+            yield f"{name} is {value}; give {wanted.format(self.lowest, self.highest)}"
+
+
+Positive = Annotated[int, Limits(1)]
+NonNegativeInt = Annotated[int, Limits(0)]
+NonNegative = Annotated[float, Limits(0.0)]
+Fraction = Annotated[float, Limits(0.0, 1.0)]
+
+
+class _Group:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Group):
     """Validation split, crops, batches and augmentation."""
 
     validation: Literal["random", "run"] = "random"
     """How validation images are chosen from the training split: random takes them one by one (the paper), run takes
     consecutive images from a random start (for video, where frames seconds apart show the same people)."""
-    validation_fraction: float = 1 / 6
+    validation_fraction: Annotated[float, Limits(0.0, 0.9)] = 1 / 6
     """Fraction of the training split held out for validation."""
-    downsample: int = 1
+    downsample: Positive = 1
     """Factor by which images are average-pooled first: in training, evaluation and the exported model."""
-    crop: int = 160
+    crop: Annotated[int, Limits(16)] = 160
     """Side in pixels (after downsampling) of the square crop whose heads the count decoder regresses."""
-    context: int = 36
+    context: NonNegativeInt = 36
     """Image pixels around the crop that the network sees too: crop and context form the window. The losses of the maps
     exclude pixels whose receptive field the window cuts, so that windows train what whole images need. The radius of
     CFCN's receptive field is 34 pixels."""
-    batch: int = 8
+    batch: Positive = 8
     """Global batch size: windows per update over all workers."""
-    crops_per_image: int = 1
+    crops_per_image: Positive = 1
     """Windows drawn from each decoded image per epoch."""
-    flip: float = 0.5
+    flip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    brightness: float = 0.0
+    brightness: Fraction = 0.0
     """Maximum brightness shift, as a fraction of the full range."""
-    contrast: float = 0.0
+    contrast: Fraction = 0.0
     """Maximum relative change of contrast."""
-    colour: float = 0.0
+    colour: Fraction = 0.0
     """Maximum relative change of each colour channel."""
-    scale: float = 0.0
+    scale: Fraction = 0.0
     """Maximum relative change of size: each batch is resized by one factor from 1 / (1 + scale) to 1 + scale."""
     roi: bool = True
     """Restrict losses and counts to the dataset's region of interest, where it has one."""
-    cache_gib: float = 2.0
+    cache_gib: NonNegative = 2.0
     """Memory in GiB per worker for decoded images."""
-    gpu_cache_gib: float = 0.0
+    gpu_cache_gib: NonNegative = 0.0
     """GPU memory in GiB per worker for all decoded training images, so that windows are cut on the GPU. The CPU cuts
     them when the images do not fit (always with 0) or when scale is not 0."""
-
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        yield from _within("sampling.validation_fraction", self.validation_fraction, 0.0, 0.9)
-        yield from _at_least("sampling.downsample", self.downsample, 1)
-        yield from _at_least("sampling.batch", self.batch, 1)
-        yield from _at_least("sampling.crops_per_image", self.crops_per_image, 1)
-        for name in ("cache_gib", "gpu_cache_gib"):
-            yield from _at_least(f"sampling.{name}", getattr(self, name), 0.0)
-        yield from _at_least("sampling.context", self.context, 0)
-        for name in ("flip", "brightness", "contrast", "colour", "scale"):
-            yield from _within(f"sampling.{name}", getattr(self, name), 0.0, 1.0)
-        yield from _at_least("sampling.crop", self.crop, 16)
 
 
 def crop_problems(sampling: SamplingConfig, stride: int) -> Iterator[str]:
@@ -95,19 +106,13 @@ def crop_problems(sampling: SamplingConfig, stride: int) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class TargetConfig(_Group):
     """Training targets made from annotated points."""
 
-    sigma: float = 4.0
+    sigma: Annotated[float, Limits(0.25, 64.0)] = 4.0
     """Standard deviation (pixels) of the Gaussian kernel of one head in the density map."""
-    threshold: float = 0.3
+    threshold: Annotated[float, Limits(0.001, 0.999)] = 0.3
     """A pixel is foreground where the density exceeds this fraction of the peak of one head's kernel."""
-
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        yield from _within("target.sigma", self.sigma, 0.25, 64.0)
-        if not 0 < self.threshold < 1:
-            yield f"target.threshold is {self.threshold}; give a fraction of one head's peak, between 0 and 1"
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ BACKBONES = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Group):
     """Network and pretrained weights."""
 
     backbone: str = "cfcn"
@@ -145,98 +150,66 @@ class ModelConfig:
     weights_sha256: str = ""
     """Expected SHA-256 of that file; empty: the actual one is recorded."""
 
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        if self.backbone not in BACKBONES and ":" not in self.backbone:
-            yield (
-                f"model.backbone is {self.backbone!r}; choose one of {', '.join(BACKBONES)}, or give your own "
-                "class as package.module:Class"
-            )
-        if self.weights_sha256 and not re.fullmatch(r"[0-9a-f]{64}", self.weights_sha256):
-            yield f"model.weights_sha256 is {self.weights_sha256!r}; a SHA-256 has 64 lower-case hexadecimal digits"
-
 
 PAPER_WEIGHTS = {"segmentation": 0.04, "depth": 0.6, "count": 1.0}
 """Loss weights of the auxiliary tasks in the paper (Section 5.2)."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(_Group):
     """Weights of the auxiliary losses in the joint stage (eq. 5), on the paper's scale."""
 
-    segmentation: float = PAPER_WEIGHTS["segmentation"]
+    segmentation: NonNegative = PAPER_WEIGHTS["segmentation"]
     """Weight of the segmentation's cross-entropy (eq. 1); 0 removes the task."""
-    depth: float = PAPER_WEIGHTS["depth"]
+    depth: NonNegative = PAPER_WEIGHTS["depth"]
     """Weight of the distilled depth's squared error (eq. 2); 0 removes the task."""
-    count: float = PAPER_WEIGHTS["count"]
+    count: NonNegative = PAPER_WEIGHTS["count"]
     """Weight of the count's squared error (eq. 3); 0 removes the task."""
-    gradient_share: float = 0.1
+    gradient_share: NonNegative = 0.1
     """Loss balancing: at the start of the joint stage each auxiliary loss is scaled so that, at the paper's weight, the
     norm of its gradient at the encoder's features is this fraction of the density loss's."""
 
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        for name in ("segmentation", "depth", "count", "gradient_share"):
-            yield from _at_least(f"loss.{name}", getattr(self, name), 0.0)
-
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_Group):
     """Optimizer, learning-rate schedule and weight averaging."""
 
     name: Literal["sgd", "adamw", "muon"] = "muon"
     """sgd is the paper's; muon needed a quarter of adamw's epochs here (docs/lab-notes.md)."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Limits(0.0, 0.9999)] = 0.9
     """Momentum of sgd."""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegative = 5e-4
     """L2 penalty for sgd, decoupled weight decay for adamw and muon."""
-    warmup: int = 100
+    warmup: NonNegativeInt = 100
     """Updates of linear warmup at the start of each stage: fresh Adam moments at the full rate can kill ReLUs."""
-    plateau_patience: int = 5
+    plateau_patience: NonNegativeInt = 5
     """Epochs without a better validation error before the learning rate is reduced."""
-    plateau_factor: float = 0.1
+    plateau_factor: Annotated[float, Limits(0.001, 0.999)] = 0.1
     """Factor of that reduction."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """Maximum norm of all gradients together; 0 disables clipping."""
-    grad_accumulation_steps: int = 1
+    grad_accumulation_steps: Positive = 1
     """Microbatches per update on each worker, to save memory: the update is the same up to rounding, except with
     BatchNorm or dropout."""
-    ema_decay: float = 0.99
+    ema_decay: Annotated[float, Limits(0.0, 0.99999)] = 0.99
     """Decay per update of the exponential moving average of the weights, which is validated and exported; 0 uses the
     weights of the last update."""
 
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        yield from _within("optimizer.momentum", self.momentum, 0.0, 0.9999)
-        yield from _at_least("optimizer.weight_decay", self.weight_decay, 0.0)
-        yield from _at_least("optimizer.warmup", self.warmup, 0)
-        yield from _at_least("optimizer.plateau_patience", self.plateau_patience, 0)
-        yield from _within("optimizer.plateau_factor", self.plateau_factor, 0.001, 0.999)
-        yield from _at_least("optimizer.clip", self.clip, 0.0)
-        yield from _at_least("optimizer.grad_accumulation_steps", self.grad_accumulation_steps, 1)
-        yield from _within("optimizer.ema_decay", self.ema_decay, 0.0, 0.99999)
-
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(_Group):
     """Length and learning rate of one stage."""
 
-    epochs: int
+    epochs: NonNegativeInt
     """Passes over the training images; 0 skips the stage."""
-    learning_rate: float
+    learning_rate: Annotated[float, Limits(1e-9, 10.0)]
     """Initial learning rate; only plateaus reduce it, so the schedule does not depend on the stage's length."""
-    patience: int = 0
+    patience: NonNegativeInt = 0
     """Early stopping: epochs without a better validation error before the stage ends; 0 disables it."""
-
-    def problems(self, name: str) -> Iterator[str]:
-        """Invalid values, one message each."""
-        yield from _at_least(f"{name}.epochs", self.epochs, 0)
-        yield from _at_least(f"{name}.patience", self.patience, 0)
-        yield from _within(f"{name}.learning_rate", self.learning_rate, 1e-9, 10.0)
 
 
 @dataclass(frozen=True)
-class StagesConfig:
+class StagesConfig(_Group):
     """The three training stages (Section 3.3)."""
 
     baseline: StageConfig = field(default_factory=lambda: StageConfig(epochs=40, learning_rate=3e-4))
@@ -246,19 +219,6 @@ class StagesConfig:
     joint: StageConfig = field(default_factory=lambda: StageConfig(epochs=20, learning_rate=3e-4))
     """Trains everything end to end."""
 
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        for name in ("baseline", "decoders", "joint"):
-            stage: StageConfig = getattr(self, name)
-            yield from stage.problems(f"stages.{name}")
-        if self.baseline.epochs == 0:
-            yield "stages.baseline.epochs is 0; the later stages start from the baseline: give at least 1"
-        if self.joint.epochs > 0 and self.decoders.epochs == 0:
-            yield (
-                "stages.decoders.epochs is 0 but stages.joint.epochs is not; fresh decoders would disturb the encoder: "
-                "give at least 1"
-            )
-
 
 def _from_bool(value: Any) -> Any:
     """Accept files from when `compile` was a bool."""
@@ -266,7 +226,7 @@ def _from_bool(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class NumericsConfig:
+class NumericsConfig(_Group):
     """Precision, compilation and memory of the computation."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -280,26 +240,17 @@ class NumericsConfig:
     activation_checkpointing: bool = False
     """Recompute the encoder's activations in the backward pass instead of storing them: less memory, about a third
     more time, same results."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """CPU threads per worker; 0 divides the machine's cores among the workers."""
     grad_allreduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the gradient all-reduce: bf16 halves the bytes sent, and rounds the gradients."""
 
-    def problems(self) -> Iterator[str]:
-        """Invalid values, one message each."""
-        yield from _at_least("numerics.threads", self.threads, 0)
-        if self.activation_checkpointing and self.compile != "no":
-            yield (
-                f"numerics.activation_checkpointing is True and numerics.compile is {self.compile}; "
-                "the compiler decides itself what to recompute: set only one of them"
-            )
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(_Group):
     """Everything that decides the result of a training run, but not where it runs."""
 
-    seed: int = 0
+    seed: Annotated[int, Limits(0, 2**31 - 1)] = 0
     """Random seed of initial weights, validation split, sample order and augmentation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -310,19 +261,48 @@ class Config:
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
 
     def __post_init__(self) -> None:
-        groups = (self.sampling, self.target, self.model, self.loss, self.optimizer, self.stages, self.numerics)
-        problems = [problem for group in groups for problem in group.problems()]
-        if known := BACKBONES.get(self.model.backbone):
-            problems += crop_problems(self.sampling, known.stride)
-        if self.numerics.compile == "graphs" and self.sampling.scale:
-            problems.append(
-                f"numerics.compile is graphs and sampling.scale {self.sampling.scale}; every window size would "
-                "record its own CUDA graph: give --numerics.compile yes or --sampling.scale 0"
-            )
-        if not 0 <= self.seed < 2**31:
-            problems.insert(0, f"seed is {self.seed}; give a number from 0 to {2**31 - 1}")
-        if problems:
+        if problems := [*_range_problems(self), *_consistency_problems(self)]:
             raise ConfigError(problems)
+
+
+def _range_problems(group: Any, prefix: str = "") -> Iterator[str]:
+    for item in dataclasses.fields(group):
+        value = getattr(group, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _range_problems(value, f"{prefix}{item.name}.")
+        for limits in getattr(item.type, "__metadata__", ()):
+            if isinstance(limits, Limits):
+                yield from limits.problems(prefix + item.name, value)
+
+
+def _consistency_problems(config: Config) -> Iterator[str]:
+    model, stages, numerics = config.model, config.stages, config.numerics
+    if known := BACKBONES.get(model.backbone):
+        yield from crop_problems(config.sampling, known.stride)
+    elif ":" not in model.backbone:
+        yield (
+            f"model.backbone is {model.backbone!r}; choose one of {', '.join(BACKBONES)}, or give your own "
+            "class as package.module:Class"
+        )
+    if model.weights_sha256 and not re.fullmatch(r"[0-9a-f]{64}", model.weights_sha256):
+        yield f"model.weights_sha256 is {model.weights_sha256!r}; a SHA-256 has 64 lower-case hexadecimal digits"
+    if stages.baseline.epochs == 0:
+        yield "stages.baseline.epochs is 0; the later stages start from the baseline: give at least 1"
+    if stages.joint.epochs > 0 and stages.decoders.epochs == 0:
+        yield (
+            "stages.decoders.epochs is 0 but stages.joint.epochs is not; fresh decoders would disturb the encoder: "
+            "give at least 1"
+        )
+    if numerics.activation_checkpointing and numerics.compile != "no":
+        yield (
+            f"numerics.activation_checkpointing is True and numerics.compile is {numerics.compile}; "
+            "the compiler decides itself what to recompute: set only one of them"
+        )
+    if numerics.compile == "graphs" and config.sampling.scale:
+        yield (
+            f"numerics.compile is graphs and sampling.scale {config.sampling.scale}; every window size would "
+            "record its own CUDA graph: give --numerics.compile yes or --sampling.scale 0"
+        )
 
 
 def to_json(config: Config) -> str:
@@ -353,19 +333,10 @@ def from_json(text: str | bytes, source: str) -> Config:
     except ValueError as error:
         raise ConfigError([f"{source} is not valid JSON: {error}"]) from error
     _rename_fields(content)
-    unknown = [
-        f"unknown field {name} in {source}; --help lists the fields of the configuration"
-        for name in _unknown_fields(content, Config)
-    ]
     try:
-        config = TypeAdapter(Config).validate_python(content)
-    except ConfigError as error:
-        raise ConfigError(unknown + error.problems) from None
+        return TypeAdapter(Config).validate_python(content)
     except ValidationError as error:
-        raise ConfigError(unknown + _problems(error, source)) from None
-    if unknown:
-        raise ConfigError(unknown)
-    return config
+        raise ConfigError(_problems(error, source)) from None
 
 
 def _rename_fields(content: Any) -> None:
@@ -380,30 +351,11 @@ def _rename_fields(content: Any) -> None:
 def _problems(error: ValidationError, source: str) -> list[str]:
     problems = []
     for item in error.errors(include_url=False):
+        name = ".".join(map(str, item["loc"]))
         if isinstance(cause := item.get("ctx", {}).get("error"), ConfigError):
             problems += cause.problems
+        elif item["type"] == "unexpected_keyword_argument":
+            problems.append(f"unknown field {name} in {source}; --help lists the fields of the configuration")
         else:
-            name = ".".join(map(str, item["loc"]))
             problems.append(f"{name} in {source} is {item['input']!r}: {item['msg'].lower()}")
     return problems
-
-
-def _unknown_fields(content: Any, group: Any, prefix: str = "") -> Iterator[str]:
-    if not isinstance(content, dict):
-        return
-    known = {item.name: item.type for item in dataclasses.fields(group)}
-    for name, value in content.items():
-        if name not in known:
-            yield prefix + name
-        elif dataclasses.is_dataclass(known[name]):
-            yield from _unknown_fields(value, known[name], f"{prefix}{name}.")
-
-
-def _at_least(name: str, value: float, lowest: float) -> Iterator[str]:
-    if not (math.isfinite(value) and value >= lowest):
-        yield f"{name} is {value}; give at least {lowest}"
-
-
-def _within(name: str, value: float, lowest: float, highest: float) -> Iterator[str]:
-    if not (math.isfinite(value) and lowest <= value <= highest):
-        yield f"{name} is {value}; give a number from {lowest} to {highest}"

@@ -241,7 +241,7 @@ def resize_map(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np
 
 def test_collate_pads_small_images_with_zero_weight(cache: ImageCache) -> None:
     image = cache[4]
-    small = dataclasses.replace(image, image=image.image[:20, :30], roi=None, encoded_depth=None)
+    small = dataclasses.replace(image, size=(20, 30), image=image.image[:20, :30], roi=None, encoded_depth=None)
     window = draw_window(CONFIG, small.size, seed=0, epoch=0, sample=0)
     batch = collate([Crop(small, small.size, window)], CONFIG)
     assert batch.image.shape[-2:] == (32, 32)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from crowdray.config import BACKBONES, Config, ConfigError, ModelConfig, SamplingConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.models.backbone import Backbone
 from crowdray.models.build import backbone_class, build_counter
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
 from crowdray.models.export import ExportedCounter
@@ -215,18 +214,6 @@ def test_load_pretrained_rejects_wrong_hashes_and_files_without_tensors(tmp_path
 def test_backbone_class_rejects_what_is_not_a_backbone(backbone: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         backbone_class(config_of(backbone))
-
-
-def test_backbone_accepts_previous_names_of_members() -> None:
-    class Old(Backbone):
-        published = ("features.",)
-        libraries = ("timm",)
-
-        def segments(self) -> list[nn.Module]:
-            return [nn.Identity()]
-
-    assert (Old.pretrained_prefixes, Old.requirements) == (("features.",), ("timm",))
-    assert isinstance(Old().checkpoint_segments()[0], nn.Identity)
 
 
 def test_config_rejects_crops_off_the_backbone_stride() -> None:

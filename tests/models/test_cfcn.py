@@ -10,8 +10,8 @@ from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.data.image_cache import downsample_image
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
+from crowdray.models.decoders import FixedUpsample
 from crowdray.models.export import ExportedCounter
-from crowdray.models.upsampling import FixedUpsample
 
 
 def parameters(module: nn.Module) -> int:

@@ -180,7 +180,9 @@ def test_density_of_window_equals_that_of_whole_image_where_loss_has_weight(disc
     rule, checked = trainer.loader.windows, 0
     for row in range(8):
         image = trainer.images[row]
-        wide = dataclasses.replace(image, image=image.image.repeat(2, axis=1), roi=None, encoded_depth=None)
+        wide = dataclasses.replace(
+            image, size=(64, 192), image=image.image.repeat(2, axis=1), roi=None, encoded_depth=None
+        )
         window = draw_window(rule, wide.size, seed=1, epoch=0, sample=row)
         batch = collate([Crop(wide, wide.size, window)], rule)
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.image_cache import DecodedImage, ImageLike, crop_image, crop_map, crop_mask
+from crowdray.data.image_cache import AnnotatedImage, DecodedImage, crop_image, crop_map, crop_mask
 from crowdray.data.sampling import Window, WindowConfig, loss_weight
 
 
@@ -101,7 +101,7 @@ class Batch:
         return ((image - 127.5) * scale + (127.5 + shift)).clamp(0, 255)
 
 
-ImageT = TypeVar("ImageT", bound=ImageLike)
+ImageT = TypeVar("ImageT", bound=AnnotatedImage)
 
 
 class Crop(NamedTuple, Generic[ImageT]):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crowdray.data.batch import Batch, Crop, Pixels, crop_targets, make_batch
-from crowdray.data.image_cache import DecodedImage, ImageCache, load_image
+from crowdray.data.image_cache import AnnotatedImage, DecodedImage, ImageCache, load_image
 from crowdray.data.sampling import WindowConfig
 
 _MAX_BYTES_PER_PIXEL = 6
@@ -27,28 +27,15 @@ _DECODED_AHEAD = 64
 
 
 @dataclass(frozen=True, eq=False)
-class GpuImage:
+class GpuImage(AnnotatedImage):
     """An image whose pixels are on the device."""
 
-    row: int
-    """Row in the dataset."""
-    size: tuple[int, int]
-    """Height and width."""
-    points: NDArray[np.float32]
-    """(N, 2) x y of the heads inside the region of interest."""
     number: int
     """Index among the images on the device."""
 
 
 class GpuImageCache:
-    """Images on a device by dataset row, at their own size only.
-
-    Args:
-        images: The images to copy.
-        pixels: Number of pixels of all images.
-        device: Where to keep them.
-        depth: Whether depth is needed.
-    """
+    """Images on a device by dataset row, at their own size only; `pixels` is the number of pixels of all images."""
 
     def __init__(self, images: Iterable[DecodedImage], pixels: int, device: torch.device, depth: bool = True) -> None:
         self._by_row: dict[int, GpuImage] = {}
@@ -130,17 +117,9 @@ class GpuImageCache:
 def build_gpu_cache(
     device: torch.device, images: ImageCache, rows: NDArray[np.int64], max_bytes: float, depth: bool = True
 ) -> GpuImageCache | None:
-    """Decode all training images and copy them to a device.
+    """Decode the training images `rows` as `images` does, and copy them to a device.
 
-    Args:
-        device: Where to keep them.
-        images: Their dataset, downsampling and use of regions of interest.
-        rows: Dataset rows of the training images.
-        max_bytes: Memory that they may take.
-        depth: Whether depth is needed.
-
-    Returns:
-        The cache; None if the images may need more than `max_bytes` or the device is out of memory.
+    Returns None if they may need more than `max_bytes` or the device is out of memory.
     """
     dataset, factor = images.dataset, images.downsample
     chosen = np.isin(dataset.rows("train"), rows)
@@ -172,7 +151,6 @@ class _DeferredBatch(Batch):
     windows: Tensor
     """(B, 6) int64, see `GpuImageCache.cut`."""
     with_depth: bool
-    """Whether depth is needed."""
     images: GpuImageCache
 
     def to(self, device: torch.device) -> Batch:

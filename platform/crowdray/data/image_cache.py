@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from mmap import mmap
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,32 +17,24 @@ from crowdray.data.sample import Sample, content_size, decode_depth, decode_imag
 from crowdray.data.shards import Dataset
 
 
-class ImageLike(Protocol):
-    """An image whose pixels may be elsewhere."""
-
-    @property
-    def row(self) -> int:
-        """Row in the dataset."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-
-    @property
-    def points(self) -> NDArray[np.float32]:
-        """(N, 2) x y of the heads inside the region of interest."""
-
-
 @dataclass(frozen=True, eq=False)
-class DecodedImage:
-    """A decoded sample in working pixels, from which windows are cut."""
+class AnnotatedImage:
+    """Size and heads of an image in working pixels; its pixels may be elsewhere."""
 
     row: int
     """Row in the dataset."""
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
+    size: tuple[int, int]
+    """Height and width."""
     points: NDArray[np.float32]
     """(N, 2) x y of the heads inside the region of interest."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage(AnnotatedImage):
+    """A decoded sample, from which windows are cut."""
+
+    image: NDArray[np.uint8]
+    """(H, W, 3) RGB."""
     roi: NDArray[np.bool_] | None
     """(H, W), the region of interest; None means everywhere."""
     encoded_depth: bytes | None
@@ -61,11 +52,6 @@ class DecodedImage:
             vars(self)["_depth"] = _shared_depth(self.encoded_depth, *self.size)
         depth: NDArray[np.float16] = vars(self)["_depth"]
         return depth
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.image.shape[0], self.image.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +119,7 @@ def load_image(sample: Sample, row: int, downsample: int, use_roi: bool) -> Deco
         column = np.clip(points[:, 0].astype(int), 0, width - 1)
         line = np.clip(points[:, 1].astype(int), 0, height - 1)
         points = points[roi[line, column]]
-    return DecodedImage(row, image, points, roi, None if sample.depth is None else bytes(sample.depth))
+    return DecodedImage(row, (height, width), points, image, roi, None if sample.depth is None else bytes(sample.depth))
 
 
 # Images of one scene often have equal masks and depth: they share the arrays too.
@@ -160,7 +146,7 @@ def downsample_image(image: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]
     return small.round().to(torch.uint8)[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def scaled_size(image: ImageLike, scale: float, stride: int) -> tuple[int, int]:
+def scaled_size(image: AnnotatedImage, scale: float, stride: int) -> tuple[int, int]:
     """Height and width after resizing by about `scale`, rounded to multiples of the stride unless `scale` is 1."""
     if scale == 1:
         return image.size

@@ -4,12 +4,13 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crowdray.data.batch import Batch, Crop, ImageT, collate
+from crowdray.data.batch import Batch, Crop, collate
 from crowdray.data.gpu_cache import GpuImageCache
 from crowdray.data.image_cache import ImageCache, scaled_size
 from crowdray.data.sampling import WindowConfig, draw_scale, draw_window, epoch_batches, rank_slice
@@ -114,21 +115,15 @@ class Loader:
             yield partial(self._collect, draws, number, position, len(batch), depth)
 
     def _collect(self, draws: NDArray[np.int64], epoch: int, number: int, global_size: int, depth: bool) -> Batch:
-        if isinstance(self.images, GpuImageCache):
-            on_gpu = self._crops(self.images.__getitem__, draws, epoch, number)
-            batch = self.images.collate(on_gpu, self.windows, global_size, depth)
-        else:
-            crops = self._crops(self.images.__getitem__, draws, epoch, number)
-            batch = collate(crops, self.windows, global_size, depth)
+        join = self.images.collate if isinstance(self.images, GpuImageCache) else collate
+        batch = join(self._crops(draws, epoch, number), self.windows, global_size, depth)
         return batch.pin() if self.pin else batch
 
-    def _crops(
-        self, load: Callable[[int], ImageT], draws: NDArray[np.int64], epoch: int, number: int
-    ) -> Iterator[Crop[ImageT]]:
+    def _crops(self, draws: NDArray[np.int64], epoch: int, number: int) -> Iterator[Crop[Any]]:
         """Crops image by image, so that at most two decoded images are in memory."""
         scale = draw_scale(self.windows, seed=self.seed, epoch=epoch, batch=number)
         for position, repeats in groupby(draws.tolist(), lambda draw: draw // self.repeats):
-            image = load(int(self.rows[position]))
+            image = self.images[int(self.rows[position])]
             size = scaled_size(image, scale, self.windows.stride)
             for draw in repeats:
                 repeat = draw % self.repeats

@@ -74,22 +74,8 @@ class Sample:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with copies of views into a mapped file."""
-
-        def copy(content: Encoded | None) -> bytes | None:
-            return None if content is None else bytes(content)
-
-        return Sample, (
-            self.name,
-            self.split,
-            self.scene,
-            copy(self.image),
-            self.height,
-            self.width,
-            np.array(self.points),
-            copy(self.roi),
-            copy(self.depth),
-            self.sha256,
-        )
+        values = (getattr(self, name) for name in self.__slots__)
+        return Sample, tuple(bytes(value) if isinstance(value, memoryview) else value for value in values)
 
 
 def make_sample(
@@ -105,14 +91,7 @@ def make_sample(
 ) -> Sample:
     """Make a sample: decode the image to check it and get its size, and hash it.
 
-    Args:
-        name: Name, unique within the split.
-        split: Split of the dataset.
-        scene: Camera or location.
-        image: Encoded image.
-        points: (N, 2) x y of heads, or any empty array.
-        roi: See `encode_roi`.
-        depth: See `encode_depth`.
+    Args as the fields of `Sample`, and:
         shape: (H, W) of an image that needs no check; skips decoding.
 
     Raises:

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, chain, groupby, pairwise
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -23,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
+from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Sample
 from crowdray.data.shard_reader import MappedShard, RemoteShard, Shard
 from crowdray.errors import DataError, UserError
 
@@ -143,24 +142,26 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
 
     The file gets its final name when it is complete. Raises DataError if there is no sample.
     """
-    runs: list[tuple[str, int]] = []
+    splits: list[str] = []
     heads: Counter[str] = Counter()
     with storage.staging_file(storage.join(storage.resolve(dest), f"shard-{number:05d}.arrow")) as scratch:
         with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for rows in _batches(samples):
                 writer.write_batch(_record_batch(rows))
-                runs.extend((split, len(list(run))) for split, run in groupby(row.split for row in rows))
                 for row in rows:
+                    splits.append(row.split)
                     heads[row.split] += len(row.points)
-        if not runs:
+        if not splits:
             raise DataError(f"shard {number} of {dest} has no samples; give at least one")
         sha256 = storage.hash_file(scratch)
         name = f"shard-{number:05d}-{sha256[:16]}.arrow"
         size = scratch.stat().st_size
-        if storage.is_local(dest):
-            _sync(scratch)
+        if storage.is_local(dest):  # after a power failure the index must not name a shard that was lost
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
         storage.publish_file(scratch, storage.join(dest, name))
-    return ShardInfo(name, sum(n for _, n in runs), size, sha256, _merge(runs), dict(heads))
+    runs = tuple((split, len(list(run))) for split, run in groupby(splits))
+    return ShardInfo(name, len(splits), size, sha256, runs, dict(heads))
 
 
 def write_index(
@@ -219,11 +220,8 @@ class Dataset:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "index": self.index, "verify": self._verify}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        Dataset.__init__(self, state["uri"], state["index"], verify=state["verify"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Dataset, verify=self._verify), (self.uri, self.index)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Rows of a split in ascending order. Raises UserError, listing the splits, for an unknown one."""
@@ -291,12 +289,6 @@ class Dataset:
         return self._open[number]
 
 
-def _sync(path: Path) -> None:
-    """Flush a file to the disk: after a power failure the index must not name a shard that was lost."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     rows: list[Sample] = []
     size = 0
@@ -311,25 +303,13 @@ def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 
 
 def _record_batch(rows: Sequence[Sample]) -> pa.RecordBatch:
-    def encoded(values: Iterable[Encoded | None]) -> pa.Array:
-        return pa.array([None if v is None else bytes(v) for v in values], type=pa.large_binary())
+    def arrow_value(value: Any) -> Any:
+        if isinstance(value, memoryview):
+            return bytes(value)
+        return value.reshape(-1) if isinstance(value, np.ndarray) else value
 
-    offsets = np.cumsum([0, *(row.points.size for row in rows)], dtype=np.int64)
-    points = np.concatenate([row.points.reshape(-1) for row in rows])
-    columns = {
-        "image": encoded(row.image for row in rows),
-        "roi": encoded(row.roi for row in rows),
-        "depth": encoded(row.depth for row in rows),
-        "points": pa.LargeListArray.from_arrays(offsets, points, type=SCHEMA.field("points").type),
-    }
-    for field in SCHEMA:
-        if field.name not in columns:
-            columns[field.name] = pa.array([getattr(row, field.name) for row in rows], type=field.type)
-    return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
-
-
-def _merge(runs: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    return tuple((split, sum(n for _, n in run)) for split, run in groupby(runs, key=lambda pair: pair[0]))
+    columns = [[arrow_value(getattr(row, name)) for row in rows] for name in SCHEMA.names]
+    return pa.RecordBatch.from_arrays(list(map(pa.array, columns, SCHEMA.types)), schema=SCHEMA)
 
 
 def shard_from_json(content: Mapping[str, Any]) -> ShardInfo:

@@ -54,17 +54,12 @@ class GridMetrics(Metrics):
 
 
 def summarise(counts: Sequence[ImageCount]) -> Metrics:
-    """Metrics of per-image counts; equal to the last bit for any order of the images.
-
-    Raises:
-        ValueError: If there is no image.
-    """
+    """Metrics of per-image counts, equal to the last bit for any order; ValueError without an image."""
     if not counts:
         raise ValueError("no images to evaluate; the split is empty")
     ordered = sorted(counts, key=lambda count: count.row)
-    truth = np.array([count.truth for count in ordered], dtype=np.float64)
-    predicted = np.array([count.predicted for count in ordered], dtype=np.float64)
-    unmasked = np.array([count.unmasked for count in ordered], dtype=np.float64)
+    columns = np.array([(count.truth, count.predicted, count.unmasked) for count in ordered], dtype=np.float64)
+    truth, predicted, unmasked = np.ascontiguousarray(columns.T)
     error = predicted - truth
     nonempty = truth > 0
     nae = float(np.mean(np.abs(error[nonempty]) / truth[nonempty])) if nonempty.any() else float("nan")

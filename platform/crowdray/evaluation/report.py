@@ -3,9 +3,11 @@
 Shape legend: H W image, h w density = ceil(H / k), ceil(W / k) for cells of k x k pixels, N heads.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -80,7 +82,8 @@ class Evaluation:
 
     def to_dict(self, **metadata: Any) -> dict[str, Any]:
         """The evaluation as JSON content after `metadata`; numbers that are not finite become None."""
-        content: dict[str, Any] = _finite({**metadata, "game_levels": GAME_LEVELS, **asdict(self)})
+        text = json.dumps({**metadata, "game_levels": GAME_LEVELS, **asdict(self)})
+        content: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
         return content
 
 
@@ -150,9 +153,8 @@ def summarise_images(images: Sequence[EvaluatedImage]) -> Evaluation:
     """Metrics over all images and per scene, for any order of the images; ValueError for none."""
     ordered = sorted(images, key=lambda image: image.row)
     with_roi = any(image.has_roi for image in ordered)
-    groups: dict[str, list[EvaluatedImage]] = {}
-    for image in sorted(ordered, key=lambda image: image.scene):
-        groups.setdefault(image.scene, []).append(image)
+    by_scene = attrgetter("scene")
+    groups = {scene: list(group) for scene, group in groupby(sorted(ordered, key=by_scene), by_scene)}
     if len(groups) in (1, len(ordered)):
         groups = {}
     inside = {scene: _metrics(group, _inside) for scene, group in groups.items()}
@@ -176,21 +178,7 @@ def _count(cells: NDArray[np.float64], points: NDArray[np.float32]) -> RegionCou
 
 
 def _metrics(images: Sequence[EvaluatedImage], region: Callable[[EvaluatedImage], RegionCount]) -> GridMetrics:
-    counts = [region(image) for image in images]
-    metrics = summarise(
-        [
-            ImageCount(image.row, count.truth, count.predicted, image.whole.predicted)
-            for image, count in zip(images, counts, strict=True)
-        ]
-    )
-    game = np.mean([count.game for count in counts], axis=0).tolist()
-    return GridMetrics(**asdict(metrics), heads=sum(count.truth for count in counts), game=tuple(game))
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    regions = [region(image) for image in images]
+    counts = [ImageCount(i.row, r.truth, r.predicted, i.whole.predicted) for i, r in zip(images, regions, strict=True)]
+    game = np.mean([r.game for r in regions], axis=0).tolist()
+    return GridMetrics(**asdict(summarise(counts)), heads=sum(r.truth for r in regions), game=tuple(game))

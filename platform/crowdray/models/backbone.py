@@ -5,20 +5,13 @@ Shape legend: B batch, H W image, C h w features.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crowdray.errors import UserError
 from crowdray.models.decoders import CountDecoder, DilatedDecoder
-
-_RENAMED_MEMBERS = {
-    "published": "pretrained_prefixes",
-    "libraries": "requirements",
-    "segments": "checkpoint_segments",
-}
-"""Previous names of members that subclasses may still define, until the next version."""
 
 
 class Backbone(nn.Module):
@@ -44,12 +37,6 @@ class Backbone(nn.Module):
     """Prefixes of the parameter names that `load_pretrained` takes from a file of pretrained weights."""
     requirements: ClassVar[tuple[str, ...]] = ()
     """Distributions besides torch whose code it runs; their versions are part of the stage cache's keys."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for old, new in _RENAMED_MEMBERS.items():
-            if old in vars(cls):
-                setattr(cls, new, vars(cls)[old])
 
     def checkpoint_segments(self) -> Sequence[Callable[[Tensor], Tensor]]:
         """The consecutive parts of `forward` between which activation checkpointing stores activations.

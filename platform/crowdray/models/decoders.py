@@ -8,9 +8,31 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crowdray.models.upsampling import FixedUpsample
+
+class FixedUpsample(nn.Module):
+    """Double height and width with the fixed 7x7 bilinear kernel of the paper's stride-2 deconvolution.
+
+    (B, C, h, w) to (B, C, 2h + 1, 2w + 1), each channel alone, any floating dtype; no trained parameter. Output cell 2i
+    is centred on input cell i, and a constant map stays constant. Edge values are replicated: zero padding would lose
+    up to a quarter of the mass at the border. The caller cuts the extra row and column: a slice that always removes
+    something exports for every image size, whereas one that sometimes does not leaves a guard on the size.
+    """
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0]) / 8  # the taps of each output parity sum to 1
+        self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Upsample x (B, C, h, w) to (B, C, 2h + 1, 2w + 1)."""
+        channels = x.shape[1]
+        padded = F.pad(x, (1, 2, 1, 2), mode="replicate")
+        return F.conv_transpose2d(padded, self.kernel.expand(channels, 1, 7, 7), stride=2, padding=5, groups=channels)
 
 
 class MapDecoder(nn.Module):
@@ -31,8 +53,7 @@ class MapDecoder(nn.Module):
         """Decode features (B, C, h, w) to a non-negative map (B, 1, 4h + 3, 4w + 3), float32."""
         channels = torch.relu(self.conv(features))
         mean = channels.mean(dim=1, keepdim=True, dtype=torch.promote_types(channels.dtype, torch.float32))
-        upsampled: Tensor = self.upsample(self.upsample(mean))
-        return upsampled
+        return apply_float32(self.upsample, apply_float32(self.upsample, mean))
 
 
 class LogitDecoder(MapDecoder):

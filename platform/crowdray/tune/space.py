@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -58,11 +58,11 @@ FIXED = {
 
 
 def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for item in dataclasses.fields(group):
-        if dataclasses.is_dataclass(item.type):
-            yield from _leaves(item.type, f"{prefix}{item.name}.")
+    for name, hint in get_type_hints(group).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{name}.")
         else:
-            yield prefix + item.name, item.type
+            yield prefix + name, hint
 
 
 FIELDS: dict[str, Any] = dict(_leaves(Config))
