@@ -9,11 +9,9 @@ written last and removed first, and no two publishers write to the same file.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -26,6 +24,7 @@ from crowdray import storage
 from crowdray.config import ConfigError
 from crowdray.errors import DataError, UserError
 from crowdray.stage_cache.keys import StageKey
+from crowdray.storage.paths import translated_errors
 from crowdray.training.checkpoint import Checkpoint, disk_full_as_user_error, load_checkpoint
 
 MANIFEST = "manifest.json"
@@ -38,7 +37,6 @@ LEFTOVER_S = 3600.0
 
 _FIX = "or set TMPDIR to another folder"
 _MANIFEST_PATH = re.compile(r"(\d{5})/" + re.escape(MANIFEST))
-_FILE_NAME = re.compile(r"[\w-][\w.-]*")
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +62,7 @@ class _Entry:
     size: int
     used: float
     """Time of the last load or write."""
-    whole: bool
+    is_whole: bool
 
 
 class StageStore:
@@ -107,7 +105,7 @@ class StageStore:
 
         A damaged state, or one with unknown configuration fields, is removed with a warning.
         """
-        uri = self._uri(state.key, state.epoch)
+        uri = self._uri(state.key, _folder(state.epoch))
         manifest = storage.read_bytes_or_none(storage.join(uri, MANIFEST))
         if manifest is None:
             return None
@@ -115,11 +113,13 @@ class StageStore:
         try:
             with _verified_files(uri, manifest) as folder:
                 return load_checkpoint(folder)
-        except (DataError, ConfigError) as error:
+        except UserError as error:
+            if not isinstance(error, DataError | ConfigError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise  # a fault of the network or of permissions, not of the state
             # A state that was removed, or removed and published again, while it was read is not damaged.
             if storage.read_bytes_or_none(storage.join(uri, MANIFEST)) == manifest:
                 _log.warning("%s cannot be used and will be trained again: %s", uri, error)
-                self._remove(state.key, state.epoch)
+                self._remove(state.key, _folder(state.epoch))
             return None
 
     def publish(self, key: StageKey, epoch: int, save: Callable[[Path], None]) -> None:
@@ -134,7 +134,7 @@ class StageStore:
             UserError: The disk is full; nothing is left behind.
         """
         assert 1 <= epoch < 10**5, f"epoch is {epoch}, not from 1 to 99999"
-        uri = self._uri(key.key, epoch)
+        uri = self._uri(key.key, _folder(epoch))
         if storage.exists(storage.join(uri, MANIFEST)):
             return
         with (
@@ -146,36 +146,35 @@ class StageStore:
             save(files)
             Path(scratch, MANIFEST).write_text(_manifest_of(files))
             _publish(Path(scratch), uri)
-        self._evict(key.key, epoch)
+        self._evict(key.key, _folder(epoch))
 
     def touch(self, state: StateId) -> None:
         """Mark a state as used now, which protects it from eviction for IDLE_S."""
-        storage.write_bytes(self._mark(state.key, state.epoch), b"")
+        storage.write_bytes(self._mark(state.key, _folder(state.epoch)), b"")
 
     def size(self) -> int:
         """Bytes of all states, whole or not."""
         return sum(file.size for file in storage.find_files(self._states))
 
-    def _uri(self, key: str, epoch: int) -> str:
-        return storage.join(self._states, key, f"{epoch:05d}")
+    def _uri(self, key: str, folder: str) -> str:
+        return storage.join(self._states, key, folder)
 
-    def _mark(self, key: str, epoch: int) -> str:
-        return storage.join(self._used, f"{key}-{epoch:05d}")
+    def _mark(self, key: str, folder: str) -> str:
+        return storage.join(self._used, f"{key}-{folder}")
 
-    def _remove(self, key: str, epoch: int) -> None:
-        storage.unpublish_directory(self._uri(key, epoch), MANIFEST)
-        storage.remove(self._mark(key, epoch))
+    def _remove(self, key: str, folder: str) -> None:
+        storage.unpublish_directory(self._uri(key, folder), MANIFEST)
+        storage.remove(self._mark(key, folder))
 
-    def _evict(self, key: str, epoch: int) -> None:
-        """Remove the least recently used states beyond the limit, but none that is in recent use or just published."""
-        idle_since = time.time() - IDLE_S
-        entries = self._without_leftovers(self._entries())
+    def _evict(self, key: str, folder: str) -> None:
+        """Remove old remains, and the least recently used idle states beyond the limit, except the one given."""
+        entries, now = self._entries(), time.time()
         total = sum(entry.size for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.used):
-            if total <= self.limit_bytes or entry.used > idle_since:
-                break
-            if entry.whole and (entry.key, int(entry.folder)) != (key, epoch):
-                self._remove(entry.key, int(entry.folder))
+            is_idle = entry.used < now - (IDLE_S if entry.is_whole else LEFTOVER_S)
+            is_needed = entry.is_whole and (total <= self.limit_bytes or (entry.key, entry.folder) == (key, folder))
+            if is_idle and not is_needed:
+                self._remove(entry.key, entry.folder)
                 total -= entry.size
         if total > self.limit_bytes:
             _log.warning(
@@ -203,19 +202,9 @@ class StageStore:
             for (key, folder), files in folders.items()
         ]
 
-    def _without_leftovers(self, entries: Sequence[_Entry]) -> list[_Entry]:
-        """Remove old folders and marks that killed processes left behind; returns the remaining entries."""
-        old, kept = time.time() - LEFTOVER_S, []
-        for entry in entries:
-            if entry.whole or entry.used > old:
-                kept.append(entry)
-            else:
-                storage.unpublish_directory(storage.join(self._states, entry.key, entry.folder), MANIFEST)
-        known = {f"{entry.key}-{entry.folder}" for entry in kept}
-        for mark in storage.find_files(self._used):
-            if mark.name not in known and mark.modified < old:
-                storage.remove(storage.join(self._used, mark.name))
-        return kept
+
+def _folder(epoch: int) -> str:
+    return f"{epoch:05d}"
 
 
 def _publish(local: Path, uri: str) -> None:
@@ -245,38 +234,14 @@ def _verified_files(uri: str, manifest: bytes) -> Iterator[Path]:
         content = json.loads(manifest)
         listed = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
         # Names become paths: a manifest must not reach other folders.
-        if not all(_FILE_NAME.fullmatch(name) for name in (content["folder"], *listed)):
+        if not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in (content["folder"], *listed)):
             raise ValueError(f"names {content['folder']!r}, {list(listed)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"its {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
-    source = storage.join(uri, content["folder"])
-    with tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch:
-        folder = Path(source if storage.is_local(uri) else scratch)
-        with disk_full_as_user_error(f"the state {uri}", _FIX):
-            for name, (size, sha256) in listed.items():
-                if not storage.is_local(uri):
-                    _copy(storage.join(source, name), folder / name)
-                _verify(folder / name, size, sha256)
+    with storage.local_copy(storage.join(uri, content["folder"])) as folder:
+        for name, expected in listed.items():
+            with translated_errors("read", str(folder / name)):
+                found = (folder / name).stat().st_size, storage.hash_file(folder / name)
+            if found != expected:
+                raise DataError(f"{name} has {found[0]} bytes and sha256 {found[1]}; its manifest says {expected}")
         yield folder
-
-
-def _copy(uri: str, path: Path) -> None:
-    try:
-        with storage.open_read(uri) as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    except UserError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise  # a fault of the network, not of the state
-
-
-def _verify(path: Path, size: int, sha256: str) -> None:
-    try:
-        found_size, found_sha256 = path.stat().st_size, storage.hash_file(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EIO):
-            raise UserError(f"cannot read {path}: {error.strerror}; check its owner and its permissions") from error
-        raise DataError(f"{path.name} cannot be read: {error.strerror}") from error
-    if (found_size, found_sha256) != (size, sha256):
-        raise DataError(
-            f"{path.name} has {found_size} bytes and sha256 {found_sha256}; its manifest says {size} and {sha256}"
-        )

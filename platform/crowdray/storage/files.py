@@ -142,7 +142,7 @@ def local_copy(uri: str) -> Iterator[Path]:
             raise DataError(f"{join(uri, file.name)} was cut off while it was copied; run the command again")
 
     with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
-        with translated_errors("copy", uri):
+        with translated_errors("copy", f"{uri} to {folder} (set TMPDIR to use another folder)"):
             fs, path = filesystem(uri)
             if not (found := find_files(uri, depth=1)):
                 raise FileNotFoundError(uri)
