@@ -215,7 +215,7 @@ def test_second_conversion_is_refused_while_the_first_runs(
         conversion.convert(open_part(part), dest)
 
 
-def test_conversion_that_lost_its_lock_neither_publishes_nor_cleans(part: Path, root_uri: str) -> None:
+def test_conversion_that_lost_its_lock_does_not_publish(part: Path, root_uri: str) -> None:
     with (
         pytest.raises(UserError, match=r"another one took over .*; wait until it finishes"),
         conversion.open_conversion(open_part(part), root_uri) as work,
@@ -223,12 +223,9 @@ def test_conversion_that_lost_its_lock_neither_publishes_nor_cleans(part: Path, 
         for slice_ in work.pending:
             work.add(work.convert(slice_))
         storage.remove(work.lock.uri)
-        partial = f"{root_uri}/{storage.PARTIAL}of-the-other"
-        storage.write_bytes(partial, b"half")
         work.publish()
-    assert storage.exists(partial) and not storage.exists(f"{root_uri}/{INDEX}")
+    assert not storage.exists(f"{root_uri}/{INDEX}")
     assert convert(part, root_uri) == []
-    assert not storage.exists(partial)
 
 
 def test_convert_lists_unusable_items_in_quarantine(part: Path, root_uri: str) -> None:
@@ -305,10 +302,13 @@ def test_convert_slice_with_missing_file_saves_no_result(part: Path, tmp_path: P
 
 
 def test_publish_refuses_shards_that_only_a_worker_can_see(part: Path, tmp_path: Path) -> None:
-    source, dest = open_part(part), str(tmp_path / "made")
-    result = conversion.convert_slice(source, source.items()[:3], dest, 0)
-    assert result.shard is not None
-    (tmp_path / "made" / result.shard.path).unlink()
-    with pytest.raises(UserError, match=rf"lacks 1 shards .* {result.shard.path}: with several nodes --dest"):
-        conversion.publish(dest, source, [result])
+    dest = tmp_path / "made"
+    with conversion.open_conversion(open_part(part), str(dest)) as work:
+        for slice_ in work.pending:
+            work.add(work.convert(slice_))
+        shard = work.results[0].shard
+        assert shard is not None
+        (dest / shard.path).unlink()
+        with pytest.raises(UserError, match=rf"lacks 1 shards .* {shard.path}: with several nodes --dest"):
+            work.publish()
     assert not (tmp_path / "made" / INDEX).exists()

@@ -4,7 +4,7 @@ Each slice of items becomes a shard; the index is written last. A slice needs on
 it. Equal sources result in equal bytes for any number of workers and any number of restarts.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -66,11 +66,32 @@ class Conversion:
             self._fail_lock_lost()
 
     def publish(self, *, strict: bool = False) -> Index:
-        """Publish the dataset once all slices are converted, see `publish`."""
+        """Write the index over the shards of all slices, which creates the dataset, and remove leftovers.
+
+        Unusable items are listed in quarantine.json; with `strict` they are errors.
+
+        Raises:
+            DataError: Nothing was published because of unusable items: any if `strict`, else most of a split.
+            UserError: Shards are missing at the destination, or another process has taken it over.
+        """
         assert not self.pending
         if not self.lock.renew():
             self._fail_lock_lost()
-        return publish(self.dest, self.source, self.results.values(), splits=self.splits, strict=strict)
+        source, ordered = self.source, [self.results[part.number] for part in self.slices]
+        shards = [result.shard for result in ordered if result.shard is not None]
+        stats = sum((result.stats for result in ordered), DatasetStats())
+        report = validate(source.name, source.depth_teacher, stats, source.notes(self.splits))
+        check_quarantine(report, strict=strict)
+        if not shards:
+            raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
+        _check_shards(self.dest, shards)
+        notes = _index_notes(report)
+        digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
+        if report.unusable:
+            write_quarantine(self.dest, report.unusable, digest)
+        index = write_index(self.dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
+        _clean(self.dest, index)
+        return index
 
     def _fail_lock_lost(self) -> None:
         raise UserError(
@@ -114,40 +135,6 @@ def convert_slice(source: Source, items: Sequence[Item], dest: str, number: int,
     return result
 
 
-def publish(
-    dest: str,
-    source: Source,
-    results: Iterable[SliceResult],
-    *,
-    splits: Sequence[str] = (),
-    strict: bool = False,
-) -> Index:
-    """Write the index over the shards of all slices, which creates the dataset, and remove leftovers.
-
-    Unusable items are listed in quarantine.json. Empty `splits` means all; `strict` treats any unusable item as an
-    error.
-
-    Raises:
-        DataError: Nothing was published because of unusable items: any if `strict`, else most of a split.
-        UserError: Shards are missing at `dest`.
-    """
-    ordered = sorted(results, key=lambda result: result.number)
-    shards = [result.shard for result in ordered if result.shard is not None]
-    stats = sum((result.stats for result in ordered), DatasetStats())
-    report = validate(source.name, source.depth_teacher, stats, source.notes(splits))
-    check_quarantine(report, strict=strict)
-    if not shards:
-        raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
-    _check_shards(dest, shards)
-    notes = _index_notes(report)
-    digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
-    if report.unusable:
-        write_quarantine(dest, report.unusable, digest)
-    index = write_index(dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
-    _clean(dest, index)
-    return index
-
-
 @contextmanager
 def open_conversion(
     source: Source,
@@ -171,12 +158,7 @@ def open_conversion(
         check_destination(dest, overwrite=overwrite)  # another process may have finished since
         keys = resume.slice_keys(source, listed)
         slices = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
-        try:
-            yield Conversion(source, dest, tuple(splits), lock, slices, resume.load_results(dest, keys))
-        except BaseException:
-            if lock.held:
-                _remove(dest, lambda name: name.startswith(storage.PARTIAL))
-            raise
+        yield Conversion(source, dest, tuple(splits), lock, slices, resume.load_results(dest, keys))
 
 
 def convert(
@@ -210,7 +192,10 @@ def _clean(dest: str, index: Index) -> None:
     keep = {INDEX, *(shard.path for shard in index.shards)}
     if read_quarantine(dest, index.digest):
         keep.add(QUARANTINE)
-    _remove(dest, lambda name: _is_dataset_file(name) and name not in keep)
+    for uri in storage.list_files(dest):
+        name = PurePosixPath(uri).name
+        if _is_dataset_file(name) and name not in keep:
+            storage.remove(uri)
     resume.clear(dest)
 
 
@@ -226,9 +211,3 @@ def _check_shards(dest: str, shards: Sequence[ShardInfo]) -> None:
 
 def _is_dataset_file(name: str) -> bool:
     return name in (INDEX, QUARANTINE) or bool(SHARD_NAME.fullmatch(name)) or name.startswith(storage.PARTIAL)
-
-
-def _remove(dest: str, matches: Callable[[str], bool]) -> None:
-    for uri in storage.list_files(dest) if storage.exists(dest) else []:
-        if matches(PurePosixPath(uri).name):
-            storage.remove(uri)
