@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,6 @@ from ..support.builders import heads, jpeg, make_shanghaitech, write_annotation
 
 FORK = multiprocessing.get_context("fork")
 SLICES = 4
-
-
-class _Killed(BaseException):
-    """Stands for a kill within one process."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +51,11 @@ def content(dest: str) -> dict[str, bytes]:
     return {file.name: storage.read_bytes(storage.join(dest, file.name)) for file in storage.find_files(dest)}
 
 
-def die_after(number: int, exception: type[BaseException] = _Killed) -> Callable[[SliceResult], None]:
-    def on_slice(result: SliceResult) -> None:
-        if result.number + 1 == number:
-            raise exception
-
-    return on_slice
+def convert_some(part: Path, dest: str, number: int, *, overwrite: bool = False) -> None:
+    """Convert some slices and stop, as an interrupted conversion does."""
+    with conversion.open_conversion(open_part(part), dest, overwrite=overwrite) as work:
+        for slice_ in work.pending[:number]:
+            work.add(work.convert(slice_))
 
 
 def convert(part: Path, dest: str, **options: Any) -> list[int]:
@@ -75,8 +70,7 @@ def test_convert_interrupted_after_any_slice_equals_unbroken(part: Path, root_ur
     assert convert(part, unbroken) == list(range(SLICES))
     for number in range(1, SLICES + 1):
         dest = f"{root_uri}/{number}"
-        with pytest.raises(_Killed):
-            conversion.convert(open_part(part), dest, on_slice=die_after(number))
+        convert_some(part, dest, number)
         assert not storage.exists(storage.join(dest, INDEX))
         assert convert(part, dest) == list(range(number, SLICES))
         assert content(dest) == content(unbroken)
@@ -84,8 +78,7 @@ def test_convert_interrupted_after_any_slice_equals_unbroken(part: Path, root_ur
 
 def test_convert_interrupted_overwrite_keeps_old_dataset_and_resumes(part: Path, root_uri: str) -> None:
     old = conversion.convert(open_part(part, depth="none"), root_uri)
-    with pytest.raises(KeyboardInterrupt):
-        conversion.convert(open_part(part), root_uri, overwrite=True, on_slice=die_after(2, KeyboardInterrupt))
+    convert_some(part, root_uri, 2, overwrite=True)
     Dataset.open(root_uri).verify()
     with pytest.raises(UserError, match="already contains a dataset"):
         conversion.convert(open_part(part), root_uri)
@@ -151,46 +144,30 @@ def test_convert_killed_at_any_moment_repeats_at_most_the_current_slice(
     assert repeated == set(range(SLICES + 1)), "the moments miss a slice"
 
 
-def test_convert_ignores_results_of_other_conversions(
+def test_open_conversion_ignores_results_of_other_conversions(
     part: Path, root_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt() -> None:
-        with pytest.raises(_Killed):
-            conversion.convert(open_part(part), root_uri, on_slice=die_after(3))
+    def pending(**options: Any) -> list[int]:
+        with conversion.open_conversion(open_part(part, **options), root_uri) as work:
+            return [slice_.number for slice_ in work.pending]
 
-    def repeated(**options: Any) -> list[int]:
-        numbers: list[int] = []
-
-        def on_slice(result: SliceResult) -> None:
-            numbers.append(result.number)
-            die_after(SLICES)(result)
-
-        with pytest.raises(_Killed):
-            conversion.convert(open_part(part, **options), root_uri, on_slice=on_slice)
-        for uri in storage.list_files(f"{root_uri}/{resume.FOLDER}"):
-            storage.remove(uri)
-        return numbers
-
-    interrupt()
-    assert repeated() == [3]
-    interrupt()
-    assert repeated(depth="none") == [0, 1, 2, 3]
-    interrupt()
-    (part / "train_data" / "images" / "IMG_6.jpg").write_bytes(jpeg(66))
-    assert repeated() == [1, 3]
-    interrupt()
-    write_annotation(part / "train_data" / "ground_truth" / "GT_IMG_9.mat", heads(9, 4))
-    assert 2 in repeated()
-    interrupt()
+    convert_some(part, root_uri, 3)
+    assert pending() == [3]
+    assert pending(depth="none") == [0, 1, 2, 3]
     with monkeypatch.context() as patch:
         patch.setattr(resume, "code_digest", lambda source: "another version")
-        assert repeated() == [0, 1, 2, 3]
-    interrupt()
-    for shard in (uri for uri in storage.list_files(root_uri) if "shard-00001" in uri):
-        storage.write_bytes(shard, storage.read_bytes(shard)[:-1])
+        assert pending() == [0, 1, 2, 3]
     result = next(uri for uri in storage.list_files(f"{root_uri}/{resume.FOLDER}") if "slice-00002" in uri)
     storage.write_bytes(result, b'{"number": 2')
-    assert repeated() == [1, 2, 3]
+    assert pending() == [2, 3]
+    (part / "train_data" / "images" / "IMG_6.jpg").write_bytes(jpeg(66))
+    assert pending() == [1, 2, 3]
+    write_annotation(part / "train_data" / "ground_truth" / "GT_IMG_2.mat", heads(2, 4))
+    assert pending() == [0, 1, 2, 3]
+    convert_some(part, root_uri, 3)
+    for shard in (uri for uri in storage.list_files(root_uri) if "shard-00001" in uri):
+        storage.write_bytes(shard, storage.read_bytes(shard)[:-1])
+    assert pending() == [1, 3]
 
 
 def test_saved_results_are_loaded_equal(part: Path, tmp_path: Path) -> None:
