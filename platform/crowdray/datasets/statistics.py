@@ -42,21 +42,16 @@ class ImageStats:
     """Statistics of one usable image."""
 
     split: str
-    """Split of the dataset."""
     name: str
-    """Name, unique in the split."""
     sha256: str
     """Hash of the encoded image."""
     height: int
-    """Height in pixels."""
     width: int
-    """Width in pixels."""
     colours: str
     """Colour model of the file: colour, grey or CMYK."""
     exif_rotated: bool
     """Whether its EXIF tag asks viewers to turn it, which training ignores."""
     heads: int
-    """Number of annotated heads."""
     outside: int
     """Number of heads outside the image."""
     overlapping: int
@@ -74,9 +69,7 @@ class UnusableItem:
     """An item that cannot be used, and the reason."""
 
     split: str
-    """Split of the dataset."""
     name: str
-    """Name, unique in the split."""
     file: str
     """URI of its image, or of its annotation if the image is missing."""
     reason: str
@@ -91,9 +84,7 @@ class DatasetStats:
     """Statistics of some items of a source, in their order."""
 
     images: list[ImageStats] = field(default_factory=list)
-    """Usable images."""
     unusable: list[UnusableItem] = field(default_factory=list)
-    """Items that cannot be used."""
     spacing: dict[str, Histogram] = field(default_factory=dict)
     """Per split: (112,) number of heads by distance to their nearest neighbour, see SPACING_EDGES."""
     missing: list[str] = field(default_factory=list)

@@ -38,15 +38,11 @@ class SplitStats:
     images: int
     """Usable images."""
     unusable: int
-    """Items that cannot be used."""
     heads: int
-    """Annotated heads."""
     counts: Distribution | None
     """Heads per image; None, like all that follow, if the split has no usable image."""
     heights: Distribution | None
-    """Heights in pixels."""
     widths: Distribution | None
-    """Widths in pixels."""
     colours: dict[str, int]
     """Number of images per colour model of their files."""
     exif_rotated: int
@@ -78,15 +74,11 @@ class ValidationReport:
     """Statistics of a source, and what is wrong with it."""
 
     source: str
-    """Name of the source."""
     depth_teacher: str
-    """Name and version of its depth teacher."""
     splits: dict[str, SplitStats]
-    """Statistics of each split, in the source's order."""
     images: list[ImageStats]
     """Every usable image, in the source's order."""
     unusable: list[UnusableItem]
-    """Every item that cannot be used."""
     duplicates: list[list[ImageStats]]
     """Groups of images with the same bytes."""
     problems: list[str]
@@ -111,7 +103,9 @@ class ValidationReport:
 
 def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:
     """Validate a source by the statistics of all its items; `notes` are the source's own."""
-    duplicates = _duplicates(stats.images)
+    duplicates, unusable = _duplicates(stats.images), []
+    if reasons := [str(item) for item in stats.unusable]:
+        unusable = [f"{_number(len(reasons), 'image')} cannot be used:\n  {_listed(reasons, _LINE)}"]
     return ValidationReport(
         source=source,
         depth_teacher=depth_teacher,
@@ -119,7 +113,7 @@ def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequen
         images=stats.images,
         unusable=stats.unusable,
         duplicates=duplicates,
-        problems=[*_unusable_problem(stats.unusable), *shared_problems(duplicates)],
+        problems=[*unusable, *shared_problems(duplicates)],
         notes=list(dict.fromkeys([*notes, *_notes(stats.images, duplicates)])),
     )
 
@@ -183,12 +177,6 @@ def _duplicates(images: Sequence[ImageStats]) -> list[list[ImageStats]]:
     for image in images:
         groups.setdefault(image.sha256, []).append(image)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _unusable_problem(unusable: Sequence[UnusableItem]) -> Iterator[str]:
-    if unusable:
-        reasons = [str(item) for item in unusable]
-        yield f"{_number(len(unusable), 'image')} cannot be used:\n  {_listed(reasons, _LINE)}"
 
 
 def _notes(images: Sequence[ImageStats], duplicates: Sequence[Sequence[ImageStats]]) -> Iterator[str]:

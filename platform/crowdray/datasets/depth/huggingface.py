@@ -14,7 +14,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import TeacherOptions, number_above
+from crowdray.datasets.depth.options import TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
@@ -39,7 +39,7 @@ class HuggingFaceDepth(DepthTeacher):
     def __init__(self, text: str) -> None:
         options = TeacherOptions.parse("hf", text, OPTIONS)
         self.gpu = options.flag("cuda")
-        self._ratio = options.value("range", number_above(1), RANGE)
+        self._ratio = options.ratio()
         self._model, self._commit = options.location, ""
         folder = Path(options.location).expanduser()
         if folder.is_dir():

@@ -16,7 +16,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import Sample, decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import TeacherOptions, number_above, positive_int
+from crowdray.datasets.depth.options import TeacherOptions, positive_int
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
@@ -63,7 +63,7 @@ class OnnxDepth(DepthTeacher):
         session = self._open(cuda=False) if self.gpu else self.session
         metadata = session.get_modelmeta().custom_metadata_map
         self._inverse = _is_inverse(options, metadata, self._uri)
-        self._ratio = options.value("range", number_above(1), RANGE)
+        self._ratio = options.ratio()
         self._mean, self._std = (_channels(options, metadata, name, self._uri) for name in ("mean", "std"))
         if not (self._std > 0).all():
             raise UserError(f"--depth onnx: std is {self._std.tolist()} for {self._uri}; give numbers above 0")
@@ -162,22 +162,14 @@ def _hash_and_size(uri: str) -> tuple[str, int]:
 def _layout(session: Any, uri: str) -> tuple[str, str]:
     """Names of input and output; UserError if they are not those of a depth network."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
-    shape = inputs[0].shape
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(shape) != 4 or not _compatible(shape[:2], (1, 3)):
+    if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
         found = "; ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
         raise UserError(f"{uri} has inputs {found}; a depth network has one, tensor(float) [1, 3, height, width]")
     maps = [one for one in outputs if one.name == PREDICTED] or outputs
-    shape = maps[0].shape
-    ranks = (3, 4) if shape else (0,)  # a graph need not declare the shape of its output
-    if len(maps) != 1 or len(shape) not in ranks or not _compatible(shape[:-2], (1, 1)):
+    if len(maps) != 1:
         found = "; ".join(f"{one.name} {one.shape}" for one in outputs)
         raise UserError(f"{uri} has outputs {found}; give a network with one map [1, height, width] or {PREDICTED}")
     return inputs[0].name, maps[0].name
-
-
-def _compatible(shape: Sequence[Any], expected: Sequence[int]) -> bool:
-    """Whether fixed sides equal the expected ones; dynamic sides are names or None."""
-    return all(not isinstance(side, int) or side == wanted for side, wanted in zip(shape, expected, strict=False))
 
 
 def _is_inverse(options: TeacherOptions, metadata: dict[str, str], uri: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
+from crowdray.datasets.depth.inverse import RANGE
 from crowdray.errors import UserError
 
 T = TypeVar("T")
@@ -64,22 +65,21 @@ class TeacherOptions:
                 f"--depth {self.teacher}: {given} is not like {option}={self.examples[option]} ({error})"
             ) from error
 
+    def ratio(self) -> float:
+        """Ratio of farthest to nearest depth for inverse depth, from the option range."""
+        return self.value("range", _ratio, RANGE)
+
     def identity(self, version: int, sha256: str) -> str:
         """Name of the teacher, such as `onnx-1:0123456789ab:inverse,range=20`; options in alphabetic order."""
         options = ",".join(f"{key}={value}" if value else key for key, value in sorted(self.options.items()))
         return ":".join(filter(None, (f"{self.teacher}-{version}", sha256[:12], options)))
 
 
-def number_above(minimum: float) -> Callable[[str], float]:
-    """A parser of finite numbers greater than `minimum`."""
-
-    def parse(text: str) -> float:
-        number = float(text)
-        if not minimum < number < float("inf"):
-            raise ValueError(f"it must be larger than {minimum:g}")
-        return number
-
-    return parse
+def _ratio(text: str) -> float:
+    ratio = float(text)
+    if not 1 < ratio < float("inf"):
+        raise ValueError("it must be larger than 1")
+    return ratio
 
 
 def positive_int(text: str) -> int:

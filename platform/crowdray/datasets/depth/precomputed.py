@@ -14,7 +14,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import Sample
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import TeacherOptions, number_above
+from crowdray.datasets.depth.options import TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
@@ -33,7 +33,7 @@ class PrecomputedDepth(DepthTeacher):
     def __init__(self, text: str) -> None:
         options = TeacherOptions.parse("precomputed", text, OPTIONS)
         self._inverse = options.flag("inverse")
-        self._ratio = options.value("range", number_above(1), RANGE)
+        self._ratio = options.ratio()
         self._flat = options.flag("flat")
         self._folder = storage.resolve(options.location)
         listed = [file for file in storage.find_files(self._folder) if PurePosixPath(file.name).suffix in READERS]

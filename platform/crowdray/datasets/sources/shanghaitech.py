@@ -72,10 +72,7 @@ def _find_part(source: str, part: str) -> tuple[str, str]:
         raise UserError(f"--part {part}: ShanghaiTech has parts A and B; choose one of them")
     if any(_has_split(source, split) for split in SPLITS):
         match = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
-        letter = match.group(1).upper() if match else ""
-        if part and letter and part != letter:
-            raise UserError(f"{source} is part {letter}, but --part is {part}; give the other folder")
-        return source, part or letter
+        return source, match.group(1).upper() if match else part
     found = [
         (root, letter)
         for letter in ((part,) if part else ("A", "B"))
