@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from crowdray.config import OptimizerConfig
@@ -31,6 +30,8 @@ def build_optimizer(
         )
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay, fused=True)
+    from pytorch_optimizer import Muon  # late: it imports transformers where that is installed, which takes seconds
+
     listed = list(parameters)
     common = {"lr": learning_rate, "weight_decay": config.weight_decay}
     groups = [

@@ -154,7 +154,8 @@ class _Driver:
             # Ray frees the workers of a stopped trial's own group through its dashboard.
             with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
                 slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), self.device)
-                self.callback.on_status(f"searching: {slots} trials at once, {trials} in total")
+                at_once = "1 trial" if slots == 1 else f"{slots} trials"
+                self.callback.on_status(f"searching: {at_once} at once, {trials} in total")
                 self.search(trial_tracker, opened, slots, trials, resources, use_gpu, lock)
                 best = _best(trial_tracker.record, study)
                 self.callback.on_status(
