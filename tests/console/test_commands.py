@@ -22,12 +22,10 @@ from crowdray.data.shards import Dataset
 from crowdray.datasets.sources import SOURCES
 from crowdray.errors import UserError
 from crowdray.evaluation.report import evaluate_images, summarise_images
-from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
-from crowdray.presets import debug
 from crowdray.registry.packaging import package_counter
 
-from ..support.counters import photo
+from ..support.counters import exported_counter, photo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,7 +100,7 @@ def test_convert_on_a_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pyt
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedCounter, str]:
     """A counter with downsampling 2, and the folder of its package."""
-    counter = ExportedCounter(build_counter(debug(), density_scale=10.0), downsample=2).eval()
+    counter = exported_counter(downsample=2)
     folder = tmp_path_factory.mktemp("package") / "model"
     package_counter(counter, photo(1, 64, 96), folder, config={}, metrics={}, tags={})
     return counter, str(folder)

@@ -2,15 +2,14 @@
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from torch import nn
 
+from crowdray.models.export import ExportedCounter
 from crowdray.registry.connection import connect
 from crowdray.registry.packaging import Package, package_counter
 
-from ..support.counters import METRICS, TAGS, PlainCounter, Repackage, photo
+from ..support.counters import METRICS, TAGS, exported_counter, photo
 
 
 @pytest.fixture(scope="session")
@@ -22,20 +21,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def counter() -> PlainCounter:
-    return PlainCounter().eval()
+def counter() -> ExportedCounter:
+    return exported_counter()
 
 
 @pytest.fixture(scope="session")
-def package(counter: PlainCounter, tmp_path_factory: pytest.TempPathFactory) -> Package:
+def package(counter: ExportedCounter, tmp_path_factory: pytest.TempPathFactory) -> Package:
     folder = tmp_path_factory.mktemp("package") / "model"
     return package_counter(counter, photo(1, 240, 320), folder, config={"seed": 0}, metrics=METRICS, tags=TAGS)
 
 
 @pytest.fixture(scope="session")
-def other_package(repackage: Repackage, tmp_path_factory: pytest.TempPathFactory) -> Package:
+def other_package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     """A package with other weights."""
-    return repackage(PlainCounter(seed=1), tmp_path_factory.mktemp("package") / "other")
+    folder = tmp_path_factory.mktemp("package") / "other"
+    return package_counter(exported_counter(seed=1), photo(1, 90, 120), folder, config={}, metrics=METRICS, tags=TAGS)
 
 
 @pytest.fixture
@@ -53,13 +53,3 @@ def silent_server() -> Iterator[str]:
         server.bind(("127.0.0.1", 0))
         server.listen()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.fixture(scope="session")
-def repackage() -> Repackage:
-    """Function that packages a counter with a common example and provenance."""
-
-    def package(counter: nn.Module, folder: Path) -> Package:
-        return package_counter(counter, photo(1, 90, 120), folder, config={}, metrics=METRICS, tags=TAGS)
-
-    return package

@@ -2,12 +2,13 @@
 
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from crowdray import storage
 from crowdray.config import Config, ModelConfig, SamplingConfig
@@ -15,9 +16,9 @@ from crowdray.errors import UserError
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter, Geometry
 from crowdray.registry.loading import LoadedCounter, load_counter
-from crowdray.registry.packaging import Package
+from crowdray.registry.packaging import Package, package_counter
 
-from ..support.counters import METRICS, TAGS, PlainCounter, Repackage, photo
+from ..support.counters import METRICS, TAGS, exported_counter, photo
 
 SIDES = (5, 32, 33, 97, 133)
 
@@ -30,27 +31,29 @@ def loaded(package: Package) -> LoadedCounter:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_load_counter_for_every_size_batch_and_dtype_equals_the_counter(
-    counter: PlainCounter, loaded: LoadedCounter, batch: int, dtype: torch.dtype
+    counter: ExportedCounter, loaded: LoadedCounter, batch: int, dtype: torch.dtype
 ) -> None:
     sizes = [(a, b) for a in SIDES for b in SIDES] + [(480, 640), (640, 481)]
     for height, width in sizes if batch == 1 else sizes[::4]:
         image = photo(batch, height, width).to(dtype)
         with torch.inference_mode():
             expected = counter(image)
-        assert expected.shape == (batch, 1, height, width)
         torch.testing.assert_close(loaded(image), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_load_counter_with_channels_last_image_equals_the_counter(counter: PlainCounter, loaded: LoadedCounter) -> None:
+def test_load_counter_with_channels_last_image_equals_the_counter(
+    counter: ExportedCounter, loaded: LoadedCounter
+) -> None:
     image = photo(1, 50, 97).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     torch.testing.assert_close(loaded(image), counter(image).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_package_counter_stores_metadata_and_size(
-    package: Package, loaded: LoadedCounter, counter: PlainCounter
+    package: Package, loaded: LoadedCounter, counter: ExportedCounter
 ) -> None:
-    assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS, "geometry": None}
-    assert loaded.parameters == package.parameters == sum(p.numel() for p in counter.parameters())
+    geometry = asdict(counter.geometry)
+    assert loaded.metadata == {"config": {"seed": 0}, "metrics": METRICS, "tags": TAGS, "geometry": geometry}
+    assert package.parameters == sum(p.numel() for p in counter.parameters())
     assert (package.path / "requirements.txt").read_text().count("crowdray") == 0
 
 
@@ -68,53 +71,28 @@ def test_load_counter_from_a_published_folder(package: Package) -> None:
     torch.testing.assert_close(load_counter(uri)(package.example), package.density)
 
 
-class AuxiliaryCounter(PlainCounter):
-    """Counter with auxiliary decoders, a density method and strip()."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.auxiliary = nn.Linear(100, 100)
-
-    def density(self, image: Tensor) -> Tensor:
-        return PlainCounter.forward(self, image)
-
+class BareSlice(ExportedCounter):
     def forward(self, image: Tensor) -> Tensor:
-        raise AssertionError("density() must be called instead")
-
-    def strip(self) -> nn.Module:
-        return PlainCounter()
-
-
-def test_package_counter_strips_auxiliary_decoders_and_replaces_the_folder(
-    repackage: Repackage, package: Package, other_package: Package, tmp_path: Path
-) -> None:
-    folder = tmp_path / "a"
-    folder.mkdir()
-    (folder / "old").touch()
-    stripped = repackage(AuxiliaryCounter(), folder)
-    assert stripped.parameters == package.parameters
-    assert stripped.weights == package.weights != other_package.weights
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not (folder / "old").exists()
-    torch.testing.assert_close(load_counter(str(folder))(stripped.example), stripped.density)
-
-
-class BareSlice(PlainCounter):
-    def forward(self, image: Tensor) -> Tensor:
-        density = F.interpolate(self.encoder(image * 1.0).mean(1, keepdim=True), scale_factor=4)
+        density = F.interpolate(super().forward(image)[..., ::4, ::4], scale_factor=4)
         return density[..., : image.shape[-2], : image.shape[-1]]
 
 
-class Cast(PlainCounter):
+class Cast(ExportedCounter):
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image.to(torch.float32))
 
 
-class DeviceBound(PlainCounter):
+class DeviceBound(ExportedCounter):
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image) + torch.zeros(1)
 
 
-class Branch(PlainCounter):
+class Moved(ExportedCounter):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward((image * 1.0).to(image.device))
+
+
+class Branch(ExportedCounter):
     def forward(self, image: Tensor) -> Tensor:
         return super().forward(image) * (2 if image.sum() > 3 else 1)
 
@@ -123,16 +101,19 @@ class Branch(PlainCounter):
     ("counter_class", "message"),
     [
         (BareSlice, "rejects .*Guard failed"),
-        (Cast, "rejects .* torch.float32"),
+        (Cast, "bound to the CPU: .*do not cast"),
         (DeviceBound, "bound to the CPU: the device is an argument of zeros"),
+        (Moved, "bound to the CPU: the device is an argument of .*, to;"),
         (Branch, "cannot be exported"),
     ],
 )
 def test_package_counter_with_an_unportable_forward_raises_and_writes_nothing(
-    counter_class: type[PlainCounter], message: str, repackage: Repackage, tmp_path: Path
+    counter_class: type[ExportedCounter], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        repackage(counter_class(), tmp_path / "a")
+        package_counter(
+            exported_counter(counter_class), photo(1, 90, 120), tmp_path / "a", config={}, metrics={}, tags={}
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,18 +133,16 @@ def test_load_counter_from_a_damaged_or_missing_package_raises(package: Package,
 def test_load_counter_of_a_pickled_model_raises(tmp_path: Path, package: Package) -> None:
     pickled = tmp_path / "pickled"
     shutil.copytree(package.path, pickled)
-    torch.save(PlainCounter(), pickled / "data/model.pt2")
+    torch.save(exported_counter(), pickled / "data/model.pt2")
     with pytest.raises(UserError, match=r"cannot be loaded: .*pickle"):
         load_counter(str(pickled))
 
 
 @pytest.mark.parametrize("downsample", [1, 2])
-def test_package_counter_of_csrnet_keeps_geometry_and_density(
-    repackage: Repackage, tmp_path: Path, downsample: int
-) -> None:
+def test_package_counter_of_csrnet_keeps_geometry_and_density(tmp_path: Path, downsample: int) -> None:
     base = Config(sampling=SamplingConfig(crop=32, context=0), model=ModelConfig("csrnet", "pooled"))
     counter = ExportedCounter(build_counter(base, 1.0), downsample).eval()
-    package = repackage(counter, tmp_path / "model")
+    package = package_counter(counter, photo(1, 90, 120), tmp_path / "model", config={}, metrics={}, tags={})
     assert package.parameters == 7_635_264 + 7_079_424 + 1_549_313
     loaded = load_counter(str(package.path))
     assert loaded.geometry == counter.geometry == Geometry(downsample, 8 * downsample, 8 * downsample, 154 * downsample)

@@ -13,12 +13,13 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
 from crowdray.errors import UserError
+from crowdray.models.export import ExportedCounter
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import Package
 from crowdray.registry.registration import RegisteredVersion, register
 from crowdray.registry.tracking import open_tracker
 
-from ..support.counters import METRICS, TAGS, PlainCounter, photo
+from ..support.counters import TAGS, photo
 
 
 def _run(store: str, key: str) -> str:
@@ -27,26 +28,26 @@ def _run(store: str, key: str) -> str:
     return tracker.run_id
 
 
-def test_register_twice_returns_the_same_version_linked_to_its_run(store: str, package: Package) -> None:
+def test_register_twice_returns_the_same_version_linked_to_its_run(
+    store: str, package: Package, tmp_path: Path
+) -> None:
     run_id = _run(store, "once")
     first = register(package, "crowdray-once", run_id, 7, store)
     again = register(package, "crowdray-once", run_id, 7, store)
-    assert first == RegisteredVersion("crowdray-once", 1, "models:/crowdray-once/1", "candidate", True)
-    assert again == replace(first, created=False)
+    assert first == RegisteredVersion("crowdray-once", 1, "models:/crowdray-once/1", "candidate") == again
 
     client = MlflowClient(store, store)
     version = client.get_model_version_by_alias("crowdray-once", "candidate")
     assert (str(version.version), version.run_id) == ("1", run_id)
     assert version.tags == {**TAGS, "val/mae": "2.5", "val/rmse": "3.25", "crowdray.weights": package.weights}
-    assert run_id in str(version.description)
     run = client.get_run(run_id)
     assert run.data.tags["crowdray.model"] == first.uri
-    assert run.data.metrics["best/val/mae"] == METRICS["val/mae"]
-    assert [(p.step, p.value) for p in client.get_metric_history(run_id, "best/val/mae")] == [(7, 2.5)]
     assert run.outputs is not None
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
-    assert model.source_run_id == run_id
+    assert (model.source_run_id, output.step) == (run_id, 7)
+    description = download_artifacts(f"{version.source}/MLmodel", dst_path=str(tmp_path))
+    assert f"run_id: {run_id}" in Path(description).read_text()
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "crowdray-once", "version": 1}]
     for uri in ("models:/crowdray-once@candidate", "models:/crowdray-once/1", f"runs:/{run_id}/model",
                 f"models:/{model.model_id}"):  # fmt: skip
@@ -110,7 +111,7 @@ assert not [name for name in sys.modules if name.startswith("crowdray.")]
 
 
 def test_registered_model_loads_without_crowdray(
-    store: str, package: Package, counter: PlainCounter, tmp_path: Path
+    store: str, package: Package, counter: ExportedCounter, tmp_path: Path
 ) -> None:
     import numpy as np
 
@@ -144,11 +145,3 @@ def test_load_counter_without_a_tracking_uri_raises(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
         load_counter("models:/a@candidate")
-
-
-def test_register_writes_the_run_id_into_the_model_files(store: str, package: Package, tmp_path: Path) -> None:
-    run_id = _run(store, "files")
-    register(package, "crowdray-files", run_id, 1, store)
-    uri = MlflowClient(store, store).get_model_version_download_uri("crowdray-files", "1")
-    text = Path(download_artifacts(f"{uri}/MLmodel", dst_path=str(tmp_path))).read_text()
-    assert f"run_id: {run_id}" in text

@@ -15,7 +15,7 @@ from crowdray.config import Config, StageConfig
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.presets import preset
-from crowdray.registry.tracking import NullTracker
+from crowdray.registry.tracking import Tracker
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import EpochMetrics
@@ -314,7 +314,7 @@ def test_group_trial_reports_epochs_that_the_stage_cache_held(
 def test_tracker_exit_ends_the_runs_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, ends = make_study(tmp_path), list[str]()
     with make_tracker(study) as tracker:
-        monkeypatch.setattr(NullTracker, "finish", lambda _, status: ends.append(status))
+        monkeypatch.setattr(Tracker, "finish", lambda _, status: ends.append(status))
         tracker.on_start(0, {}, study.config)
         tracker.on_start(1, {}, study.config)
         tracker.on_end(1, "complete", "")

@@ -39,16 +39,17 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
     tracker.sync_history(metric_rows(checkpoint.progress.history))
-    best = result.stages[result.best_stage].best
     tracker.log_summary(_final_metrics(result), checkpoint.progress.epochs)
+    epoch = result.stages[result.best_stage].best.epoch
     with tempfile.TemporaryDirectory(prefix="crowdray-publish-") as scratch:
         package = _package(run, checkpoint, result, dataset, tags, Path(scratch) / "model")
+        tracker.log_summary({f"best/{name}": value for name, value in package.metrics.items()}, epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
         version = None
         if tracking_uri is not None and tracker.run_id is not None:
             name = f"crowdray-{dataset.index.name}"
-            version = register(package, name, tracker.run_id, best.epoch, tracking_uri)
+            version = register(package, name, tracker.run_id, epoch, tracking_uri)
         figures = _draw(checkpoint, result, dataset, Path(scratch))
         for figure in figures:
             tracker.log_file(figure, "figures")

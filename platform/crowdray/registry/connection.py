@@ -20,7 +20,6 @@ from crowdray.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_DATABASES = ("postgresql", "mysql", "mssql")
 _ARTIFACT_CLIENTS = ("boto3", "botocore", "s3transfer", "google", "azure")
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _FIX = (
@@ -38,11 +37,16 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
     Raises:
         UserError: The URI has another form, does not answer within about `timeout_s` seconds, or is not MLflow.
     """
-    _check_form(uri)
     scheme = urlsplit(uri).scheme.partition("+")[0]
+    if "://" not in uri or scheme == "file":
+        folder = uri.removeprefix("file://").rstrip("/") or "."
+        raise UserError(
+            f"the tracking URI {uri!r} is a plain folder, which MLflow no longer supports; "
+            f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
+        )
     if scheme == "sqlite":
         _check_sqlite(sqlite_path(uri), uri)
-    elif scheme in _DATABASES:
+    elif scheme in _PORTS:
         _check_port(uri, _PORTS[scheme], timeout_s)
     configure_mlflow()
     from mlflow import MlflowClient
@@ -151,23 +155,6 @@ def _reason(error: BaseException) -> str:
     return text[0][:300].rstrip(" .;")
 
 
-def _check_form(uri: str) -> None:
-    scheme = urlsplit(uri).scheme.partition("+")[0]
-    if "://" not in uri or scheme == "file":
-        folder = uri.removeprefix("file://").rstrip("/") or "."
-        raise UserError(
-            f"the tracking URI {redacted(uri)!r} is a plain folder, which MLflow no longer supports; "
-            f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
-        )
-    if scheme not in ("http", "https", "sqlite", *_DATABASES) and not scheme.startswith("databricks"):
-        raise UserError(
-            f"the tracking URI {redacted(uri)!r} has the unknown scheme {scheme!r}; "
-            "use http://host:port, sqlite:////a/folder/mlflow.db or postgresql://..."
-        )
-    if scheme != "sqlite" and not scheme.startswith("databricks") and not urlsplit(uri).hostname:
-        raise UserError(f"the tracking URI {redacted(uri)!r} has no host; write it as {scheme}://host:port")
-
-
 def _check_sqlite(path: Path, uri: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,9 +169,8 @@ def _check_sqlite(path: Path, uri: str) -> None:
 
 def _check_port(uri: str, default_port: int, timeout_s: float) -> None:
     parts = urlsplit(uri)
-    assert parts.hostname is not None
+    address = parts.hostname or "localhost", parts.port or default_port
     try:
-        socket.create_connection((parts.hostname, parts.port or default_port), timeout=timeout_s).close()
+        socket.create_connection(address, timeout=timeout_s).close()
     except OSError as error:
-        where = f"{parts.hostname}:{parts.port or default_port}"
-        raise UserError(f"the MLflow database at {where} does not answer: {error}; {_FIX}") from error
+        raise UserError(f"the MLflow database at {address[0]}:{address[1]} does not answer: {error}; {_FIX}") from error

@@ -62,11 +62,6 @@ class LoadedCounter:
         fields: Any = self.metadata.get("geometry")
         return Geometry(**fields) if fields else None
 
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.graph.parameters())
-
     def __call__(self, image: Tensor) -> Tensor:
         """Return the density of raw RGB images.
 
@@ -144,18 +139,17 @@ def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:
 
 def _folder(uri: str, scratch: Path) -> Path:
     """Return the folder of a local package, or a local copy of the files of a remote one that loading needs."""
-    location = storage.resolve(uri).removesuffix(f"/{DESCRIPTION}").removesuffix(f"/{GRAPH}")
-    if not storage.exists(storage.join(location, DESCRIPTION)):
+    if not storage.exists(storage.join(uri, DESCRIPTION)):
         raise UserError(
             f"there is no packaged counter at {uri}: {DESCRIPTION} is missing; check the path, "
             "or use a registered version: models:/NAME@candidate"
         )
-    if storage.is_local(location):
-        return Path(location)
+    if storage.is_local(uri):
+        return Path(storage.resolve(uri))
     for name in (DESCRIPTION, GRAPH):
         target = scratch / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(storage.read_bytes(storage.join(location, name)))
+        target.write_bytes(storage.read_bytes(storage.join(uri, name)))
     return scratch
 
 
@@ -180,23 +174,18 @@ def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: floa
 
 def _artifact_location(client: "MlflowClient", uri: str) -> str:
     """Return the URI of a model's files: MLflow's own look-up of models:/ ignores the given tracking URI."""
-    path = urlsplit(uri).path.strip("/")
-    if uri.startswith("runs:"):
-        run_id, _, name = path.partition("/")
-        outputs = client.get_run(run_id).outputs
-        # Newest first: a run that was resumed after its registration has several.
-        for output in sorted(outputs.model_outputs if outputs else [], key=lambda output: -output.step):
-            model = client.get_logged_model(output.model_id)
-            if model.name == (name or MODEL_NAME) and str(model.status) == "READY":
-                return str(model.artifact_location)
-        raise ValueError(f"the run has no complete model named {name or MODEL_NAME!r}")
-    name, at, alias = path.partition("@")
-    if at:
-        version = client.get_model_version_by_alias(name, alias)
-        return client.get_model_version_download_uri(name, version.version)
-    name, _, number = path.rpartition("/")
-    if not name and path.startswith("m-"):
-        return str(client.get_logged_model(path).artifact_location)
-    if not name:
-        raise ValueError("the version or alias is missing")
-    return client.get_model_version_download_uri(name, number)
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    if uri.startswith("models:"):
+        found = get_model_name_and_version(client, uri)  # type: ignore[no-untyped-call]
+        if len(found) == 1:
+            return str(client.get_logged_model(*found).artifact_location)
+        return client.get_model_version_download_uri(*found)
+    run_id, _, name = urlsplit(uri).path.strip("/").partition("/")
+    outputs = client.get_run(run_id).outputs
+    # Newest first: a run that was resumed after its registration has several.
+    for output in sorted(outputs.model_outputs if outputs else [], key=lambda output: -output.step):
+        model = client.get_logged_model(output.model_id)
+        if model.name == (name or MODEL_NAME) and str(model.status) == "READY":
+            return str(model.artifact_location)
+    raise ValueError(f"the run has no complete model named {name or MODEL_NAME!r}")

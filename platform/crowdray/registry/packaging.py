@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crowdray import storage
 from crowdray.errors import UserError
+from crowdray.models.export import ExportedCounter
 from crowdray.registry.connection import configure_mlflow, silence_mlflow
 from crowdray.registry.loading import LoadedCounter, load_counter
 
 # Batch and sizes of test images: larger and smaller than the example, odd, multiples of 4 and of 16.
 _PROBES = ((1, 64, 64), (3, 50, 97), (2, 33, 132), (1, 128, 81))
 _EXAMPLE_SIDES = (64, 84)
-_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class Package:
 
 
 def package_counter(
-    counter: nn.Module,
+    counter: ExportedCounter,
     example: Tensor,
     dest: Path,
     *,
@@ -56,57 +54,30 @@ def package_counter(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
 ) -> Package:
-    """Export a counter to the folder `dest` in MLflow's format and verify the export.
+    """Export a copy of a counter to the new folder `dest` in MLflow's format and verify the export.
 
-    The export accepts any batch, height and width, and uint8 as well as float32. The folder is written atomically, by
-    a rename, and replaces an existing one.
+    The export accepts any batch, height and width, and uint8 as well as float32. The metadata contains the config,
+    metrics, tags and the counter's geometry.
 
     Args:
-        counter: A module with `density(image)`, or whose forward returns the density. It is copied to the CPU and
-            not modified; auxiliary decoders are removed by its `strip()`, if it has one. Its `geometry`, if any, is
-            stored in the metadata.
         example: uint8 or float RGB (B, 3, H, W), 0..255; the center of its first image becomes the input example.
-        config: Configuration, stored in the metadata.
-        metrics: Metrics, stored in the metadata.
-        tags: Provenance (data digest, dataset URI, git revision), stored in the metadata.
 
     Raises:
-        UserError: The counter cannot be exported, or the folder cannot be written.
+        UserError: The counter cannot be exported; nothing is written then.
     """
-    module = _DensityModule(counter).eval()
+    module = copy.deepcopy(counter).cpu().eval()
     example = _input_example(example)
-    partial = dest.with_name(f"{storage.PARTIAL}{uuid.uuid4().hex[:12]}-{dest.name}")
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": config, "metrics": metrics, "tags": tags, "geometry": asdict(counter.geometry)}
     try:
-        geometry = getattr(counter, "geometry", None)
-        metadata = {"config": config, "metrics": metrics, "tags": tags, "geometry": geometry and asdict(geometry)}
-        _export(module, example, partial, metadata)
-        _check_export(module, example, load_counter(str(partial)))
-        _check_portable(example, load_counter(str(partial), device="meta"))
-        _replace(dest, partial)
-    except OSError as error:
-        raise UserError(f"cannot write the packaged counter to {dest}: {error}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _export(module, example, dest, metadata)
+        _check_export(module, example, load_counter(str(dest)))
+    except BaseException:
+        shutil.rmtree(dest, ignore_errors=True)
+        raise
     with torch.inference_mode():
         density = module(example)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Package(dest, _digest(module), parameters, dict(metrics), dict(tags), example, density)
-
-
-class _DensityModule(nn.Module):
-    """Exported part of a counter: raw RGB in, density out."""
-
-    def __init__(self, counter: nn.Module) -> None:
-        super().__init__()
-        strip = getattr(counter, "strip", None)
-        stripped: nn.Module = strip() if strip is not None else counter
-        self.counter = copy.deepcopy(stripped).cpu()
-
-    def forward(self, image: Tensor) -> Tensor:
-        density = getattr(self.counter, "density", self.counter)
-        result: Tensor = density(image)
-        return result
 
 
 def _export(module: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, object]) -> None:
@@ -137,7 +108,18 @@ def _export(module: nn.Module, example: Tensor, folder: Path, metadata: Mapping[
 
 
 def _check_export(module: nn.Module, example: Tensor, loaded: LoadedCounter) -> None:
-    """Raise UserError if the export rejects a size, batch or dtype, or returns another density."""
+    """Raise UserError if the export is bound to a device, rejects a size, batch or dtype, or differs in density."""
+    nodes = getattr(loaded.graph, "graph").nodes  # noqa: B009
+    bound = [
+        str(node)
+        for node in nodes
+        if any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values()))
+    ]
+    if bound:
+        raise UserError(
+            f"the exported counter is bound to the CPU: the device is an argument of {', '.join(bound)}; do not "
+            "create tensors in its forward and do not cast any (.to), so that it runs on the device of its parameters"
+        )
     generator = torch.Generator().manual_seed(0)
     noise = [
         torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
@@ -155,42 +137,17 @@ def _check_export(module: nn.Module, example: Tensor, loaded: LoadedCounter) -> 
                     f"the exported counter rejects {shape}: {error.__cause__ or error}; write a forward "
                     "without branches on sizes, possibly empty slices, or casts (.to) of its input"
                 ) from error
-            scale = float(expected.abs().max())
-            if density.shape != expected.shape or not torch.allclose(
-                density, expected, rtol=_TOLERANCE, atol=_TOLERANCE * scale
-            ):
-                worst = float((density - expected).abs().max()) if density.shape == expected.shape else None
-                raise UserError(
-                    f"the exported counter differs from the counter on {shape}: {tuple(density.shape)} instead of "
-                    f"{tuple(expected.shape)}, largest difference {worst} at a largest density of {scale}"
-                )
+            if not same_density(density, expected):
+                raise UserError(f"the exported counter returns another density than the counter on {shape}")
 
 
-def _check_portable(example: Tensor, loaded: LoadedCounter) -> None:
-    """Raise UserError for a graph that is bound to the device it was traced on: it could not move to a GPU.
-
-    Args:
-        loaded: The counter on the meta device, where mixing CPU tensors with its parameters fails. Device checks of
-            the input, and tensors that never meet a parameter, are visible in the graph only.
-    """
-    nodes = getattr(loaded.graph, "graph").nodes  # noqa: B009
-    bound = [str(node) for node in nodes if node.kwargs.get("device") is not None]
-    problem = f"the device is an argument of {', '.join(bound)}" if bound else ""
-    if not problem:
-        try:
-            loaded(example)
-        except (AssertionError, RuntimeError) as error:
-            problem = str(error)
-    if problem:
-        raise UserError(
-            f"the exported counter is bound to the CPU: {problem}; do not create tensors in its forward and "
-            "do not cast any (.to), so that it runs on the device of its parameters"
-        )
+def same_density(density: Tensor, expected: Tensor) -> bool:
+    """Whether two densities are equal up to the rounding of float32."""
+    tolerance = 1e-5 * float(expected.abs().max())
+    return density.shape == expected.shape and torch.allclose(density, expected, rtol=1e-5, atol=tolerance)
 
 
 def _input_example(example: Tensor) -> Tensor:
-    if example.ndim != 4 or example.shape[1] != 3 or min(example.shape[2:]) < 2 or example.shape[0] < 1:
-        raise UserError(f"the example must be RGB (B, 3, H, W), 0..255, but has the shape {tuple(example.shape)}")
     # Two images, as torch.export would fix a batch of one; different sides, as it would unify equal ones. The sizes
     # do not depend on the image, so neither does the export.
     rows, columns = (
@@ -207,14 +164,3 @@ def _digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _replace(dest: Path, partial: Path) -> None:
-    """Replace a folder by a complete one; a kill in between leaves the old one under a hidden name."""
-    if dest.exists():
-        old = dest.with_name(f"{partial.name}-old")
-        dest.rename(old)
-        partial.rename(dest)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(dest)
