@@ -1,76 +1,58 @@
-"""The stage store: states are whole, the longest prefix is found, and recently used states are not evicted."""
+"""The stage store: states are whole, even under killed and racing processes, and only idle ones are evicted."""
 
-import logging
+import multiprocessing
 import os
+import signal
+import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
-import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from crowdray import storage
-from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.stage_cache import store as store_module
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.store import MANIFEST, StageStore, StateId
-from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, load_checkpoint, save_checkpoint
+from crowdray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
-UNLIMITED = 10**9
-BASELINE = StageKey("a" * 32, "baseline", 10)
-DECODERS = StageKey("b" * 32, "decoders", 4)
+from ..support.states import BASELINE, DECODERS, UNLIMITED, checkpoint, publish, same, stored
 
-
-def checkpoint(number: int) -> Checkpoint:
-    generator = torch.Generator().manual_seed(number)
-    weights = {"encoder.w": torch.randn(3, 4, generator=generator), "b": torch.full((5,), float(number))}
-    progress = Progress(1.5, 2.5, "data", 1, stage_epochs=number, best={"baseline": BestEpoch(number, 1.0, 2.0)})
-    moments = {"0.momentum": torch.randn(7, generator=generator)}
-    return Checkpoint(Config(seed=number), progress, weights, weights, moments, {"baseline": weights})
+FORK = multiprocessing.get_context("fork")
 
 
-def publish(store: StageStore, key: StageKey, epoch: int, number: int | None = None) -> StateId:
-    made = checkpoint(epoch if number is None else number)
-    store.publish(key, epoch, lambda folder: save_checkpoint(made, folder))
-    return StateId(key.key, key.stage, epoch)
+@pytest.fixture
+def store(root_uri: str) -> StageStore:
+    return StageStore(root_uri, UNLIMITED)
 
 
-def same(one: Checkpoint | None, other: Checkpoint) -> bool:
-    def tensors(saved: Checkpoint) -> dict[str, torch.Tensor]:
-        named = {"weights": saved.weights, "average": saved.ema, "optimizer": saved.optimizer, **saved.best_weights}
-        return {f"{group} {name}": value for group, values in named.items() for name, value in values.items()}
-
-    if one is None or (one.config, one.progress) != (other.config, other.progress):
-        return False
-    a, b = tensors(one), tensors(other)
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+@pytest.fixture
+def all_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat every state as idle for long."""
+    monkeypatch.setattr(store_module, "IDLE_S", -5.0)
 
 
 def files(store: StageStore, folder: str = "") -> list[str]:
     return [file.name for file in storage.find_files(storage.join(store.uri, folder) if folder else store.uri)]
 
 
-def must_not_save(folder: Path) -> None:
-    raise AssertionError("a stored state was saved again")
-
-
-def test_load_returns_the_published_state_bit_for_bit(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_load_returns_the_published_state_bit_for_bit(store: StageStore) -> None:
     state = publish(store, BASELINE, 3)
     assert store.find([BASELINE]) == state and store.epochs(BASELINE) == [3]
     assert same(store.load(state), checkpoint(3))
-    store.publish(BASELINE, 3, must_not_save)
+    publish(store, BASELINE, 3, number=4)  # the first one stays
+    assert same(store.load(state), checkpoint(3))
     assert store.load(StateId(BASELINE.key, BASELINE.stage, 4)) is None
-    assert store.size() == sum(f.size for f in storage.find_files(storage.join(root_uri, "states"))) > 0
 
 
-def test_find_in_an_empty_store_returns_none(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_find_in_an_empty_store_returns_none(store: StageStore) -> None:
     assert store.find([BASELINE, DECODERS]) is None and store.find([]) is None
     assert store.epochs(BASELINE) == [] and store.size() == 0
 
@@ -93,13 +75,12 @@ def test_find_returns_the_longest_stored_prefix(stored: list[tuple[int, set[int]
 @pytest.mark.parametrize("victim", ["weights.safetensors", "state.json", MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
 def test_load_removes_a_damaged_state(
-    root_uri: str, victim: str, damage: str, caplog: pytest.LogCaptureFixture
+    store: StageStore, victim: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = StageStore(root_uri, UNLIMITED)
     publish(store, BASELINE, 1)
     state = publish(store, BASELINE, 2)
     name = next(name for name in files(store, f"states/{BASELINE.key}/00002") if name.endswith(victim))
-    uri = storage.join(root_uri, "states", BASELINE.key, "00002", name)
+    uri = storage.join(store.uri, "states", BASELINE.key, "00002", name)
     content = bytearray(storage.read_bytes(uri))
     content[-1] ^= 1  # in the weights a number, which only the hash detects
     if damage == "lose":
@@ -114,8 +95,7 @@ def test_load_removes_a_damaged_state(
     assert (loaded := store.load(state)) is None or same(loaded, checkpoint(2))
 
 
-def test_load_removes_a_state_with_unknown_config_fields(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_load_removes_a_state_with_unknown_config_fields(store: StageStore) -> None:
 
     def save(folder: Path) -> None:
         save_checkpoint(checkpoint(1), folder)
@@ -125,8 +105,7 @@ def test_load_removes_a_state_with_unknown_config_fields(root_uri: str) -> None:
     assert store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None and store.epochs(BASELINE) == []
 
 
-def test_load_keeps_a_state_without_read_permission(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_load_keeps_a_state_without_read_permission(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     state = publish(store, BASELINE, 1)
 
     def forbidden(path: Path) -> str:
@@ -141,23 +120,19 @@ def test_load_keeps_a_state_without_read_permission(root_uri: str, monkeypatch: 
     assert store.epochs(BASELINE) == [1]
 
 
-def test_load_rejects_a_manifest_with_paths_to_other_folders(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+@pytest.mark.parametrize(
+    "manifest",
+    ['{"folder": "..", "files": {}}', "[]", '{"folder": "a", "files": {"../x": {"bytes": 1, "sha256": ""}}}'],
+)
+def test_load_rejects_a_manifest_with_paths_to_other_folders(store: StageStore, manifest: str) -> None:
     state = publish(store, BASELINE, 1)
-    uri = storage.join(root_uri, "states", BASELINE.key, "00001", MANIFEST)
-    for bad in (
-        b'{"folder": "..", "files": {}}',
-        b"[]",
-        b'{"folder": "a", "files": {"../x": {"bytes": 1, "sha256": ""}}}',
-    ):
-        storage.write_bytes(uri, bad)
-        assert store.load(state) is None and store.epochs(BASELINE) == []
+    storage.write_bytes(storage.join(store.uri, "states", BASELINE.key, "00001", MANIFEST), manifest.encode())
+    assert store.load(state) is None and store.epochs(BASELINE) == []
 
 
 def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
-    root_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: StageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = StageStore(root_uri, UNLIMITED)
     state = publish(store, BASELINE, 1)
     read = storage.read_bytes_or_none
 
@@ -165,15 +140,14 @@ def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
         content = read(uri)
         if uri.endswith(MANIFEST):
             monkeypatch.setattr(storage, "read_bytes_or_none", read)
-            storage.unpublish_directory(storage.join(root_uri, "states", BASELINE.key, "00001"), MANIFEST)
+            storage.unpublish_directory(storage.join(store.uri, "states", BASELINE.key, "00001"), MANIFEST)
         return content
 
     monkeypatch.setattr(storage, "read_bytes_or_none", remove_after_reading)
     assert store.load(state) is None and not caplog.records
 
 
-def test_publish_keeps_the_first_whole_state(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_publish_keeps_the_first_whole_state(store: StageStore) -> None:
 
     def save(folder: Path) -> None:
         publish(store, BASELINE, 1, number=5)  # another process is faster
@@ -183,18 +157,16 @@ def test_publish_keeps_the_first_whole_state(root_uri: str) -> None:
     assert same(store.load(StateId(BASELINE.key, BASELINE.stage, 1)), checkpoint(5))
 
 
-def test_publish_replaces_a_folder_without_manifest(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
-    storage.write_bytes(storage.join(root_uri, "states", BASELINE.key, "00001", "0f", "weights.safetensors"), b"half")
+def test_publish_replaces_a_folder_without_manifest(store: StageStore) -> None:
+    storage.write_bytes(storage.join(store.uri, "states", BASELINE.key, "00001", "0f", "weights.safetensors"), b"half")
     assert store.find([BASELINE]) is None and store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None
     assert same(store.load(publish(store, BASELINE, 1)), checkpoint(1))
 
 
 @pytest.mark.parametrize("source", ["os", "safetensors"])
 def test_publish_on_a_full_disk_raises_user_error_and_leaves_nothing(
-    root_uri: str, source: str, monkeypatch: pytest.MonkeyPatch
+    store: StageStore, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = StageStore(root_uri, UNLIMITED)
 
     def full(folder: Path) -> None:
         (folder / "weights.safetensors").write_bytes(b"half")
@@ -217,15 +189,8 @@ def test_publish_on_a_full_disk_raises_user_error_and_leaves_nothing(
     assert files(store) == []
 
 
-@pytest.fixture
-def all_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat every state as idle for long."""
-    monkeypatch.setattr(store_module, "IDLE_S", -5.0)
-
-
 @pytest.mark.usefixtures("all_idle")
-def test_eviction_removes_the_least_recently_used_states(root_uri: str) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_eviction_removes_the_least_recently_used_states(store: StageStore) -> None:
     states = []
     for epoch in range(1, 6):
         states.append(publish(store, BASELINE, epoch))
@@ -234,7 +199,7 @@ def test_eviction_removes_the_least_recently_used_states(root_uri: str) -> None:
     time.sleep(0.02)
     store.touch(states[1])
     time.sleep(0.02)
-    tight = StageStore(root_uri, store.size() * 4 // 5 + 100)  # four of the six states
+    tight = StageStore(store.uri, store.size() * 4 // 5 + 100)  # four of the six states
     publish(tight, DECODERS, 1)
     # In the order of their last use: 3, 4, 5, 1 (loaded), 2 (touched), the new one.
     assert tight.epochs(BASELINE) == [1, 2, 5] and tight.epochs(DECODERS) == [1]
@@ -274,12 +239,11 @@ def test_eviction_spares_the_state_just_published(root_uri: str) -> None:
 
 @pytest.mark.usefixtures("all_idle")
 def test_eviction_by_two_processes_at_once_removes_only_idle_states(
-    root_uri: str, monkeypatch: pytest.MonkeyPatch
+    store: StageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = StageStore(root_uri, UNLIMITED)
     for epoch in (1, 2, 3):
         publish(store, BASELINE, epoch)
-    tight = StageStore(root_uri, store.size() // 3 + 100)
+    tight = StageStore(store.uri, store.size() // 3 + 100)
     unpublish = storage.unpublish_directory
 
     def publish_meanwhile(uri: str, last: str) -> None:
@@ -293,15 +257,14 @@ def test_eviction_by_two_processes_at_once_removes_only_idle_states(
     assert len(tight.epochs(DECODERS)) == 1  # each process treats the other's state like any other
 
 
-def test_load_protects_a_state_while_a_slow_reader_reads(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_protects_a_state_while_a_slow_reader_reads(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "IDLE_S", 1.0)
-    store = StageStore(root_uri, UNLIMITED)
     state = publish(store, BASELINE, 1)
     time.sleep(1.1)
     epochs_while_reading: list[list[int]] = []
 
     def load_slowly(folder: Path) -> Checkpoint:
-        publish(StageStore(root_uri, 1), DECODERS, 1)
+        publish(StageStore(store.uri, 1), DECODERS, 1)
         epochs_while_reading.append(store.epochs(BASELINE))
         return load_checkpoint(folder)
 
@@ -310,12 +273,11 @@ def test_load_protects_a_state_while_a_slow_reader_reads(root_uri: str, monkeypa
     assert epochs_while_reading == [[1]]
 
 
-def test_publish_removes_old_remains_of_killed_processes(root_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = StageStore(root_uri, UNLIMITED)
+def test_publish_removes_old_remains_of_killed_processes(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.load(publish(store, BASELINE, 1))
     remains = ["states/c/.partial-0-00001/manifest.json", "states/c/00002/0f/half.bin"]
     for name in remains:
-        storage.write_bytes(storage.join(root_uri, name), b"remains")
+        storage.write_bytes(storage.join(store.uri, name), b"remains")
     publish(store, BASELINE, 2)
     assert set(remains) <= set(files(store))
     monkeypatch.setattr(store_module, "LEFTOVER_S", -5.0)
@@ -324,13 +286,131 @@ def test_publish_removes_old_remains_of_killed_processes(root_uri: str, monkeypa
     assert store.epochs(BASELINE) == [1, 2, 3] and f"used/{BASELINE.key}-00001" in files(store)
 
 
-def test_publish_rejects_epoch_zero(root_uri: str) -> None:
-    with pytest.raises(AssertionError, match="epoch is 0"):
-        publish(StageStore(root_uri, UNLIMITED), BASELINE, 0)
+def kill_before_operation(uri: str, limit: int, last: int, events: Any) -> None:
+    """Publish epoch 2 and die before file-system operation number `last`."""
+    count = 0
+    watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.copyfile", "os.utime")
+
+    def hook(event: str, _: object) -> None:
+        nonlocal count
+        if event in watched:
+            count += 1
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    publish(StageStore(uri, limit), BASELINE, 2)
+    events.put(count)
 
 
-def test_publish_and_load_log_nothing(root_uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="crowdray"):
-        store = StageStore(root_uri, UNLIMITED)
-        store.load(publish(store, BASELINE, 1))
-    assert [record for record in caplog.records if record.name.startswith("crowdray")] == []
+@pytest.mark.usefixtures("all_idle")
+def test_publish_killed_at_any_operation_leaves_whole_states_only(tmp_path: Path) -> None:
+    """Twenty moments distributed over the file-system operations of a publication with an eviction."""
+    base = StageStore(str(tmp_path / "base"), UNLIMITED)
+    publish(base, BASELINE, 1)
+    limit = base.size() + 100  # the second state evicts the first
+    events, seen = FORK.Queue(), set()
+
+    def attempt(name: str, last: int) -> tuple[int | None, str]:
+        uri = str(tmp_path / name)
+        publish(StageStore(uri, limit), BASELINE, 1)
+        process = FORK.Process(target=kill_before_operation, args=(uri, limit, last, events))
+        process.start()
+        process.join()
+        return process.exitcode, uri
+
+    assert attempt("whole", 0)[0] == 0
+    total = events.get(timeout=10)
+    for last in sorted({round(1 + part * (total - 1) / 19) for part in range(20)}):
+        status, uri = attempt(f"killed-{last}", last)
+        assert status == -signal.SIGKILL
+        store = StageStore(uri, limit)
+        left = stored(store)
+        seen.add(tuple(left.items()))
+        assert left in ({1: 1}, {1: 1, 2: 2}, {2: 2})
+        publish(store, BASELINE, 2)
+        assert store.find([BASELINE]) == publish(store, BASELINE, 3) and stored(store)[3] == 3
+    assert len(seen) > 1
+
+
+class Killed(BaseException):
+    """Stands for a kill where the store is in the memory of one process."""
+
+
+@pytest.mark.parametrize("last", range(1, 7))
+def test_upload_killed_at_any_file_leaves_whole_states_only(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
+    publish(store, BASELINE, 1)
+    put, done = MemoryFileSystem.put_file, list[str]()
+
+    def die(self: Any, local: str, remote: str, **options: Any) -> None:
+        done.append(remote)
+        if len(done) == last:
+            raise Killed
+        put(self, local, remote, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "put_file", die)
+        patch.setattr(MemoryFileSystem, "rm_file", lambda self, path: None)  # a killed process cleans nothing up
+        with pytest.raises(Killed):
+            publish(store, BASELINE, 2)
+    assert stored(store) == {1: 1}
+    publish(store, BASELINE, 2, number=3)
+    assert stored(store) == {1: 1, 2: 3}
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_concurrent_uploads_leave_one_whole_state(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second publisher starts before each of the files of the first."""
+    store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
+    put, done = MemoryFileSystem.put_file, list[str]()
+
+    def interrupt(self: Any, local: str, remote: str, **options: Any) -> None:
+        done.append(remote)
+        if len(done) == moment:
+            publish(store, BASELINE, 1, number=2)
+        put(self, local, remote, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", interrupt)
+    publish(store, BASELINE, 1)
+    assert stored(store)[1] in (1, 2)
+
+
+def publish_seven_epochs(uri: str, limit: int, number: int, start: Any) -> None:
+    store = StageStore(uri, limit)
+    for epoch in range(1, 8):
+        start.wait(60)
+        publish(store, BASELINE, epoch, number)
+        store.load(StateId(BASELINE.key, BASELINE.stage, max(1, epoch - 1)))
+
+
+@pytest.mark.usefixtures("all_idle")
+@pytest.mark.parametrize("tight", [False, True], ids=["unlimited", "evicting"])
+def test_racing_publishers_leave_one_whole_state_per_epoch(tmp_path: Path, tight: bool) -> None:
+    one = StageStore(str(tmp_path / "one"), UNLIMITED)
+    publish(one, BASELINE, 1)
+    limit = 2 * one.size() + 100 if tight else UNLIMITED
+    uri, racers = str(tmp_path / "store"), 3
+    start = FORK.Barrier(racers)
+    processes = [FORK.Process(target=publish_seven_epochs, args=(uri, limit, n, start)) for n in range(racers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    store = StageStore(uri, limit)
+    left = stored(store)
+    assert set(left.values()) <= set(range(racers)) and max(left) == 7
+    assert store.size() <= limit if tight else set(left) == set(range(1, 8))
+    assert not [file.name for file in storage.find_files(uri) if storage.PARTIAL in file.name]
+
+
+@pytest.mark.usefixtures("all_idle")
+def test_publish_leaves_foreign_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "LEFTOVER_S", -5.0)
+    note = tmp_path / "states" / "note.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    store = StageStore(str(tmp_path), 1)
+    publish(store, BASELINE, 1)
+    assert note.read_text() == "mine" and store.epochs(BASELINE) == [1]

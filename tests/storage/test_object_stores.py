@@ -14,22 +14,19 @@ from typing import Any
 import fsspec
 import pytest
 import s3fs
-import torch
 
 from crowdray import storage
-from crowdray.config import Config
 from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.errors import UserError
 from crowdray.stage_cache import store as store_module
-from crowdray.stage_cache.keys import StageKey
-from crowdray.stage_cache.store import StageStore, StateId
+from crowdray.stage_cache.store import StageStore
 from crowdray.storage import files, paths
 from crowdray.storage.lock import Lock
-from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
 
 from ..support.builders import samples
+from ..support.states import BASELINE, UNLIMITED, publish, stored
 from ..support.stores import Store, moto, rclone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,40 +181,22 @@ def test_open_with_expired_credentials_does_not_report_a_missing_dataset(
         Dataset.open(prefix)
 
 
-KEY = StageKey("a" * 32, "baseline", 10)
-
-
-def save(number: int) -> Any:
-    weights = {"w": torch.full((1000,), float(number))}
-    made = Checkpoint(Config(seed=number), Progress(1.0, 1.0, "data", 1), weights, weights, weights)
-    return lambda folder: save_checkpoint(made, folder)
-
-
 def test_stage_store_keeps_whole_states_and_evicts_idle_ones(
     store: Store, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = StageStore(prefix, 10**9)
-    states.publish(KEY, 1, save(1))
-    tight = StageStore(prefix, states.size() + 100)
-    tight.publish(KEY, 2, save(2))
-    assert states.epochs(KEY) == [1, 2]
-    monkeypatch.setattr(store_module, "IDLE_S", -60.0)
-    tight.publish(KEY, 3, save(3))
-    state = StateId(KEY.key, KEY.stage, 3)
-    assert states.find([KEY]) == state and states.epochs(KEY) == [3]
-    store.proxy.inject("cut", r"weights\.safetensors")
-    loaded = states.load(state)
-    assert loaded is not None and loaded.weights["w"][0] == 3 and loaded.config.seed == 3
-
-
-def test_stage_store_publishes_a_state_again_after_a_failed_upload(store: Store, prefix: str) -> None:
-    states = StageStore(prefix, 10**9)
+    states = StageStore(prefix, UNLIMITED)
     store.proxy.inject("error", r"manifest\.json", method="PUT", times=3)
     with pytest.raises(UserError, match="internal error"):
-        states.publish(KEY, 1, save(1))
-    assert states.epochs(KEY) == [] and storage.find_files(storage.join(prefix, "states")) == []
-    states.publish(KEY, 1, save(1))
-    assert states.epochs(KEY) == [1]
+        publish(states, BASELINE, 1)
+    assert storage.find_files(storage.join(prefix, "states")) == []
+    publish(states, BASELINE, 1)
+    tight = StageStore(prefix, states.size() + 100)
+    publish(tight, BASELINE, 2)
+    assert states.epochs(BASELINE) == [1, 2]
+    monkeypatch.setattr(store_module, "IDLE_S", -60.0)
+    assert publish(tight, BASELINE, 3) == states.find([BASELINE])
+    store.proxy.inject("cut", r"weights\.safetensors")
+    assert stored(states) == {3: 3}
 
 
 @only_moto
