@@ -1,5 +1,6 @@
 """The stage store: states are whole, even under killed and racing processes, and only idle ones are evicted."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -50,11 +51,6 @@ def test_load_returns_the_published_state_bit_for_bit(store: StageStore) -> None
     publish(store, BASELINE, 3, number=4)  # the first one stays
     assert same(store.load(state), checkpoint(3))
     assert store.load(StateId(BASELINE.key, BASELINE.stage, 4)) is None
-
-
-def test_find_in_an_empty_store_returns_none(store: StageStore) -> None:
-    assert store.find([BASELINE, DECODERS]) is None and store.find([]) is None
-    assert store.epochs(BASELINE) == [] and store.size() == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -120,12 +116,10 @@ def test_load_keeps_a_state_without_read_permission(store: StageStore, monkeypat
     assert store.epochs(BASELINE) == [1]
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    ['{"folder": "..", "files": {}}', "[]", '{"folder": "a", "files": {"../x": {"bytes": 1, "sha256": ""}}}'],
-)
-def test_load_rejects_a_manifest_with_paths_to_other_folders(store: StageStore, manifest: str) -> None:
+@pytest.mark.parametrize(("folder", "file"), [("..", "x"), ("a", "../x"), ("a", "")])
+def test_load_rejects_a_manifest_with_paths_to_other_folders(store: StageStore, folder: str, file: str) -> None:
     state = publish(store, BASELINE, 1)
+    manifest = json.dumps({"folder": folder, "files": {file: {"bytes": 1, "sha256": ""}}})
     storage.write_bytes(storage.join(store.uri, "states", BASELINE.key, "00001", MANIFEST), manifest.encode())
     assert store.load(state) is None and store.epochs(BASELINE) == []
 
@@ -329,7 +323,7 @@ def test_publish_killed_at_any_operation_leaves_whole_states_only(tmp_path: Path
         seen.add(tuple(left.items()))
         assert left in ({1: 1}, {1: 1, 2: 2}, {2: 2})
         publish(store, BASELINE, 2)
-        assert store.find([BASELINE]) == publish(store, BASELINE, 3) and stored(store)[3] == 3
+        assert publish(store, BASELINE, 3) == store.find([BASELINE]) and stored(store)[3] == 3
     assert len(seen) > 1
 
 
