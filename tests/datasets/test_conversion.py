@@ -1,8 +1,8 @@
-"""Conversions that are killed, run twice or given faulty items equal an unbroken one, or raise."""
+"""Conversions publish the samples of a source; interrupted ones resume, faulty ones raise."""
 
-import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -15,15 +15,24 @@ import numpy as np
 import pytest
 
 from crowdray import storage
+from crowdray.data.sample import Sample
 from crowdray.data.shards import INDEX, Dataset
 from crowdray.datasets import conversion, resume
 from crowdray.datasets.quarantine import QUARANTINE, read_quarantine
 from crowdray.datasets.resume import SliceResult
-from crowdray.datasets.sources import Source, open_source
+from crowdray.datasets.sources import Item, Source, open_source
 from crowdray.errors import DataError, UserError
 from crowdray.storage import lock as locks
 
-from ..support.builders import heads, jpeg, make_shanghaitech, write_annotation
+from ..support.builders import (
+    heads,
+    jpeg,
+    make_shanghaitech,
+    mixed_samples,
+    sample_fields,
+    samples,
+    write_annotation,
+)
 
 FORK = multiprocessing.get_context("fork")
 SLICES = 4
@@ -32,6 +41,27 @@ SLICES = 4
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 3)
+
+
+class ListSource:
+    """A source of samples in memory."""
+
+    name = "list"
+    depth_teacher = "none"
+    teacher = None
+    gpu = False
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def items(self, splits: Sequence[str] = ()) -> list[Item]:
+        return [Item(sample.split, sample.name, number=n) for n, sample in enumerate(self.samples)]
+
+    def load(self, item: Item) -> Sample:
+        return self.samples[item.number]
+
+    def notes(self, splits: Sequence[str] = ()) -> list[str]:
+        return []
 
 
 @pytest.fixture
@@ -207,18 +237,12 @@ def test_conversion_that_lost_its_lock_does_not_publish(part: Path, root_uri: st
 
 def test_convert_lists_unusable_items_in_quarantine(part: Path, root_uri: str) -> None:
     index = conversion.convert(open_part(part), root_uri)
-    dataset = Dataset.open(root_uri)
     names = [f"IMG_{n}" for n in range(1, 12) if n not in (5, 8)]
-    assert dataset.strings("name", "train") == names
-    quarantine = json.loads(storage.read_bytes(f"{root_uri}/{QUARANTINE}"))
-    assert quarantine["digest"] == index.digest
+    assert Dataset.open(root_uri).strings("name", "train") == names
     images = part / "train_data" / "images"
-    assert [(item["split"], item["name"], item["file"]) for item in quarantine["items"]] == [
-        ("train", "IMG_5", str(images / "IMG_5.jpg")),
-        ("train", "IMG_8", str(images / "IMG_8.jpg")),
-    ]
-    for item, reason in zip(quarantine["items"], ("cannot be decoded", "1 of 2 points are not finite"), strict=True):
-        assert reason in item["reason"]
+    truncated, infinite = read_quarantine(root_uri, index.digest)
+    assert truncated.file == str(images / "IMG_5.jpg") and "cannot be decoded" in truncated.reason
+    assert infinite.file == str(images / "IMG_8.jpg") and "1 of 2 points are not finite" in infinite.reason
     assert "2 items left out as unusable, see quarantine.json" in index.notes
 
     (images / "IMG_5.jpg").write_bytes(jpeg(5))
@@ -289,3 +313,64 @@ def test_publish_refuses_shards_that_only_a_worker_can_see(part: Path, tmp_path:
         with pytest.raises(UserError, match=rf"lacks 1 shards .* {shard.path}: with several nodes --dest"):
             work.publish()
     assert not (tmp_path / "made" / INDEX).exists()
+
+
+def test_convert_publishes_the_samples_of_the_source(root_uri: str) -> None:
+    originals = mixed_samples()
+    seen: list[int] = []
+    index = conversion.convert(ListSource(originals), root_uri, on_slice=lambda result: seen.append(result.number))
+    dataset = Dataset.open(root_uri)
+    assert dataset.index == index and seen == list(range(len(index.shards)))
+    assert [sample_fields(dataset.sample(row)) for row in range(len(dataset))] == [sample_fields(s) for s in originals]
+    names = sorted(uri.rsplit("/", 1)[1] for uri in storage.list_files(root_uri))
+    assert names == sorted([INDEX, *(shard.path for shard in index.shards)])
+
+
+def test_slices_converted_in_any_order_result_in_the_same_dataset(tmp_path: Path) -> None:
+    source = ListSource(mixed_samples())
+    digests = []
+    for name, step in (("ahead", 1), ("back", -1)):
+        with conversion.open_conversion(source, str(tmp_path / name)) as work:
+            for part in work.pending[::step]:
+                work.add(pickle.loads(pickle.dumps(work.convert(part))))
+            digests.append(work.publish().digest)
+    assert digests[0] == digests[1]
+
+
+def test_convert_replaces_a_dataset_only_with_overwrite(root_uri: str) -> None:
+    old = conversion.convert(ListSource(samples(3)), root_uri)
+    with pytest.raises(UserError, match=r"already contains a dataset.*--overwrite"):
+        conversion.convert(ListSource(samples(4)), root_uri)
+    assert Dataset.open(root_uri).index == old
+    new = conversion.convert(ListSource(samples(4)), root_uri, overwrite=True)
+    assert Dataset.open(root_uri).index == new and new.digest != old.digest
+    assert len(storage.list_files(root_uri)) == 1 + len(new.shards)
+
+
+def test_convert_rejects_a_folder_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"thesis\.tex.*another --dest"):
+            conversion.convert(ListSource(samples(3)), str(tmp_path), overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_convert_removes_leftovers_of_an_interrupted_conversion(root_uri: str) -> None:
+    source = ListSource(samples(6))
+    conversion.convert_slice(source, source.items()[:2], root_uri, 7)
+    if storage.is_local(root_uri):
+        storage.write_bytes(storage.join(root_uri, f"{storage.PARTIAL}123-shard-00000.arrow"), b"half")
+    with pytest.raises(UserError, match="its conversion is unfinished"):
+        Dataset.open(root_uri)
+    index = conversion.convert(source, root_uri)
+    assert len(storage.list_files(root_uri)) == 1 + len(index.shards)
+
+
+def test_convert_notes_repeated_images_in_one_line(tmp_path: Path) -> None:
+    index = conversion.convert(ListSource([*samples(3), *samples(2, "test")]), str(tmp_path / "made"))
+    assert any("train/000 = test/000; train/001 = test/001" in note for note in index.notes)
+
+
+def test_convert_without_images_raises_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to convert"):
+        conversion.convert(ListSource([]), str(tmp_path / "made"))

@@ -1,5 +1,6 @@
 """Builders of small datasets in official layouts, for tests of sources, conversion and faults."""
 
+import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.io import savemat
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.shards import ROWS_PER_BATCH
+from crowdray.datasets.depth.teacher import DepthInput
 
 HEIGHT, WIDTH = 24, 32
 
@@ -56,6 +59,14 @@ def sample_fields(sample: Sample) -> tuple[object, ...]:
     copy = pickle.loads(pickle.dumps(sample))
     fields = (getattr(copy, name) for name in Sample.__slots__ if name != "points")
     return (*fields, copy.points.tobytes(), copy.points.shape, copy.points.dtype)
+
+
+def make_depth_input(image: NDArray[np.uint8], name: str = "a", split: str = "train") -> DepthInput:
+    """Input of a depth teacher: an image (H, W, 3) without heads."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    content, points = buffer.getvalue(), np.zeros((0, 2))
+    return DepthInput(sample=make_sample(name=name, split=split, scene="", image=content, points=points))
 
 
 def make_mall(root: Path, frames: Sequence[int] = range(1, 7), annotated: int = 6) -> Path:

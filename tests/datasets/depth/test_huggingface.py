@@ -1,6 +1,5 @@
 """A tiny model of transformers as depth teacher predicts as it does alone; others raise an error."""
 
-import io
 import json
 import pickle
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     DepthAnythingConfig,
@@ -23,12 +21,13 @@ from transformers import (
     DPTImageProcessorPil,
 )
 
-from crowdray.data.sample import make_sample
 from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.huggingface import HuggingFaceDepth, deterministic_inference
 from crowdray.datasets.depth.inverse import depth_of_inverse
 from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.errors import UserError
+
+from ...support.builders import make_depth_input
 
 SIDE = 28
 
@@ -76,10 +75,7 @@ def pixels() -> NDArray[np.uint8]:
 
 
 def depth_input() -> DepthInput:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels()).save(buffer, format="PNG")
-    image, points = buffer.getvalue(), np.zeros((0, 2))
-    return DepthInput(sample=make_sample(name="a", split="train", scene="", image=image, points=points))
+    return make_depth_input(pixels())
 
 
 def direct(folder: Path) -> NDArray[np.float32]:

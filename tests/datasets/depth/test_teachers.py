@@ -21,7 +21,7 @@ from PIL import Image
 from crowdray.cluster import convert as cluster_convert
 from crowdray.cluster import parallel
 from crowdray.cluster.runtime import Resources
-from crowdray.data.sample import decode_depth, make_sample
+from crowdray.data.sample import decode_depth
 from crowdray.data.shards import Dataset
 from crowdray.datasets.conversion import convert
 from crowdray.datasets.depth import open_teacher
@@ -32,7 +32,7 @@ from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import open_source
 from crowdray.errors import DataError, UserError
 
-from ...support.builders import HEIGHT, WIDTH, make_mall, make_shanghaitech
+from ...support.builders import HEIGHT, WIDTH, make_depth_input, make_mall, make_shanghaitech
 
 Map = NDArray[np.float32]
 RGB = np.array([1.0, 2.0, 4.0])
@@ -42,13 +42,6 @@ IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 def pixels(height: int = 42, width: int = 56) -> NDArray[np.uint8]:
     return np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def depth_input(image: NDArray[np.uint8], name: str = "a", split: str = "train") -> DepthInput:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    content, points = buffer.getvalue(), np.zeros((0, 2))
-    return DepthInput(sample=make_sample(name=name, split=split, scene="", image=content, points=points))
 
 
 def compute(choice: str, inputs: DepthInput) -> Map:
@@ -61,7 +54,6 @@ def network(
     path: Path,
     sides: Sequence[int | str] = ("h", "w"),
     *,
-    kind: int = TensorProto.FLOAT,
     inputs: int = 1,
     outputs: Sequence[str] = ("y",),
     keepdims: int = 1,
@@ -74,8 +66,7 @@ def network(
     offset = numpy_helper.from_array(np.array([20], np.float32), "offset")
     axis = numpy_helper.from_array(np.array([1]), "axis")
     nodes = [
-        helper.make_node("Cast", ["x0"], ["cast"], to=TensorProto.FLOAT),
-        helper.make_node("Conv", ["cast", "w", "offset"], ["mixed"]),
+        helper.make_node("Conv", ["x0", "w", "offset"], ["mixed"]),
         helper.make_node("AveragePool", ["mixed"], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]),
         *then,
         helper.make_node("ReduceSum", ["then" if then else "pooled", "axis"], ["summed"], keepdims=keepdims),
@@ -84,7 +75,7 @@ def network(
     graph = helper.make_graph(
         nodes,
         "depth",
-        [helper.make_tensor_value_info(f"x{n}", kind, [1, 3, *sides]) for n in range(inputs)],
+        [helper.make_tensor_value_info(f"x{n}", TensorProto.FLOAT, [1, 3, *sides]) for n in range(inputs)],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [weights, offset, axis],
     )
@@ -118,20 +109,20 @@ def test_depth_of_inverse_is_invariant_to_scale_and_shift() -> None:
 
 def test_onnx_dynamic_network_gets_the_normalised_image_at_the_configured_size(tmp_path: Path) -> None:
     path, image = network(tmp_path / "net.onnx"), pixels()
-    depth = compute(f"onnx:{path},metric,side=42", depth_input(image))
+    depth = compute(f"onnx:{path},metric,side=42", make_depth_input(image))
     np.testing.assert_allclose(depth, expected_output(image), rtol=1e-4)
     # 48x64 with a shorter side of 28: 28 and 37.3, which is nearest to three times 14.
     image = pixels(48, 64)
     small = np.asarray(Image.fromarray(image).resize((42, 28), Image.Resampling.BICUBIC))
-    depth = compute(f"onnx:{path},metric,side=28,mean=0,std=0.5/1/2", depth_input(image))
+    depth = compute(f"onnx:{path},metric,side=28,mean=0,std=0.5/1/2", make_depth_input(image))
     np.testing.assert_allclose(depth, expected_output(small, 0, [0.5, 1, 2]), rtol=1e-4)
-    depth = compute(f"onnx:{path},metric,side=28,multiple=8", depth_input(image))
+    depth = compute(f"onnx:{path},metric,side=28,multiple=8", make_depth_input(image))
     assert depth.shape == (round(28 / 8) * 4, round(28 * 64 / 48 / 8) * 4)
-    depth = compute(f"onnx:{path},metric,size=30x20", depth_input(image))
+    depth = compute(f"onnx:{path},metric,size=30x20", make_depth_input(image))
     assert depth.shape == (15, 10)
     # Maps larger than the image are averaged down.
     large = np.asarray(Image.fromarray(image).resize((256, 192), Image.Resampling.BICUBIC))
-    depth = compute(f"onnx:{path},metric,size=192x256", depth_input(image))
+    depth = compute(f"onnx:{path},metric,size=192x256", make_depth_input(image))
     np.testing.assert_allclose(depth, expected_output(large).reshape(48, 2, 64, 2).mean(axis=(1, 3)), rtol=1e-4)
 
 
@@ -146,11 +137,13 @@ def test_onnx_metadata_defines_size_normalisation_and_depth_type(keepdims: int, 
     low, high = np.percentile(inverse, [1, 99])
     nearness = np.clip((inverse - low) / (high - low), 0, 1)
     for options, ratio in (("", 10), (",size=14x28,range=4", 4)):
-        depth = OnnxDepth(f"{path}{options}").depth(depth_input(image))
+        depth = OnnxDepth(f"{path}{options}").depth(make_depth_input(image))
         np.testing.assert_allclose(depth, 1 / (1 / ratio + (1 - 1 / ratio) * nearness), rtol=1e-3)
-    np.testing.assert_allclose(OnnxDepth(f"{path},metric").depth(depth_input(image)), inverse, rtol=1e-4)
+    np.testing.assert_allclose(OnnxDepth(f"{path},metric").depth(make_depth_input(image)), inverse, rtol=1e-4)
     whitened = expected_output(small, [0.1, 0.2, 0.3], [1, 2, 3])
-    np.testing.assert_allclose(OnnxDepth(f"{path},metric,std=1/2/3").depth(depth_input(image)), whitened, rtol=1e-4)
+    np.testing.assert_allclose(
+        OnnxDepth(f"{path},metric,std=1/2/3").depth(make_depth_input(image)), whitened, rtol=1e-4
+    )
 
 
 NAN = [helper.make_node("Sub", ["pooled", "offset"], ["off"]), helper.make_node("Log", ["off"], ["then"])]
@@ -176,7 +169,6 @@ CLASSES = [helper.make_node("GlobalAveragePool", ["pooled"], ["all"]), helper.ma
         ({"sides": (14, 28)}, "metric,size=14x14", "accepts only 14x28 .*leave size out"),
         ({"sides": (14, 28)}, "metric,side=14", "leave side out"),
         ({"sides": (14, "w")}, "metric", "fixes only one side"),
-        ({"kind": TensorProto.UINT8}, "metric", "tensor\\(uint8\\)"),
         ({"inputs": 2}, "metric", "x0.*; x1.*a depth network has one"),
         ({"outputs": ("y", "z")}, "metric", "has outputs y .*; z "),
         ({"metadata": {"image_std": "0.5"}}, "metric", "image_std is '0.5', expected a list"),
@@ -223,13 +215,13 @@ def test_onnx_teacher_is_identified_by_content_and_pickled_without_session(
     assert teacher.session.get_session_options().intra_op_num_threads == 1
     pickled = pickle.loads(pickle.dumps(teacher))
     fsspec.filesystem("memory").rm(uri)  # this node has a cached copy
-    np.testing.assert_array_equal(pickled.depth(depth_input(image)), teacher.depth(depth_input(image)))
+    np.testing.assert_array_equal(pickled.depth(make_depth_input(image)), teacher.depth(make_depth_input(image)))
     # A replaced file is detected.
     local = OnnxDepth(f"{tmp_path / 'net.onnx'},inverse")
     pickled = pickle.loads(pickle.dumps(local))
     network(tmp_path / "net.onnx", (14, 14))
     with pytest.raises(DataError, match=r"net\.onnx"):
-        pickled.depth(depth_input(image))
+        pickled.depth(make_depth_input(image))
     assert OnnxDepth(f"{tmp_path / 'net.onnx'},inverse").name != local.name
 
 
@@ -238,7 +230,7 @@ def test_onnx_with_cuda_needs_a_gpu_from_ray(tmp_path: Path, monkeypatch: pytest
     teacher = OnnxDepth(f"{path},metric,cuda")
     assert teacher.gpu and teacher.name.endswith(":cuda,metric")
     with pytest.raises(UserError, match=r"onnxruntime-gpu.*leave cuda out"):
-        teacher.depth(depth_input(pixels()))
+        teacher.depth(make_depth_input(pixels()))
     cluster = contextlib.nullcontext(Resources(cpus=2, gpus=0, local=True))
     monkeypatch.setattr(parallel, "connect", lambda: cluster)
     source = open_source("synthetic", train=1, test=0, depth=f"onnx:{path},metric,cuda")
@@ -271,11 +263,11 @@ def test_precomputed_maps_are_read_as_written(ending: str, tmp_path: Path) -> No
         WRITERS[ending](tmp_path / split / f"a{ending}", integer_map(14, 19 if split == "train" else 18))
     teacher = pickle.loads(pickle.dumps(open_teacher(f"precomputed:{tmp_path}", ())))
     for split, width in (("train", 19), ("test", 18)):
-        np.testing.assert_array_equal(teacher.depth(depth_input(pixels(), split=split)), integer_map(14, width))
-    inverse = compute(f"precomputed:{tmp_path},inverse,range=20", depth_input(pixels()))
+        np.testing.assert_array_equal(teacher.depth(make_depth_input(pixels(), split=split)), integer_map(14, width))
+    inverse = compute(f"precomputed:{tmp_path},inverse,range=20", make_depth_input(pixels()))
     np.testing.assert_array_equal(inverse, depth_of_inverse(integer_map(14, 19), 20))
     WRITERS[ending](tmp_path / f"b{ending}", integer_map(84, 112))
-    flat = compute(f"precomputed:{tmp_path},flat", depth_input(pixels(), "b"))
+    flat = compute(f"precomputed:{tmp_path},flat", make_depth_input(pixels(), "b"))
     np.testing.assert_allclose(flat, integer_map(84, 112).reshape(42, 2, 56, 2).mean(axis=(1, 3)), rtol=1e-6)
 
 
@@ -309,15 +301,15 @@ def test_precomputed_invalid_map_raises(tmp_path: Path) -> None:
         else:
             np.save(tmp_path / name, content)
     teacher = PrecomputedDepth(f"{tmp_path},flat")
-    found = teacher.depth(depth_input(pixels(), "sky"))
+    found = teacher.depth(make_depth_input(pixels(), "sky"))
     np.testing.assert_array_equal(found, np.where(sky < np.inf, sky, sky[4:].max()))
     for name, (_, message) in (cases | {"gone": (None, "contains none of gone.png, gone.npy, gone.exr$")}).items():
         with pytest.raises(DataError, match=message):
-            teacher.depth(depth_input(pixels(), Path(name).stem))
+            teacher.depth(make_depth_input(pixels(), Path(name).stem))
     with pytest.raises(DataError, match=r"none of train/sky.png.*option flat"):
-        PrecomputedDepth(str(tmp_path)).depth(depth_input(pixels(), "sky"))
+        PrecomputedDepth(str(tmp_path)).depth(make_depth_input(pixels(), "sky"))
     with pytest.raises(DataError, match="not finite"):
-        PrecomputedDepth(f"{tmp_path},flat,inverse").depth(depth_input(pixels(), "sky"))
+        PrecomputedDepth(f"{tmp_path},flat,inverse").depth(make_depth_input(pixels(), "sky"))
     np.save(tmp_path / "sky.npy", sky + 1)
     assert PrecomputedDepth(f"{tmp_path},flat").name != teacher.name
 
