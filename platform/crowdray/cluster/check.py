@@ -28,10 +28,6 @@ def check(
     """Load every image of a source and write statistics and figures to the path or URI `report`.
 
     Nothing is converted. Faulty images are part of the result, which does not depend on the number of workers.
-
-    Raises:
-        DataError: There are no items.
-        UserError: Storage failed.
     """
     report = storage.resolve(report)
     items = source.items(splits)

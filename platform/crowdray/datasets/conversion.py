@@ -120,11 +120,7 @@ def check_destination(dest: str, *, overwrite: bool = False) -> None:
 
 
 def convert_slice(source: Source, items: Sequence[Item], dest: str, number: int, key: str = "") -> SliceResult:
-    """Load the items of a slice, write its shard and, with a key, save its result.
-
-    Raises:
-        UserError: Storage failed, such as a full disk or a server that does not answer.
-    """
+    """Load the items of a slice, write its shard and, with a key, save its result; UserError if storage fails."""
     result = SliceResult(number)
     samples = load_usable(source, items, result.stats)
     if (first := next(samples, None)) is not None:
@@ -147,9 +143,7 @@ def open_conversion(
     """Lock `dest` and yield its conversion, with the results of an interrupted run of the same conversion.
 
     Finished slices are kept if the block fails. `log` receives a message while the lock of a dead process expires.
-
-    Raises:
-        UserError: `dest` contains other files or a dataset, or another process converts into it.
+    UserError if `dest` contains other files or a dataset, or another process converts into it.
     """
     dest = storage.resolve(dest)
     check_destination(dest, overwrite=overwrite)

@@ -102,8 +102,7 @@ class DatasetStats:
 def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> Iterator[Sample]:
     """Load items and yield the samples that can be used; `stats` collects the statistics of all items.
 
-    Raises:
-        UserError: Storage failed, such as a server that does not answer; that is not a fault of the item.
+    A failure of storage is not a fault of the item: its UserError is raised.
     """
     for item in items:
         histogram = stats.spacing.setdefault(item.split, np.zeros(len(SPACING_EDGES) - 1, dtype=np.int64))

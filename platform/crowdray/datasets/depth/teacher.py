@@ -37,9 +37,5 @@ class DepthTeacher(Protocol):
     """Whether depth() needs a GPU."""
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
-        """Depth map of an image; None for no map.
-
-        Returns:
-            float32 map of the whole image, at its size or smaller; larger is farther, on any positive scale.
-        """
+        """Float32 depth of the whole image, at its size or smaller; None for no map."""
         ...

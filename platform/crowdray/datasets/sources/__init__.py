@@ -125,17 +125,14 @@ def source_options(name: str) -> dict[str, Option]:
 
 
 def open_source(name: str, source: str | None = None, **options: Any) -> Source:
-    """Open a source over the files at `source`; UserError for unknown names and options."""
+    """Open a source over the files at `source`; UserError for an unknown name."""
     adapter = _entry(name).adapter()
     needs_files = "source" in inspect.signature(adapter).parameters
     if needs_files and source is None:
         raise UserError(f"{name} needs --source, the folder or URI of the dataset")
     if not needs_files and source is not None:
         raise UserError(f"--source {source}: {name} reads no files; leave --source out")
-    try:
-        return adapter(*([source] if needs_files else []), **options)
-    except TypeError as error:
-        raise UserError(f"source {name}: {error}; the given options were {options}") from error
+    return adapter(*([source] if needs_files else []), **options)
 
 
 def _entry(name: str) -> SourceEntry:

@@ -12,9 +12,9 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem, text_lines
+from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits, text_lines
 from crowdray.datasets.sources.matlab import as_points
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 
 COORDINATE_BASE = 0.0
 """Integers that index pixels from 0: x_continuous = x + 0.5. Assumed; not verified on a copy."""
@@ -36,11 +36,7 @@ class Jhu(AnnotatedImages):
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        available = [split for split in SPLITS if storage.exists(storage.join(root, split, "images"))]
-        if not available:
-            raise UserError(
-                f"{source} is not JHU-CROWD++: train/images is missing; give the folder that contains train"
-            )
+        available = find_splits(root, {split: f"{split}/images" for split in SPLITS}, "JHU-CROWD++")
         super().__init__(root, available, depth)
 
     def split_items(self, split: str) -> list[Item]:

@@ -1,7 +1,7 @@
 """Names and lists in dataset folders: natural order, text lines, requested splits."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from crowdray import storage
@@ -29,6 +29,14 @@ def text_lines(uri: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"{uri} is not a text file ({error}); copy it again") from error
     return [line for line in text.splitlines() if line.strip()]
+
+
+def find_splits(root: str, paths: Mapping[str, str], dataset: str) -> list[str]:
+    """Splits whose path below the root exists; UserError if there is none."""
+    found = [split for split, path in paths.items() if storage.exists(storage.join(root, path))]
+    if not found:
+        raise UserError(f"{root} is not {dataset}: it contains neither {' nor '.join(paths.values())}; check --source")
+    return found
 
 
 def chosen_splits(source: str, available: Sequence[str], requested: Sequence[str]) -> list[str]:

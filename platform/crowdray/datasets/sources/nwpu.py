@@ -13,9 +13,9 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem, text_lines
+from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits, text_lines
 from crowdray.datasets.sources.matlab import as_points, read_points
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 
 COORDINATE_BASE = 0.5
 """Continuous pixels, as in a browser. Assumed; not verified on a copy."""
@@ -32,9 +32,7 @@ class Nwpu(AnnotatedImages):
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        available = [split for split in SPLITS if storage.exists(storage.join(root, f"{split}.txt"))]
-        if not available:
-            raise UserError(f"{source} is not NWPU-Crowd: it contains neither train.txt nor val.txt; check --source")
+        available = find_splits(root, {split: f"{split}.txt" for split in SPLITS}, "NWPU-Crowd")
         super().__init__(root, available, depth)
 
     def split_items(self, split: str) -> list[Item]:

@@ -13,7 +13,7 @@ from crowdray import storage
 from crowdray.data.sample import content_size, decode_image
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import by_stem
+from crowdray.datasets.sources.layout import by_stem, find_splits
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
@@ -45,10 +45,7 @@ class UcfQnrf(AnnotatedImages):
             raise UserError(f"--longest {longest}: give at least 64 pixels, or 0 to keep photos unchanged")
         self._longest = longest
         root = storage.resolve(source)
-        available = [split for split, folder in FOLDERS.items() if storage.exists(storage.join(root, folder))]
-        if not available:
-            raise UserError(f"{source} is not UCF-QNRF: it contains neither Train nor Test; check --source")
-        super().__init__(root, available, depth)
+        super().__init__(root, find_splits(root, FOLDERS, "UCF-QNRF"), depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Photos in the order of their numbers."""

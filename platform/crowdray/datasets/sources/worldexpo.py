@@ -13,10 +13,10 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem
+from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.datasets.sources.region import polygon_mask
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes, for heads and for the corners of a region.
@@ -56,9 +56,7 @@ class WorldExpo(AnnotatedImages):
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root = storage.resolve(source)
-        available = [split for split in SPLITS if storage.exists(storage.join(root, f"{split}_frame"))]
-        if not available:
-            raise UserError(f"{source} is not WorldExpo'10: train_frame and test_frame are missing; check --source")
+        available = find_splits(root, {split: f"{split}_frame" for split in SPLITS}, "WorldExpo'10")
         mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in available)
         super().__init__(root, available, depth, perspective=mapped)
 
