@@ -35,18 +35,13 @@ def make_dataset(rows: int, folder: Path) -> None:
 
 def measure(name: str, function: Callable[[], object]) -> None:
     """Call a function and print its time and memory."""
-    before, started, used = private_mib(), time.perf_counter(), time.process_time()
+    # Mapped files do not count: the system can reclaim their pages.
+    before, started, used = memory_mib("RssAnon"), time.perf_counter(), time.process_time()
     function()
     seconds, cpu = time.perf_counter() - started, time.process_time() - used
-    print(
-        f"  {name:<32} {seconds:6.2f} s ({cpu:.2f} s of CPU), {private_mib() - before:6.1f} MiB more private memory, "
-        f"{memory_mib('VmRSS'):.0f} MiB resident with mapped files"
-    )
-
-
-def private_mib() -> float:
-    """Anonymous memory of this process in MiB, without mapped files, whose pages the system can reclaim."""
-    return memory_mib("RssAnon")
+    private, resident = memory_mib("RssAnon") - before, memory_mib("VmRSS")
+    print(f"  {name:<32} {seconds:6.2f} s ({cpu:.2f} s of CPU), {private:6.1f} MiB more private memory, ", end="")
+    print(f"{resident:.0f} MiB resident with mapped files")
 
 
 def memory_mib(kind: str) -> float:

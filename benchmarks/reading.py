@@ -11,7 +11,6 @@ separate environment, whose Python --peers names; without it they are skipped:
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -19,15 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
-import simplejpeg
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray.data.image_cache import ImageCache
@@ -86,23 +81,6 @@ def measure_peer(python: str, reader: str, folder: Path, crops: int, epochs: int
     return float(statistics.median(json.loads(done.stdout.strip().splitlines()[-1])["rates"]))
 
 
-def decoding_times(dataset: Dataset) -> dict[str, float]:
-    """Milliseconds per decoded image, by library."""
-    encoded = [bytes(dataset.sample(row).image) for row in dataset.rows("train")[:40].tolist()]
-    decoders: dict[str, Callable[[bytes], NDArray[np.uint8]]] = {
-        "simplejpeg": lambda content: simplejpeg.decode_jpeg(content, colorspace="RGB"),
-        "Pillow": lambda content: np.asarray(Image.open(io.BytesIO(content)).convert("RGB")),
-    }
-    times: dict[str, list[float]] = {name: [] for name in decoders}
-    for _ in range(3):
-        for name, decode in decoders.items():
-            started = time.perf_counter()
-            for content in encoded:
-                decode(content)
-            times[name].append(1e3 * (time.perf_counter() - started) / len(encoded))
-    return {name: min(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="converted dataset of 1024x768 images; by default, synthetic scenes")
@@ -120,9 +98,7 @@ def main() -> None:
         folder = Path(scratch) / "files"
         folder.mkdir()
         export_files(dataset, folder)
-        decode = decoding_times(dataset)
         print(f"{len(dataset.rows('train'))} images, {cores} cores, batches of {BATCH} windows of {CROP}x{CROP}")
-        print("  decoding one image: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in decode.items()))
         for crops in (1, 4):
             rates = {"this loader": measure_loader(dataset, crops, arguments.epochs)}
             for reader in arguments.readers if arguments.peers else ():

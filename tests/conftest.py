@@ -12,8 +12,10 @@ import simplejpeg
 import torch
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.data.shards import Dataset
 from crowdray.presets import preset
+
+from .support.builders import write_dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,11 +76,8 @@ def disc_sample(number: int, split: str) -> Sample:
 @pytest.fixture(scope="session")
 def discs(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """24 training and 7 test images of 96x64."""
-    folder = str(tmp_path_factory.mktemp("discs") / "data")
     samples = [disc_sample(n, "train") for n in range(24)] + [disc_sample(n, "test") for n in range(7)]
-    info = write_shard(samples, folder, 0)
-    write_index(folder, [info], source="discs", depth_teacher="test")
-    return Dataset.open(folder)
+    return write_dataset(str(tmp_path_factory.mktemp("discs") / "data"), samples)
 
 
 @pytest.fixture
@@ -111,10 +110,7 @@ def noise_sample(number: int) -> Sample:
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """25 training images."""
-    folder = str(tmp_path_factory.mktemp("noise") / "data")
-    info = write_shard([noise_sample(number) for number in range(25)], folder, 0)
-    write_index(folder, [info], source="noise", depth_teacher="test")
-    return Dataset.open(folder)
+    return write_dataset(str(tmp_path_factory.mktemp("noise") / "data"), [noise_sample(n) for n in range(25)])
 
 
 @pytest.fixture

@@ -35,10 +35,7 @@ class WindowCutter:
         self.crops = crops
 
     def __call__(self, jpeg: bytes, points: Any) -> list[tuple[Any, Any]]:
-        return self.windows(simplejpeg.decode_jpeg(jpeg, colorspace="RGB"), points)
-
-    def windows(self, image: Any, points: Any) -> list[tuple[Any, Any]]:
-        found = []
+        image, found = simplejpeg.decode_jpeg(jpeg, colorspace="RGB"), []
         for _ in range(self.crops):
             top, left = (random.randint(0, side - self.crop) for side in image.shape[:2])
             window = image[top : top + self.crop, left : left + self.crop]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +11,17 @@ import pytest
 
 from crowdray import storage
 from crowdray.data import shards
-from crowdray.data.sample import SCHEMA, Sample
-from crowdray.data.shards import INDEX, Dataset, Index, write_index, write_shard
+from crowdray.data.sample import SCHEMA
+from crowdray.data.shards import INDEX, Index
 from crowdray.errors import UserError
 
-from ..support.builders import mixed_samples, sample_fields, samples
-
-
-def write(uri: str, originals: Sequence[Sample], rows: int = 40) -> Dataset:
-    written = [write_shard(originals[k : k + rows], uri, k // rows) for k in range(0, len(originals), rows)]
-    write_index(uri, written, source="list", depth_teacher="none")
-    return Dataset.open(uri)
+from ..support.builders import mixed_samples, sample_fields, samples, write_dataset
 
 
 @pytest.mark.parametrize("rows", [1, 40, 1000])
 def test_dataset_returns_the_written_samples_in_order(root_uri: str, rows: int) -> None:
     originals = mixed_samples()[-12:] if rows == 1 else mixed_samples()
-    dataset = write(root_uri, originals, rows)
+    dataset = write_dataset(root_uri, originals, rows)
     assert len(dataset) == len(originals)
     for row, sample in enumerate(originals):
         assert sample_fields(dataset.sample(row)) == sample_fields(sample)
@@ -36,7 +29,7 @@ def test_dataset_returns_the_written_samples_in_order(root_uri: str, rows: int) 
 
 def test_dataset_columns_agree_with_its_rows(root_uri: str) -> None:
     originals = mixed_samples()
-    dataset = write(root_uri, originals)
+    dataset = write_dataset(root_uri, originals)
     rows_by_split = [dataset.rows(split) for split in ("train", "test")]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows_by_split)), np.arange(len(originals)))
     for split, rows in zip(("train", "test"), rows_by_split, strict=True):
@@ -51,7 +44,7 @@ def test_dataset_columns_agree_with_its_rows(root_uri: str) -> None:
 
 
 def test_sample_is_a_view_of_the_mapped_shard(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed_samples())
+    dataset = write_dataset(str(tmp_path), mixed_samples())
     one, again = dataset.sample(5), dataset.sample(5)
     assert isinstance(one.image, memoryview) and one.image.readonly
     assert not one.points.flags.writeable and not one.points.flags.owndata
@@ -60,12 +53,12 @@ def test_sample_is_a_view_of_the_mapped_shard(tmp_path: Path) -> None:
 
 
 def test_sample_is_valid_after_its_dataset_is_deleted(tmp_path: Path) -> None:
-    sample = write(str(tmp_path), mixed_samples()).sample(3)
+    sample = write_dataset(str(tmp_path), mixed_samples()).sample(3)
     assert hashlib.sha256(sample.image).hexdigest() == sample.sha256
 
 
 def test_shards_are_uncompressed_arrow_files_with_the_schema(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed_samples())
+    dataset = write_dataset(str(tmp_path), mixed_samples())
     tables = []
     for shard in dataset.index.shards:
         path = tmp_path / shard.path
@@ -83,7 +76,7 @@ def test_record_batches_of_large_images_have_fewer_rows(tmp_path: Path, monkeypa
     originals = samples(20)
     sizes = [len(s.image) + len(s.roi or b"") + len(s.depth or b"") for s in originals]
     monkeypatch.setattr(shards, "BYTES_PER_BATCH", sum(sizes[:5]))
-    dataset = write(str(tmp_path), originals)
+    dataset = write_dataset(str(tmp_path), originals)
     with pa.ipc.open_file(str(tmp_path / dataset.index.shards[0].path)) as reader:
         lengths = [len(reader.get_batch(number)) for number in range(reader.num_record_batches)]
     assert lengths[0] == 5 and sum(lengths) == 20 and len(lengths) > 2
@@ -91,17 +84,17 @@ def test_record_batches_of_large_images_have_fewer_rows(tmp_path: Path, monkeypa
 
 
 def test_write_shard_is_deterministic_and_digest_depends_on_samples(tmp_path: Path) -> None:
-    one, two = write(str(tmp_path / "1"), mixed_samples()), write(str(tmp_path / "2"), mixed_samples())
+    one, two = write_dataset(str(tmp_path / "1"), mixed_samples()), write_dataset(str(tmp_path / "2"), mixed_samples())
     assert one.digest == two.digest
     for shard in one.index.shards:
         assert (tmp_path / "1" / shard.path).read_bytes() == (tmp_path / "2" / shard.path).read_bytes()
     assert (tmp_path / "1" / INDEX).read_bytes() == (tmp_path / "2" / INDEX).read_bytes()
-    assert write(str(tmp_path / "3"), mixed_samples()[:-1]).digest != one.digest
-    assert write(str(tmp_path / "4"), mixed_samples()[::-1]).digest != one.digest
+    assert write_dataset(str(tmp_path / "3"), mixed_samples()[:-1]).digest != one.digest
+    assert write_dataset(str(tmp_path / "4"), mixed_samples()[::-1]).digest != one.digest
 
 
 def test_index_json_is_read_back(tmp_path: Path) -> None:
-    index = write(str(tmp_path), mixed_samples()).index
+    index = write_dataset(str(tmp_path), mixed_samples()).index
     content = json.loads((tmp_path / INDEX).read_text())
     assert content["format"] == "crowdray" and content["digest"] == index.digest
     assert {"path", "rows", "bytes", "sha256"} <= content["shards"][0].keys()
@@ -109,7 +102,7 @@ def test_index_json_is_read_back(tmp_path: Path) -> None:
 
 
 def test_pickled_dataset_is_small_and_returns_the_same_samples(root_uri: str) -> None:
-    dataset = write(root_uri, mixed_samples())
+    dataset = write_dataset(root_uri, mixed_samples())
     dataset.sample(0)
     packed = pickle.dumps(dataset)
     assert len(packed) < 4000
@@ -117,7 +110,7 @@ def test_pickled_dataset_is_small_and_returns_the_same_samples(root_uri: str) ->
 
 
 def test_dataset_with_unknown_split_or_row_raises_user_error(tmp_path: Path) -> None:
-    dataset = write(str(tmp_path), mixed_samples())
+    dataset = write_dataset(str(tmp_path), mixed_samples())
     with pytest.raises(UserError, match="no split 'val'; it has train, test"):
         dataset.rows("val")
     for row in (-1, len(dataset)):

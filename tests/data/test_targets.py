@@ -33,13 +33,10 @@ def test_density_map_equals_scipys_gaussian_integrated_over_cells(stride: int) -
 
 
 def test_density_map_sums_to_the_heads_at_borders_outside_and_on_one_pixel() -> None:
-    points, valid_mask = heads((0, 0), (64, 32), (20, 20), (20, 20), (-5, 90), (63.5, 0.5))
-    assert density_map(points, valid_mask, (32, 64), sigma=SIGMA).sum().item() == pytest.approx(6, abs=1e-4)
-
-
-def test_density_map_of_500_heads_sums_to_500() -> None:
-    points = torch.rand(1, 500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1024.0, 768.0])
-    assert density_map(points, torch.ones(1, 500), (768, 1024), sigma=4.0).sum().item() == pytest.approx(500, abs=1e-3)
+    inside = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([64.0, 32.0])
+    border = torch.tensor([(0, 0), (64, 32), (20, 20), (20, 20), (-5, 90), (63.5, 0.5)])
+    points = torch.cat([inside, border])[None]
+    assert density_map(points, torch.ones(1, 506), (32, 64), sigma=SIGMA).sum().item() == pytest.approx(506, abs=1e-3)
 
 
 def test_density_map_ignores_padding_and_is_zero_without_heads() -> None:
@@ -77,14 +74,6 @@ def test_density_map_of_a_batch_equals_that_of_each_image() -> None:
     for index in range(3):
         alone = density_map(points[index : index + 1], valid_mask[:1], (32, 32), sigma=SIGMA)
         torch.testing.assert_close(together[index : index + 1], alone)
-
-
-def test_density_map_of_flipped_points_is_flipped() -> None:
-    points, valid_mask = heads((3.25, 4), (50, 20))
-    mirrored = points.clone()
-    mirrored[..., 0] = 64 - mirrored[..., 0]
-    expected = density_map(points, valid_mask, (32, 64), sigma=SIGMA)
-    torch.testing.assert_close(density_map(mirrored, valid_mask, (32, 64), sigma=SIGMA).flip(-1), expected)
 
 
 def test_segmentation_of_one_head_is_the_disc_above_the_threshold() -> None:

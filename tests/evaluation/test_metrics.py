@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from crowdray.evaluation.metrics import ImageCount, game_error, scene_mae, summarise
+from crowdray.evaluation.metrics import ImageCount, game_error, summarise
 
 TRUTHS = [0, 3, 17, 5, 240, 0, 1]
 
@@ -53,17 +53,6 @@ def test_summarise_without_images_raises_value_error() -> None:
         summarise([])
 
 
-def test_scene_mae_weights_scenes_equally() -> None:
-    # Errors 3, 3, 3 in one scene and 1 in another: mean 2 over scenes, 2.5 over images.
-    pairs_by_scene = {"S1": [(0, 3.0), (7, 10.0), (4, 1.0)], "S2": [(5, 6.0)]}
-    scenes = {
-        scene: summarise([ImageCount(row, truth, count, count) for row, (truth, count) in enumerate(pairs)])
-        for scene, pairs in pairs_by_scene.items()
-    }
-    assert scene_mae(scenes) == 2.0
-    assert scene_mae({"S1": scenes["S1"]}) is None and scene_mae({}) is None
-
-
 @st.composite
 def scenes(draw: Any) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Small densities, and heads inside, at the border and outside."""
@@ -104,13 +93,3 @@ def test_game_error_equals_counting_cell_by_cell(
         x, y = min(max(math.floor(px), 0), width - 1), min(max(math.floor(py), 0), height - 1)
         difference[region(y, height), region(x, width)] -= 1
     assert game_error(density, points, level) == pytest.approx(np.abs(difference).sum(), abs=1e-9)
-
-
-@pytest.mark.parametrize("level", range(5))
-def test_game_error_uses_all_cells_and_is_zero_for_the_exact_map(level: int) -> None:
-    rng = np.random.default_rng(level)
-    density = rng.random((23, 41))
-    assert game_error(density, np.zeros((0, 2), np.float32), level) == pytest.approx(density.sum())
-    points = rng.uniform(0, [41, 23], (60, 2)).astype(np.float32)
-    exact, _, _ = np.histogram2d(points[:, 1], points[:, 0], bins=(23, 41), range=((0, 23), (0, 41)))
-    assert game_error(exact, points, level) == 0

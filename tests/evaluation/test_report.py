@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from crowdray.config import ModelConfig
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
-from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import GAME_LEVELS, game_error
@@ -33,17 +34,14 @@ from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.presets import debug
 
+from ..support.builders import write_dataset
+
 CPU = torch.device("cpu")
 
 
-def red_counter(factor: int) -> ExportedCounter:
-    """A counter whose density is the mean red of each cell, divided by 100,000."""
-
-    def density(image: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(image[:, :1] * 1.0, factor, ceil_mode=True, count_include_pad=False)
-        return pooled / 100_000
-
-    return density  # type: ignore[return-value]
+def red_counter(factor: int) -> Callable[[Tensor], Tensor]:
+    """A density function: the mean red of each cell, divided by 100,000."""
+    return lambda image: F.avg_pool2d(image[:, :1] / 100_000, factor, ceil_mode=True, count_include_pad=False)
 
 
 def png_sample(number: int, *, heads: int, roi: bool, scene: str) -> Sample:
@@ -60,16 +58,11 @@ def png_sample(number: int, *, heads: int, roi: bool, scene: str) -> Sample:
     )  # fmt: skip
 
 
-def dataset_of(folder: Path, samples: list[Sample]) -> Dataset:
-    write_index(str(folder), [write_shard(samples, str(folder), 0)], source="made", depth_teacher="none")
-    return Dataset.open(str(folder))
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Six images of two scenes, of which one has regions of interest; one image without heads."""
     samples = [png_sample(n, heads=n * 5, roi=n % 2 == 0, scene=("east", "west")[n % 2]) for n in range(6)]
-    return dataset_of(tmp_path_factory.mktemp("mixed") / "data", samples)
+    return write_dataset(str(tmp_path_factory.mktemp("mixed")), samples)
 
 
 def evaluate(dataset: Dataset, factor: int) -> list[EvaluatedImage]:
@@ -93,57 +86,32 @@ def test_evaluate_images_equals_plain_recomputation(mixed: Dataset, factor: int)
         assert image.inside.game == pytest.approx(wanted, rel=1e-6)
 
 
-def test_summarise_images_averages_over_images_and_scenes(mixed: Dataset) -> None:
-    images = evaluate(mixed, 1)
-    evaluation = summarise_images(images)
-    for metrics, part in (
-        (evaluation.overall, images),
-        (evaluation.scenes["east"], [image for image in images if image.scene == "east"]),
-        (evaluation.scenes["west"], [image for image in images if image.scene == "west"]),
-    ):
-        error = np.array([image.inside.predicted - image.inside.truth for image in part])
-        assert (metrics.images, metrics.heads) == (len(part), sum(image.inside.truth for image in part))
-        assert metrics.mae == pytest.approx(np.abs(error).mean())
-        assert metrics.rmse == pytest.approx(np.sqrt((error**2).mean()))
-        assert metrics.bias == pytest.approx(error.mean())
-        assert metrics.game[0] == pytest.approx(metrics.mae)
-        assert list(metrics.game) == sorted(metrics.game)
-    whole = [abs(image.whole.predicted - image.whole.truth) for image in images]
-    assert evaluation.without_roi is not None
-    assert evaluation.without_roi.mae == pytest.approx(np.mean(whole))
+def counted_image(row: int, scene: str, predicted: float, unmasked: float, has_roi: bool = True) -> EvaluatedImage:
+    """An image of ten heads."""
+    inside, whole = (RegionCount(10, count, (abs(count - 10),) * 4) for count in (predicted, unmasked))
+    return EvaluatedImage(row, str(row), scene, 1, inside, whole, has_roi)
 
 
 def test_summarise_images_weights_scenes_equally() -> None:
-    def image(row: int, scene: str, truth: int, predicted: float, unmasked: float) -> EvaluatedImage:
-        inside, whole = (RegionCount(truth, n, (abs(n - truth),) * 4) for n in (predicted, unmasked))
-        return EvaluatedImage(row, str(row), scene, 1, inside, whole, True)
-
     # Errors of S1 are 1, 2 and 3, of its whole images 4 more; those of S2 are 6 and 7.
-    images = [image(0, "S2", 10, 4.0, 3.0), *(image(n, "S1", 10, 10.0 + n, 14.0 + n) for n in (1, 2, 3))]
+    images = [counted_image(0, "S2", 4.0, 3.0), *(counted_image(n, "S1", 10.0 + n, 14.0 + n) for n in (1, 2, 3))]
     evaluation = summarise_images(images)
     assert (evaluation.scenes["S1"].mae, evaluation.scenes["S2"].mae) == (2.0, 6.0)
     assert (evaluation.scene_mae, evaluation.scene_mae_without_roi) == (4.0, 6.5)
-    assert evaluation.overall.mae == 3.0
-    content = evaluation.to_dict()
-    assert (content["scene_mae"], content["scene_mae_without_roi"]) == (4.0, 6.5)
+    overall = evaluation.overall
+    assert (overall.images, overall.heads, overall.mae, overall.bias, overall.game) == (4, 40, 3.0, 0.0, (3.0,) * 4)
+    assert evaluation.without_roi is not None and evaluation.without_roi.mae == 6.25
 
 
-def test_summarise_images_with_a_scene_per_image_lists_no_scenes() -> None:
-    count = RegionCount(1, 2.0, (1.0,) * 4)
-    evaluation = summarise_images([EvaluatedImage(n, str(n), f"test/{n}", 1, count, count, False) for n in range(3)])
-    assert evaluation.scenes == {} and evaluation.scene_mae is None
+@pytest.mark.parametrize("scenes", [("one", "one", "one"), ("test/0", "test/1", "test/2")])
+def test_summarise_images_with_one_scene_or_a_scene_per_image_lists_no_scenes(scenes: tuple[str, ...]) -> None:
+    evaluation = summarise_images([counted_image(n, scene, 2.0, 2.0, False) for n, scene in enumerate(scenes)])
+    assert evaluation.scenes == {} and evaluation.scene_mae is None and evaluation.without_roi is None
 
 
 def test_summarise_images_is_bit_identical_for_any_order(mixed: Dataset) -> None:
     reverse = list(evaluate_images(red_counter(2), mixed, reversed(mixed.rows("test").tolist())))
     assert summarise_images(reverse) == summarise_images(evaluate(mixed, 2))
-
-
-def test_summarise_images_with_one_scene_without_roi_has_overall_metrics_only(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path / "d", [png_sample(n, heads=3, roi=False, scene="one") for n in range(2)])
-    evaluation = summarise_images(evaluate(dataset, 1))
-    assert evaluation.without_roi is None
-    assert evaluation.scenes == {}
 
 
 @pytest.mark.parametrize("factor", [1, 2])
@@ -179,13 +147,13 @@ def test_evaluate_images_rejects_densities_of_other_shapes(mixed: Dataset, shape
 def test_evaluate_images_reports_a_damaged_image(tmp_path: Path) -> None:
     intact = png_sample(3, heads=2, roi=False, scene="one")
     broken = replace(intact, name="street/7", image=bytes(intact.image)[:200])
-    dataset = dataset_of(tmp_path / "d", [intact, broken])
+    dataset = write_dataset(str(tmp_path), [intact, broken])
     with pytest.raises(DataError, match=r"street/7 \(row 1 of .*\): the image cannot be decoded"):
         list(evaluate_images(red_counter(1), dataset, [0, 1]))
 
 
 def test_evaluation_to_dict_is_valid_json_without_heads(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path / "d", [png_sample(0, heads=0, roi=True, scene="one")])
+    dataset = write_dataset(str(tmp_path), [png_sample(0, heads=0, roi=True, scene="one")])
     evaluation = summarise_images(evaluate(dataset, 1))
     content = json.loads(json.dumps(evaluation.to_dict(split="test"), allow_nan=False))
     assert content["split"] == "test"

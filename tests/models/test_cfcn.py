@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from crowdray.config import Config, ModelConfig, SamplingConfig
 from crowdray.data.image_cache import downsample_image
 from crowdray.models.build import build_counter
-from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS, Counter
+from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 from crowdray.models.decoders import FixedUpsample
 from crowdray.models.export import ExportedCounter
 
@@ -70,12 +70,9 @@ def test_density_decoder_equals_the_two_grouped_deconvolutions(counter: Counter)
 
 
 def test_counter_outputs_negative_logits_but_no_negative_density(counter: Counter) -> None:
-    outputs = counter(torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8), TASKS)
+    outputs = counter(torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8), (DENSITY, SEGMENTATION))
     assert outputs[SEGMENTATION].min() < 0
     assert outputs[DENSITY].min() >= 0
-    assert {task: tuple(value.shape) for task, value in outputs.items()} == {
-        DENSITY: (2, 1, 160, 160), SEGMENTATION: (2, 1, 160, 160), DEPTH: (2, 1, 160, 160), COUNT: (2,)
-    }  # fmt: skip
 
 
 def test_count_decoder_reads_the_square_at_its_corner(counter: Counter) -> None:
@@ -99,9 +96,8 @@ def test_stripped_counter_has_the_density_of_the_full_counter(counter: Counter) 
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_exported_counter_downsamples_as_in_training(counter: Counter, factor: int) -> None:
     image = torch.randint(0, 256, (1, 3, 101, 134), dtype=torch.uint8)
-    small = torch.from_numpy(downsample_image(image[0].permute(1, 2, 0).contiguous().numpy(), factor)).permute(2, 0, 1)[
-        None
-    ]
+    pixels = downsample_image(image[0].permute(1, 2, 0).contiguous().numpy(), factor)
+    small = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     exported = ExportedCounter(counter, factor)
     assert torch.equal(exported(image), counter.density(small))
     assert torch.equal(exported(image.float()), exported(image))

@@ -16,7 +16,7 @@ import pytest
 import s3fs
 
 from crowdray import storage
-from crowdray.data.shards import Dataset, write_index, write_shard
+from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.errors import UserError
@@ -25,7 +25,7 @@ from crowdray.stage_cache.store import StageStore
 from crowdray.storage import files, paths
 from crowdray.storage.lock import Lock
 
-from ..support.builders import samples
+from ..support.builders import samples, write_dataset
 from ..support.states import BASELINE, UNLIMITED, publish, stored
 from ..support.stores import Store, moto, rclone
 
@@ -65,9 +65,7 @@ def prefix(store: Store) -> str:
 
 
 def make_dataset(prefix: str, shards: int = 3) -> Dataset:
-    infos = [write_shard(samples(ROWS, seed=number), prefix, number) for number in range(shards)]
-    write_index(prefix, infos, source="listed", depth_teacher="none")
-    return Dataset.open(prefix)
+    return write_dataset(prefix, [row for seed in range(shards) for row in samples(ROWS, seed=seed)], ROWS)
 
 
 def shards_of(dataset: Dataset) -> list[str]:

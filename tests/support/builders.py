@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.data.shards import ROWS_PER_BATCH
+from crowdray.data.shards import ROWS_PER_BATCH, Dataset, write_index, write_shard
 from crowdray.datasets.depth.teacher import DepthInput
 
 HEIGHT, WIDTH = 24, 32
@@ -52,6 +52,14 @@ def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
 def mixed_samples() -> list[Sample]:
     """More samples than one record batch has rows, with two splits."""
     return samples(ROWS_PER_BATCH + 9) + samples(5, "test", seed=1)
+
+
+def write_dataset(uri: str, listed: Sequence[Sample], rows_per_shard: int = 40) -> Dataset:
+    """Write samples as a dataset."""
+    starts = range(0, len(listed), rows_per_shard)
+    shards = [write_shard(listed[k : k + rows_per_shard], uri, n) for n, k in enumerate(starts)]
+    write_index(uri, shards, source="listed", depth_teacher="test")
+    return Dataset.open(uri)
 
 
 def sample_fields(sample: Sample) -> tuple[object, ...]:

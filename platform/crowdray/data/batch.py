@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crowdray.data.image_cache import AnnotatedImage, DecodedImage, crop_image, crop_map, crop_mask
+from crowdray.data.image_cache import AnnotatedImage, DecodedImage, crop_image, crop_map
 from crowdray.data.sampling import Window, WindowConfig, loss_weight
 
 
@@ -139,9 +139,7 @@ class Pixels(NamedTuple):
 def collate(
     crops: Iterable[Crop[DecodedImage]], config: WindowConfig, global_size: int | None = None, depth: bool = True
 ) -> Batch:
-    """Cut and stack crops into a batch.
-
-    Smaller windows are padded at the bottom and the right, with weight 0.
+    """Cut and stack crops into a batch; smaller windows are padded at the bottom and the right, with weight 0.
 
     Args:
         crops: At least one crop.
@@ -153,7 +151,7 @@ def collate(
     for crop in crops:
         targets.append(crop_targets(crop, config))
         cut.append(_cut(crop, depth))
-    size = common_size(targets)
+    size = max(one.window.height for one in targets), max(one.window.width for one in targets)
     images, rois, depths = zip(*cut, strict=True)
     pixels = Pixels(
         image=_stack(images, (*size, 3)).permute(0, 3, 1, 2),
@@ -162,11 +160,6 @@ def collate(
         has_depth=torch.tensor([float(values.size > 0) for values in depths]),
     )
     return make_batch(targets, pixels, config, global_size)
-
-
-def common_size(targets: Sequence[CropTargets]) -> tuple[int, int]:
-    """Height and width of the largest windows."""
-    return max(one.window.height for one in targets), max(one.window.width for one in targets)
 
 
 def make_batch(targets: Sequence[CropTargets], pixels: Pixels, config: WindowConfig, global_size: int | None) -> Batch:
@@ -218,7 +211,7 @@ def _cut(
     rows = slice(window.top, min(window.top + window.height, size[0]))
     columns = slice(window.left, min(window.left + window.width, size[1]))
     image = crop_image(source.image, size, rows, columns)
-    roi = np.ones(image.shape[:2], bool) if source.roi is None else crop_mask(source.roi, size, rows, columns)
+    roi = np.ones(image.shape[:2], bool) if source.roi is None else crop_map(source.roi, size, rows, columns) >= 0.5
     known = source.depth if with_depth else None
     depth = np.zeros((0, 0), np.float32) if known is None else crop_map(known, size, rows, columns)
     if window.flip:

@@ -79,12 +79,9 @@ class GpuImageCache:
         return _DeferredBatch(**vars(batch), windows=torch.tensor(windows), with_depth=depth, images=self)
 
     def cut(self, windows: Tensor, size: tuple[int, int], with_depth: bool) -> Pixels:
-        """Cut windows and pad them to a common size (H, W), on the device.
+        """Cut windows on the device and pad them to a common size (H, W); depth is unknown without `with_depth`.
 
-        Args:
-            windows: (B, 6) int64: number of the image; top, left, height and width of the window; 1 to flip it.
-            size: (H, W).
-            with_depth: Whether depth is needed; otherwise it is returned as unknown.
+        `windows` is (B, 6) int64: number of the image; top, left, height and width of the window; 1 to flip it.
         """
         which, top, left, height, width, flip = windows.unbind(1)
         down, across = (torch.arange(side, device=windows.device)[None] for side in size)

@@ -191,13 +191,6 @@ def crop_map(
     return _interpolate(wide, above - first, below - first, down[:, None], axis=0)
 
 
-def crop_mask(mask: NDArray[np.bool_], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.bool_]:
-    """Rows and columns (h, w) of a mask resized to (H, W): True where the interpolated value is at least 1/2."""
-    if mask.shape == size:
-        return mask[rows, columns]
-    return crop_map(mask, size, rows, columns) >= 0.5
-
-
 def _neighbours(
     source: int, target: int, part: slice
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
@@ -208,15 +201,11 @@ def _neighbours(
 
 
 def _interpolate(
-    values: NDArray[np.float32],
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    weight: NDArray[np.float32],
-    axis: int,
+    values: NDArray[np.float32], low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[np.float32], axis: int
 ) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = values.take(high, axis)
     below = values.take(low, axis)
-    result -= below
+    result: NDArray[np.float32] = values.take(high, axis)
+    result -= below  # in place: three temporary arrays less
     result *= weight
     result += below
     return result

@@ -29,7 +29,7 @@ class Loader:
         batch: Global batch size in windows.
         repeats: Windows per image and epoch.
         seed: Random seed of order and windows.
-        rank: This process's rank.
+        rank: This process's rank among `world`.
         world: Number of ranks.
         pin: Put batches in page-locked memory.
         ahead: Number of batches that threads prepare ahead; 0 prepares each when it is needed.
@@ -71,12 +71,8 @@ class Loader:
     def epoch(self, number: int, depth: bool = True) -> Generator[Batch, None, None]:
         """The batches of an epoch in order; towards its end, the first batches of the next epoch are prepared too.
 
-        Closing the iterator cancels pending preparations. Batches from a `GpuImageCache` have pixels only after
-        `Batch.to`.
-
-        Args:
-            number: The epoch.
-            depth: Whether the training stage uses depth.
+        `depth` says whether it is needed. Closing the iterator cancels pending preparations. Batches from a
+        `GpuImageCache` have pixels only after `Batch.to`.
         """
         jobs = self._jobs(number, depth)
         if not self.ahead:

@@ -4,7 +4,6 @@ Shape legend: H W image, h w density.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,36 +61,21 @@ def tiled_density(density: Callable[[Tensor], Tensor], geometry: Geometry, side:
         height, width = image.shape[-2:]
         if height <= step and width <= step:
             return density(image)
-        columns = [_TileSpan(left, step, padding, width) for left in range(0, width, step)]
-        strips = []
-        for top in range(0, height, step):
-            row = _TileSpan(top, step, padding, height)
-            tiles = [
-                density(image[..., row.pixels, column.pixels])[..., row.kept(geometry.cell), column.kept(geometry.cell)]
-                for column in columns
-            ]
-            strips.append(torch.cat(tiles, dim=-1))
-        return torch.cat(strips, dim=-2)
+        rows, columns = (list(_tiles(length, step, padding, geometry.cell)) for length in (height, width))
+        return torch.cat(
+            [
+                torch.cat([density(image[..., y, x])[..., kept_y, kept_x] for x, kept_x in columns], dim=-1)
+                for y, kept_y in rows
+            ],
+            dim=-2,
+        )
 
     return tiled
 
 
-@dataclass(frozen=True)
-class _TileSpan:
-    """A tile along one axis of an image of `length` pixels."""
-
-    start: int
-    step: int
-    padding: int
-    length: int
-
-    @property
-    def pixels(self) -> slice:
-        """The pixels of the padded tile."""
-        return slice(max(0, self.start - self.padding), min(self.length, self.start + self.step + self.padding))
-
-    def kept(self, cell: int) -> slice:
-        """The cells of the padded tile that belong to the tile itself."""
-        first = self.pixels.start
-        end = min(self.length, self.start + self.step)
-        return slice((self.start - first) // cell, -(-(end - first) // cell))
+def _tiles(length: int, step: int, padding: int, cell: int) -> Iterator[tuple[slice, slice]]:
+    """Pixels of each padded tile along an axis, and the cells of it that belong to the tile itself."""
+    for start in range(0, length, step):
+        first, end = max(0, start - padding), min(length, start + step)
+        pixels = slice(first, min(length, start + step + padding))
+        yield pixels, slice((start - first) // cell, -(-(end - first) // cell))
