@@ -113,22 +113,25 @@ def test_fetch_spares_copies_that_running_processes_use(cache: Path, uris: list[
     assert cached_letters(cache) == {"b", "d"}
 
 
-def test_fetch_from_racing_processes_downloads_once(
+def test_fetch_from_racing_processes_downloads_once_even_if_one_is_killed(
     cache: Path, uris: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, log, get_file = FORK.Barrier(4), tmp_path / "log", MEMORY.get_file
 
-    def logged(self: Any, remote: str, local: str, **options: Any) -> None:
+    def die_first(self: Any, remote: str, local: str, **options: Any) -> None:
         with log.open("a") as file:
             file.write(f"{remote[-1]}\n")
+        if log.read_text() == "a\n":
+            Path(local).write_bytes(b"partial")
+            os.kill(os.getpid(), signal.SIGKILL)
         get_file(self, remote, local, **options)
 
-    monkeypatch.setattr(MEMORY, "get_file", logged)
+    monkeypatch.setattr(MEMORY, "get_file", die_first)
     processes = [start_process(lambda: (start.wait(60), fetch(uris[0]), fetch(uris[1]))) for _ in range(4)]
     for process in processes:
         process.join()
-        assert process.exitcode == 0
-    assert sorted(log.read_text().split()) == ["a", "b"]
+    assert sorted(process.exitcode for process in processes) == [-signal.SIGKILL, 0, 0, 0]
+    assert sorted(log.read_text().split()) == ["a", "a", "b"] and cached_letters(cache) == {"a", "b"}
 
 
 def test_fetch_removes_partial_downloads_of_killed_processes(
