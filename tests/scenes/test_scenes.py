@@ -27,10 +27,6 @@ def digest(scene: RenderedScene) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in parts) + scene.scene.encode()).hexdigest()
 
 
-def empty_raster() -> Raster:
-    return Raster(CAMERA, np.full((CAMERA.height * FINE, CAMERA.width * FINE), 1e4, np.float32))
-
-
 def crowd_of(spec: SceneSpec, index: int) -> Crowd:
     return sample_crowd(spec, scene_layout(spec, index % spec.cameras), generator(spec.seed, 3, index))
 
@@ -81,7 +77,7 @@ def test_ground_inverts_project() -> None:
 def test_figure_size_follows_pinhole_model(distance: float) -> None:
     sprite = next(s for s in person_sprites() if s.size[2] < 1.85 and s.head is not None)
     assert sprite.head is not None
-    raster = empty_raster()
+    raster = Raster(CAMERA)
     raster.draw(Figure(sprite, 1.0, distance, 1.0), 0)
     rows = np.flatnonzero((raster.code > 0).any(1))
     top = CAMERA.project([1.0, distance, sprite.size[2]])
@@ -99,7 +95,7 @@ def test_figure_size_follows_pinhole_model(distance: float) -> None:
 
 def test_raster_nearer_figure_occludes_in_any_order() -> None:
     near, far = Figure(person_sprites()[0], 0.0, 10.0, 1.0), Figure(person_sprites()[7], 0.05, 10.6, 1.0)
-    forwards, backwards, alone = empty_raster(), empty_raster(), empty_raster()
+    forwards, backwards, alone = Raster(CAMERA), Raster(CAMERA), Raster(CAMERA)
     forwards.draw(far, 1)
     forwards.draw(near, 0)
     backwards.draw(near, 0)

@@ -38,7 +38,7 @@ def render_background(spec: SceneSpec, number: int) -> Background:
     """Render the static layers of a camera."""
     layout = scene_layout(spec, number)
     camera = layout.camera
-    raster = Raster(camera, _far_end(camera))
+    raster = Raster(camera)
     albedo = np.zeros((*raster.forward.shape, 3), np.float32)
     emission = np.zeros(raster.forward.shape, np.float32)
     light = np.zeros(raster.forward.shape, np.float32)
@@ -73,12 +73,6 @@ def light_at(camera: Camera, sunlit: Floats, feet: Floats) -> Floats:
     inside = (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
     values = sunlit[row.clip(0, camera.height - 1), column.clip(0, camera.width - 1)]
     return np.where(inside, values, np.float32(np.median(sunlit))).astype(np.float32)
-
-
-def _far_end(camera: Camera) -> Floats:
-    """Return the forward distance at which a free ray ends: MAX_DEPTH along the optical axis."""
-    per_depth, _ = camera.row_terms((np.arange(camera.height * FINE) + 0.5) / FINE)
-    return np.repeat(per_depth[:, None] * MAX_DEPTH, camera.width * FINE, axis=1)
 
 
 def _paint_sky(layout: SceneLayout, raster: Raster, albedo: Floats) -> None:

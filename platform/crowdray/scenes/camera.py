@@ -17,9 +17,7 @@ class Camera:
     """A pinhole camera above the ground, pitched down, with its principal point at the image centre."""
 
     width: int
-    """Pixels."""
     height: int
-    """Pixels."""
     focal: float
     """Focal length in pixels."""
     altitude: float

@@ -327,41 +327,34 @@ def kiosk(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-PROP_KINDS: dict[str, Callable[[np.random.Generator], ColouredSprite]] = {
+Draw = Callable[[np.random.Generator], ColouredSprite]
+
+_FIXED: dict[str, Draw] = {
     "tree": tree,
     "conifer": conifer,
     "bush": bush,
+    "lamp": street_lamp,
+    "bollard": bollard,
+    "statue": statue,
+    "bench": bench,
+    "parasol": parasol,
+    "kiosk": kiosk,
+}
+_MOVABLE: dict[str, Draw] = {
     "topiary": topiary,
     "planter": planter,
-    "lamp": street_lamp,
     "globe": globe_lamp,
-    "bollard": bollard,
     "bin": bin_,
     "pillar": pillar_box,
-    "statue": statue,
     "mannequin": mannequin,
     "coats": coat_stand,
     "bicycle": bicycle,
-    "bench": bench,
-    "parasol": parasol,
     "board": a_board,
     "cone": cone,
     "balloons": balloons,
-    "kiosk": kiosk,
 }
-MOVABLE_KINDS = (
-    "topiary",
-    "planter",
-    "globe",
-    "bin",
-    "pillar",
-    "mannequin",
-    "coats",
-    "bicycle",
-    "board",
-    "cone",
-    "balloons",
-)
+PROP_KINDS = _FIXED | _MOVABLE
+MOVABLE_KINDS = tuple(_MOVABLE)
 """Kinds that move from image to image, so that a model cannot memorize their positions."""
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.spec import Floats
+from crowdray.scenes.spec import MAX_DEPTH, Floats
 from crowdray.scenes.sprites import NORMALS, PARTS, Sprite
 
 FINE = 2
@@ -36,14 +36,16 @@ class Raster:
     distance on the ground in metres.
     """
 
-    def __init__(self, camera: Camera, forward: Floats) -> None:
+    def __init__(self, camera: Camera, forward: Floats | None = None) -> None:
         rows = (np.arange(camera.height * FINE) + 0.5) / FINE
         columns = (np.arange(camera.width * FINE) + 0.5) / FINE
         self.camera = camera
-        self.forward = forward
-        self.code = np.zeros(forward.shape, np.int32)
         self.per_depth, self.down = camera.row_terms(rows)
         self.across = camera.column_terms(columns)
+        if forward is None:  # free rays end at MAX_DEPTH along the optical axis
+            forward = np.repeat(self.per_depth[:, None] * MAX_DEPTH, len(columns), axis=1)
+        self.forward = forward
+        self.code = np.zeros(forward.shape, np.int32)
 
     def draw(self, figure: Figure, number: int) -> None:
         """Draw a figure where it is nearer than the buffer's content."""

@@ -96,7 +96,8 @@ def _light(layout: SceneLayout, static: Background, crowd: Crowd, raster: Raster
         if layout.night:
             arriving += emission * (2 * glow)
         arriving *= albedo
-        radiance[channel] = _downsample(arriving)
+        rows = arriving[::FINE] + arriving[1::FINE]
+        radiance[channel] = (rows[:, ::FINE] + rows[:, 1::FINE]) * np.float32(1 / FINE**2)
     return radiance
 
 
@@ -110,12 +111,6 @@ def _weather(layout: SceneLayout, clear: float, rng: np.random.Generator) -> tup
     sky = linear(186, 204, 232) * clear + linear(222, 224, 228) * (1 - clear)
     sunlight = warm * 2.0 * clear * jitter
     return np.asarray(sky * (0.75 - 0.3 * clear) * jitter, np.float32), np.asarray(sunlight, np.float32)
-
-
-def _downsample(fine: Floats) -> Floats:
-    """Average the samples of each pixel, (FINE * H, FINE * W) to (H, W)."""
-    rows = fine[::FINE] + fine[1::FINE]
-    return np.asarray((rows[:, ::FINE] + rows[:, 1::FINE]) * np.float32(1 / FINE**2), np.float32)
 
 
 def _sensor(

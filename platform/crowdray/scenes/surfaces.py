@@ -14,6 +14,9 @@ from crowdray.scenes.spec import Bools, Floats, generator, hex_colours, linear
 _TABLE = 256
 WALL_COLOURS = hex_colours("b2a28a 965c48 c4beb2 a89478 7e7a76 ccba96 8c9296")
 
+_SPECKLES = {"asphalt": ((96, 96, 98), 0.22, 0.05, 0.08), "gravel": ((178, 160, 128), 0.3, 0.07, 0.1)}
+"""Colour, contrast, size of a speckle and size at which it fades, in metres."""
+
 Reals = npt.NDArray[np.floating]
 
 
@@ -70,15 +73,13 @@ def ground(kind: str, s: Floats, t: Floats, footprint: Floats, salt: int) -> Flo
         dry = np.clip(noise(s, t, 3.1) * 1.6 - 0.7, 0, 1)[:, None]
         base = linear(78, 104, 44) * (1 - dry) + linear(140, 132, 78) * dry
         return np.asarray(base * (blades * stain * tone)[:, None], np.float32)
-    if kind == "asphalt":
-        speckle = 1 + 0.22 * (noise(s, t, 0.05) - 0.5) * _fade(0.08, footprint)
-        return np.asarray(linear(96, 96, 98) * (speckle * stain * tone)[:, None], np.float32)
-    if kind == "gravel":
-        speckle = 1 + 0.3 * (noise(s, t, 0.07) - 0.5) * _fade(0.1, footprint)
-        return np.asarray(linear(178, 160, 128) * (speckle * stain * tone)[:, None], np.float32)
     if kind == "water":
         ripple = 1 + 0.5 * (noise(s, t * 3, 0.6) - 0.5)
         return np.asarray(linear(70, 98, 112) * ripple[:, None], np.float32)
+    if kind in _SPECKLES:
+        base, contrast, detail, fade = _SPECKLES[kind]
+        speckle = 1 + contrast * (noise(s, t, detail) - 0.5) * _fade(fade, footprint)
+        return np.asarray(linear(*base) * (speckle * stain * tone)[:, None], np.float32)
     if kind == "cobbles":
         shade = _tiles(s, t, footprint, (0.16, 0.13), 0.02, 0.5, salt, stagger=True)
         return np.asarray(linear(128, 122, 116) * (shade * stain * tone)[:, None], np.float32)
