@@ -113,9 +113,6 @@ def test_density_levels_are_group_means_by_true_count(drawn: list[Figure]) -> No
         np.testing.assert_allclose(np.asarray(line.get_ydata()), means + shift)
     draw_density_levels(joint[:3], joint[:3], URI)
     assert len(drawn[1].axes[0].patches) == 3
-    for other in ([], counted(0.0, range(1, 41))):
-        with pytest.raises(ValueError, match="counts of the same rows"):
-            draw_density_levels(joint, other, URI)
 
 
 def test_calibration_plots_each_image_and_bias(drawn: list[Figure]) -> None:

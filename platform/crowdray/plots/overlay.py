@@ -19,10 +19,7 @@ _MIN_PEAK = 0.004
 def draw_overlay(image: NDArray[np.uint8], density: NDArray[np.float32], path: str | os.PathLike[str]) -> None:
     """Draw a density over its photo and save it as a PNG whose longer side has 640 to 1280 pixels.
 
-    Args:
-        image: (H, W, 3) RGB.
-        density: (h, w) heads per cell; its sum is the count shown in the corner.
-        path: Path or URI of the PNG.
+    `image` is (H, W, 3) RGB, `density` (h, w) heads per cell; its sum is the count shown in the corner.
     """
     height, width = image.shape[:2]
     longest = max(height, width)

@@ -129,17 +129,9 @@ def _blurred(canvas: Image.Image, radius: float) -> Floats:
 def shade_figures(
     code: npt.NDArray[np.int32], palettes: Floats, sunlit: Floats, normals: Floats, sun: tuple[float, float, float]
 ) -> tuple[Floats, Floats]:
-    """Shade figure samples.
+    """Return the albedo (N, 3) and the received fraction of sunlight (N,) of samples with codes (N,).
 
-    Args:
-        code: (N,) codes of samples that show figures.
-        palettes: (figures, PARTS, 3) colours.
-        sunlit: (figures,) sunlight at each figure's position.
-        normals: Vectors of `normal_vectors`.
-        sun: Unit vector to the sun.
-
-    Returns:
-        Albedo (N, 3) and received fraction of sunlight (N,).
+    `palettes` (figures, PARTS, 3) and `sunlit` (figures,) belong to the figures; `sun` is the unit vector to the sun.
     """
     towards = np.array([sun[0], -sun[1], sun[2]], np.float32)
     sky = (0.6 + 0.28 * normals[:, 2] + 0.2 * normals[:, 1]).astype(np.float32)

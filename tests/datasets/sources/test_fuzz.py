@@ -36,7 +36,7 @@ from crowdray.errors import UserError
 from ...support import published
 from ...support.annotation_builders import HEADS, WRITERS, labelme, write_csv, write_json, write_labelme
 from ...support.builders import HEIGHT, WIDTH, jpeg, make_mall, make_shanghaitech, samples
-from ...support.published import HDF5_START, Files, below, hdf5, in_bucket
+from ...support.published import HDF5_START, Files, below, in_bucket
 
 Array = NDArray[Any]
 Contents = Mapping[str, bytes]
@@ -173,17 +173,6 @@ def named_heads(item: Item, name: str, points: Any) -> Array:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def worldexpo_in_hdf5(folder: Path) -> Files:
-    """WorldExpo'10 with every file in the HDF5 format."""
-    files = published.worldexpo()
-    for path in [path for path in files if path.endswith(".mat")]:
-        names = ("point_position", "point_num", "pMap", "maskVerticesXCoordinates", "maskVerticesYCoordinates")
-        if files[path][512:520] != HDF5_START:
-            content = loadmat(io.BytesIO(files[path]))
-            files[path] = hdf5(**{name: content[name] for name in names if name in content})
-    return files
-
-
 def small_ucf_cc_50(path: Path) -> Files:
     return {path: data for path, data in published.ucf_cc_50().items() if path.split(".")[0].split("_")[0] in "7 8 12"}
 
@@ -224,7 +213,6 @@ FORMATS = {
     "mall": Format("mall", make_mall, mall_heads),
     "shanghaitech": Format("shanghaitech", lambda path: make_shanghaitech(path, count=4), shanghaitech_heads),
     "worldexpo": Format("worldexpo", lambda path: published.worldexpo(), variable("point_position")),
-    "worldexpo-hdf5": Format("worldexpo", worldexpo_in_hdf5, variable("point_position")),
     "ucsd": Format("ucsd", lambda path: published.ucsd(), ucsd_heads),
     "ucf-cc-50": Format("ucf-cc-50", small_ucf_cc_50, variable("annPoints")),
     "ucf-qnrf": Format("ucf-qnrf", lambda path: published.ucf_qnrf(), qnrf_heads, {"longest": 100}),

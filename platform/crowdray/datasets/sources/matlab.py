@@ -25,11 +25,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def read_matlab(uri: str, extract: Callable[[dict[str, Any]], T], layout: str) -> T:
-    """Read a MATLAB file and return what `extract` makes of its variables.
-
-    Raises:
-        DataError: if the file is damaged or does not have the expected `layout`, a description for the message.
-    """
+    """Return what `extract` makes of a MATLAB file's variables; DataError if they lack the described `layout`."""
     content = storage.read_bytes(uri)
     try:
         return extract(_variables(content))
@@ -42,13 +38,8 @@ def read_matlab(uri: str, extract: Callable[[dict[str, Any]], T], layout: str) -
 def read_points(uri: str, variable: str, base: float) -> NDArray[np.float64]:
     """Read the heads (N, 2) in a variable of a MATLAB file, in continuous pixels.
 
-    Args:
-        uri: The file.
-        variable: Its variable; columns after x and y are dropped, an empty array of any shape means no heads.
-        base: Coordinate of the first pixel's centre in the file.
-
-    Raises:
-        DataError: if the file is damaged or has no such variable.
+    Columns after x and y are dropped, and an empty array of any shape means no heads. `base` is the coordinate of the
+    first pixel's centre. Raises DataError if the file is damaged or has no such variable.
     """
     return read_matlab(uri, lambda variables: as_points(variables[variable], base), f"`{variable}` with x and y")
 

@@ -52,14 +52,12 @@ class Cvat(AnnotatedFolder):
 
     def _add(self, image: ImageAnnotation, shape: Element, where: str) -> None:
         label = shape.get("label", "")
-        if shape.tag == "skeleton" and self._keypoint is not None and self._rules.accepts(label):
-            corners = self._head_of(shape, where)
+        if shape.tag == "skeleton" and self._rules.accepts(label):
+            corners = self._head_of(shape, f"{where} labelled {label!r}")
             if corners:
                 image.add_shape(self._rules, "points", label, corners, where)
             else:
                 image.ignored[f"skeletons {label!r} whose {self._keypoint!r} is not marked"] += 1
-        elif shape.tag == "skeleton" and self._rules.accepts(label):
-            raise DataError(f"{where} labelled {label!r}: name the point that is the head with --keypoint")
         elif shape.tag == "box":
             sides = [parse_number(shape.get(side, ""), f"{where}: {side}") for side in ("xtl", "ytl", "xbr", "ybr")]
             image.add_shape(self._rules, "box", label, [(sides[0], sides[1]), (sides[2], sides[3])], where)
@@ -70,7 +68,9 @@ class Cvat(AnnotatedFolder):
 
     def _head_of(self, skeleton: Element, where: str) -> list[Corner]:
         """Return the point of a skeleton that is the head; empty if it is marked as outside the image."""
-        named = [point for point in skeleton if point.get("label", "").lower() == str(self._keypoint).lower()]
+        if self._keypoint is None:
+            raise DataError(f"{where}: name the point that is the head with --keypoint")
+        named = [point for point in skeleton if point.get("label", "").lower() == self._keypoint.lower()]
         if not named:
             labels = ", ".join(sorted(point.get("label", "") for point in skeleton))
             raise DataError(f"{where} has no point {self._keypoint!r}; it has {labels}; correct --keypoint")

@@ -37,11 +37,7 @@ class ImageIndex:
             self._by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
 
     def find(self, name: str, location: str) -> str | None:
-        """Return the path with the longest common end with `name`, None if no file has this name.
-
-        Raises:
-            DataError: if several paths match equally well; `location` says where the name was read.
-        """
+        """Return the path with the longest common end with `name`, if any; DataError if several match equally well."""
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
         if not parts:
             return None
@@ -86,9 +82,7 @@ def split_and_scene(path: str) -> tuple[str, str]:
 def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
     """Apply the EXIF orientation to an encoded image, as annotation tools do; upright images keep their bytes.
 
-    Args:
-        content: The encoded image.
-        size: (H, W) of the image when it was annotated; if it equals the stored size, the image is not rotated.
+    If `size` (H, W), at which the image was annotated, equals the stored size, the image is not rotated.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
