@@ -133,10 +133,8 @@ def _draw_photo(axes: Axes, sample: Sample, decoded: DecodedImage, reduce: int, 
 def _draw_map(axes: Axes, values: NDArray[Any] | None, colours: str, size: tuple[int, int], cell: int = 1) -> None:
     """Draw a map in [0, 1] with cells of `cell` pixels of a photo (H, W); "no depth" if it is None."""
     if values is None:
-        axes.set_facecolor(style.PAPER)
         axes.text(0.5, 0.5, "no depth", ha="center", va="center", size=7.5, color=style.FAINT)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+        axes.set_axis_off()
         return
     rows, columns = (side * cell for side in values.shape)  # the last cells may extend beyond the photo
     options: dict[str, Any] = {"extent": (0, columns, rows, 0), "interpolation": "nearest", "aspect": "auto"}

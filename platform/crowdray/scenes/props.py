@@ -1,6 +1,6 @@
 """Street furniture and plants, many of them as tall, slim or round-topped as people.
 
-Each function draws a random variant and returns its sprite and palette.
+Each function draws a random variant, with sizes in metres, and returns its sprite and palette.
 """
 
 from collections.abc import Callable
@@ -54,8 +54,7 @@ def _crown(
         pen.disc(float(cx), float(cz), float(size), float(size * 0.8), part)
 
 
-def tree(rng: np.random.Generator) -> ColouredSprite:
-    """A broad-leaved tree of 4 to 8 m."""
+def _tree(rng: np.random.Generator) -> ColouredSprite:
     height, half_width = rng.uniform(4, 8), rng.uniform(1.3, 2.6)
     pen = Pen(half_width * 1.4, height * 1.15, 30)
     trunk = height * 0.45
@@ -66,8 +65,7 @@ def tree(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _foliage(rng)
 
 
-def conifer(rng: np.random.Generator) -> ColouredSprite:
-    """A slim conifer of 3 to 7 m."""
+def _conifer(rng: np.random.Generator) -> ColouredSprite:
     height = rng.uniform(3, 7)
     pen = Pen(1.3, height + 0.5, 30)
     pen.limb((0, 0, 0.1), (0, 0.9, 0.09), part=5)
@@ -79,7 +77,7 @@ def conifer(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _foliage(rng)
 
 
-def bush(rng: np.random.Generator) -> ColouredSprite:
+def _bush(rng: np.random.Generator) -> ColouredSprite:
     """A shrub of 0.7 to 1.6 m, similar to the upper half of a person."""
     height, half_width = rng.uniform(0.7, 1.6), rng.uniform(0.4, 0.9)
     pen = Pen(half_width * 1.5, height * 1.4, 60)
@@ -87,7 +85,7 @@ def bush(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _foliage(rng)
 
 
-def topiary(rng: np.random.Generator) -> ColouredSprite:
+def _topiary(rng: np.random.Generator) -> ColouredSprite:
     """A potted tree with a ball of leaves at head height."""
     height = rng.uniform(1.35, 1.8)
     pen = Pen(0.6, 2.3, 70)
@@ -100,8 +98,7 @@ def topiary(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def planter(rng: np.random.Generator) -> ColouredSprite:
-    """A tub with flowers."""
+def _planter(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(0.8, 1.6, 60)
     half = rng.uniform(0.35, 0.6)
     pen.lathe([(0, half * 0.85), (0.5, half)], 6)
@@ -113,8 +110,7 @@ def planter(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def street_lamp(rng: np.random.Generator) -> ColouredSprite:
-    """A lamp post of 3.5 to 7 m with an arm or with globes."""
+def _street_lamp(rng: np.random.Generator) -> ColouredSprite:
     height = rng.uniform(3.5, 7)
     pen = Pen(1.6, height + 0.6, 40)
     pen.limb((0, 0, 0.075), (0, height, 0.05), part=1)
@@ -129,7 +125,7 @@ def street_lamp(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(_METAL, (226, 222, 206))
 
 
-def globe_lamp(rng: np.random.Generator) -> ColouredSprite:
+def _globe_lamp(rng: np.random.Generator) -> ColouredSprite:
     """A low lamp with a globe on a post, similar to a head on a thin body."""
     height = rng.uniform(1.3, 2.0)
     pen = Pen(0.4, 2.5, 70)
@@ -138,8 +134,7 @@ def globe_lamp(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(_METAL, (214, 206, 186) if rng.random() < 0.6 else (60, 62, 66))
 
 
-def bollard(rng: np.random.Generator) -> ColouredSprite:
-    """A bollard with a round top, 0.8 to 1.2 m."""
+def _bollard(rng: np.random.Generator) -> ColouredSprite:
     height = rng.uniform(0.8, 1.2)
     pen = Pen(0.25, 1.5, 80)
     pen.lathe([(0, 0.1), (height - 0.1, 0.075)], 1)
@@ -148,8 +143,7 @@ def bollard(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(_METAL if rng.random() < 0.6 else (120, 40, 36), (214, 210, 200))
 
 
-def bin_(rng: np.random.Generator) -> ColouredSprite:
-    """A litter bin of 0.9 to 1.2 m."""
+def _bin(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(0.5, 1.5, 60)
     height = rng.uniform(0.85, 1.15)
     pen.lathe([(0, 0.25), (height, 0.29)], 1)
@@ -159,7 +153,7 @@ def bin_(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(colour, (44, 46, 48), (18, 18, 20))
 
 
-def pillar_box(rng: np.random.Generator) -> ColouredSprite:
+def _pillar_box(rng: np.random.Generator) -> ColouredSprite:
     """A post box or an advertising pillar, as tall as a person."""
     height, half = rng.uniform(1.4, 1.8), rng.uniform(0.2, 0.3)
     pen = Pen(0.6, 2.3, 60)
@@ -171,8 +165,7 @@ def pillar_box(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(colour, colour, (24, 24, 26))
 
 
-def statue(rng: np.random.Generator) -> ColouredSprite:
-    """A figure of stone or bronze on a plinth."""
+def _statue(rng: np.random.Generator) -> ColouredSprite:
     person = draw_person(rng)
     plinth = rng.uniform(0.5, 1.3)
     pen = Pen(0.8, plinth + 0.1, person.scale)
@@ -191,7 +184,7 @@ def statue(rng: np.random.Generator) -> ColouredSprite:
     return Sprite(whole, person.scale, left + 1, outline), palette.astype(np.float32)
 
 
-def mannequin(rng: np.random.Generator) -> ColouredSprite:
+def _mannequin(rng: np.random.Generator) -> ColouredSprite:
     """A shop mannequin: dressed, with a featureless pale head."""
     sprite = draw_person(rng)
     pale = linear(*[(214, 206, 194), (190, 186, 180), (36, 36, 38)][int(rng.integers(3))])
@@ -201,8 +194,7 @@ def mannequin(rng: np.random.Generator) -> ColouredSprite:
     return Sprite(sprite.texels, sprite.scale, sprite.foot, sprite.outline), palette
 
 
-def coat_stand(rng: np.random.Generator) -> ColouredSprite:
-    """A stand with coats and a hat."""
+def _coat_stand(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(0.5, 2.1, 70)
     pen.limb((0, 0, 0.03), (0, 1.6, 0.03), part=1)
     pen.limb((-0.22, 0.02, 0.025), (0, 0.15, 0.03), (0.22, 0.02, 0.025), part=1)
@@ -215,8 +207,7 @@ def coat_stand(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def bicycle(rng: np.random.Generator) -> ColouredSprite:
-    """A parked bicycle."""
+def _bicycle(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(1.0, 1.3, 70)
     for x in (-0.52, 0.52):
         pen.ring(x, 0.34, 0.34, 0.045, 1)
@@ -233,8 +224,7 @@ def bicycle(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def bench(rng: np.random.Generator) -> ColouredSprite:
-    """A bench."""
+def _bench(rng: np.random.Generator) -> ColouredSprite:
     half = rng.uniform(0.7, 1.0)
     pen = Pen(1.1, 1.2, 60)
     for x in (-half * 0.8, half * 0.8):
@@ -245,8 +235,7 @@ def bench(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(_METAL, _WOOD, (150, 114, 78))
 
 
-def parasol(rng: np.random.Generator) -> ColouredSprite:
-    """A parasol over a table with chairs."""
+def _parasol(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(1.7, 3.0, 45)
     for x in (-0.75, 0.75):
         pen.box(x - 0.22, x + 0.22, 0.4, 0.48, 3, up=0.8)
@@ -269,7 +258,7 @@ def parasol(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def a_board(rng: np.random.Generator) -> ColouredSprite:
+def _a_board(rng: np.random.Generator) -> ColouredSprite:
     """An advertising board, often with a face."""
     pen = Pen(0.6, 1.9, 60)
     height = rng.uniform(1.0, 1.7)
@@ -287,8 +276,7 @@ def a_board(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def cone(rng: np.random.Generator) -> ColouredSprite:
-    """A traffic cone."""
+def _cone(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(0.3, 0.9, 70)
     pen.box(-0.2, 0.2, 0, 0.05, 1)
     pen.lathe([(0.04, 0.15), (0.7, 0.03)], 1)
@@ -296,7 +284,7 @@ def cone(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette((216, 92, 34), (232, 230, 224))
 
 
-def balloons(rng: np.random.Generator) -> ColouredSprite:
+def _balloons(rng: np.random.Generator) -> ColouredSprite:
     """A bunch of balloons, each as large as a head."""
     pen = Pen(0.9, 2.9, 60)
     for _ in range(int(rng.integers(5, 12))):
@@ -310,8 +298,7 @@ def balloons(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def kiosk(rng: np.random.Generator) -> ColouredSprite:
-    """A small stall with a striped awning."""
+def _kiosk(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(1.7, 3.1, 45)
     pen.box(-1.4, 1.4, 0, 2.5, 1)
     pen.box(-1.2, 1.2, 1.05, 2.0, 2)
@@ -330,28 +317,28 @@ def kiosk(rng: np.random.Generator) -> ColouredSprite:
 Draw = Callable[[np.random.Generator], ColouredSprite]
 
 _FIXED: dict[str, Draw] = {
-    "tree": tree,
-    "conifer": conifer,
-    "bush": bush,
-    "lamp": street_lamp,
-    "bollard": bollard,
-    "statue": statue,
-    "bench": bench,
-    "parasol": parasol,
-    "kiosk": kiosk,
+    "tree": _tree,
+    "conifer": _conifer,
+    "bush": _bush,
+    "lamp": _street_lamp,
+    "bollard": _bollard,
+    "statue": _statue,
+    "bench": _bench,
+    "parasol": _parasol,
+    "kiosk": _kiosk,
 }
 _MOVABLE: dict[str, Draw] = {
-    "topiary": topiary,
-    "planter": planter,
-    "globe": globe_lamp,
-    "bin": bin_,
-    "pillar": pillar_box,
-    "mannequin": mannequin,
-    "coats": coat_stand,
-    "bicycle": bicycle,
-    "board": a_board,
-    "cone": cone,
-    "balloons": balloons,
+    "topiary": _topiary,
+    "planter": _planter,
+    "globe": _globe_lamp,
+    "bin": _bin,
+    "pillar": _pillar_box,
+    "mannequin": _mannequin,
+    "coats": _coat_stand,
+    "bicycle": _bicycle,
+    "board": _a_board,
+    "cone": _cone,
+    "balloons": _balloons,
 }
 PROP_KINDS = _FIXED | _MOVABLE
 MOVABLE_KINDS = tuple(_MOVABLE)
