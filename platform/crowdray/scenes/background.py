@@ -8,8 +8,7 @@ from scipy import ndimage
 
 from crowdray.scenes import surfaces
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.layout import SceneLayout, scene_layout
-from crowdray.scenes.plans import Wall, to_site
+from crowdray.scenes.layout import SceneLayout, Wall, scene_layout, to_site
 from crowdray.scenes.raster import FINE, Figure, Raster, cast_shadows, contact_shade, shade_figures
 from crowdray.scenes.spec import MAX_DEPTH, Bools, Floats, SceneSpec, generator, linear
 from crowdray.scenes.sprites import normal_vectors

@@ -77,8 +77,8 @@ def ground(kind: str, s: Floats, t: Floats, footprint: Floats, salt: int) -> Flo
         ripple = 1 + 0.5 * (noise(s, t * 3, 0.6) - 0.5)
         return np.asarray(linear(70, 98, 112) * ripple[:, None], np.float32)
     if kind in _SPECKLES:
-        base, contrast, detail, fade = _SPECKLES[kind]
-        speckle = 1 + contrast * (noise(s, t, detail) - 0.5) * _fade(fade, footprint)
+        base, strength, detail, fade = _SPECKLES[kind]
+        speckle = 1 + strength * (noise(s, t, detail) - 0.5) * _fade(fade, footprint)
         return np.asarray(linear(*base) * (speckle * stain * tone)[:, None], np.float32)
     if kind == "cobbles":
         shade = _tiles(s, t, footprint, (0.16, 0.13), 0.02, 0.5, salt, stagger=True)
