@@ -1,14 +1,11 @@
 """Local object stores for the tests: moto and rclone as processes, behind a proxy that injects faults."""
 
 import http.client
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +15,9 @@ from threading import Event, Lock, Thread
 from typing import Any, Literal
 
 import s3fs
+
+from .cluster import free_port, listens
+from .processes import until
 
 BUCKET = "bucket"
 KEYS = {"AWS_ACCESS_KEY_ID": "loopback", "AWS_SECRET_ACCESS_KEY": "loopback-secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -61,11 +61,6 @@ class Proxy(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         """Method and path of each request."""
         self._lock = Lock()
-
-    @property
-    def address(self) -> str:
-        """The proxy's URL."""
-        return f"http://127.0.0.1:{self.server_port}"
 
     def inject(self, kind: Kind, path: str, **options: Any) -> Fault:
         """Let the next matching requests fail."""
@@ -165,7 +160,7 @@ class Store:
     @property
     def environment(self) -> Mapping[str, str]:
         """Environment variables of a process that uses the store."""
-        variables = {**KEYS, "AWS_ENDPOINT_URL": self.proxy.address, "AWS_MAX_ATTEMPTS": "3"}
+        variables = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.server_port}", "AWS_MAX_ATTEMPTS": "3"}
         if self.name == "rclone":  # it sends the checksum of the whole object with a range
             variables["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
         return variables
@@ -197,32 +192,12 @@ def rclone(folder: Path) -> Iterator[Store]:
 @contextmanager
 def _serving(name: str, command: list[str], port: int) -> Iterator[Store]:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    proxy = Proxy(port)
-    thread = Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    try:
-        end = time.monotonic() + 120
-        while not listens(port):
-            assert server.poll() is None and time.monotonic() < end, f"{name} did not start"
-            time.sleep(0.05)
-        thread.start()
-        yield Store(name, proxy)
-    finally:
-        if thread.is_alive():
+    with Proxy(port) as proxy:
+        try:
+            until(lambda: listens(port), 120, f"{name} did not start")
+            Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            yield Store(name, proxy)
             proxy.shutdown()
-        proxy.server_close()
-        os.kill(server.pid, signal.SIGKILL)
-        server.wait(timeout=30)
-
-
-def listens(port: int) -> bool:
-    """Whether a server listens on a port."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    """Find a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        finally:
+            server.kill()
+            server.wait(timeout=30)
