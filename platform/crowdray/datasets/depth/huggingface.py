@@ -16,6 +16,7 @@ from crowdray.data.sample import decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
+from crowdray.datasets.extras import import_extra
 from crowdray.errors import DataError, UserError
 
 OPTIONS = {"inverse": "", "metric": "", "range": f"{RANGE:g}", "cuda": ""}
@@ -109,11 +110,7 @@ class HuggingFaceDepth(DepthTeacher):
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("--depth hf needs the package transformers: pip install 'crowdray[hf]'") from error
-    library: Any = transformers
+    library = import_extra("transformers", "hf")
     library.utils.logging.disable_progress_bar()  # the conversion shows its own
     return library
 

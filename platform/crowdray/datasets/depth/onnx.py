@@ -18,6 +18,7 @@ from crowdray.data.sample import Sample, decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions, positive_int
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
+from crowdray.datasets.extras import import_extra
 from crowdray.errors import DataError, UserError
 
 SIDE, MULTIPLE = 518, 14
@@ -100,7 +101,7 @@ class OnnxDepth(DepthTeacher):
         return self._open(cuda=self.gpu)
 
     def _open(self, *, cuda: bool) -> Any:
-        runtime = _onnxruntime()
+        runtime = import_extra("onnxruntime", "onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # Ray runs one task per CPU
         options.use_deterministic_compute = True
@@ -142,14 +143,6 @@ class OnnxDepth(DepthTeacher):
         scale = self._side / min(sample.height, sample.width) / self._multiple
         height, width = (max(1, round(side * scale)) * self._multiple for side in (sample.height, sample.width))
         return height, width
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("--depth onnx needs the package onnxruntime: pip install 'crowdray[onnx]'") from error
-    return onnxruntime
 
 
 def _hash_and_size(uri: str) -> tuple[str, int]:

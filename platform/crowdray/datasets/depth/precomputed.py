@@ -16,6 +16,7 @@ from crowdray.data.sample import Sample
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
+from crowdray.datasets.extras import import_extra
 from crowdray.errors import DataError, UserError
 
 OPTIONS = {"inverse": "", "range": f"{RANGE:g}", "flat": ""}
@@ -40,7 +41,7 @@ class PrecomputedDepth(DepthTeacher):
         if not listed:
             raise UserError(f"--depth precomputed: {self._folder} contains no file that ends with {', '.join(READERS)}")
         if any(file.name.endswith(".exr") for file in listed):
-            _openexr()
+            import_extra("OpenEXR", "exr")
         self._names = frozenset(file.name for file in listed)
         listing = sorted((file.name, file.size, file.modified) for file in listed)
         self.name = options.identity(1, hashlib.sha256(repr(listing).encode()).hexdigest())
@@ -84,7 +85,7 @@ def _npy(content: bytes, uri: str) -> NDArray[Any]:
 
 
 def _exr(content: bytes, uri: str) -> NDArray[Any]:
-    library = _openexr()
+    library = import_extra("OpenEXR", "exr")
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library only reads files
         file.write(content)
         file.flush()
@@ -111,11 +112,3 @@ def _check_shape(values: NDArray[Any], sample: Sample, uri: str) -> None:
             f"{uri} is {height}x{width} (HxW), its image {sample.height}x{sample.width}: it maps a crop or "
             "another image; replace it, or resize it to the image"
         )
-
-
-def _openexr() -> Any:
-    try:
-        import OpenEXR
-    except ImportError as error:
-        raise UserError("depth maps in EXR need the package OpenEXR: pip install 'crowdray[exr]'") from error
-    return OpenEXR

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from xml.etree.ElementTree import Element, ParseError
 
 from crowdray import storage
+from crowdray.datasets.extras import import_extra
 from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size, parse_number
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.images import parse_split
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 
 EXPORT = "export the task as 'CVAT for images 1.1'"
 
@@ -81,9 +82,10 @@ class Cvat(AnnotatedFolder):
 def _image_elements(uri: str) -> Iterator[Element]:
     """Yield the <image> elements of a file and free each one after use: exports can be large."""
     content = io.BytesIO(storage.read_bytes(uri))
+    parser = import_extra("defusedxml.ElementTree", "cvat")
     depth = 0
     try:
-        for event, element in _iterparse()(content, events=("start", "end")):
+        for event, element in parser.iterparse(content, events=("start", "end")):
             depth += 1 if event == "start" else -1
             if event == "start" and depth == 1 and element.tag != "annotations":
                 raise DataError(f"{uri} starts with <{element.tag}>, not with <annotations>; {EXPORT}")
@@ -97,14 +99,6 @@ def _image_elements(uri: str) -> Iterator[Element]:
         raise
     except (ParseError, ValueError, LookupError) as error:  # forbidden entities and unknown encodings
         raise DataError(f"{uri} is not readable XML ({error}); {EXPORT}") from error
-
-
-def _iterparse() -> Any:
-    try:
-        from defusedxml.ElementTree import iterparse
-    except ImportError as error:
-        raise UserError("cvat needs defusedxml: pip install 'crowdray[cvat]'") from error
-    return iterparse
 
 
 def _corners(text: str, where: str) -> list[Corner]:
