@@ -84,8 +84,8 @@ def content(dest: str) -> dict[str, bytes]:
 def convert_some(part: Path, dest: str, number: int, *, overwrite: bool = False) -> None:
     """Convert some slices and stop, as an interrupted conversion does."""
     with conversion.open_conversion(open_part(part), dest, overwrite=overwrite) as work:
-        for slice_ in work.pending[:number]:
-            work.add(work.convert(slice_))
+        for pending in work.pending[:number]:
+            work.add(work.convert(pending))
 
 
 def convert(part: Path, dest: str, **options: Any) -> list[int]:
@@ -179,7 +179,7 @@ def test_open_conversion_ignores_results_of_other_conversions(
 ) -> None:
     def pending(**options: Any) -> list[int]:
         with conversion.open_conversion(open_part(part, **options), root_uri) as work:
-            return [slice_.number for slice_ in work.pending]
+            return work.pending
 
     convert_some(part, root_uri, 3)
     assert pending() == [3]
@@ -227,8 +227,8 @@ def test_conversion_that_lost_its_lock_does_not_publish(part: Path, root_uri: st
         pytest.raises(UserError, match=r"another one took over .*; wait until it finishes"),
         conversion.open_conversion(open_part(part), root_uri) as work,
     ):
-        for slice_ in work.pending:
-            work.add(work.convert(slice_))
+        for number in work.pending:
+            work.add(work.convert(number))
         storage.remove(work.lock.uri)
         work.publish()
     assert not storage.exists(f"{root_uri}/{INDEX}")
@@ -305,8 +305,8 @@ def test_convert_slice_with_missing_file_saves_no_result(part: Path, tmp_path: P
 def test_publish_refuses_shards_that_only_a_worker_can_see(part: Path, tmp_path: Path) -> None:
     dest = tmp_path / "made"
     with conversion.open_conversion(open_part(part), str(dest)) as work:
-        for slice_ in work.pending:
-            work.add(work.convert(slice_))
+        for number in work.pending:
+            work.add(work.convert(number))
         shard = work.results[0].shard
         assert shard is not None
         (dest / shard.path).unlink()
@@ -331,8 +331,8 @@ def test_slices_converted_in_any_order_result_in_the_same_dataset(tmp_path: Path
     digests = []
     for name, step in (("ahead", 1), ("back", -1)):
         with conversion.open_conversion(source, str(tmp_path / name)) as work:
-            for part in work.pending[::step]:
-                work.add(pickle.loads(pickle.dumps(work.convert(part))))
+            for number in work.pending[::step]:
+                work.add(pickle.loads(pickle.dumps(work.convert(number))))
             digests.append(work.publish().digest)
     assert digests[0] == digests[1]
 

@@ -39,11 +39,10 @@ def convert(
 
 
 def _convert_pending(conversion: Conversion, progress: Progress) -> None:
-    pending = conversion.pending
-    resumed = len(conversion.slices) - len(pending)
+    slices, pending, resumed = conversion.slices, conversion.pending, len(conversion.results)
     if resumed:
-        _print(f"resuming after {resumed} of {len(conversion.slices)} slices")
-    dest, keys = conversion.dest, {part.number: part.key for part in pending}
+        _print(f"resuming after {resumed} of {len(slices)} slices")
+    dest, keys = conversion.dest, conversion.keys
 
     def convert_part(source: Source, items: Sequence[Item], number: int) -> SliceResult:
         return convert_slice(source, items, dest, number, keys[number])
@@ -53,8 +52,8 @@ def _convert_pending(conversion: Conversion, progress: Progress) -> None:
         counts = {"quarantined": unusable, "slices resumed": resumed}
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
-    done = sum(len(part.items) for part in conversion.slices if part.number not in keys)
-    parts = [(part.number, part.items) for part in pending]
+    done = sum(len(slices[number]) for number in conversion.results)
+    parts = [(number, slices[number]) for number in pending]
     for _, result in map_slices(convert_part, conversion.source, parts, done=done, note=note, progress=progress):
         check_reachable(result)
         conversion.add(result)

@@ -25,18 +25,6 @@ ROWS_PER_SHARD = 128
 """Items per slice: few enough to distribute over workers, enough to fill a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Items that become one shard."""
-
-    number: int
-    """Position of the slice, and number of its shard."""
-    items: Sequence[Item]
-    """Items to convert."""
-    key: str
-    """Digest of everything that decides its result."""
-
-
 @dataclass(frozen=True)
 class Conversion:
     """A running conversion; slices are converted by this process or by workers."""
@@ -46,18 +34,21 @@ class Conversion:
     splits: tuple[str, ...]
     lock: Lock
     """Exclusive right to convert into `dest`."""
-    slices: Sequence[Slice]
+    slices: Sequence[Sequence[Item]]
+    """Items of each shard."""
+    keys: Sequence[str]
+    """For each slice, a digest of everything that decides its result."""
     results: dict[int, SliceResult]
     """Results of finished slices by number, including those of an interrupted run."""
 
     @property
-    def pending(self) -> list[Slice]:
-        """Slices that are not converted yet."""
-        return [part for part in self.slices if part.number not in self.results]
+    def pending(self) -> list[int]:
+        """Numbers of the slices that are not converted yet."""
+        return [number for number in range(len(self.slices)) if number not in self.results]
 
-    def convert(self, part: Slice) -> SliceResult:
+    def convert(self, number: int) -> SliceResult:
         """Convert a slice in this process."""
-        return convert_slice(self.source, part.items, self.dest, part.number, part.key)
+        return convert_slice(self.source, self.slices[number], self.dest, number, self.keys[number])
 
     def add(self, result: SliceResult) -> None:
         """Add the result of a slice; UserError if another process has taken over the destination."""
@@ -77,7 +68,7 @@ class Conversion:
         assert not self.pending
         if not self.lock.renew():
             self._fail_lock_lost()
-        source, ordered = self.source, [self.results[part.number] for part in self.slices]
+        source, ordered = self.source, [self.results[number] for number in range(len(self.slices))]
         shards = [result.shard for result in ordered if result.shard is not None]
         stats = sum((result.stats for result in ordered), DatasetStats())
         report = validate(source.name, source.depth_teacher, stats, source.notes(self.splits))
@@ -147,12 +138,11 @@ def open_conversion(
     """
     dest = storage.resolve(dest)
     check_destination(dest, overwrite=overwrite)
-    listed = split_into_slices(source.items(splits), ROWS_PER_SHARD)
+    slices = split_into_slices(source.items(splits), ROWS_PER_SHARD)
     with resume.lock_destination(dest, log) as lock:
         check_destination(dest, overwrite=overwrite)  # another process may have finished since
-        keys = resume.slice_keys(source, listed)
-        slices = [Slice(number, items, key) for number, (items, key) in enumerate(zip(listed, keys, strict=True))]
-        yield Conversion(source, dest, tuple(splits), lock, slices, resume.load_results(dest, keys))
+        keys = resume.slice_keys(source, slices)
+        yield Conversion(source, dest, tuple(splits), lock, slices, keys, resume.load_results(dest, keys))
 
 
 def convert(
@@ -166,8 +156,8 @@ def convert(
 ) -> Index:
     """Convert a source in this process; `on_slice` receives the result of each converted slice."""
     with open_conversion(source, dest, splits=splits, overwrite=overwrite) as conversion:
-        for part in conversion.pending:
-            conversion.add(result := conversion.convert(part))
+        for number in conversion.pending:
+            conversion.add(result := conversion.convert(number))
             on_slice(result)
         return conversion.publish(strict=strict)
 

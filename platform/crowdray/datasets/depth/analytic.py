@@ -38,11 +38,9 @@ class PerspectiveDepth(DepthTeacher):
     name = "perspective-1"
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
-        """Depth proportional to 1 / size; DataError without a map or for sizes that are not positive."""
+        """Depth proportional to 1 / size; DataError without a map."""
         if inputs.person_size is None:
             raise DataError("this source has no perspective map; use --depth points or --depth none")
-        if not (inputs.person_size > 0).all():
-            raise DataError("the perspective map contains sizes that are not positive; use --depth points")
         return (1.0 / inputs.person_size).astype(np.float32)
 
 

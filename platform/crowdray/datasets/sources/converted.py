@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 
-from crowdray.data.sample import Sample, check_image, decode_depth, decode_roi, validate_points
+from crowdray.data.sample import Sample, check_image
 from crowdray.data.shards import Dataset
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits
-from crowdray.errors import DataError, UserError
+from crowdray.errors import UserError
 
 
 class Converted:
@@ -35,19 +35,9 @@ class Converted:
         ]
 
     def load(self, item: Item) -> Sample:
-        """One stored sample; DataError if its shard is damaged, or something in it cannot be decoded."""
+        """One stored sample; DataError if its shard is damaged, or its image cannot be decoded."""
         sample = copy(self._dataset.sample(item.number))
-        validate_points(sample.points)
         check_image(sample.image)
-        try:
-            if sample.roi is not None:
-                decode_roi(sample.roi)
-            if sample.depth is not None:
-                decode_depth(sample.depth)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(
-                f"its region of interest or depth cannot be decoded: {error}; convert {self._dataset.uri} again"
-            ) from error
         return sample if self._keeps_depth else replace(sample, depth=None)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:

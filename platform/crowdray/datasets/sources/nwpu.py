@@ -80,12 +80,9 @@ class Nwpu(AnnotatedImages):
 def _read_json(uri: str) -> Heads:
     try:
         content: Any = json.loads(storage.read_bytes(uri))
-        points = content["points"]
-        if not isinstance(points, list) or not isinstance(content["human_num"], int):
-            raise TypeError("`points` is not a list, or `human_num` is not an integer")
-        heads = as_points(np.array(points), COORDINATE_BASE)
-        if len(heads) != len(points) or len(heads) != content["human_num"]:
-            raise ValueError(f"`human_num` is {content['human_num']}, but there are {len(points)} points")
+        heads = as_points(np.array(content["points"]), COORDINATE_BASE)
+        if not len(heads) == len(content["points"]) == content["human_num"]:
+            raise ValueError(f"`human_num` is {content['human_num']}, but there are {len(heads)} points")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise DataError(f"{uri} does not contain `human_num` and `points` ({problem}); copy it again") from error

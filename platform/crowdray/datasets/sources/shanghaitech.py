@@ -23,7 +23,8 @@ lie below 0.5, which is impossible on axes whose first pixel centre is 1, and no
 """
 
 SPLITS = ("train", "test")
-FOLDERS = ("part_{}_final", "part_{}", "part{}", "{}")
+FOLDERS = ("{}", "part{}", "part_{}", "part_{}_final")
+"""Folders of a part; the last one that exists is read."""
 ANNOTATIONS = ("ground_truth", "ground-truth")
 
 
@@ -73,17 +74,16 @@ def _find_part(source: str, part: str) -> tuple[str, str]:
     if any(_has_split(source, split) for split in SPLITS):
         match = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
         return source, match.group(1).upper() if match else part
-    found = [
-        (root, letter)
-        for letter in ((part,) if part else ("A", "B"))
+    found = {
+        letter: root
+        for letter in part or "AB"
         for root in (storage.join(source, pattern.format(letter)) for pattern in FOLDERS)
         if any(_has_split(root, split) for split in SPLITS)
-    ]
+    }
     if not found:
-        wanted = f"part_{part or 'B'}_final/train_data/images"
-        raise UserError(
-            f"{source} is not ShanghaiTech{f' part {part}' if part else ''}: {wanted} is missing; check --source"
-        )
-    if len({letter for _, letter in found}) > 1:
-        raise UserError(f"{source} contains parts A and B; give the folder of one of them, such as {found[0][0]}")
-    return found[0]
+        which, wanted = f" part {part}" if part else "", f"part_{part or 'B'}_final/train_data/images"
+        raise UserError(f"{source} is not ShanghaiTech{which}: {wanted} is missing; check --source")
+    if len(found) > 1:
+        raise UserError(f"{source} contains parts A and B; give the folder of one of them, such as {found['A']}")
+    ((letter, root),) = found.items()
+    return root, letter
