@@ -128,7 +128,7 @@ def test_ucsd_lower_end_is_nearest_for_either_kind_of_map(exponent: int) -> None
 
 
 def test_ucsd_depth_from_points_ignores_test_heads() -> None:
-    def depth(split: str, files: Files) -> bytes | None:
+    def depth(split: str, files: Files) -> object:
         (depth,) = {sample.depth for sample in load_split(open_layout("ucsd", files, depth="points"), split)}
         return depth
 
