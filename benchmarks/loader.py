@@ -3,12 +3,12 @@
 import argparse
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.distributed import World, pick_device
@@ -28,11 +28,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     trainer = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
     stage_trainer = trainer.stage_trainer(trainer.stages[0])
-    memory: list[Batch] = []
-    for batch in trainer.loader.epoch(0):
-        memory.append(batch.to(trainer.state.device))
-        if len(memory) == arguments.steps:
-            break
+    memory = [batch.to(trainer.state.device) for batch in islice(trainer.loader.epoch(0), arguments.steps)]
     for batch in memory[:2]:
         stage_trainer.train_step(batch)
     ratios = []
@@ -43,7 +39,7 @@ def main() -> None:
         synchronize(trainer.state.device)
         from_memory = sum(len(batch.rows) for batch in memory) / (time.perf_counter() - started)
         images, started = 0, time.perf_counter()
-        for _, batch in zip(range(arguments.steps), trainer.loader.epoch(number), strict=False):
+        for batch in islice(trainer.loader.epoch(number), arguments.steps):
             stage_trainer.train_step(batch)
             images += len(batch.rows)
         synchronize(trainer.state.device)

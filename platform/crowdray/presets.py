@@ -1,6 +1,5 @@
 """Presets: functions that return a complete configuration, by the name that --preset takes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from crowdray.config import (
@@ -116,17 +115,8 @@ def debug() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    "demo": demo,
-    "mall-cfcn": mall_cfcn,
-    "shb-cfcn": shb_cfcn,
-    "shb-csrnet": shb_csrnet,
-    "sha-csrnet": sha_csrnet,
-    "worldexpo-csrnet": worldexpo_csrnet,
-    "cfcn": cfcn,
-    "csrnet": csrnet,
-    "debug": debug,
-}
+_FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, cfcn, csrnet, debug)
+PRESETS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 
 def preset(name: str) -> Config:

@@ -4,18 +4,15 @@ import dataclasses
 import itertools
 import math
 import time
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from crowdray.data import image_cache
 from crowdray.data.batch import Batch, Crop, collate
-from crowdray.data.image_cache import DecodedImage, ImageCache, load_image, scaled_size
+from crowdray.data.image_cache import DecodedImage, ImageCache, scaled_size
 from crowdray.data.loader import Loader
-from crowdray.data.sample import Sample
 from crowdray.data.sampling import Window, WindowConfig, draw_window, loss_weight
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import KERNEL_RADIUS, Targets, make_targets
@@ -158,18 +155,11 @@ def test_loader_replays_an_epoch_with_different_repeats_of_a_sample(cache: Image
     assert len(set(brightness[rows == twice].tolist())) == 2
 
 
-def test_loader_decodes_a_sample_once_for_all_its_repeats(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-
-    def record(sample: Sample, row: int, *options: Any) -> DecodedImage:
-        decoded.append(row)
-        return load_image(sample, row, *options)
-
-    monkeypatch.setattr(image_cache, "load_image", record)
-    epoch = loader(ImageCache(discs, 1, True, cache_bytes=0)).epoch(2)
-    rows = torch.cat([batch.rows for batch in epoch]).tolist()
+def test_loader_decodes_a_sample_once_for_all_its_repeats(discs: Dataset) -> None:
+    images = CountingCache(discs)
+    rows = torch.cat([batch.rows for batch in loader(images).epoch(2)]).tolist()
     assert len(rows) == 2 * len(set(rows))
-    assert sorted(decoded) == sorted(set(rows))
+    assert sorted(images.accessed) == sorted(set(rows))
 
 
 def test_loader_without_depth_changes_only_the_depth_fields(cache: ImageCache) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any
@@ -19,46 +20,29 @@ _MIN_THREADS, _MAX_THREADS = 2, 8
 """Bounds of the number of decoding threads per rank, which is otherwise torch's number of threads."""
 
 
+@dataclass(eq=False)
 class Loader:
-    """Batches of one rank. An epoch's batches depend only on its number, not on earlier epochs.
+    """Batches of one rank. An epoch's batches depend only on its number, not on earlier epochs."""
 
-    Args:
-        images: Decoded images, in memory or on the GPU.
-        rows: Dataset rows to train on.
-        windows: Size and augmentation of windows.
-        batch: Global batch size in windows.
-        repeats: Windows per image and epoch.
-        seed: Random seed of order and windows.
-        rank: This process's rank among `world`.
-        world: Number of ranks.
-        pin: Put batches in page-locked memory.
-        ahead: Number of batches that threads prepare ahead; 0 prepares each when it is needed.
-    """
+    images: ImageCache | GpuImageCache
+    rows: NDArray[np.int64]
+    """Dataset rows to train on."""
+    windows: WindowConfig
+    _: KW_ONLY
+    batch: int
+    """Global batch size in windows."""
+    repeats: int = 1
+    """Windows per image and epoch."""
+    seed: int = 0
+    """Random seed of order and windows."""
+    rank: int = 0
+    world: int = 1
+    pin: bool = False
+    """Put batches in page-locked memory."""
+    ahead: int = 0
+    """Number of batches that threads prepare ahead; 0 prepares each when it is needed."""
 
-    def __init__(
-        self,
-        images: ImageCache | GpuImageCache,
-        rows: NDArray[np.int64],
-        windows: WindowConfig,
-        *,
-        batch: int,
-        repeats: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        pin: bool = False,
-        ahead: int = 0,
-    ) -> None:
-        self.images = images
-        self.rows = rows
-        self.windows = windows
-        self.batch = batch
-        self.repeats = repeats
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.pin = pin
-        self.ahead = ahead
+    def __post_init__(self) -> None:
         threads = max(_MIN_THREADS, min(_MAX_THREADS, torch.get_num_threads()))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crowdray-loader")
         self._prefetched: tuple[int, bool, list[Future[Batch]]] = (0, False, [])

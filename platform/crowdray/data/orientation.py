@@ -8,18 +8,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
-
-TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""Pillow's transposition for each value of the tag except 1, which means upright."""
+from PIL import ExifTags, Image, ImageOps
 
 SIDEWAYS = (5, 6, 7, 8)
 """Values of the tag that swap height and width."""
@@ -28,7 +17,7 @@ SIDEWAYS = (5, 6, 7, 8)
 def exif_orientation(image: Image.Image) -> int:
     """EXIF orientation of an opened image, 1 to 8; 1 (upright) where the tag is missing or invalid."""
     orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in TRANSPOSITIONS else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def encoded_orientation(content: bytes) -> int:
@@ -42,6 +31,6 @@ def encoded_orientation(content: bytes) -> int:
 
 def turn_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn pixels (H, W, 3) as an EXIF orientation asks."""
-    if orientation not in TRANSPOSITIONS:
-        return pixels
-    return np.array(Image.fromarray(pixels).transpose(TRANSPOSITIONS[orientation]))
+    image = Image.fromarray(pixels)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.array(ImageOps.exif_transpose(image))

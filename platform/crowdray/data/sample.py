@@ -45,6 +45,7 @@ MAX_DISTANCE = 1e6
 
 _DEPTH_STEPS = 65535
 _MAX_PIXELS_PER_BYTE = 1024
+_DECODING_ERRORS = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -127,23 +128,16 @@ def points_outside(points: NDArray[np.float32], height: int, width: int) -> int:
 def image_size(uri: str) -> tuple[int, int]:
     """Height and width in pixels from the header of an image file. Raises DataError for an unknown format."""
     with storage.open_read(uri) as file:
-        try:
-            return _header_size(file)
-        except DataError as error:
-            raise DataError(f"{uri}: {error}") from error
+        return content_size(file, f"{uri}: ")
 
 
-def content_size(content: bytes) -> tuple[int, int]:
-    """Height and width in pixels from the header of an encoded image. Raises DataError for an unknown format."""
-    return _header_size(io.BytesIO(content))
-
-
-def _header_size(file: IO[bytes]) -> tuple[int, int]:
+def content_size(content: bytes | IO[bytes], prefix: str = "") -> tuple[int, int]:
+    """Height and width in pixels from the header of an image. Raises DataError, after `prefix`, for other content."""
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return image.height, image.width
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"not an image: {error}; replace or remove the file") from error
+    except _DECODING_ERRORS as error:
+        raise DataError(f"{prefix}not an image: {error}; replace or remove the file") from error
 
 
 def check_image(content: Encoded) -> tuple[int, int]:
@@ -169,7 +163,7 @@ def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[
                 return pixels
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DECODING_ERRORS as error:
         raise DataError(f"the image cannot be decoded: {error}; replace or remove the file") from error
 
 

@@ -20,20 +20,18 @@ def backbone_class(config: Config) -> type[Backbone]:
         ConfigError: If it cannot be imported or is incomplete, or the crop does not fit its stride.
     """
     path = BACKBONES[config.model.backbone].path if config.model.backbone in BACKBONES else config.model.backbone
+    problem = f"model.backbone is {path!r}"
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         fix = "give a class that Python can import where the job runs, as package.module:Class"
-        raise ConfigError([f"model.backbone is {path!r}: {error}; {fix}"]) from error
+        raise ConfigError([f"{problem}: {error}; {fix}"]) from error
     if not (isinstance(found, type) and issubclass(found, Backbone)):
-        raise ConfigError([f"model.backbone is {path!r}, which is not a subclass of crowdray.models.backbone.Backbone"])
+        raise ConfigError([f"{problem}, which is not a subclass of crowdray.models.backbone.Backbone"])
     if missing := [name for name in REQUIRED_NUMBERS if not isinstance(getattr(found, name, None), int)]:
-        raise ConfigError(
-            [f"model.backbone is {path!r}, whose class must also set {', '.join(missing)}: see docs/backbone.md"]
-        )
+        raise ConfigError([f"{problem}, whose class must also set {', '.join(missing)}: see docs/backbone.md"])
     if found.stride % found.output_stride:
-        problem = f"whose output_stride {found.output_stride} must divide its stride {found.stride}"
-        raise ConfigError([f"model.backbone is {path!r}, {problem}"])
+        raise ConfigError([f"{problem}, whose output_stride {found.output_stride} must divide its stride"])
     if problems := list(crop_problems(config.sampling, found.stride)):
         raise ConfigError(problems)
     return found

@@ -4,7 +4,8 @@ Shape legend: B batch, H W image, h w = ceil(H / stride), ceil(W / stride).
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -29,11 +30,13 @@ class CSRNet(Backbone):
     count_widths = (512, 256, 128, 64)
     count_dropout = 0.5
     pretrained_prefixes = ("features.",)
+    vgg_channels: ClassVar[Sequence[int]] = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512)
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = _vgg((64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512))
-        self.dilated = _dilated()
+        self.features = _vgg(self.vgg_channels)
+        dilated = [(nn.Conv2d(512, 512, 3, padding=2, dilation=2), nn.ReLU(inplace=True)) for _ in range(3)]
+        self.dilated = nn.Sequential(*chain.from_iterable(dilated))
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) to features (B, 512, h, w)."""
@@ -56,12 +59,7 @@ class CSRNetTable1(CSRNet):
     stride = 16
     output_stride = 16
     receptive_radius = 253
-
-    def __init__(self) -> None:
-        Backbone.__init__(self)
-        blocks = (64, 64, _POOL, 128, 128, _POOL, 256, 256, _POOL, 512, 512, _POOL)
-        self.features = _vgg(blocks)
-        self.dilated = _dilated()
+    vgg_channels = (64, 64, _POOL, 128, 128, _POOL, 256, 256, _POOL, 512, 512, _POOL)
 
 
 def _vgg(channels: Sequence[int]) -> nn.Sequential:
@@ -74,11 +72,4 @@ def _vgg(channels: Sequence[int]) -> nn.Sequential:
         else:
             layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU(inplace=True)]
             before = width
-    return nn.Sequential(*layers)
-
-
-def _dilated() -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(3):
-        layers += [nn.Conv2d(512, 512, 3, padding=2, dilation=2), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
