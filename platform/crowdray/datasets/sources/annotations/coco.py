@@ -63,12 +63,6 @@ class Box(BaseModel):
     bbox: Annotated[list[Number], Field(min_length=4, max_length=4)]
 
 
-class Polygons(BaseModel):
-    """An annotation that is used for its polygons, each x, y, x, y..."""
-
-    segmentation: list[list[Number]]
-
-
 class Category(NamedTuple):
     """A category whose head is known."""
 
@@ -122,7 +116,8 @@ class Coco(AnnotatedFolder):
         """Add one annotation of the category to its image."""
         where, accepted = location(image.uri, *path), self._rules.accepts(category.name)
         if category.name.lower() == ROI_LABEL:
-            for index, numbers in enumerate(validate(Polygons, entry, image.uri, *path).segmentation):
+            polygons = validate(list[list[Number]], entry.get("segmentation"), image.uri, *path, "segmentation")
+            for index, numbers in enumerate(polygons):
                 where = location(image.uri, *path, "segmentation", index)
                 if len(numbers) % 2:
                     raise DataError(f"{where} has {len(numbers)} numbers, expected pairs of x and y; export it again")

@@ -1,16 +1,18 @@
-"""Read JSON annotation files into pydantic models; errors name the file, JSON path and value."""
+"""Read JSON annotation files into types that pydantic checks; errors name the file, JSON path and value."""
 
 import json
 import reprlib
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, PlainValidator, Strict, ValidationError
+from pydantic import Field, PlainValidator, Strict, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from crowdray import storage
 from crowdray.errors import DataError
 
-Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
+_adapter = cache(TypeAdapter)
 
 
 def _check_id(value: object) -> int | str:
@@ -38,14 +40,11 @@ def read_json(uri: str) -> Any:
         raise DataError(f"{uri} is not valid JSON ({error}); export it again") from error
 
 
-def validate(model: type[Model], value: Any, uri: str, *path: str | int) -> Model:
-    """Validate one value of the file at `uri`; `path` leads to the value, such as "annotations", 7.
-
-    Raises:
-        DataError: with the location, the value and the fix of the first problem.
-    """
+def validate(expected: type[T], value: Any, uri: str, *path: str | int) -> T:
+    """Validate the value at `path`, such as "annotations", 7, in a file; DataError with the first problem."""
     try:
-        return model.model_validate(value)
+        found: T = _adapter(expected).validate_python(value)  # type: ignore[arg-type]  # types are hashable
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path += first["loc"]

@@ -9,7 +9,7 @@ import re
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from pydantic import AliasChoices, BaseModel, Field, RootModel
+from pydantic import AliasChoices, BaseModel, Field
 
 from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
@@ -28,10 +28,6 @@ SHAPES = {
 
 NOT_SHAPES = ("labels", "choices", "taxonomy", "textarea", "number", "rating", "datetime", "pairwise", "relation")
 """Types of results that describe the image or another result."""
-
-
-class Tasks(RootModel[list[Any]]):
-    """The whole export."""
 
 
 class Task(BaseModel):
@@ -82,16 +78,6 @@ class BoxValue(PointValue):
     rotation: Number | None = None
 
 
-class PolygonValue(BaseModel):
-    """A polygon, in percent."""
-
-    points: list[Point]
-
-
-class Labels(RootModel[list[Text] | None]):
-    """The labels of a shape."""
-
-
 class LabelStudio(AnnotatedFolder):
     """An export in the format JSON; JSON-MIN does not say which tasks are done."""
 
@@ -99,7 +85,7 @@ class LabelStudio(AnnotatedFolder):
     endings = (".json",)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        tasks = validate(Tasks, read_json(uri), uri).root
+        tasks = validate(list[Any], read_json(uri), uri)
         return [self._read_task(uri, index, task) for index, task in enumerate(tasks)]
 
     def _read_task(self, uri: str, index: int, entry: Any) -> ImageAnnotation:
@@ -126,10 +112,8 @@ class LabelStudio(AnnotatedFolder):
         return image
 
     def _add_shapes(self, image: ImageAnnotation, annotation: TaskAnnotation, path: tuple[str | int, ...]) -> None:
-        paths = [(*path, "result", number) for number in range(len(annotation.result))]
-        results = [
-            (validate(Result, entry, image.uri, *at), at) for entry, at in zip(annotation.result, paths, strict=True)
-        ]
+        entries = [(entry, (*path, "result", number)) for number, entry in enumerate(annotation.result)]
+        results = [(validate(Result, entry, image.uri, *at), at) for entry, at in entries]
         labels = {result.id: self._label(result, image.uri, *at) for result, at in results if result.type == "labels"}
         for result, at in results:
             if result.type in NOT_SHAPES:
@@ -145,7 +129,8 @@ class LabelStudio(AnnotatedFolder):
 
     def _label(self, result: Result, uri: str, *path: str | int) -> str:
         """Return the label in a result; of several, prefer one that marks heads."""
-        labels = validate(Labels, result.value.get(result.type), uri, *path, "value", result.type).root or [""]
+        given = result.value.get(result.type)
+        labels = validate(list[Text], given, uri, *path, "value", result.type) if given else [""]
         return next((label for label in labels if self._rules.accepts(label)), labels[0])
 
 
@@ -185,7 +170,7 @@ def _corners(value: dict[str, Any], kind: str, size: tuple[int, int], uri: str, 
     """Convert a point, two opposite corners of a box, or a polygon to pixels; other shapes to nothing."""
     height, width = size[0] / 100, size[1] / 100
     if kind == "polygon":
-        return [(x * width, y * height) for x, y in validate(PolygonValue, value, uri, *path).points]
+        return [(x * width, y * height) for x, y in validate(list[Point], value.get("points"), uri, *path, "points")]
     if kind == "points":
         point = validate(PointValue, value, uri, *path)
         return [(point.x * width, point.y * height)]
