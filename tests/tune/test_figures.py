@@ -21,6 +21,7 @@ from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import build_tree, draw_stage_tree, lay_out
 
 STAGES = ("baseline", "decoders", "joint")
+FIELDS = ("loss.segmentation", "loss.depth", "loss.count", *(f"stages.{stage}.epochs" for stage in STAGES))
 SECONDS = {"baseline": 40.0, "decoders": 25.0, "joint": 70.0}
 State = Literal["complete", "pruned", "failed", "running"]
 
@@ -42,7 +43,7 @@ class Cache:
             reused = [epoch for epoch in epochs if epoch in self.costs]
             trained = [epoch for epoch in epochs if epoch not in self.costs]
             cost = SECONDS[stage] * rng.uniform(0.9, 1.1)
-            saved = sum(self.costs[epoch] for epoch in reused)
+            saved = math.fsum(self.costs[epoch] for epoch in reused)
             self.costs |= dict.fromkeys(trained, cost)
             self.uses.update(epochs)
             costs.append(StageCost(key, stage, length, len(reused), cost * len(trained), saved))
@@ -66,17 +67,9 @@ def make_study(count: int, seed: int = 0, cache: Cache | None = None) -> StudyRe
             state, lengths = "failed", (*lengths[:2], 2)
         elif mae > 4.3 and number > 4:
             state, lengths = "pruned", (*lengths[:2], 4)
-        names = (
-            *(f"loss.{task}" for task in ("segmentation", "depth", "count")),
-            *(f"stages.{s}.epochs" for s in STAGES),
-        )
+        values = dict(zip(FIELDS, (*weights, *lengths), strict=True))
         found = None if state == "failed" else mae
-        curve = {} if found is None else {epoch: found + 1 / epoch for epoch in range(1, lengths[2] + 1)}
-        costs = cache.train(lengths, tuple(weights), rng)
-        values = dict(zip(names, (*weights, *lengths), strict=True))
-        rmse = None if found is None else found * 1.3
-        reason = "loss is nan" if state == "failed" else ""
-        trials.append(TrialRecord(number, state, values, found, rmse, curve, costs, reason))
+        trials.append(TrialRecord(number, state, values, found, found, {}, cache.train(lengths, tuple(weights), rng)))
     return StudyRecord("mall-weights", tuple(trials))
 
 
@@ -101,12 +94,6 @@ def draw_bytes(draw: Callable[[StudyRecord, str], None], study: StudyRecord) -> 
     uri = f"memory://studies/{np.random.default_rng().integers(2**60)}.png"
     draw(study, uri)
     return storage.read_bytes(uri)
-
-
-def text_of(figure: Figure) -> str:
-    """All text of a figure outside of its axes."""
-    legends = [text for legend in figure.legends for text in [*legend.get_texts(), legend.get_title()]]
-    return "\n".join(text.get_text() for text in [*figure.texts, *legends])
 
 
 def test_totals_equal_those_of_the_cache(study: StudyRecord, cache: Cache) -> None:
@@ -161,12 +148,9 @@ def test_best_is_complete_and_the_first_of_equals(study: StudyRecord) -> None:
 
 def test_study_record_survives_json(study: StudyRecord) -> None:
     values: dict[str, float | int | str | bool] = {"flag": True, "name": "adam", "whole": 3, "real": 3.0}
-    odd = replace(study.trials[0], values=values)
+    odd = replace(study.trials[0], values=values, curve={1: 2.5}, reason="lost", ended=1.5)
     for record in (study, StudyRecord("odd", (odd,)), StudyRecord("new", ())):
-        back = StudyRecord.from_json(record.to_json(), "study.json")
-        assert back == record
-        for old, new in zip(record.trials, back.trials, strict=True):
-            assert [*map(type, new.values.values())] == [*map(type, old.values.values())]
+        assert repr(StudyRecord.from_json(record.to_json(), "study.json")) == repr(record)
 
 
 @pytest.mark.parametrize(
@@ -241,21 +225,16 @@ def test_importances_ignore_where_trials_concentrate(seed: int) -> None:
 
 def test_importances_without_enough_different_complete_trials_are_empty() -> None:
     known = study_of(lambda depth, count, epochs: 1 + count)
-    few = StudyRecord("few", known.trials[: MIN_TRIALS - 1])
-    pruned = StudyRecord("pruned", tuple(replace(trial, state="pruned") for trial in known.trials))
-    same = StudyRecord("same", tuple(replace(trial, values={"seed": 1}) for trial in known.trials))
-    dropped = StudyRecord("dropped", tuple(replace(trial, values={"loss.depth": 0.0}) for trial in known.trials))
-    nearly = StudyRecord("nearly", tuple(replace(t, mae=2 + 1e-9 * (t.number == 0)) for t in known.trials))
-    for study in (
-        few,
-        pruned,
-        same,
-        dropped,
-        nearly,
-        study_of(lambda depth, count, epochs: 2.0),
-        StudyRecord("new", ()),
-    ):
-        assert importances(study) == {}
+    studies = [
+        known.trials[: MIN_TRIALS - 1],
+        [replace(trial, state="pruned") for trial in known.trials],
+        [replace(trial, values={"seed": 1}) for trial in known.trials],
+        [replace(trial, values={"loss.depth": 0.0}) for trial in known.trials],
+        [replace(trial, mae=2.0) for trial in known.trials],
+        [replace(trial, mae=2 + 1e-9 * (trial.number == 0)) for trial in known.trials],
+        [],
+    ]
+    assert [importances(StudyRecord("", tuple(trials))) for trials in studies] == [{}] * len(studies)
     assert importances(StudyRecord("enough", known.trials[:MIN_TRIALS]))
 
 
@@ -289,12 +268,11 @@ def test_stage_tree_contains_every_state_once_and_every_trial(count: int) -> Non
 def edge_cases() -> dict[str, StudyRecord]:
     some = make_study(6, 4)
     first = some.trials[0]
-    failed = [replace(t, state="failed", mae=None, rmse=None, curve={}, reason="lost") for t in some.trials]
     return {
         "none": StudyRecord("none", ()),
         "one": StudyRecord("one", some.trials[:1]),
-        "failed": StudyRecord("failed", tuple(failed)),
-        "idle": StudyRecord("idle", (replace(first, stage_costs=(), state="running", mae=None, rmse=None),)),
+        "failed": StudyRecord("failed", tuple(replace(t, state="failed", mae=None) for t in some.trials)),
+        "idle": StudyRecord("idle", (replace(first, stage_costs=(), state="running", mae=None),)),
         "running": StudyRecord("running", (*some.trials[:5], replace(first, number=5, state="running", mae=math.nan))),
         "equal": StudyRecord("equal", tuple(replace(t, mae=0.0, state="complete") for t in some.trials)),
         "twins": StudyRecord("twins", tuple(replace(first, number=number) for number in range(50))),
@@ -322,7 +300,7 @@ def test_optimization_figure_descends_to_the_best(study: StudyRecord, drawn: lis
     assert best is not None
     over_trials, over_time = drawn[0].axes
     line, without_cache = over_trials.lines[0], over_time.lines[1]
-    values = np.asarray(line.get_ydata(), dtype=float)
+    values = np.asarray(line.get_ydata())
     assert (np.diff(values) <= 0).all() and values[-1] == best.mae
     assert float(np.asarray(without_cache.get_xdata())[-1]) == pytest.approx((study.spent + study.saved) / 3600)
     assert f"MAE {best.mae:.2f} by trial {best.number}, of 32 trials" in drawn[0].get_suptitle()
@@ -348,8 +326,7 @@ def test_slices_figure_separates_zero_and_shows_the_paper_weights(study: StudyRe
         assert [float(np.asarray(line.get_xdata())[0]) for line in axes.lines] == [pytest.approx(math.log10(weight))]
         labels = [text.get_text() for text in axes.get_xticklabels()]
         assert labels[0] == "0\ndropped" and "0" not in labels[1:]
-        ticks = axes.get_xticks()
-        assert (np.diff(ticks) > 0).all()
+        assert (np.diff(axes.get_xticks()) > 0).all()
 
 
 @pytest.mark.parametrize(("count", "labels"), [(32, 32), (200, 1)])
@@ -361,9 +338,8 @@ def test_stage_tree_labels_do_not_overlap(count: int, labels: int, drawn: list[F
     for boxes in ([text.get_window_extent() for text in texts] for texts in (found, tree.texts)):
         assert not [(a, b) for n, a in enumerate(boxes) for b in boxes[:n] if a.shrunk(0.98, 0.8).overlaps(b)]
     best = study.best()
-    assert (
-        best is not None and len(found) == labels and f"{best.number}   {best.mae:.2f}" in {t.get_text() for t in found}
-    )
+    assert best is not None and len(found) == labels
+    assert f"{best.number}   {best.mae:.2f}" in [label.get_text() for label in found]
     assert f"speedup {study.speedup:.2f} of at most {study.max_speedup:.2f}" in drawn[0].get_suptitle()
 
 
@@ -377,4 +353,4 @@ def test_mae_scale_shows_all_trials_where_most_have_the_best_mae(study: StudyRec
 
 def test_importance_figure_without_importances_states_why(drawn: list[Figure]) -> None:
     draw_bytes(draw_bars, make_study(2))
-    assert "there are 2" in text_of(drawn[0])
+    assert "there are 2" in drawn[0].texts[1].get_text()
