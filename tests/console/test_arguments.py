@@ -54,6 +54,12 @@ def test_parse_with_config_overrides_the_preset() -> None:
     )
 
 
+def test_parse_with_config_accepts_overrides_that_are_valid_only_together() -> None:
+    overrides = ["--stages.decoders.epochs", "0", "--stages.joint.epochs", "0"]
+    stages = parse_with_config(TrainJob, [*REQUIRED, *overrides], "train").config.stages
+    assert stages.decoders.epochs == stages.joint.epochs == 0
+
+
 def test_parse_with_config_accepts_previous_option_names() -> None:
     previous = ["--optimizer.accumulate", "2", "--loss.share=0.5", "--store", "stages", "--store_gib=3"]
     current = ["--optimizer.grad-accumulation-steps", "2", "--loss.gradient-share=0.5"]

@@ -16,8 +16,6 @@ from crowdray.data.sample import decode_image
 from crowdray.errors import UserError
 from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def brightness(image: Tensor) -> Tensor:
     """A density proportional to brightness, with a cell for each pixel."""
@@ -60,9 +58,8 @@ def test_find_images_by_file_folder_and_pattern(photos: Path) -> None:
     [
         ("photos/empty", "there is no image in .*empty; give a file or a folder with .jpg"),
         ("photos/*.webp", "there is no image in"),
-        ("photos/c.jpg", "there is no image at .*c.jpg; check the path"),
+        ("photos/c.jpg", "cannot list .*c.jpg: it does not exist"),
         ("nowhere", "cannot list .*nowhere: it does not exist"),
-        ("pho*/b.jpg", "only the last part of a path may contain"),
         ("photos", "the images are in --output .*; give another folder"),
     ],
 )

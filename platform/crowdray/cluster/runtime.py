@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from crowdray.cluster.ray_internals import cluster_limits, reload_settings
 from crowdray.config import Device
@@ -72,12 +71,17 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
 
     if ray.is_initialized():
         raise UserError("this process is connected to Ray already; call ray.shutdown() first")
-    _silence_ray_logs()
+    for name in ("ray", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    own = {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES} if local else {}
     try:
-        if local:
-            ray.init("local", include_dashboard=dashboard, object_store_memory=_OBJECT_STORE_BYTES, **_init_options())
-        else:
-            ray.init(address, **_init_options())
+        ray.init(
+            address or "local",
+            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": _WORKER_ENV},
+            log_to_driver=False,  # workers answer with reports and exceptions
+            logging_level=logging.ERROR,
+            **own,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         action = "start Ray on this machine" if local else f"connect to the Ray cluster at RAY_ADDRESS={address}"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -144,14 +148,6 @@ def choose_gpu(resources: Resources, workers: int, device: Device) -> bool:
     return device != "cpu" and resources.gpus >= workers
 
 
-def _init_options() -> dict[str, Any]:
-    return {
-        "runtime_env": {"py_modules": [str(PACKAGE)], "env_vars": _WORKER_ENV},
-        "log_to_driver": False,  # workers answer with reports and exceptions
-        "logging_level": logging.ERROR,
-    }
-
-
 def _enable_token_auth() -> None:
     """Require a token on the ports of a local cluster: they are open to the network and accept code to run.
 
@@ -161,11 +157,6 @@ def _enable_token_auth() -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         reload_settings()  # Ray reads the environment at import, which may have happened earlier
-
-
-def _silence_ray_logs() -> None:
-    for name in ("ray", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _resources(local: bool) -> Resources:

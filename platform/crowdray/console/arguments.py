@@ -123,22 +123,30 @@ def _check_repeated(arguments: Sequence[str]) -> None:
 
 
 def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the problems of each override alone: an unknown field, a wrong type, a value out of range."""
+    """Yield the problems of all overrides: unknown fields, wrong types, values out of range or in conflict."""
     fields = dict(_leaves(dataclasses.asdict(base)))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and "." in name and name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             yield f"--{name} is not a field of the configuration; " + (f"use --{close[0]}" if close else "see --help")
-    for name in fields:
-        for text in _values(f"--{name}", arguments):
-            content = dataclasses.asdict(base)
-            *groups, leaf = name.split(".")
-            functools.reduce(operator.getitem, groups, content)[leaf] = text
-            try:
-                from_json(json.dumps(content), "the command line")
-            except ConfigError as error:
-                yield from error.problems
+    overrides = [(name, text) for name in fields for text in _values(f"--{name}", arguments)]
+    if problems := _problems(base, overrides):
+        # Each override alone as well: where one has a wrong type, the ranges of the others are not checked.
+        yield from (problem for override in overrides for problem in _problems(base, [override]))
+        yield from problems
+
+
+def _problems(base: Config, overrides: Sequence[tuple[str, str]]) -> list[str]:
+    content = dataclasses.asdict(base)
+    for name, text in overrides:
+        *groups, leaf = name.split(".")
+        functools.reduce(operator.getitem, groups, content)[leaf] = text
+    try:
+        from_json(json.dumps(content), "the command line")
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

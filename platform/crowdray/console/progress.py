@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from statistics import fmean
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     from crowdray.cluster.parallel import Advance
@@ -33,37 +34,24 @@ def image_progress(total: int, done: int = 0, console: Console | None = None) ->
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
-        task, rate = progress.add_task("images", total=total, completed=done, note=""), _rate_since_now()
-
-        def advance(number: int, note: str = "") -> None:
-            progress.update(task, advance=number, note=", ".join(filter(None, (rate(number), note))))
-
-        yield advance
+        task = progress.add_task("images", total=total, completed=done, note="")
+        yield lambda number, note="": progress.update(task, advance=number, note=note)
 
 
 def _log_progress(total: int, done: int) -> Advance:
-    printed_at, rate = time.monotonic(), _rate_since_now()
+    started = printed_at = time.monotonic()
+    before = done
 
     def advance(number: int, note: str = "") -> None:
         nonlocal done, printed_at
         done += number
-        images_per_s = rate(number)
-        if done == total or time.monotonic() - printed_at >= LOG_INTERVAL_S:
-            printed_at = time.monotonic()
-            print(", ".join(filter(None, (f"{done}/{total} images", images_per_s, note))), flush=True)
+        now = time.monotonic()
+        if done == total or now - printed_at >= LOG_INTERVAL_S:
+            printed_at = now
+            rate = f"{(done - before) / max(now - started, 1e-9):.0f} per second"
+            print(", ".join(filter(None, (f"{done}/{total} images", rate, note))), flush=True)
 
     return advance
-
-
-def _rate_since_now() -> Callable[[int], str]:
-    done, started = 0, time.monotonic()
-
-    def rate(number: int) -> str:
-        nonlocal done
-        done += number
-        return f"{done / max(time.monotonic() - started, 1e-9):.0f} per second"
-
-    return rate
 
 
 class LiveDisplay:
@@ -133,7 +121,7 @@ class TrainingDisplay(LiveDisplay):
         for name in ("stage", "epoch", "loss", "val MAE", "RMSE", "best", "images/s"):
             table.add_column(name, justify="left" if name in ("stage", "loss") else "right")
         for stage in self._stages:
-            rows = [row for row in self._history if row["stage"] == stage.name]
+            rows = self._rows(stage)
             errors = [float(row["val/mae"]) for row in rows if "val/mae" in row]
             last = rows[-1] if rows else {}
             table.add_row(
@@ -160,18 +148,16 @@ class TrainingDisplay(LiveDisplay):
         """Estimate the time left from finished epochs; a stage without any counts at the mean of the others."""
         if not self._history:
             return ""
-        seconds: dict[str, list[float]] = {}
-        for row in self._history:
-            seconds.setdefault(str(row["stage"]), []).append(float(row["seconds"]))
-        overall = sum(map(sum, seconds.values())) / len(self._history)
-        left, reached = 0.0, False
-        for stage in self._stages:
-            reached = reached or stage.name == self._history[-1]["stage"]
-            if reached:
-                finished = seconds.get(stage.name, [])
-                per_epoch = sum(finished) / len(finished) if finished else overall
-                left += max(0, stage.schedule.epochs - len(finished)) * per_epoch
+        seconds = {stage.name: [float(row["seconds"]) for row in self._rows(stage)] for stage in self._stages}
+        overall = [value for values in seconds.values() for value in values]
+        names = [stage.name for stage in self._stages]
+        left = 0.0
+        for stage in self._stages[names.index(str(self._history[-1]["stage"])) :]:
+            left += max(0, stage.schedule.epochs - len(seconds[stage.name])) * fmean(seconds[stage.name] or overall)
         return f"{timedelta(seconds=round(left))} left"
+
+    def _rows(self, stage: Stage) -> list[EpochMetrics]:
+        return [row for row in self._history if row["stage"] == stage.name]
 
 
 def _workers(row: EpochMetrics) -> str:

@@ -79,15 +79,13 @@ def find_images(location: str, output: str) -> list[str]:
     """
     resolved = storage.resolve(location)
     folder, _, last = resolved.rpartition("/")
-    if PurePosixPath(last).suffix.lower() in SUFFIXES:
-        if storage.exists(resolved):
-            return [resolved]
-        if not _is_pattern(resolved):
-            raise UserError(f"there is no image at {location}; check the path")
-    if _is_pattern(folder):
-        raise UserError(f"{location}: only the last part of a path may contain *, ? or [; give one folder")
-    listed = storage.list_files(folder if _is_pattern(last) else resolved, SUFFIXES)
-    images = [uri for uri in listed if not _is_pattern(last) or _matches(uri, last)]
+    if PurePosixPath(last).suffix.lower() in SUFFIXES and storage.exists(resolved):
+        return [resolved]
+    if any(character in last for character in "*?["):
+        listed = storage.list_files(folder, SUFFIXES)
+        images = [uri for uri in listed if fnmatch.fnmatchcase(uri.rpartition("/")[2], last)]
+    else:
+        images = storage.list_files(resolved, SUFFIXES)
     if not images:
         raise UserError(f"there is no image in {location}; give a file or a folder with {', '.join(SUFFIXES)}")
     if images[0].rpartition("/")[0] == storage.resolve(output):
@@ -118,7 +116,8 @@ def predict_images(
         try:
             content = storage.read_bytes(uri)
             image = turn_upright(decode_image(content), encoded_orientation(content))
-            cells = _count(density, image)
+            with torch.inference_mode():
+                cells = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
         except UserError as error:
             failed[uri] = str(error)
         else:
@@ -151,13 +150,6 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def _count(density: Callable[[Tensor], Tensor], image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the density (h, w) of a photo (H, W, 3)."""
-    with torch.inference_mode():
-        cells: NDArray[np.float32] = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
-    return cells
-
-
 def _write(image: NDArray[np.uint8], density: NDArray[np.float32], uri: str, stem: str) -> PhotoCount:
     density_uri, overlay_uri = f"{stem}.density.npy", f"{stem}.overlay.png"
     buffer = io.BytesIO()
@@ -182,11 +174,3 @@ def _stems(images: Sequence[str]) -> list[str]:
     paths = [PurePosixPath(uri) for uri in images]
     uses = Counter(path.stem.lower() for path in paths)
     return [path.stem if uses[path.stem.lower()] == 1 else path.name for path in paths]
-
-
-def _is_pattern(part: str) -> bool:
-    return any(character in part for character in "*?[")
-
-
-def _matches(uri: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(PurePosixPath(uri).name, pattern)

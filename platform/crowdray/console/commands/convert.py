@@ -1,7 +1,7 @@
 """`crowdray convert`: convert a dataset from its official layout, or check its annotations."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
@@ -10,7 +10,7 @@ import tyro
 
 from crowdray.cluster.check import check
 from crowdray.cluster.convert import convert
-from crowdray.console.arguments import console, option_name, parse
+from crowdray.console.arguments import console, parse
 from crowdray.console.progress import image_progress
 from crowdray.console.tables import show_check, show_dataset
 from crowdray.datasets.sources import SOURCES, open_source, source_options
@@ -47,7 +47,6 @@ def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     name = _source_name(arguments)
     options = source_options(name) if name else {}
-    _check_options(name, options, arguments)
     fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.help)], o.default) for key, o in options.items()]
     job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
     listed = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
@@ -71,13 +70,3 @@ def _source_name(arguments: Sequence[str]) -> str | None:
     with_value = {f"--{field.name}" for field in dataclasses.fields(ConvertJob) if field.type is not bool}
     words = (word for before, word in pairwise(["", *arguments]) if before not in with_value)
     return next((word for word in words if word in SOURCES), None)
-
-
-def _check_options(source: str | None, source_options: Collection[str], arguments: Sequence[str]) -> None:
-    """Raise UserError for options that neither the command nor the source has."""
-    known = {field.name for field in dataclasses.fields(ConvertJob)} | {*source_options, "help"}
-    names = (option_name(word).removeprefix("--no-").removeprefix("--") for word in arguments if word[:2] == "--")
-    unknown = sorted({name for name in names if name.replace("-", "_") not in known})
-    if source and unknown:
-        listed = f"; its options are --{', --'.join(source_options)}" if source_options else ""
-        raise UserError(f"unknown option for {source}: --{', --'.join(unknown)}; remove it{listed}")
