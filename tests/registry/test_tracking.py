@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from crowdray.errors import UserError
 from crowdray.registry import tracking
-from crowdray.registry.connection import connect, redacted, request_timeout, sqlite_path
+from crowdray.registry.connection import connect, request_timeout, sqlite_path
 from crowdray.registry.tracking import MlflowTracker, flatten, open_tracker
 
 
@@ -177,10 +177,6 @@ def test_connect_to_a_text_file_raises(tmp_path: Path) -> None:
     (tmp_path / "m.db").write_text("this is a text file and not a database, whatever its name says")
     with pytest.raises(UserError, match="not a database"):
         connect(f"sqlite:///{tmp_path}/m.db", timeout_s=2)
-
-
-def test_redacted_hides_the_password() -> None:
-    assert redacted("http://me:secret@host:5000/x") == "http://me:***@host:5000/x"
 
 
 def test_request_timeout_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,8 @@ def map_slices(
     lengths = {number: len(slice_items) for number, slice_items in slices}
     # A GPU is allocated by Ray: this process may run on a node without one.
     use_ray = source.gpu or (len(slices) > 1 and _seconds_to_load(source, items) > MIN_RAY_S)
-    results = (_map_on_cluster if use_ray else _map_locally)(work, source, slices)
+    local = ((number, work(source, slice_items, number)) for number, slice_items in slices)
+    results = _map_on_cluster(work, source, slices) if use_ray else local
     with progress(done + len(items), done) as advance, closing(results):
         for number, result in results:
             yield number, result
@@ -80,13 +81,6 @@ def _seconds_to_load(source: Source, items: Sequence[Item]) -> float:
     except UserError:
         return 0.0  # the work itself reports it
     return (time.perf_counter() - started) * len(items)
-
-
-def _map_locally(
-    work: Work[Result], source: Source, slices: Sequence[Slice]
-) -> Generator[tuple[int, Result], None, None]:
-    for number, items in slices:
-        yield number, work(source, items, number)
 
 
 def _map_on_cluster(

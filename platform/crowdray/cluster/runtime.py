@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from crowdray.cluster.ray_internals import cluster_limits, reload_settings
 from crowdray.config import Device
@@ -73,7 +74,7 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         raise UserError("this process is connected to Ray already; call ray.shutdown() first")
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    own = {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES} if local else {}
+    own: dict[str, Any] = {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES} if local else {}
     try:
         ray.init(
             address or "local",
@@ -137,15 +138,11 @@ def choose_gpu(resources: Resources, workers: int, device: Device) -> bool:
             f"{workers} workers need a CPU each, {available}: give --workers {max(1, resources.cpus)}"
             + ("" if resources.local else ", or add nodes")
         )
-    if device == "gpu" and resources.gpus < workers:
-        fewer = f"give --workers {resources.gpus}" if resources.gpus else "give --device cpu"
-        raise UserError(f"{workers} workers need a GPU each, {available}: {fewer}")
-    if device == "auto" and 0 < resources.gpus < workers:
-        raise UserError(
-            f"{workers} workers are more than the GPUs, {available}: give --workers {resources.gpus}, "
-            "or --device cpu to train on CPUs"
-        )
-    return device != "cpu" and resources.gpus >= workers
+    wants_gpu = device == "gpu" or (device == "auto" and resources.gpus > 0)
+    if wants_gpu and resources.gpus < workers:
+        fewer = f"--workers {resources.gpus}, or " if resources.gpus else ""
+        raise UserError(f"{workers} workers need a GPU each, {available}: give {fewer}--device cpu")
+    return wants_gpu
 
 
 def _enable_token_auth() -> None:

@@ -100,7 +100,6 @@ def open_verified(identity: RunIdentity, record: str) -> Dataset:
     Ray checks late, or never, that all nodes see the same folders.
 
     Args:
-        identity: The run, or the study of a trial.
         record: File that the driver wrote before the workers started.
 
     Raises:

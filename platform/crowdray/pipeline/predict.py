@@ -105,7 +105,6 @@ def predict_images(
 
     Args:
         density: Maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w).
-        advance: Called with 1 after each photo.
 
     Raises:
         UserError: The results cannot be written.

@@ -11,7 +11,6 @@ from crowdray import storage
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
-from crowdray.evaluation.metrics import Metrics
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.outcome import Outcome
@@ -101,30 +100,28 @@ def _package(
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
         dest,
         config=asdict(run.identity.config),
-        metrics=_model_metrics("val", stage.validation) | _model_metrics("test", stage.test),
+        metrics={
+            f"{split}/{name}": getattr(metrics, name)
+            for split, metrics in (("val", stage.validation), ("test", stage.test))
+            if metrics is not None
+            for name in ("mae", "rmse", "bias")
+        },
         tags=tags,
     )
 
 
-def _model_metrics(split: str, metrics: Metrics | None) -> dict[str, float]:
-    if metrics is None:
-        return {}
-    return {f"{split}/mae": metrics.mae, f"{split}/rmse": metrics.rmse, f"{split}/bias": metrics.bias}
-
-
 def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:
     """Draw the overview (first) and the learning curves, and with a test split the figures of its counts."""
-    overview, curves, calibration, levels = (
-        folder / f"{name}.png" for name in ("overview", "curves", "calibration", "density-levels")
-    )
+    names = ("overview", "curves", "calibration", "density-levels")
+    overview, curves, calibration, levels = figures = [folder / f"{name}.png" for name in names]
     _draw_overview(checkpoint, result, dataset, overview)
     draw_history(checkpoint.progress.history, curves)
     counts = result.stages[result.best_stage].test_counts
     if not counts:
-        return [overview, curves]
+        return figures[:2]
     draw_calibration(counts, calibration)
     draw_density_levels(counts, result.stages["baseline"].test_counts, levels)
-    return [overview, curves, calibration, levels]
+    return figures
 
 
 def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, path: Path) -> None:

@@ -122,12 +122,6 @@ def plan_run(
     """Resolve a command's options into a run; its default name depends on all that it computes.
 
     Args:
-        config: What to compute.
-        data: Path or URI of the dataset.
-        workers: Number of workers, or (minimum, maximum).
-        folder: Path or URI of the folder for all runs.
-        name: Name of the run, or None for the default.
-        preset: Name or file of the preset, part of the default name.
         auto_batch: Whether the batch size is still to be measured; the name is the same before and after.
 
     Raises:

@@ -65,11 +65,6 @@ def configure_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def is_server(uri: str) -> bool:
-    """Whether a tracking URI is that of a server and not of a database."""
-    return urlsplit(uri).scheme in ("http", "https")
-
-
 def redacted(uri: str) -> str:
     """Return a URI without its password, for messages."""
     parts = urlsplit(uri)

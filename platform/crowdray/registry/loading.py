@@ -63,13 +63,7 @@ class LoadedCounter:
         return Geometry(**fields) if fields else None
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the density of raw RGB images.
-
-        Args:
-            image: (B, 3, H, W), 0..255, any dtype.
-
-        Returns:
-            (B, 1, h, w) float32 heads per cell, on the device of the counter.
+        """Return the density (B, 1, h, w) in float32 heads per cell of RGB images (B, 3, H, W), 0..255, any dtype.
 
         Raises:
             UserError: The shape is wrong, or the image is smaller than a few pixels.
@@ -104,8 +98,7 @@ def load_counter(
         uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (path or fsspec URI) written by
             `package_counter` or `storage.publish_directory`.
         tracking_uri: MLflow server or database of models:/ and runs:/; MLFLOW_TRACKING_URI by default.
-        precision: bf16 is faster on devices with native support; counts differ by some tenths of a percent, single
-            cells by more.
+        precision: With bf16, counts differ by some tenths of a percent, single cells by more.
 
     Raises:
         UserError: The model does not exist, or is not a packaged counter.

@@ -58,23 +58,23 @@ def register(
     client = connect(tracking_uri, timeout_s)
     with translated_errors(tracking_uri):
         run = client.get_run(run_id)
-        version = _find_version(client, name, run_id, package.weights)
+        found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        version = next((version for version in found if version.tags.get(WEIGHTS) == package.weights), None)
         if version is None:
             version = _create_version(client, name, _logged_model(client, run, package, epoch), package)
         number = int(version.version)
         uri = f"models:/{name}/{number}"
-        _check_copy(uri, tracking_uri, package)
+        if not same_density(load_counter(uri, tracking_uri=tracking_uri)(package.example), package.density):
+            raise UserError(
+                f"{uri} does not return the density of the packaged counter; delete that version and run the same "
+                "command again"
+            )
         holder = int(client.get_registered_model(name).aliases.get(CANDIDATE, 0))
         if holder < number and package.metrics and all(map(math.isfinite, package.metrics.values())):
             client.set_registered_model_alias(name, CANDIDATE, str(number))
             holder = number
         client.set_tag(run_id, MODEL, uri)
     return RegisteredVersion(name, number, uri, CANDIDATE if holder == number else None)
-
-
-def _find_version(client: "MlflowClient", name: str, run_id: str, weights: str) -> "ModelVersion | None":
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return next((version for version in found if version.tags.get(WEIGHTS) == weights), None)
 
 
 def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: int) -> "LoggedModel":
@@ -135,11 +135,3 @@ def _describe(name: str, package: Package) -> str:
         "count = counter(image).sum()  # image: raw RGB (1, 3, H, W), 0..255, uint8 or float32\n"
         "```"
     )
-
-
-def _check_copy(uri: str, tracking_uri: str, package: Package) -> None:
-    if not same_density(load_counter(uri, tracking_uri=tracking_uri)(package.example), package.density):
-        raise UserError(
-            f"{uri} does not return the density of the packaged counter; delete that version and run the same "
-            "command again"
-        )

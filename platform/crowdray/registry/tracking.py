@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from crowdray.errors import UserError
-from crowdray.registry.connection import connect, is_server, request_timeout, sqlite_path, translated_errors
+from crowdray.registry.connection import connect, request_timeout, sqlite_path, translated_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -122,7 +122,7 @@ class MlflowTracker(Tracker):
 
     def __init__(self, client: "MlflowClient", uri: str, run: "Run", timeout_s: float) -> None:
         self.run_id = run.info.run_id
-        if is_server(uri):
+        if urlsplit(uri).scheme in ("http", "https"):
             self.url = f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self._id: str = run.info.run_id
         self._started: int = run.info.start_time

@@ -2,34 +2,23 @@
 
 from dataclasses import dataclass
 
-from crowdray.config import Device
-from crowdray.console.arguments import console, parse, tracking_uri, write_json
+from crowdray.console.arguments import console, parse, write_json
+from crowdray.console.commands.predict import CounterOptions
 from crowdray.console.progress import image_progress
 from crowdray.console.tables import evaluation_table
 from crowdray.data.shards import Dataset
-from crowdray.evaluation.inference import TILE
 from crowdray.evaluation.report import evaluate_images, summarise_images
-from crowdray.pipeline.predict import choose_device, tiled
-from crowdray.registry.loading import Precision, load_counter
+from crowdray.pipeline.predict import tiled
 
 
-@dataclass(frozen=True)
-class EvaluateJob:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob(CounterOptions):
     """Count whole images of a split and compare with the annotations, inside and without the ROI."""
 
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, or the folder of a packaged counter."""
     data: str
     """Path or URI of a dataset written by jobs/convert.py."""
     split: str = "test"
     """Split to evaluate."""
-    device: Device = "auto"
-    """Device: auto uses a GPU if there is one."""
-    precision: Precision = "fp32"
-    """Arithmetic of the convolutions; bf16 is faster on devices with native support."""
-    tile: int = TILE
-    """Side in pixels of the overlapping tiles in which larger images are counted: the same density with less memory. 0
-    counts each image whole."""
     json: str | None = None
     """Path or URI for the result of every image as JSON."""
 
@@ -39,7 +28,7 @@ def main(arguments: list[str]) -> None:
     job = parse(EvaluateJob, arguments, "evaluate")
     dataset = Dataset.open(job.data)
     rows = dataset.rows(job.split).tolist()
-    counter = load_counter(job.model, choose_device(job.device), tracking_uri(), precision=job.precision)
+    counter = job.load()
     screen = console()
     images = []
     with image_progress(len(rows), console=screen) as advance:

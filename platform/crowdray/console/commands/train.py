@@ -18,18 +18,32 @@ from crowdray.stage_cache.session import StageCacheOptions
 from crowdray.training.stages import build_stages
 
 
-@dataclass(frozen=True)
-class TrainJob:
-    """Train a crowd counter in three stages and register it without its auxiliary decoders.
-
-    The same command resumes an interrupted run. Options with a dot override the preset.
-    """
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Options that training and search have in common."""
 
     preset: str
     """demo, mall-cfcn, shb-cfcn, shb-csrnet, sha-csrnet, worldexpo-csrnet, cfcn, csrnet, debug, or the path of a
     config.json."""
     data: str
     """Path or URI of a dataset written by jobs/convert.py."""
+    device: Device = "auto"
+    """Device of the workers: auto uses GPUs if there are enough."""
+    json: str | None = None
+    """Path or URI for the result as JSON."""
+    cache: Annotated[StageCacheOptions, tyro.conf.arg(name="")] = field(default_factory=StageCacheOptions)
+    """Cache of trained stages, shared by runs and trials."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """Configuration of the training run, or of what a search does not vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(TrainingOptions):
+    """Train a crowd counter in three stages and register it without its auxiliary decoders.
+
+    The same command resumes an interrupted run. Options with a dot override the preset.
+    """
+
     workers: Annotated[int | str, tyro.conf.arg(metavar="N|MIN:MAX")] = 1
     """Number of worker processes, each with a GPU or an equal part of the CPUs; MIN:MAX is elastic: workers are added
     and removed with the nodes of the cluster."""
@@ -37,17 +51,9 @@ class TrainJob:
     """Folder or URI for checkpoints and results; with several nodes, shared by all of them."""
     name: str | None = None
     """Name of the run; by default the preset and a hash of everything that determines the result."""
-    device: Device = "auto"
-    """Device of the workers: auto uses GPUs if there are enough."""
     batch: Literal["given", "auto"] = "given"
     """auto replaces --sampling.batch by a measured one: the number of windows above which a worker hardly gets faster,
     or as many as fit into its memory. Learning rates are tuned for the batch of their preset."""
-    json: str | None = None
-    """Path or URI for the result as JSON."""
-    cache: Annotated[StageCacheOptions, tyro.conf.arg(name="")] = field(default_factory=StageCacheOptions)
-    """Cache of trained stages, shared by runs."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
-    """Configuration of the training run."""
 
 
 def main(arguments: list[str]) -> None:
