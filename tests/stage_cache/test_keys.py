@@ -5,7 +5,7 @@ import importlib
 import linecache
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from crowdray.models.cfcn import CFCN
 from crowdray.presets import preset
 from crowdray.stage_cache import keys as stage_cache_keys
 from crowdray.stage_cache.keys import HASHED_CODE, numerics_facts, package_digest, stage_keys
-from crowdray.training.checkpoint import Checkpoint, EpochMetrics, load_checkpoint
+from crowdray.training.checkpoint import load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
+
+from ..support.states import train_until
 
 CPU = torch.device("cpu")
 PACKAGE = Path(crowdray.__file__).parent
@@ -242,24 +244,6 @@ def test_stage_keys_depend_on_the_code_of_a_users_backbone(tmp_path: Path, monke
     assert keys_with("    first = 1\n") == first
 
 
-class _Reached(Exception):
-    """The training run has reached the requested epoch."""
-
-
-def checkpoint_after(epoch: int, discs: Dataset, config: Config, folder: Path) -> Checkpoint:
-    """The checkpoint after a global epoch, where training stops."""
-
-    def on_epoch(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        if row["epoch"] == epoch:
-            folder.mkdir()
-            save(folder)
-            raise _Reached
-
-    with pytest.raises(_Reached):
-        Trainer(config, discs, world=World(), device=CPU).fit(on_epoch)
-    return load_checkpoint(folder)
-
-
 def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_path: Path) -> None:
     """Fields that the table calls irrelevant do not change the state in the middle of the decoders stage."""
     stages = StagesConfig(StageConfig(1, 3e-4), StageConfig(2, 1e-3), StageConfig(1, 3e-4))
@@ -270,12 +254,9 @@ def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_pa
         if path == "stages.decoders.epochs" or (first in (None, "joint") and not path.startswith("numerics.")):
             other = with_field(other, path, value)
     assert differing_stages(one, other) == ["joint"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        a, b = (checkpoint_after(2, discs, config, tmp_path / name) for name, config in (("one", one), ("b", other)))
-    finally:
-        torch.set_num_threads(threads)
+    for name, config in (("one", one), ("other", other)):
+        train_until(Trainer(config, discs, world=World(), device=CPU), 2, tmp_path / name)
+    a, b = load_checkpoint(tmp_path / "one" / "2"), load_checkpoint(tmp_path / "other" / "2")
     for left, right in ((a.weights, b.weights), (a.ema, b.ema), (a.optimizer, b.optimizer)):
         assert left.keys() == right.keys() and left
         assert all(torch.equal(left[name], right[name]) for name in left)

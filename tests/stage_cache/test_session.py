@@ -1,7 +1,6 @@
 """The stage cache: a run that resumes from stored states equals a run from scratch, bit for bit."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheOptions, StageCacheSession
-from crowdray.training.checkpoint import MEASURED_METRICS, EpochMetrics, load_checkpoint
+from crowdray.training.checkpoint import MEASURED_METRICS, load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
+
+from ..support.states import train_until
 
 CPU = torch.device("cpu")
 
@@ -76,10 +77,6 @@ def test_run_with_stage_cache_equals_run_from_scratch(discs: Dataset, stage_cach
             assert all(torch.equal(cached.state.best_weights[stage][name], value) for name, value in weights.items())
 
 
-class WorkersLost(Exception):
-    """All workers have died."""
-
-
 def test_session_stores_states_until_the_world_size_changes(
     discs: Dataset, tmp_path: Path, stage_cache: StageCacheConfig
 ) -> None:
@@ -91,18 +88,9 @@ def test_session_stores_states_until_the_world_size_changes(
     def epochs_stored_by(size: int, start: int, end: int) -> list[list[int]]:
         """Resume after epoch `start`, lose the workers after epoch `end`; returns the stored epochs per stage."""
         session = open_session(stage_cache, config, discs, World(0, size))
-        own = session.resume_from(load_checkpoint(tmp_path / f"checkpoint-{start}")) if start else None
+        own = session.resume_from(load_checkpoint(tmp_path / f"{start}")) if start else None
         trainer = Trainer(config, discs, world=World(), device=CPU, restored=own)
-
-        def on_epoch(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-            session.save(trainer, save)
-            (tmp_path / f"checkpoint-{row['epoch']}").mkdir()
-            save(tmp_path / f"checkpoint-{row['epoch']}")
-            if row["epoch"] == end:
-                raise WorkersLost
-
-        with pytest.raises(WorkersLost):
-            trainer.fit(on_epoch)
+        train_until(trainer, end, tmp_path, lambda save: session.save(trainer, save))
         return [store.epochs(key) for key in session.stage_keys]
 
     assert epochs_stored_by(2, 0, 1) == [[1], [], []]

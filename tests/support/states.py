@@ -1,11 +1,17 @@
-"""Small checkpoints in a stage store."""
+"""Checkpoints: small ones in a stage store, and those of interrupted training runs."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
 from crowdray.config import Config
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.store import StageStore, StateId
-from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, save_checkpoint
+from crowdray.training.checkpoint import BestEpoch, Checkpoint, EpochMetrics, Progress, save_checkpoint
+from crowdray.training.trainer import Trainer
 
 UNLIMITED = 10**9
 BASELINE = StageKey("a" * 32, "baseline", 10)
@@ -46,3 +52,24 @@ def stored(store: StageStore, key: StageKey = BASELINE) -> dict[int, int]:
         assert loaded is not None and same(loaded, checkpoint(loaded.config.seed)), f"epoch {epoch} is torn"
         numbers[epoch] = loaded.config.seed
     return numbers
+
+
+class Interrupted(Exception):
+    """The training run has reached the requested epoch."""
+
+
+def train_until(
+    trainer: Trainer, last: int, folder: Path, on_epoch: Callable[[Callable[[Path], None]], Any] = lambda save: None
+) -> None:
+    """Train until epoch `last`; every epoch ends with `on_epoch` and writes a checkpoint into `folder`/<epoch>."""
+
+    def end_epoch(row: EpochMetrics, save: Callable[[Path], None]) -> None:
+        on_epoch(save)
+        path = folder / f"{row['epoch']}"
+        path.mkdir(parents=True)
+        save(path)
+        if row["epoch"] == last:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        trainer.fit(end_epoch)
