@@ -43,10 +43,10 @@ MAX_LISTED = 3
 class AnnotatedFolder:
     """Images below a folder or URI and annotation files of one format, which subclasses parse."""
 
-    kind: ClassVar[str]
-    """Name of the format on the command line."""
     endings: ClassVar[tuple[str, ...]]
     """Suffixes of its annotation files."""
+    per_image: ClassVar[bool] = False
+    """Whether each image has an annotation file, named after it."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class AnnotatedFolder:
         self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._root = storage.resolve(source)
         # The registered model is named after it, so characters that MLflow rejects are replaced.
-        self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or self.kind
+        self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or "images"
         self._rules = HeadRules(tuple(label), boxes)
         self._test_fraction = test_fraction
         if not self._images:
@@ -137,7 +137,8 @@ class AnnotatedFolder:
 
     def _split_of(self, file: str) -> str:
         """Return the split in the name of an annotation file, if there are several files."""
-        return split_in_path(self._below(file)) if len(self._annotation_files) > 1 else ""
+        several = len(self._annotation_files) > 1 and not self.per_image
+        return split_in_path(self._below(file)) if several else ""
 
     def _below(self, uri: str) -> str:
         """Return a URI as a path relative to the root."""
@@ -150,13 +151,15 @@ class AnnotatedFolder:
         return storage.read_bytes(item.image)
 
     def _find_annotations(self, given: Sequence[str]) -> list[str]:
-        """Return URIs of the given annotation files, or of the only one at the root, else below it."""
+        """Return URIs of the given annotation files, else of the only one below the root, or of all if per image."""
         if given:
             return [self._resolve_annotation(path) for path in given]
         found = [path for path in self._files if path.lower().endswith(self.endings)]
         nearest = [path for path in found if PurePosixPath(path).parent.as_posix() in (".", "annotations")] or found
         if not nearest:
             raise UserError(f"{self._root} contains no {self.endings[0]} file; set its path with --annotations")
+        if self.per_image:
+            return [storage.join(self._root, path) for path in found]
         if len(nearest) > 1:
             raise UserError(
                 f"{self._root} contains several {self.endings[0]} files: {_listed(nearest)}; "
@@ -193,8 +196,8 @@ class AnnotatedFolder:
             return 0.0
         images = []
         for item in items:
+            annotation = self._annotations[item.number]
             with contextlib.suppress(UserError):
-                annotation = self._annotations[item.number]
                 if item.image and len(annotation.heads) > 1:
                     images.append((np.array(annotation.heads), (annotation.size or upright_size(item.image))[0]))
         return fit_head_scale(images)

@@ -79,7 +79,6 @@ class Coco(AnnotatedFolder):
     Tools that write fractions usually mean continuous pixels: base 0.5. `keypoint` names the head.
     """
 
-    kind = "coco"
     endings = (".json",)
 
     def __init__(

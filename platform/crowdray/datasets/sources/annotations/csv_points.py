@@ -26,7 +26,6 @@ SEPARATORS = ",;\t"
 class CsvTable(AnnotatedFolder):
     """Heads in a CSV table; `base` is the coordinate of the first pixel's centre, 0.5 for continuous pixels."""
 
-    kind = "csv"
     endings = (".csv", ".tsv")
 
     def __init__(

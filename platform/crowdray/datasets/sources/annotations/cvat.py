@@ -21,7 +21,6 @@ EXPORT = "export the task as 'CVAT for images 1.1'"
 class Cvat(AnnotatedFolder):
     """Images with points; `keypoint` names the point of a skeleton that is the head."""
 
-    kind = "cvat"
     endings = (".xml",)
 
     def __init__(

@@ -81,7 +81,6 @@ class BoxValue(PointValue):
 class LabelStudio(AnnotatedFolder):
     """An export in the format JSON; JSON-MIN does not say which tasks are done."""
 
-    kind = "label-studio"
     endings = (".json",)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:

@@ -5,17 +5,15 @@ Coordinates are continuous pixels. A file without shapes is an empty scene.
 
 import base64
 import posixpath
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from pydantic import BaseModel
 
-from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.json_reader import Number, Point, Text, location, read_json, validate
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError
 
 SHAPES = {"point": "points", "points": "points", "rectangle": "box"}
 """Our kinds of shapes by LabelMe's; others keep their name."""
@@ -42,16 +40,8 @@ class LabelMeFile(BaseModel):
 class LabelMe(AnnotatedFolder):
     """A JSON file per image; an image missing from the folder is taken from inside its file."""
 
-    kind = "labelme"
     endings = (".json",)
-
-    def _find_annotations(self, given: Sequence[str]) -> list[str]:
-        if given:
-            return super()._find_annotations(given)
-        found = [path for path in self._files if path.lower().endswith(self.endings)]
-        if not found:
-            raise UserError(f"{self._root} contains no .json file; put LabelMe's files next to their images")
-        return [storage.join(self._root, path) for path in found]
+    per_image = True
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
         path = self._below(uri)
@@ -68,16 +58,13 @@ class LabelMe(AnnotatedFolder):
                 image.add_shape(self._rules, SHAPES.get(kind, kind), shape.label or "", shape.points, where)
         return [image]
 
-    def _split_of(self, file: str) -> str:
-        return ""  # the file is named after its image
-
     def _annotation_of(self, item: Item) -> ImageAnnotation:
-        if not item.annotation or not item.image:
+        if not item.image:
             return super()._annotation_of(item)
         return self._read(item.annotation)[0]  # a worker reads only the files of its own images
 
     def _image(self, item: Item) -> bytes:
-        if not item.image or item.image != item.annotation:
+        if item.image != item.annotation:
             return super()._image(item)
         data = _parse(item.image).imageData or ""
         try:
