@@ -32,17 +32,8 @@ def loader(cache: ImageCache, *, rank: int = 0, world: int = 1, repeats: int = 2
 
 
 def targets(batch: Batch, sigma: float = 2.0) -> Targets:
-    size = (batch.roi.shape[-2], batch.roi.shape[-1])
-    return make_targets(
-        batch.points,
-        batch.valid_mask,
-        size,
-        batch.depth,
-        sigma=sigma,
-        threshold=0.3,
-        extent=batch.extent,
-        roi=batch.roi.float(),
-    )
+    heads, roi = (batch.points, batch.valid_mask, batch.size), batch.roi.float()
+    return make_targets(*heads, batch.depth, sigma=sigma, threshold=0.3, extent=batch.extent, roi=roi)
 
 
 def test_collate_cuts_pixels_weights_and_heads_from_the_image(cache: ImageCache) -> None:
@@ -65,14 +56,12 @@ def test_collate_cuts_pixels_weights_and_heads_from_the_image(cache: ImageCache)
 
 def test_flipped_crop_has_flipped_pixels_and_targets_and_the_same_count(cache: ImageCache) -> None:
     images = [cache[row] for row in (4, 7, 8)]
-    windows = [draw_window(CONFIG, p.size, seed=0, epoch=1, sample=p.row) for p in images]
+    crops = [Crop(p, p.size, draw_window(CONFIG, p.size, seed=0, epoch=1, sample=p.row)) for p in images]
     straight, flipped = (
-        collate(
-            [Crop(p, p.size, dataclasses.replace(w, flip=flip)) for p, w in zip(images, windows, strict=True)], CONFIG
-        )
+        collate([c._replace(window=dataclasses.replace(c.window, flip=flip)) for c in crops], CONFIG)
         for flip in (False, True)
     )
-    expected, found = (targets(b) for b in (straight, flipped))
+    expected, found = targets(straight), targets(flipped)
     assert torch.equal(flipped.image.flip(-1), straight.image)
     assert torch.equal(flipped.weight.flip(-1), straight.weight)
     torch.testing.assert_close(found.density.flip(-1), expected.density)

@@ -66,8 +66,6 @@ def test_shards_are_uncompressed_arrow_files_with_the_schema(tmp_path: Path) -> 
         with pa.ipc.open_file(str(path)) as reader:
             assert reader.schema.equals(SCHEMA, check_metadata=True)
             tables.append(reader.read_all())
-        images = b"".join(tables[-1].column("image").to_pylist())
-        assert shard.bytes > len(images)
     names = pa.concat_tables(tables).column("name").to_pylist()
     assert names == [sample.name for sample in mixed_samples()]
 

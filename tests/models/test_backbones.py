@@ -30,10 +30,6 @@ def config_of(backbone: str, crop: int = 160, count_decoder: str = "pooled", **m
     return Config(sampling=sampling, model=ModelConfig(backbone, count_decoder, **model))  # type: ignore[arg-type]
 
 
-def linear_layers(decoder: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in decoder.modules() if isinstance(layer, nn.Linear)]
-
-
 def test_csrnet_has_the_parameter_counts_of_table_1() -> None:
     counter = build_counter(config_of("csrnet", crop=224), 1.0)
     assert parameters(counter.encoder.get_submodule("features")) == 7_635_264
@@ -45,7 +41,7 @@ def test_csrnet_has_the_parameter_counts_of_table_1() -> None:
         assert parameters(counter.decoders[task]) == parameters(counter.decoders[DENSITY])
     with torch.device("meta"):  # it would allocate 800 MiB
         paper = counter.encoder.count_decoder(28)
-    linear = linear_layers(paper)
+    linear = [layer for layer in paper.modules() if isinstance(layer, nn.Linear)]
     assert parameters(linear[0]) == 205_521_408
     assert [layer.out_features for layer in linear] == [512, 256, 128, 64, 1]
     assert [layer.p for layer in paper.modules() if isinstance(layer, nn.Dropout)] == [0.5]

@@ -63,24 +63,24 @@ class DecodedImage(AnnotatedImage):
         return size
 
 
+@dataclass(eq=False)
 class ImageCache:
     """Thread-safe memory cache of a dataset's decoded images, without eviction.
 
     Every epoch visits each image once, in another order: keeping a fraction s of the images has a hit rate of s, while
     evicting the least recently used would have s^2 / 2.
-
-    Args:
-        dataset: The dataset.
-        downsample: Factor by which images are downsampled.
-        use_roi: Whether to apply regions of interest.
-        cache_bytes: Capacity; images that do not fit are decoded at each access.
     """
 
-    def __init__(self, dataset: Dataset, downsample: int, use_roi: bool, cache_bytes: float) -> None:
-        self.dataset = dataset
-        self.downsample = downsample
-        self.use_roi = use_roi
-        self._free_bytes = cache_bytes
+    dataset: Dataset
+    downsample: int
+    """Factor by which images are downsampled."""
+    use_roi: bool
+    """Whether to apply regions of interest."""
+    cache_bytes: float
+    """Capacity; images that do not fit are decoded at each access."""
+
+    def __post_init__(self) -> None:
+        self._free_bytes = self.cache_bytes
         self._cached: dict[int, DecodedImage] = {}
         self._lock = Lock()
 

@@ -100,7 +100,9 @@ def draw_window(
     image: uniform positions inside it would hardly ever contain the border. `loss_weight` corrects for what remains.
     """
     rng = np.random.default_rng((_WINDOW_STREAM, seed, epoch, sample, repeat))
-    (top, height, crop_top), (left, width, crop_left) = (_draw_span(config, length, rng) for length in size)
+    (top, height, crop_top), (left, width, crop_left) = (
+        _span(config, length, int(rng.integers(_offset_count(config, length)))) for length in size
+    )
     flip = bool(rng.random() < config.flip)
     limits = (config.brightness, config.contrast, config.colour, config.colour, config.colour)
     brightness, contrast, *colour = (rng.uniform(-1, 1, 5) * limits).tolist()
@@ -149,10 +151,6 @@ def window_spans(config: WindowConfig, length: int) -> list[tuple[int, int, int]
 def _offset_count(config: WindowConfig, length: int) -> int:
     """Number of equally likely crop offsets along an axis."""
     return length + 1 if length > config.crop else 1
-
-
-def _draw_span(config: WindowConfig, length: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    return _span(config, length, int(rng.integers(_offset_count(config, length))))
 
 
 def _span(config: WindowConfig, length: int, offset: int) -> tuple[int, int, int]:

@@ -190,14 +190,9 @@ class Dataset:
 
     @classmethod
     def open(cls, uri: str, *, verify: bool = False) -> Self:
-        """Open the dataset at a path or URI, reading only its index.
+        """Open the dataset at a path or URI, reading only its index; `verify` hashes local shards when they are mapped.
 
-        Args:
-            uri: Where the dataset is.
-            verify: Hash local shards when they are mapped.
-
-        Raises:
-            DataError: If the index is missing or damaged, or a local shard is missing or truncated.
+        Raises DataError if the index is missing or damaged, or a local shard is missing or truncated.
         """
         root = storage.resolve(uri)
         index_uri = storage.join(root, INDEX)
