@@ -34,7 +34,7 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
     run_id = _run(store, "once")
     first = register(package, "crowdray-once", run_id, 7, store)
     again = register(package, "crowdray-once", run_id, 7, store)
-    assert first == RegisteredVersion("crowdray-once", 1, "models:/crowdray-once/1", "candidate") == again
+    assert first == RegisteredVersion("models:/crowdray-once/1", "candidate") == again
 
     client = MlflowClient(store, store)
     version = client.get_model_version_by_alias("crowdray-once", "candidate")
@@ -60,7 +60,7 @@ def test_register_moves_the_alias_forward_only(store: str, package: Package, oth
     old, new = _run(store, "old"), _run(store, "new")
     register(package, "crowdray-forward", old, 1, store)
     second = register(other_package, "crowdray-forward", new, 1, store)
-    assert (second.version, second.alias) == (2, "candidate")
+    assert second == RegisteredVersion("models:/crowdray-forward/2", "candidate")
     assert register(package, "crowdray-forward", old, 1, store).alias is None
     held = MlflowClient(store, store).get_model_version_by_alias("crowdray-forward", "candidate")
     assert str(held.version) == "2"
@@ -89,7 +89,7 @@ def test_register_after_an_interrupted_upload_leaves_one_model(
         patch.setattr(MlflowClient, "log_model_artifacts", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             register(package, "crowdray-interrupted", run_id, 1, store)
-    assert register(package, "crowdray-interrupted", run_id, 1, store).version == 1
+    assert register(package, "crowdray-interrupted", run_id, 1, store).uri == "models:/crowdray-interrupted/1"
     client = MlflowClient(store, store)
     experiment = client.get_run(run_id).info.experiment_id
     models = [m for m in client.search_logged_models([experiment]) if m.source_run_id == run_id]

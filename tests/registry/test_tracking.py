@@ -46,18 +46,15 @@ def test_sync_history_after_a_restart_logs_each_epoch_once(store: str) -> None:
         assert _curve(store, first.run_id, key) == [(row["epoch"], row[key]) for row in _rows(range(0, 7))]
 
 
-def test_open_tracker_of_a_finished_run_reopens_it(store: str) -> None:
+def test_open_tracker_of_a_finished_run_reopens_it_by_its_key(store: str) -> None:
     first = _open(store, "it's again")
     first.finish("KILLED")
     client = MlflowClient(store, store)
     assert client.get_run(str(first.run_id)).info.status == "KILLED"
+    assert _open(store, "other").run_id != first.run_id
     second = _open(store, "it's again")
     assert second.run_id == first.run_id
     assert client.get_run(str(first.run_id)).info.status == "RUNNING"
-
-
-def test_open_tracker_with_another_key_opens_another_run(store: str) -> None:
-    assert _open(store, "left").run_id != _open(store, "right").run_id
 
 
 def test_sync_history_larger_than_a_batch_logs_every_epoch(store: str) -> None:

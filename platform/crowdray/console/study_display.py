@@ -11,12 +11,10 @@ from rich.table import Table
 from crowdray.console.progress import LiveDisplay
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from crowdray.tune.record import StudyRecord, TrialRecord
 
 MAX_ROWS = 24
-"""Trials in the live table: the running ones, and the latest of the others."""
+"""Trials in the live table: the latest ones."""
 LOG_INTERVAL_S = 20.0
 """Seconds between two lines about running trials in a log."""
 
@@ -63,7 +61,7 @@ def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) ->
     table.add_column("stage")
     for name in ("val MAE", "RMSE", "reused", "spent s", "saved s"):
         table.add_column(name, justify="right")
-    for trial in _select(record.trials, max_rows):
+    for trial in record.trials[-max_rows:] if max_rows else record.trials:
         mark = "*" if best is not None and trial.number == best.number else ""
         table.add_row(
             f"{trial.number}{mark}",
@@ -76,14 +74,6 @@ def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) ->
             style={"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state],
         )
     return table
-
-
-def _select(trials: Sequence[TrialRecord], max_rows: int | None) -> Sequence[TrialRecord]:
-    if max_rows is None or len(trials) <= max_rows:
-        return trials
-    running = {trial.number for trial in trials if trial.state == "running"}
-    latest = [trial.number for trial in trials if trial.number not in running][-max(1, max_rows - len(running)) :]
-    return [trial for trial in trials if trial.number in running or trial.number in latest]
 
 
 def _line(trial: TrialRecord) -> str:

@@ -86,14 +86,8 @@ def show_check(report: ValidationReport, folder: str, console: Console, *, stric
 
 def validation_table(report: ValidationReport) -> Table:
     """Return a column per split and a row per statistic."""
-    table = Table(
-        title=Text(f"{report.source}, depth: {report.depth_teacher}"),
-        title_justify="left",
-        box=box.SIMPLE_HEAVY,
-        pad_edge=False,
-        caption="Three numbers are minimum / median / maximum.",
-        caption_justify="left",
-    )
+    title = f"{report.source}, depth: {report.depth_teacher}"
+    table = _report_table(title, "Three numbers are minimum / median / maximum.")
     table.add_column("")
     for split in report.splits:
         table.add_column(Text(split), justify="right", no_wrap=True)
@@ -178,15 +172,8 @@ def show_study(outcome: StudyOutcome, console: Console) -> None:
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     """Return the errors of an evaluation: overall, without ROI, and scene by scene."""
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAVY,
-        collapse_padding=True,
-        pad_edge=False,
-        caption="Heads per image. RMSE is what crowd-counting tables print as MSE; MAE is GAME0.",
-        caption_justify="left",
-    )
+    caption = "Heads per image. RMSE is what crowd-counting tables print as MSE; MAE is GAME0."
+    table = _report_table(title, caption, collapse_padding=True)
     table.add_column("where")
     for name in ("images", "heads", "MAE", "RMSE", "bias", "NAE", *(f"GAME{n}" for n in GAME_LEVELS if n)):
         table.add_column(name, justify="right", no_wrap=True)
@@ -217,6 +204,11 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
     patterns = {"overlays": "*.overlay.png", "densities": "*.density.npy"}
     files = {name: storage.join(folder, pattern) for name, pattern in patterns.items()}
     _print_fields(console, {"counts": prediction.counts, **files})
+
+
+def _report_table(title: str, caption: str, **options: Any) -> Table:
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAVY, "pad_edge": False, "title_justify": "left"} | options
+    return Table(title=Text(title), caption=caption, caption_justify="left", **style)
 
 
 def _mae_rmse(metrics: Metrics | None) -> list[str]:

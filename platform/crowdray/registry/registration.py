@@ -29,10 +29,6 @@ _VERSIONS_OF_MODEL = "mlflow.modelVersions"
 class RegisteredVersion:
     """A version in the model registry."""
 
-    name: str
-    """Name of the registered model."""
-    version: int
-    """Number of the version."""
     uri: str
     """models:/NAME/VERSION"""
     alias: str | None
@@ -74,7 +70,7 @@ def register(
             client.set_registered_model_alias(name, CANDIDATE, str(number))
             holder = number
         client.set_tag(run_id, MODEL, uri)
-    return RegisteredVersion(name, number, uri, CANDIDATE if holder == number else None)
+    return RegisteredVersion(uri, CANDIDATE if holder == number else None)
 
 
 def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: int) -> "LoggedModel":
