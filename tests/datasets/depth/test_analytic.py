@@ -11,17 +11,19 @@ from crowdray.data.sample import make_sample
 from crowdray.datasets.depth import TEACHERS, open_teacher
 from crowdray.datasets.depth.analytic import (
     DEFAULT_HEAD_SCALE,
+    NoDepth,
     PerspectiveDepth,
     PointSpacingDepth,
     StoredDepth,
     fit_head_scale,
     plane_depth,
 )
-from crowdray.datasets.depth.teacher import DepthInput
+from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.errors import DataError, UserError
 
 Heads = NDArray[np.float64]
 HEIGHT, WIDTH, FOCAL = 480, 640, 600.0
+NO_HEADS = np.zeros((0, 2))
 DROP = 3.3
 """Height in metres of the camera above the plane of the heads."""
 
@@ -44,9 +46,11 @@ def true_scale(pitch: float) -> float:
     return float(offset / (offset + slope * HEIGHT))
 
 
-def depth_input(points: Heads, **knowledge: Any) -> DepthInput:
+def depth_of(teacher: DepthTeacher, points: Heads = NO_HEADS, **knowledge: Any) -> NDArray[np.float32]:
     sample = make_sample(name="a", split="train", scene="", image=b"", points=points, shape=(HEIGHT, WIDTH))
-    return DepthInput(sample=sample, **knowledge)
+    depth = teacher.depth(DepthInput(sample=sample, **knowledge))
+    assert depth is not None
+    return depth
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1.0])
@@ -80,25 +84,22 @@ def test_fit_head_scale_of_a_known_camera_recovers_depth(pitch: float) -> None:
 
 def test_point_spacing_of_one_image_orders_depth_and_falls_back_to_prior() -> None:
     points, depth = crowd(3, 0.5)
-    depth_map = PointSpacingDepth().depth(depth_input(points))
-    assert depth_map is not None and depth_map.shape == (HEIGHT // 4, WIDTH // 4) and depth_map.dtype == np.float32
+    depth_map = depth_of(PointSpacingDepth(), points)
+    assert depth_map.shape == (HEIGHT // 4, WIDTH // 4) and depth_map.dtype == np.float32
     rows = (points[:, 1] / 4).astype(int).clip(max=HEIGHT // 4 - 1)
     assert spearmanr(depth_map[rows, 0], depth).statistic > 0.99
     assert (np.diff(depth_map, axis=0) <= 0).all() and np.ptp(depth_map, axis=1).max() == 0
-    for few in (np.zeros((0, 2)), points[:1]):
+    for few in (NO_HEADS, points[:1]):
         assert fit_head_scale([(few, HEIGHT)], prior=0.4) == 0.4
-        fallback = PointSpacingDepth().depth(depth_input(few))
-        assert fallback is not None
-        np.testing.assert_allclose(fallback[:, 0], plane_depth(DEFAULT_HEAD_SCALE, HEIGHT // 4), rtol=1e-6)
+        fallback = depth_of(PointSpacingDepth(), few)[:, 0]
+        np.testing.assert_allclose(fallback, plane_depth(DEFAULT_HEAD_SCALE, HEIGHT // 4), rtol=1e-6)
     assert fit_head_scale([(points[:2], HEIGHT)], prior=0.4) == pytest.approx(0.4, rel=0.5)
 
 
 def test_point_spacing_of_fixed_camera_ignores_heads_of_the_image() -> None:
     one, other = (
-        PointSpacingDepth().depth(depth_input(crowd(seed, 0.5)[0], head_scale=0.3, fixed_camera=True))
-        for seed in (1, 2)
+        depth_of(PointSpacingDepth(), crowd(seed, 0.5)[0], head_scale=0.3, fixed_camera=True) for seed in (1, 2)
     )
-    assert one is not None and other is not None
     np.testing.assert_array_equal(one, other)
 
 
@@ -108,21 +109,16 @@ def test_fit_head_scale_accepts_coinciding_heads() -> None:
 
 def test_perspective_depth_is_inverse_of_person_size() -> None:
     size = np.linspace(10, 50, HEIGHT)[:, None] * np.ones((1, WIDTH))
-    with_map = depth_input(np.zeros((0, 2)), person_size=size, source_depth=size)
-    depth = PerspectiveDepth().depth(with_map)
-    assert depth is not None
-    np.testing.assert_allclose(depth * size, 1.0, rtol=1e-6)
-    stored = StoredDepth().depth(with_map)
-    assert stored is not None
-    np.testing.assert_allclose(stored, size, rtol=1e-6)
-    for teacher in (PerspectiveDepth(), StoredDepth()):
+    for teacher, expected in ((PerspectiveDepth(), 1 / size), (StoredDepth(), size)):
+        depth = depth_of(teacher, person_size=size, source_depth=size)
+        np.testing.assert_allclose(depth, expected, rtol=1e-6)
         with pytest.raises(DataError, match="--depth points"):
-            teacher.depth(depth_input(np.zeros((0, 2))))
+            depth_of(teacher)
 
 
 def test_open_teacher_auto_takes_the_best_and_errors_list_choices() -> None:
     assert open_teacher("auto", ("perspective", "points", "none")).name == "perspective-1"
-    assert open_teacher("none", ("points", "none")).depth(depth_input(np.zeros((0, 2)))) is None
+    assert isinstance(open_teacher("none", ("points", "none")), NoDepth)
     for choice in ("perspective", "lidar", "own"):
         with pytest.raises(UserError, match=f"--depth {choice}.*auto, points, none"):
             open_teacher(choice, ("points", "none"))

@@ -168,7 +168,6 @@ CLASSES = [helper.make_node("GlobalAveragePool", ["pooled"], ["all"]), helper.ma
         ({}, "metric,size=14x14,side=14", "size excludes side and multiple"),
         ({"sides": (14, 28)}, "metric,size=14x14", "accepts only 14x28 .*leave size out"),
         ({"sides": (14, 28)}, "metric,side=14", "leave side out"),
-        ({"sides": (14, "w")}, "metric", "fixes only one side"),
         ({"inputs": 2}, "metric", "x0.*; x1.*a depth network has one"),
         ({"outputs": ("y", "z")}, "metric", "has outputs y .*; z "),
         ({"metadata": {"image_std": "0.5"}}, "metric", "image_std is '0.5', expected a list"),

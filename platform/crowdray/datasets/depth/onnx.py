@@ -128,10 +128,8 @@ class OnnxDepth(DepthTeacher):
         requested = options.value("size", _size, None)
         if requested and (options.flag("side") or options.flag("multiple")):
             raise UserError("--depth onnx: size excludes side and multiple; leave them out")
-        if not any(isinstance(side, int) for side in fixed):
-            return requested
         if not all(isinstance(side, int) for side in fixed):
-            raise UserError(f"{self._uri} fixes only one side of its input, {fixed} (HxW); fix both or none")
+            return requested
         size = (int(fixed[0]), int(fixed[1]))
         given = [option for option in SIZES if options.flag(option)]
         if given and requested != size:
