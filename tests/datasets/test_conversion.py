@@ -18,9 +18,9 @@ from crowdray import storage
 from crowdray.data.sample import Sample
 from crowdray.data.shards import INDEX, Dataset
 from crowdray.datasets import conversion, resume
-from crowdray.datasets.quarantine import QUARANTINE, read_quarantine
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source, open_source
+from crowdray.datasets.validation import QUARANTINE, read_quarantine
 from crowdray.errors import DataError, UserError
 from crowdray.storage import lock as locks
 
@@ -200,15 +200,6 @@ def test_open_conversion_ignores_results_of_other_conversions(
     assert pending() == [1, 3]
 
 
-def test_saved_results_are_loaded_equal(part: Path, tmp_path: Path) -> None:
-    source, dest, keys = open_part(part), str(tmp_path / "made"), [str(number) for number in range(SLICES)]
-    for number, items in enumerate(conversion.split_into_slices(source.items(), 3)):
-        result = conversion.convert_slice(source, items, dest, number, keys[number])
-        loaded = resume.load_results(dest, keys)[number]
-        assert len(result.stats.unusable) == (number in (1, 2))
-        assert repr(loaded) == repr(result)
-
-
 def test_second_conversion_is_refused_while_the_first_runs(
     part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,33 +328,12 @@ def test_slices_converted_in_any_order_result_in_the_same_dataset(tmp_path: Path
     assert digests[0] == digests[1]
 
 
-def test_convert_replaces_a_dataset_only_with_overwrite(root_uri: str) -> None:
-    old = conversion.convert(ListSource(samples(3)), root_uri)
-    with pytest.raises(UserError, match=r"already contains a dataset.*--overwrite"):
-        conversion.convert(ListSource(samples(4)), root_uri)
-    assert Dataset.open(root_uri).index == old
-    new = conversion.convert(ListSource(samples(4)), root_uri, overwrite=True)
-    assert Dataset.open(root_uri).index == new and new.digest != old.digest
-    assert len(storage.list_files(root_uri)) == 1 + len(new.shards)
-
-
 def test_convert_rejects_a_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"thesis\.tex.*another --dest"):
             conversion.convert(ListSource(samples(3)), str(tmp_path), overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_convert_removes_leftovers_of_an_interrupted_conversion(root_uri: str) -> None:
-    source = ListSource(samples(6))
-    conversion.convert_slice(source, source.items()[:2], root_uri, 7)
-    if storage.is_local(root_uri):
-        storage.write_bytes(storage.join(root_uri, f"{storage.PARTIAL}123-shard-00000.arrow"), b"half")
-    with pytest.raises(UserError, match="its conversion is unfinished"):
-        Dataset.open(root_uri)
-    index = conversion.convert(source, root_uri)
-    assert len(storage.list_files(root_uri)) == 1 + len(index.shards)
 
 
 def test_convert_notes_repeated_images_in_one_line(tmp_path: Path) -> None:

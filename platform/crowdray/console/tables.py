@@ -14,9 +14,8 @@ from rich.text import Text
 from crowdray import storage
 from crowdray.console.arguments import program
 from crowdray.console.study_display import trial_table
-from crowdray.datasets.quarantine import QUARANTINE, read_quarantine
 from crowdray.datasets.statistics import MAX_LISTED
-from crowdray.datasets.validation import REPORT
+from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
 from crowdray.evaluation.metrics import GAME_LEVELS
 
 if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds

@@ -13,11 +13,17 @@ from pathlib import PurePosixPath
 from crowdray import storage
 from crowdray.data.shards import INDEX, SHARD_NAME, Index, ShardInfo, write_index, write_shard
 from crowdray.datasets import resume
-from crowdray.datasets.quarantine import QUARANTINE, check_quarantine, read_quarantine, write_quarantine
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
 from crowdray.datasets.statistics import DatasetStats, load_usable
-from crowdray.datasets.validation import ValidationReport, shared_problems, validate
+from crowdray.datasets.validation import (
+    QUARANTINE,
+    ValidationReport,
+    read_quarantine,
+    shared_problems,
+    validate,
+    write_quarantine,
+)
 from crowdray.errors import DataError, UserError
 from crowdray.storage.lock import Lock
 
@@ -72,7 +78,7 @@ class Conversion:
         shards = [result.shard for result in ordered if result.shard is not None]
         stats = sum((result.stats for result in ordered), DatasetStats())
         report = validate(source.name, source.depth_teacher, stats, source.notes(self.splits))
-        check_quarantine(report, strict=strict)
+        report.raise_for_unusable(strict=strict)
         if not shards:
             raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
         _check_shards(self.dest, shards)

@@ -1,5 +1,10 @@
-"""Validation of a source from its statistics: figures per split, duplicate images, problems and notes."""
+"""Validation of a source from its statistics: figures per split, duplicate images, problems and unusable items.
 
+Items that cannot be used are left out of a dataset and listed in its quarantine file: one broken photo among thousands
+must neither prevent a dataset nor vanish silently. Too many of them are an error.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,11 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdray import storage
 from crowdray.datasets.statistics import MAX_LISTED, SPACING_EDGES, DatasetStats, ImageStats, UnusableItem
-from crowdray.errors import JobFailed
+from crowdray.errors import DataError, JobFailed
 
 REPORT = "check.json"
 """File of the full report, in the report folder of `--check`."""
+
+QUARANTINE = "quarantine.json"
+"""File of unusable items, next to the index of a dataset."""
+
+MAX_UNUSABLE = 0.5
+"""Fraction of a split above which the layout is at fault rather than single items: nothing is published."""
 
 _LINE = "\n  "
 
@@ -92,13 +104,45 @@ class ValidationReport:
             kinds = [problem.partition(_LINE)[0].rstrip(":") for problem in self.problems]
             raise InvalidDatasetError(f"{self.source} is not valid: {'; '.join(kinds)}")
 
+    def raise_for_unusable(self, *, strict: bool = False) -> None:
+        """Raise DataError if most of a split is unusable, or any item if `strict`."""
+        worst = [
+            f"{stats.unusable} of {stats.unusable + stats.images} in {split}"
+            for split, stats in self.splits.items()
+            if stats.unusable > MAX_UNUSABLE * (stats.unusable + stats.images)
+        ]
+        if worst:
+            reason = f"{worst[0]}: --source is not {self.source}, or it is damaged"
+        elif strict and self.unusable:
+            reason = "fix them, or leave --strict out"
+        else:
+            return
+        head = f"{self.source}: {_number(len(self.unusable), 'item')} cannot be used, nothing was published ({reason}):"
+        raise DataError(f"{head}{_LINE}{_listed([str(item) for item in self.unusable], _LINE)}")
+
     def as_dict(self) -> dict[str, Any]:
         """The full report as JSON content."""
-        duplicates = [
-            [{"split": i.split, "name": i.name, "heads": i.heads} for i in group] for group in self.duplicates
-        ]
+        duplicates = [[{"split": i.split, "name": i.name, "heads": i.heads} for i in g] for g in self.duplicates]
         summary = {"valid": not self.problems, "spacing_edges": SPACING_EDGES.tolist(), "duplicates": duplicates}
         return asdict(self) | summary
+
+
+def write_quarantine(dest: str, items: Sequence[UnusableItem], digest: str) -> None:
+    """Write the unusable items of the dataset with this digest."""
+    content = {"digest": digest, "items": [asdict(item) for item in items]}
+    storage.write_bytes(storage.join(dest, QUARANTINE), (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_quarantine(dest: str, digest: str) -> list[UnusableItem]:
+    """Items left out of the dataset with this digest; empty if the file is missing or of another dataset."""
+    uri = storage.join(dest, QUARANTINE)
+    if (text := storage.read_bytes_or_none(uri)) is None:
+        return []
+    try:
+        content = json.loads(text)
+        return [UnusableItem(**item) for item in content["items"] if content["digest"] == digest]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); convert the dataset again") from error
 
 
 def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:

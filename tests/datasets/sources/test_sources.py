@@ -76,14 +76,6 @@ def test_shanghaitech_reads_both_folder_names_from_root_and_part(tmp_path: Path,
         assert source.load(items[0]).points.shape == (0, 2)
 
 
-def test_missing_split_is_noted_and_cannot_be_requested(tmp_path: Path) -> None:
-    source = open_source("shanghaitech", str(make_shanghaitech(tmp_path / "part_A_final", count=2)))
-    assert source.name == "shanghaitech-a"
-    assert len(source.notes()) == 1 and "no test split" in source.notes()[0]
-    with pytest.raises(UserError, match="no split 'test'; choose from train"):
-        source.items(["test"])
-
-
 def test_shanghaitech_root_with_both_parts_needs_part(tmp_path: Path) -> None:
     for letter in "AB":
         make_shanghaitech(tmp_path / f"part_{letter}", count=2)
