@@ -85,11 +85,7 @@ def test_translated_error_unwraps_what_ray_wraps(run: Run) -> None:
     ("fault", "raised", "message"),
     [
         (OSError(errno.EIO, "input/output error"), OSError, "input/output error"),
-        (
-            PermissionError("The token has expired."),
-            UserError,
-            "expired.*credentials; then run the same command again",
-        ),
+        (PermissionError("The token has expired."), UserError, "expired.*credentials; then run the same command"),
         (OSError(errno.ENOSPC, "no space"), UserError, "no space left.*; then run the same command again"),
     ],
 )

@@ -45,11 +45,8 @@ class Nwpu(AnnotatedImages):
                 f"{len(missing)} images of {split}.txt and their annotations are missing, such as {missing[0]}; "
                 f"copy them again, or remove them from {storage.join(self._root, f'{split}.txt')}"
             )
-        return pair_items(
-            split,
-            {name: images[name] for name in listed if name in images},
-            {name: annotations[name] for name in listed if name in annotations},
-        )
+        items, wanted = pair_items(split, images, annotations), set(listed)
+        return [item for item in items if item.name in wanted]
 
     def heads(self, item: Item) -> Heads:
         """Heads of the JSON file, or without one of the MATLAB file."""

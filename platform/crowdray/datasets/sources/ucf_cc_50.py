@@ -52,11 +52,8 @@ class UcfCc50(AnnotatedImages):
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""
-        images, annotations = (
-            {name: uri for name, uri in uris.items() if self._split(name) == split}
-            for uris in (self._images, self._annotations)
-        )
-        return pair_items(split, images, annotations)
+        items = pair_items(split, self._images, self._annotations)
+        return [item for item in items if self._split(item.name) == split]
 
     def heads(self, item: Item) -> Heads:
         """Heads of one n_ann.mat, including those outside the image."""
