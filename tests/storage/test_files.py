@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -118,22 +117,20 @@ def test_publish_directory_uploads_last_file_last_and_cleans_up_on_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_folder(tmp_path / "made")
-    fs = fsspec.filesystem("memory")
-    uploaded: list[str] = []
-    original = type(fs).put_file
+    put_file, uploaded = MemoryFileSystem.put_file, list[str]()
 
-    def put_file(self: Any, local: str, remote: str, **options: Any) -> None:
+    def fail_third(self: Any, local: str, remote: str, **options: Any) -> None:
         uploaded.append(remote.rsplit("/", 1)[1])
         if len(uploaded) == 3:
             no_space()
-        original(self, local, remote, **options)
+        put_file(self, local, remote, **options)
 
-    monkeypatch.setattr(type(fs), "put_file", put_file)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail_third)
     uri = f"memory://{uuid.uuid4().hex}"
     with pytest.raises(UserError, match="no space left"):
         storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
     assert uploaded[-1] == "a_complete.json" and len(uploaded) == 3
-    assert fs.find(uri) == []
+    assert storage.find_files(uri) == []
 
 
 def test_publish_directory_failing_locally_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +154,9 @@ def test_unpublish_directory_removes_only_that_folder(root_uri: str, tmp_path: P
 
 def test_unpublish_directory_removes_last_file_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "made")
-    uri = f"memory://{uuid.uuid4().hex}"
+    uri, removed = f"memory://{uuid.uuid4().hex}", list[str]()
     storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
-    fs = fsspec.filesystem("memory")
-    removed: list[str] = []
-    monkeypatch.setattr(type(fs), "rm_file", lambda self, path: removed.append(path.rsplit("/", 1)[1]))
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", lambda self, path: removed.append(path.rsplit("/", 1)[1]))
     storage.unpublish_directory(uri, "a_complete.json")
     assert removed[0] == "a_complete.json" and len(removed) == 3
 
@@ -199,20 +194,18 @@ def test_create_bytes_creates_a_file_once(root_uri: str) -> None:
 
 def test_create_bytes_decides_by_content_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Object stores refuse an existing name with various errors, and refuse a retried request that had succeeded."""
-    fs = type(fsspec.filesystem("memory"))
     uri = f"memory://{uuid.uuid4().hex}/file"
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EINVAL, "At least one of the pre-conditions you specified did not hold")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fs, "pipe_file", refuse)
+        patch.setattr(MemoryFileSystem, "pipe_file", refuse)
         with pytest.raises(UserError, match=r"create.*pre-conditions"):
             storage.create_bytes(uri, b"ours")
     storage.write_bytes(uri, b"ours")
-    monkeypatch.setattr(fs, "pipe_file", refuse)
-    assert storage.create_bytes(uri, b"ours")
-    assert not storage.create_bytes(uri, b"other")
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+    assert storage.create_bytes(uri, b"ours") and not storage.create_bytes(uri, b"other")
 
 
 def test_create_bytes_on_a_full_disk_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

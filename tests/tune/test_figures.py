@@ -340,7 +340,10 @@ def test_stage_tree_labels_do_not_overlap(count: int, labels: int, drawn: list[F
     best = study.best()
     assert best is not None and len(found) == labels
     assert f"{best.number}   {best.mae:.2f}" in [label.get_text() for label in found]
-    assert f"speedup {study.speedup:.2f} of at most {study.max_speedup:.2f}" in drawn[0].get_suptitle()
+    assert (
+        f"speedup {study.speedup:.2f}; without states of earlier searches at most {study.max_speedup:.2f}"
+        in drawn[0].get_suptitle()
+    )
 
 
 def test_mae_scale_shows_all_trials_where_most_have_the_best_mae(study: StudyRecord) -> None:

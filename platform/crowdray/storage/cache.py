@@ -204,7 +204,7 @@ def _keep(cached: Path, file: Path) -> None:
 
 def _remove_unused(path: Path) -> bool:
     """Remove a file that no process has locked; returns whether it was removed."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # on NFS, an exclusive lock needs write access
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

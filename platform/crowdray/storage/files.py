@@ -80,17 +80,9 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """List the files directly in a folder, sorted by name.
+    """List the URIs of the files directly in a folder, sorted by name; raise UserError if it does not exist.
 
-    Args:
-        uri: The folder.
-        suffixes: List only files that end with one of these, ignoring case; all files by default.
-
-    Returns:
-        URIs of the files.
-
-    Raises:
-        UserError: The folder does not exist.
+    `suffixes` selects files that end with one of them, ignoring case.
     """
     resolved = resolve(uri)
     with translated_errors("list", uri):

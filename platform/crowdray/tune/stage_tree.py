@@ -175,4 +175,4 @@ def _draw_line(axes: Axes, x: list[int], y: list[float], color: str, width: floa
 def _cost_summary(study: StudyRecord) -> str:
     divisor, unit = time_unit(study.spent)
     text = f"{study.spent / divisor:.1f} worker-{unit} spent, {study.saved / divisor:.1f} saved: "
-    return f"{text}speedup {study.speedup:.2f} of at most {study.max_speedup:.2f}"
+    return f"{text}speedup {study.speedup:.2f}; without states of earlier searches at most {study.max_speedup:.2f}"
