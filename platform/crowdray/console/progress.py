@@ -15,7 +15,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import TracebackType
 
     from crowdray.cluster.parallel import Advance
     from crowdray.training.checkpoint import EpochMetrics
@@ -68,9 +67,7 @@ class LiveDisplay:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 
