@@ -64,7 +64,6 @@ class SliceResult:
     shard: ShardInfo | None = None
     """Its shard; None, and nothing written, if no item can be used."""
     stats: DatasetStats = field(default_factory=DatasetStats)
-    """Statistics of its items."""
 
 
 _JSON = TypeAdapter(SliceResult)

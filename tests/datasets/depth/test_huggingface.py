@@ -139,28 +139,27 @@ def test_hub_model_is_downloaded_at_one_commit(models: Path, monkeypatch: pytest
 
 
 def test_unsuitable_models_raise(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {
-        "plain": (backbone(), "is a dinov2, which does not estimate depth"),
-        "heads": (DPTConfig(backbone_config=backbone()), "dpt on dinov2.*,inverse.*,metric"),
-    }
-    for name, (config, message) in cases.items():
-        shutil.copytree(models / "metric", tmp_path / name)
-        config.save_pretrained(tmp_path / name)
+    plain, heads, metric = tmp_path / "plain", tmp_path / "heads", models / "metric"
+    for folder, config in ((plain, backbone()), (heads, DPTConfig(backbone_config=backbone()))):
+        shutil.copytree(metric, folder)
+        config.save_pretrained(folder)
+    unknown = shutil.copytree(metric, tmp_path / "unknown")
+    (unknown / "config.json").write_text(json.dumps({"model_type": "unknown"}))
+    for choice, message in {
+        f"{plain}": "is a dinov2, which does not estimate depth",
+        f"{heads}": "dpt on dinov2.*,inverse.*,metric",
+        f"{unknown}": r"cannot read .*config\.json",
+        f"{metric},inverse,metric": "inverse and metric exclude each other",
+        "not a name": "cannot download not a name",
+    }.items():
         with pytest.raises(UserError, match=message):
-            open_teacher(f"hf:{tmp_path / name}", ())
-    assert open_teacher(f"hf:{tmp_path / 'heads'},metric", ()).name.endswith(":metric")
-    (tmp_path / "plain" / "config.json").write_text(json.dumps({"model_type": "unknown"}))
-    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
-        open_teacher(f"hf:{tmp_path / 'plain'}", ())
-    with pytest.raises(UserError, match="inverse and metric exclude each other"):
-        open_teacher(f"hf:{models / 'metric'},inverse,metric", ())
+            open_teacher(f"hf:{choice}", ())
+    assert open_teacher(f"hf:{heads},metric", ()).name.endswith(":metric")
     gpu = open_teacher(f"hf:{models / 'metric'},cuda", ())
     assert gpu.gpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch finds no GPU"):
         gpu.depth(depth_input())
-    with pytest.raises(UserError, match="cannot download not a name"):
-        open_teacher("hf:not a name", ())
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'crowdray\[hf\]'"):
         open_teacher(f"hf:{models / 'metric'}", ())

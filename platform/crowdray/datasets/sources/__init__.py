@@ -100,11 +100,9 @@ class Option:
     """An option of a source besides --source and --depth."""
 
     type: Any
-    """Annotated type."""
     default: Any
-    """Default value."""
     help: str
-    """One line for the help, from the text in its Annotated."""
+    """One line, from the text in its Annotated."""
 
 
 def source_options(name: str) -> dict[str, Option]:
