@@ -84,6 +84,8 @@ def test_shanghaitech_root_with_both_parts_needs_part(tmp_path: Path) -> None:
     assert open_source("shanghaitech", str(tmp_path), part="b").name == "shanghaitech-b"
     with pytest.raises(UserError, match="--part C: ShanghaiTech has parts A and B"):
         open_source("shanghaitech", str(tmp_path), part="c")
+    with pytest.raises(UserError, match="is part A, but --part is B"):
+        open_source("shanghaitech", str(tmp_path / "part_A"), part="B")
 
 
 def test_sources_ignore_files_that_are_not_images(mall: Path, tmp_path: Path) -> None:

@@ -73,7 +73,10 @@ def _find_part(source: str, part: str) -> tuple[str, str]:
         raise UserError(f"--part {part}: ShanghaiTech has parts A and B; choose one of them")
     if any(_has_split(source, split) for split in SPLITS):
         match = re.fullmatch(r"part[_-]?([AB])(_final)?", PurePosixPath(source).name, re.IGNORECASE)
-        return source, match.group(1).upper() if match else part
+        letter = match.group(1).upper() if match else part
+        if part not in ("", letter):
+            raise UserError(f"{source} is part {letter}, but --part is {part}; give the other folder")
+        return source, letter
     found = {
         letter: root
         for letter in part or "AB"
