@@ -10,7 +10,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
@@ -92,7 +91,6 @@ def test_load_removes_a_damaged_state(
 
 
 def test_load_removes_a_state_with_unknown_config_fields(store: StageStore) -> None:
-
     def save(folder: Path) -> None:
         save_checkpoint(checkpoint(1), folder)
         (folder / "config.json").write_text('{"sampling": {"removed_field": 1}}')
@@ -102,16 +100,12 @@ def test_load_removes_a_state_with_unknown_config_fields(store: StageStore) -> N
 
 
 def test_load_keeps_a_state_without_read_permission(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = publish(store, BASELINE, 1)
-
     def forbidden(path: Path) -> str:
-        if path.name != "weights.safetensors":
-            return hash_file(path)
         raise PermissionError(13, os.strerror(13))
 
-    hash_file = storage.hash_file
+    state = publish(store, BASELINE, 1)
     monkeypatch.setattr(storage, "hash_file", forbidden)
-    with pytest.raises(UserError, match=r"cannot read .*weights.*ermission"):
+    with pytest.raises(UserError, match=r"cannot read .*ermission"):
         store.load(state)
     assert store.epochs(BASELINE) == [1]
 
@@ -142,7 +136,6 @@ def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
 
 
 def test_publish_keeps_the_first_whole_state(store: StageStore) -> None:
-
     def save(folder: Path) -> None:
         publish(store, BASELINE, 1, number=5)  # another process is faster
         save_checkpoint(checkpoint(6), folder)
@@ -161,7 +154,6 @@ def test_publish_replaces_a_folder_without_manifest(store: StageStore) -> None:
 def test_publish_on_a_full_disk_raises_user_error_and_leaves_nothing(
     store: StageStore, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def full(folder: Path) -> None:
         (folder / "weights.safetensors").write_bytes(b"half")
         if source == "os":
@@ -171,13 +163,12 @@ def test_publish_on_a_full_disk_raises_user_error_and_leaves_nothing(
     with pytest.raises(UserError, match=r"no space left.*00001.*TMPDIR"):
         store.publish(BASELINE, 1, full)
     assert files(store) == []
-    fs = fsspec.filesystem("memory")
 
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("shutil.copytree", no_space)
-    monkeypatch.setattr(type(fs), "put_file", no_space)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", no_space)
     with pytest.raises(UserError, match=r"00001.*no space left"):
         publish(store, BASELINE, 1)
     assert files(store) == []

@@ -84,14 +84,11 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 
     `suffixes` selects files that end with one of them, ignoring case.
     """
-    resolved = resolve(uri)
-    with translated_errors("list", uri):
-        fs, path = filesystem(uri)
-        fs.invalidate_cache(path)
-        entries = fs.ls(path, detail=True)
+    names = sorted(file.name for file in find_files(uri, depth=1))
+    if not names and not exists(uri):
+        raise UserError(f"cannot list {uri}: it does not exist; check the path")
     endings = tuple(suffix.lower() for suffix in suffixes)
-    names = [Path(entry["name"]).name for entry in entries if entry["type"] == "file"]
-    return [join(resolved, name) for name in sorted(names) if not endings or name.lower().endswith(endings)]
+    return [join(resolve(uri), name) for name in names if not endings or name.lower().endswith(endings)]
 
 
 @dataclass(frozen=True)

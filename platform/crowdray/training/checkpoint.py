@@ -172,7 +172,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
         weights, ema, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("weights", "average", "optimizer"))
         best_weights = {stage: load_file(folder / f"best-{stage}.safetensors") for stage in progress.best}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        # torch raises RuntimeError for a file that disappears while safetensors opens it
         raise DataError(
             f"{folder} does not contain a complete checkpoint ({type(error).__name__}: {error}); {fix}"
         ) from error
