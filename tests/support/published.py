@@ -47,18 +47,37 @@ def mat(**variables: Any) -> bytes:
 
 
 def hdf5(**variables: Any) -> bytes:
-    """Content of a MATLAB file of version 7.3; arrays are stored transposed, and empty ones as their shape."""
+    """Content of a MATLAB file of version 7.3.
+
+    A dict becomes a struct and a list a cell; arrays are stored transposed, and empty ones as their shape.
+    """
     buffer = io.BytesIO()
     with h5py.File(buffer, "w", userblock_size=512) as file:
         for name, value in variables.items():
-            values = np.atleast_2d(np.asarray(value, dtype=np.float64))
-            stored = values.T if values.size else np.array(values.shape, dtype=np.uint64)
-            dataset = file.create_dataset(name, data=stored)
-            dataset.attrs["MATLAB_class"] = np.bytes_("double")
-            if not values.size:
-                dataset.attrs["MATLAB_empty"] = np.uint8(1)
+            _put(file, name, value)
     content = buffer.getvalue()
     return b"MATLAB 7.3 MAT-file".ljust(512, b" ") + content[512:]
+
+
+def _put(group: Any, name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        struct = group.create_group(name)
+        struct.attrs["MATLAB_class"] = np.bytes_("struct")
+        for field, inner in value.items():
+            _put(struct, field, inner)
+    elif isinstance(value, list):
+        names = [f"#refs#/{uuid.uuid4().hex}" for _ in value]
+        for path, inner in zip(names, value, strict=True):
+            _put(group.file, path, inner)
+        references = np.array([group.file[path].ref for path in names], dtype=h5py.ref_dtype)
+        group.create_dataset(name, data=references[:, None]).attrs["MATLAB_class"] = np.bytes_("cell")
+    else:
+        values = np.atleast_2d(np.asarray(value, dtype=np.float64))
+        stored = values.T if values.size else np.array(values.shape, dtype=np.uint64)
+        dataset = group.create_dataset(name, data=stored)
+        dataset.attrs["MATLAB_class"] = np.bytes_("double")
+        if not values.size:
+            dataset.attrs["MATLAB_empty"] = np.uint8(1)
 
 
 def grey_image(seed: int, form: str) -> bytes:

@@ -22,22 +22,28 @@ def variables(content: bytes) -> dict[str, Any]:
     return read_matlab(f"{in_bucket({'a.mat': content})}/a.mat", dict, "anything")
 
 
-def test_read_matlab_both_formats_return_equal_matrices() -> None:
-    matrix, empty = np.random.default_rng(0).normal(size=(3, 5)), np.zeros((0, 2))
-    for write in (mat, hdf5):
-        found = variables(write(matrix=matrix, empty=empty))
+def test_read_matlab_both_formats_return_equal_variables() -> None:
+    rng = np.random.default_rng(0)
+    matrix, empty = rng.normal(size=(3, 5)), np.zeros((0, 2))
+    cell = np.empty((2, 1), dtype=object)
+    cell[:, 0] = [{"loc": matrix}, {"loc": empty}]
+    old = variables(mat(matrix=matrix, empty=empty, struct={"mask": matrix, "deep": {"er": 4.0}}, cell=cell))
+    new = variables(
+        hdf5(
+            matrix=matrix,
+            empty=empty,
+            struct={"mask": matrix, "deep": {"er": 4.0}},
+            cell=[{"loc": matrix}, {"loc": empty}],
+        )
+    )
+    for found in (old, new):
         np.testing.assert_array_equal(found["matrix"], matrix)
         assert found["empty"].size == 0
-
-
-def test_read_matlab_nested_cells_and_structs_load() -> None:
-    cell = np.empty((2, 1), dtype=object)
-    cell[:, 0] = [{"loc": np.eye(2)}, {"loc": np.zeros((0, 2))}]
-    found = variables(mat(struct={"deep": {"er": 4.0}}, cell=cell))
-    assert found["struct"]["deep"][0, 0]["er"][0, 0].item() == 4.0
-    first, second = (entry["loc"][0, 0] for entry in np.ravel(found["cell"]))
-    np.testing.assert_array_equal(first, np.eye(2))
-    assert second.size == 0
+        np.testing.assert_array_equal(found["struct"]["mask"][0, 0], matrix)
+        assert found["struct"]["deep"][0, 0]["er"][0, 0].item() == 4.0
+        first, second = (entry["loc"][0, 0] for entry in np.ravel(found["cell"]))
+        np.testing.assert_array_equal(first, matrix)
+        assert second.size == 0
 
 
 def test_read_points_shifts_by_base_and_drops_extra_columns() -> None:

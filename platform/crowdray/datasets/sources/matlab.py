@@ -1,11 +1,11 @@
 """Read both MATLAB formats of crowd datasets through fsspec.
 
-scipy reads files up to version 7. From 7.3 on they are HDF5 with transposed arrays, of which only matrices are read: no
-dataset has structs or cells in that format.
+scipy reads files up to version 7; from 7.3 on they are HDF5, with transposed arrays. Both return scipy's types: numeric
+arrays for matrices, object arrays for cells, structured arrays with object fields for structs.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import h5py
@@ -77,13 +77,43 @@ def _variables(content: bytes) -> dict[str, Any]:
         check_matlab5(content)
         return dict(loadmat(io.BytesIO(content)))
     with h5py.File(io.BytesIO(content), "r") as file:
-        matrices = {name: node for name, node in file.items() if isinstance(node, h5py.Dataset)}
-        return {name: _matrix(node) for name, node in matrices.items() if node.dtype.kind in "iufb"}
+        return {name: _value(file[name], file) for name in file if not name.startswith("#")}
 
 
-def _matrix(node: Any) -> NDArray[Any]:
+def _value(node: Any, file: Any) -> Any:
+    """Convert a dataset or group of a 7.3 file to the type that scipy returns."""
+    if isinstance(node, h5py.Group):
+        return _struct({name: node[name] for name in node}, file)
     if node.nbytes > MAX_ARRAY_BYTES:
         raise ValueError(f"{node.name} claims {node.nbytes} bytes")
     if node.attrs.get("MATLAB_empty", 0):  # the content is the shape
-        return np.zeros((0, 0)) if 0 in node[()] else np.asarray(node[()])
-    return np.asarray(node[()]).T
+        return np.zeros((0, 0)) if 0 in node[()] else node[()]
+    values = np.asarray(node[()]).T
+    if values.dtype == h5py.ref_dtype:
+        return _objects(values, file)
+    return values
+
+
+def _objects(references: NDArray[Any], file: Any) -> NDArray[np.object_]:
+    """Convert a cell: an array with the target of each reference."""
+    values = np.empty(references.shape, dtype=object)
+    for index, reference in np.ndenumerate(references):
+        values[index] = _value(file[reference], file)
+    return values
+
+
+def _struct(fields: Mapping[str, Any], file: Any) -> NDArray[np.void]:
+    """Convert a struct to a (1, 1) array, or an array of structs, whose fields are arrays of references."""
+    is_array = all(
+        isinstance(node, h5py.Dataset) and node.dtype == h5py.ref_dtype and "MATLAB_class" not in node.attrs
+        for node in fields.values()
+    )
+    values = {name: _value(node, file) for name, node in fields.items()}
+    shape = next(iter(values.values())).shape if is_array and values else (1, 1)
+    result = np.empty(shape, dtype=[(name, object) for name in values])
+    for name, value in values.items():
+        if is_array:
+            result[name] = value
+        else:
+            result[name][0, 0] = value
+    return result
