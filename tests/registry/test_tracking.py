@@ -57,6 +57,24 @@ def test_open_tracker_of_a_finished_run_reopens_it_by_its_key(store: str) -> Non
     assert client.get_run(str(first.run_id)).info.status == "RUNNING"
 
 
+@pytest.mark.parametrize(("lookup", "missing"), [("search_runs", []), ("get_experiment_by_name", None)])
+def test_open_tracker_racing_with_another_start_agrees_on_one_run(
+    store: str, monkeypatch: pytest.MonkeyPatch, lookup: str, missing: object
+) -> None:
+    first = _open(store, "race")
+    real, early = getattr(MlflowClient, lookup), [True]
+
+    def look(*args: object, **options: object) -> object:
+        return missing if early and early.pop() else real(*args, **options)
+
+    monkeypatch.setattr(MlflowClient, lookup, look)  # the second start looks before the first one has created it
+    assert _open(store, "race").run_id == first.run_id
+    client = MlflowClient(store, store)
+    experiment = client.get_experiment_by_name("tracking")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id], "tags.`crowdray.run_key` = 'race'")) == 1
+
+
 def test_sync_history_larger_than_a_batch_logs_every_epoch(store: str) -> None:
     rows = [{"epoch": epoch, **{f"m{index:03d}": float(epoch) for index in range(300)}} for epoch in range(10)]
     tracker = _open(store, "long")

@@ -88,18 +88,11 @@ def open_tracker(
     client = connect(uri, timeout_s)
     with translated_errors(uri), request_timeout(timeout_s, retries=1):
         experiment_id = _experiment_id(client, uri, experiment)
-        runs = client.search_runs(
-            [experiment_id],
-            filter_string=f'tags.`{RUN_KEY}` = "{run_key}"',
-            order_by=["attributes.start_time ASC"],
-            max_results=1,
-        )
-        if runs:
-            run = runs[0]
-            client.update_run(run.info.run_id, status="RUNNING")
+        run = _find_run(client, experiment_id, run_key)
+        if run is None:
+            run = _create_run(client, experiment_id, run_name, run_key, parent)
         else:
-            tags = {RUN_KEY: run_key} | ({_PARENT: parent} if parent else {})
-            run = client.create_run(experiment_id, run_name=run_name, tags=tags)
+            client.update_run(run.info.run_id, status="RUNNING")
     return MlflowTracker(client, uri, run, timeout_s)
 
 
@@ -236,15 +229,42 @@ def flatten(params: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is None:
-        return client.create_experiment(name, artifact_location=_artifact_root(uri, name))
+        try:
+            return client.create_experiment(name, artifact_location=_artifact_root(uri, name))
+        except MlflowException as error:  # another job may create it at the same moment
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)
     if found.lifecycle_stage != "active":
         raise UserError(
             f"the MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore "
             f"--experiment-id {found.experiment_id}) or choose another name"
         )
     return str(found.experiment_id)
+
+
+def _find_run(client: "MlflowClient", experiment_id: str, run_key: str) -> "Run | None":
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f'tags.`{RUN_KEY}` = "{run_key}"',
+        order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+        max_results=1,
+    )
+    return found[0] if found else None
+
+
+def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, run_key: str, parent: str | None) -> "Run":
+    tags = {RUN_KEY: run_key} | ({_PARENT: parent} if parent else {})
+    created = client.create_run(experiment_id, run_name=run_name, tags=tags)
+    # Two first starts at the same moment both create a run; both then agree on the older one.
+    first = _find_run(client, experiment_id, run_key) or created
+    if first.info.run_id != created.info.run_id:
+        client.delete_run(created.info.run_id)
+    return first
 
 
 def _artifact_root(uri: str, experiment: str) -> str | None:
