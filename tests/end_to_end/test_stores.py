@@ -108,7 +108,7 @@ def test_train_on_faulty_store_equals_local_run(
     discs: Dataset, store: Store, tmp_path: Path, tracking: str, train: Callable[..., Job]
 ) -> None:
     data = uploaded(discs, f"{store.uri}/data")
-    connect(tracking, 60).create_experiment("crowdray-discs", artifact_location=f"{store.uri}/artifacts")
+    connect(tracking, 60).create_experiment(f"crowdray-{discs.index.name}", artifact_location=f"{store.uri}/artifacts")
     arguments = ["--data", data, "--storage", f"{store.uri}/runs", "--name", "faulty", "--json", "out.json"]
     arguments += ["--numerics.threads", "1"]
 
