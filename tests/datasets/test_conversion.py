@@ -141,6 +141,7 @@ def _convert_until(part: Path, dest: str, last: int, log: str, events: Any) -> N
     events.put(count)
 
 
+@pytest.mark.slow
 def test_convert_killed_at_any_moment_repeats_at_most_the_current_slice(
     part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

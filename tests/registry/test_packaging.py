@@ -138,6 +138,7 @@ def test_load_counter_of_a_pickled_model_raises(tmp_path: Path, package: Package
         load_counter(str(pickled))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsample", [1, 2])
 def test_package_counter_of_csrnet_keeps_geometry_and_density(tmp_path: Path, downsample: int) -> None:
     base = Config(sampling=SamplingConfig(crop=32, context=0), model=ModelConfig("csrnet", "pooled"))

@@ -21,6 +21,8 @@ from crowdray.registry.tracking import open_tracker
 
 from ..support.counters import TAGS, photo
 
+pytestmark = pytest.mark.slow
+
 
 def _run(store: str, key: str) -> str:
     tracker = open_tracker(store, "registration", "a run", key)

@@ -48,6 +48,7 @@ def train(discs: Dataset, config: Config, stage_cache: StageCacheConfig) -> tupl
     return trainer, restored
 
 
+@pytest.mark.slow
 def test_run_with_stage_cache_equals_run_from_scratch(discs: Dataset, stage_cache: StageCacheConfig) -> None:
     stage_cache = dataclasses.replace(stage_cache, snapshot_epochs={"baseline": (1,)})
     steps = [

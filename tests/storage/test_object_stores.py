@@ -24,6 +24,8 @@ from ..support.builders import sample_fields, samples, write_dataset
 from ..support.states import BASELINE, UNLIMITED, publish, stored
 from ..support.stores import Store, moto, rclone
 
+pytestmark = pytest.mark.slow
+
 ROWS = 12
 
 

@@ -272,7 +272,8 @@ def _train_rank(rank: int, workers: int, folder: str, uri: str, config: Config) 
 
 
 @pytest.mark.parametrize(
-    ("backbone", "workers", "grad_accumulation_steps"), [("cfcn", 3, 1), ("cfcn", 1, 3), ("csrnet", 2, 2)]
+    ("backbone", "workers", "grad_accumulation_steps"),
+    [("cfcn", 3, 1), ("cfcn", 1, 3), pytest.param("csrnet", 2, 2, marks=pytest.mark.slow)],
 )
 def test_fit_with_workers_and_microbatches_equals_one_worker(
     discs: Dataset, tmp_path: Path, backbone: str, workers: int, grad_accumulation_steps: int
@@ -323,10 +324,12 @@ def _reduce_in_bf16(rank: int, folder: str, uri: str) -> None:
     _end_rank()
 
 
+@pytest.mark.slow
 def test_gradients_with_bf16_allreduce_are_mean_of_rounded_gradients(discs: Dataset, tmp_path: Path) -> None:
     mp.spawn(_reduce_in_bf16, args=(str(tmp_path), discs.uri), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
 
 
+@pytest.mark.slow
 def test_running_statistics_with_two_workers_are_equal_and_exported(discs: Dataset, tmp_path: Path) -> None:
     config = sgd_config(USER_BACKBONE)
     mp.spawn(_train_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]

@@ -35,6 +35,8 @@ from ...support.annotation_builders import HEADS, WRITERS, labelme, write_csv, w
 from ...support.builders import HEIGHT, WIDTH, jpeg, make_mall, make_shanghaitech
 from ...support.published import HDF5_START, Files, below, in_bucket
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[Any]
 Contents = Mapping[str, bytes]
 """Contents of files by path."""
