@@ -14,6 +14,8 @@ from crowdray.registry import tracking
 from crowdray.registry.connection import connect, request_timeout, sqlite_path
 from crowdray.registry.tracking import MlflowTracker, flatten, open_tracker
 
+pytestmark = pytest.mark.slow
+
 
 def _open(store: str, key: str) -> MlflowTracker:
     tracker = open_tracker(store, "tracking", "a run", key)

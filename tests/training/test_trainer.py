@@ -273,7 +273,11 @@ def _train_rank(rank: int, workers: int, folder: str, uri: str, config: Config) 
 
 @pytest.mark.parametrize(
     ("backbone", "workers", "grad_accumulation_steps"),
-    [("cfcn", 3, 1), ("cfcn", 1, 3), pytest.param("csrnet", 2, 2, marks=pytest.mark.slow)],
+    [
+        pytest.param("cfcn", 3, 1, marks=pytest.mark.slow),
+        ("cfcn", 1, 3),
+        pytest.param("csrnet", 2, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_fit_with_workers_and_microbatches_equals_one_worker(
     discs: Dataset, tmp_path: Path, backbone: str, workers: int, grad_accumulation_steps: int
