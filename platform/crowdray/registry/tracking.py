@@ -238,7 +238,8 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
         except MlflowException as error:  # another job may create it at the same moment
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)
+            found = client.get_experiment_by_name(name)
+            assert found is not None
     if found.lifecycle_stage != "active":
         raise UserError(
             f"the MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore "
