@@ -167,7 +167,7 @@ def main() -> None:
     print(f"  prefix caching              {full.spent:8.0f}")
     print(f"  sequential / cached {sequential_s / full.spent:.2f} (goal: at least 3.4)")
     print(f"  parallel / cached   {parallel_s / full.spent:.2f} (goal: at least 2.4)")
-    print(f"  by its own record: speedup {full.speedup:.2f} of at most {full.max_speedup:.2f} (goal: within 10%)")
+    print(f"  by its own record: speedup {full.speedup:.2f}")
     ratios = (pruned_sequential_s / pruned.spent, pruned_parallel_s / pruned.spent)
     print(f"  with pruning: {ratios[0]:.2f} and {ratios[1]:.2f} (goals: at least 6.5 and 5)")
     best = [study.best() for study in (full, pruned)]

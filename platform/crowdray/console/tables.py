@@ -161,7 +161,7 @@ def show_study(outcome: StudyOutcome, console: Console) -> None:
         console,
         {
             "stage cache": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.speedup:.2f} "
-            f"times faster than without it, at most {record.max_speedup:.2f} if no epoch were ever repeated",
+            "times faster than without it",
             "figures": ", ".join(outcome.figures),
             "study": outcome.study,
         },

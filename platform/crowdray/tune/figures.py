@@ -4,17 +4,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, compress
+from statistics import median
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from crowdray.plots import style
 from crowdray.tune.importance import MIN_TRIALS
-from crowdray.tune.record import StudyRecord, TrialRecord, Value, is_weight
+from crowdray.tune.record import StudyRecord, TrialRecord, is_weight
 from crowdray.tune.space import PAPER_POINT
 
 MARKERS: dict[str, dict[str, Any]] = {
@@ -26,8 +26,6 @@ MARKERS: dict[str, dict[str, Any]] = {
 """Marker of trials by state."""
 BEST: dict[str, Any] = MARKERS["complete"] | {"marker": "*", "color": style.VERMILION, "s": 110, "zorder": 6}
 MAE = "best validation MAE, heads"
-_STRIP = 0.07
-"""Fraction of an MAE axis, at its far end, for trials beyond its limit or without an MAE."""
 
 
 def draw_optimization(study: StudyRecord, path: str | os.PathLike[str]) -> None:
@@ -39,13 +37,13 @@ def draw_optimization(study: StudyRecord, path: str | os.PathLike[str]) -> None:
         return style.text_figure(study.name, "no trial has started yet", path)
     figure = Figure(figsize=(9.6, 3.9), dpi=style.DPI, layout="constrained", facecolor="white")
     over_trials, over_time = figure.subplots(1, 2, sharey=True)
-    scale = MaeScale(study.trials)
+    limit = mae_limit(study.trials)
     divisor, unit = time_unit(study.spent + study.saved)
     numbers, ended = [float(trial.number) for trial in study.trials], study.by_end()
     spent = list(accumulate(trial.spent / divisor for trial in ended))
     without_cache = list(accumulate((trial.spent + trial.saved) / divisor for trial in ended))
     for axes, trials, positions in ((over_trials, study.trials, numbers), (over_time, ended, spent)):
-        scatter(axes, trials, positions, scale)
+        scatter(axes, trials, positions, limit)
         _draw_best_so_far(axes, trials, positions, color=style.INK, linewidth=1.3, zorder=4)
         style.style_axes(axes)
     lines = [Line2D([], [], color=style.INK, linewidth=1.3, label="best so far")]
@@ -56,7 +54,7 @@ def draw_optimization(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     over_trials.set(xlabel="trial", ylabel=MAE)
     over_trials.xaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.set(xlabel=f"worker-{unit} of all trials so far", xlim=(0, 1.03 * without_cache[-1] or 1.0))
-    legend(figure, study.trials, lines, scale)
+    legend(figure, study.trials, lines, limit)
     figure.suptitle(f"{study.name}: {_summary(study)}", size=10, color=style.INK)
     style.save_figure(figure, path)
 
@@ -87,7 +85,7 @@ def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: 
 def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     """Draw the MAE over each searched field, one panel per field, as a PNG.
 
-    Like the paper's Figure 5. Weights have a log axis, with a separate column at the left for 0, a dropped task.
+    Like the paper's Figure 5. Weights have a log axis that is linear near 0, a dropped task.
     """
     names = study.fields()
     if not names or not any(trial.is_scored for trial in study.trials):
@@ -97,79 +95,61 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     size = (max(6.6, 3.3 * columns), 0.9 + 2.55 * rows)
     figure = Figure(figsize=size, dpi=style.DPI, layout="constrained", facecolor="white")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    scale = MaeScale(study.trials)
+    limit = mae_limit(study.trials)
     for axes, name in zip(panels, names, strict=False):
-        _draw_slice(axes, study, name, scale)
+        _draw_slice(axes, study, name, limit)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel(MAE)
     paper = Line2D([], [], color=style.PINK, linewidth=1.0, label="the paper's weight")
-    legend(figure, study.trials, [paper] if PAPER_POINT.keys() & set(names) else [], scale)
+    legend(figure, study.trials, [paper] if PAPER_POINT.keys() & set(names) else [], limit)
     figure.suptitle(f"{study.name}: {_summary(study)}", size=10, color=style.INK)
     style.save_figure(figure, path)
 
 
-class MaeScale:
-    """An MAE axis up to a multiple of the median, with a gray strip at its end for all other trials."""
-
-    def __init__(self, trials: Sequence[TrialRecord]) -> None:
-        maes = np.array([trial.mae for trial in trials if trial.is_scored], dtype=np.float64)
-        low, high = (maes.min(), maes.max()) if len(maes) else (0.0, 1.0)
-        if len(maes) > 7:
-            high = min(high, low + (4 * (np.median(maes) - low) or high - low))
-        margin = 0.06 * (high - low) or 0.05 * high or 0.5
-        self.limit = float(high)
-        """Highest MAE on the axis."""
-        self.bottom, self.edge = float(low - margin), float(high + margin)
-        """Ends of the axis without the strip."""
-        self.has_strip = len(maes) < len(trials) or bool((maes > high).any())
-        self.top = self.edge + _STRIP * (self.edge - self.bottom) * self.has_strip
-        """End of the strip."""
-
-    def __call__(self, trial: TrialRecord) -> float:
-        """Coordinate of a trial."""
-        if trial.mae is not None and trial.is_scored and trial.mae <= self.limit:
-            return trial.mae
-        return (self.edge + self.top) / 2
+def mae_limit(trials: Sequence[TrialRecord]) -> float:
+    """Highest MAE on an axis, four times as far from the best as the median; infinite if most trials are equal."""
+    maes = [trial.mae for trial in trials if trial.mae is not None and trial.is_scored]
+    spread = median(maes) - min(maes) if len(maes) > 7 else 0.0
+    return min(maes) + 4 * spread if spread else math.inf
 
 
 def scatter(
     axes: Axes,
     trials: Sequence[TrialRecord],
-    positions: Sequence[float],
-    scale: MaeScale,
+    positions: Sequence[Any],
+    limit: float,
     *,
     vertical: bool = True,
     size: float = 1.0,
 ) -> None:
-    """Mark trials by their state, the best by a star, and set up the MAE axis.
+    """Mark trials with an MAE by their state, the best by a star; an MAE above `limit` is drawn there.
 
     Args:
         axes: Where to draw.
         trials: The trials.
         positions: Their coordinates on the other axis.
-        scale: The MAE axis.
+        limit: Highest MAE on the axis.
         vertical: Whether the MAE axis is vertical.
         size: Factor of the markers' area, except the star's.
     """
     best = StudyRecord("", tuple(trials)).best()
     marks = [(mark | {"s": size * mark["s"]}, [t.state == state for t in trials]) for state, mark in MARKERS.items()]
     for mark, chosen in [*marks, (BEST, [trial is best for trial in trials])]:
-        x, y = list(compress(positions, chosen)), [scale(trial) for trial in compress(trials, chosen)]
+        shown = [use and trial.is_scored for use, trial in zip(chosen, trials, strict=True)]
+        x, y = list(compress(positions, shown)), [min(trial.mae or 0.0, limit) for trial in compress(trials, shown)]
         axes.scatter(*((x, y) if vertical else (y, x)), **{"zorder": 5} | mark)
-    (axes.set_ylim if vertical else axes.set_xlim)(scale.bottom, scale.top)
-    span = axes.axhspan if vertical else axes.axvspan
-    span(scale.edge, scale.top, color=style.PAPER, alpha=0.4, linewidth=0, zorder=0)
 
 
-def legend(figure: Figure, trials: Sequence[TrialRecord], lines: Sequence[Line2D], scale: MaeScale) -> None:
-    """Draw a legend under the figure: the lines, occurring states, best trial and strip."""
-    marks = {state: MARKERS[state] for state in MARKERS if any(trial.state == state for trial in trials)}
+def legend(figure: Figure, trials: Sequence[TrialRecord], lines: Sequence[Line2D], limit: float) -> None:
+    """Draw a legend under the figure: the lines, occurring states, best trial, and how to read the limit."""
+    marks = {state: MARKERS[state] for state in MARKERS if any(t.state == state and t.is_scored for t in trials)}
     if StudyRecord("", tuple(trials)).best():
         marks["best"] = BEST
     markers = [figure.axes[0].scatter([], [], label=label, **mark) for label, mark in marks.items()]
-    title = f"in the gray strip: no MAE, or more than {scale.limit:.3g}" if scale.has_strip else None
+    beyond = any(trial.mae is not None and trial.is_scored and trial.mae > limit for trial in trials)
+    title = f"an MAE above {limit:.3g} is drawn at {limit:.3g}" if beyond else None
     options: dict[str, Any] = {"ncols": 8, "frameon": False, "fontsize": 8, "labelcolor": style.INK}
     box = figure.legend(handles=[*lines, *markers], loc="outside lower center", title=title, **options)
     box.get_title().set(size=7.5, color=style.FAINT)
@@ -193,45 +173,22 @@ def _draw_best_so_far(axes: Axes, trials: Sequence[TrialRecord], positions: Sequ
     axes.step(positions, [math.nan if mae == math.inf else mae for mae in best], where="post", **options)
 
 
-def _draw_slice(axes: Axes, study: StudyRecord, name: str, scale: MaeScale) -> None:
+def _draw_slice(axes: Axes, study: StudyRecord, name: str, limit: float) -> None:
     trials = [trial for trial in study.trials if name in trial.values]
-    values = [trial.values[name] for trial in trials]
+    values: list[Any] = [trial.values[name] for trial in trials]
     reference = PAPER_POINT.get(name)
     if is_weight(name, values):
-        positions = _log_axis(axes, [float(value) for value in values], reference)
+        smallest = min((value for value in [*values, reference or 0.0] if value > 0), default=1.0)
+        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if reference is not None:
-            axes.axvline(math.log10(reference), color=style.PINK, linewidth=1.0, zorder=2)
+            axes.axvline(reference, color=style.PINK, linewidth=1.0, zorder=2)
         axes.set_xlabel(f"{name}, weight" if name.startswith("loss.") else name)
     else:
-        positions = _linear_axis(axes, values)
+        if any(isinstance(value, bool | str) for value in values):
+            values = [str(value) for value in values]
+        elif len(set(values)) <= 6:
+            axes.set_xticks(sorted(set(values)))
         axes.set_xlabel(f"{name.removesuffix('.epochs')}, epochs" if name.endswith(".epochs") else name)
-    scatter(axes, trials, positions, scale)
+    scatter(axes, trials, values, limit)
     style.style_axes(axes)
-
-
-def _log_axis(axes: Axes, values: Sequence[float], reference: float | None) -> list[float]:
-    """Return coordinates of weights on a log axis with a separate column for 0; set ticks and limits."""
-    logs = [math.log10(value) for value in [*values, reference or 0.0] if value > 0] or [0.0]
-    low, high = min(logs), max(logs)
-    margin = 0.06 * (high - low) or 0.3
-    zero, left = low - 3.5 * margin, low - margin
-    ticks = [tick for tick in MaxNLocator(5, steps=[1, 5, 10]).tick_values(low, high) if left <= tick <= high + margin]
-    labels = [f"{10**tick:.2g}" for tick in ticks]
-    if 0 in values:
-        ticks, labels, left = [zero, *ticks], ["0\ndropped", *labels], zero - 1.5 * margin
-        axes.axvspan(left, zero + 1.5 * margin, color=style.PAPER, alpha=0.4, linewidth=0, zorder=0)
-    axes.set_xticks(ticks, labels)
-    axes.set_xlim(left, high + margin)
-    return [math.log10(value) if value > 0 else zero for value in values]
-
-
-def _linear_axis(axes: Axes, values: Sequence[Value]) -> list[float]:
-    """Return coordinates of numbers as they are, of other values by their order; set ticks and limits."""
-    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(numbers) < len(values):
-        names = sorted({str(value) for value in values})
-        axes.set_xticks(range(len(names)), names)
-        return [float(names.index(str(value))) for value in values]
-    if len(set(numbers)) <= 6:
-        axes.set_xticks(sorted(set(numbers)))
-    return numbers

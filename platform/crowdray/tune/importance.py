@@ -1,8 +1,7 @@
 """Which searched fields decide the validation error: fANOVA over the complete trials."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -29,8 +28,8 @@ def importances(study: StudyRecord) -> dict[str, float]:
     if len(trials) < MIN_TRIALS or len({trial.mae for trial in trials}) == 1:
         return {}
     axes = {name: _axis(name, [trial.values.get(name) for trial in trials]) for name in study.fields()}
-    with _without_logs():
-        search = optuna.create_study()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = optuna.create_study()
     for number, trial in enumerate(trials):
         params = {name: values[number] for name, (values, _) in axes.items()}
         ranges = {name: distribution for name, (_, distribution) in axes.items()}
@@ -71,13 +70,3 @@ def _axis(name: str, values: Sequence[Value | None]) -> tuple[list[Any], BaseDis
         half = math.gcd(*(int(value - low) for value in inside)) / 2
         low, high = low - half, high + half
     return coordinates, FloatDistribution(low, high)
-
-
-@contextlib.contextmanager
-def _without_logs() -> Iterator[None]:
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, Self
 
@@ -38,12 +37,6 @@ class StageCost:
             raise ValueError(f"{self.stage}: {self.reused} reused epochs of {self.epochs}; give 0 to {self.epochs}")
         if not (0 <= self.seconds < math.inf and 0 <= self.saved < math.inf):
             raise ValueError(f"{self.stage}: {self.seconds} s spent, {self.saved} s saved; give numbers from 0 on")
-
-    def epoch_costs(self) -> Iterator[tuple[bool, float]]:
-        """Yield for each epoch in order whether this trial trained it, and its worker-seconds."""
-        for epoch in range(self.epochs):
-            trained = epoch >= self.reused
-            yield trained, self.seconds / (self.epochs - self.reused) if trained else self.saved / self.reused
 
 
 @dataclass(frozen=True)
@@ -121,31 +114,10 @@ class StudyRecord:
         return math.fsum(trial.saved for trial in self.trials)
 
     @property
-    def distinct(self) -> float:
-        """Worker-seconds of training every distinct (stage key, epoch) once.
-
-        An epoch costs the mean of what it cost the trials that trained it; one that only earlier searches trained,
-        the mean of what it saved.
-        """
-        trained: dict[tuple[str, int], list[float]] = defaultdict(list)
-        reused: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for stage in (stage for trial in self.trials for stage in trial.stage_costs):
-            for epoch, (own, seconds) in enumerate(stage.epoch_costs(), start=1):
-                (trained if own else reused)[stage.key, epoch].append(seconds)
-        return math.fsum(math.fsum(seconds) / len(seconds) for seconds in (reused | trained).values())
-
-    @property
     def speedup(self) -> float:
         """Worker-seconds without the stage cache over those spent, (spent + saved) / spent; 1 before any were."""
-        return _ratio(self.spent + self.saved, self.spent)
-
-    @property
-    def max_speedup(self) -> float:
-        """Speedup of a cache that trains nothing twice, (spent + saved) / distinct; 1 before any were spent.
-
-        `speedup` exceeds it only through states that were stored before the search.
-        """
-        return _ratio(self.spent + self.saved, self.distinct)
+        whole = self.spent + self.saved
+        return whole / self.spent if self.spent > 0 else math.inf if whole > 0 else 1.0
 
     def to_json(self) -> str:
         """The search as JSON text."""
@@ -183,7 +155,3 @@ def is_weight(name: str, values: Sequence[Value]) -> bool:
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     real = name.startswith("loss.") or any(isinstance(value, float) for value in values)
     return numbers and real and all(value >= 0 for value in values if not isinstance(value, str))
-
-
-def _ratio(whole: float, part: float) -> float:
-    return whole / part if part > 0 else math.inf if whole > 0 else 1.0

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from crowdray.plots import style
-from crowdray.tune.figures import MAE, MaeScale, legend, scatter, time_unit
+from crowdray.tune.figures import MAE, legend, mae_limit, scatter, time_unit
 from crowdray.tune.record import StudyRecord, TrialRecord
 
 STAGE_COLORS = {"baseline": style.BLUE, "decoders": style.ORANGE, "joint": style.GREEN}
@@ -115,12 +115,12 @@ def draw_stage_tree(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     size = (10.0, (height * len(rows) + 130) / 72)
     figure = Figure(figsize=size, dpi=style.DPI, layout="constrained", facecolor="white")
     tree, dots = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    scale, best = MaeScale(study.trials), study.best()
+    limit, best = mae_limit(study.trials), study.best()
     tree.set(xlim=(0, max(segment.end for root in roots for segment in root.walk())), xlabel="epochs")
     tree.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for root in roots:
         _draw_segment(tree, root, root.row, {trial.number: row for row, trial in enumerate(rows)}, best)
-    scatter(dots, rows, range(len(rows)), scale, vertical=False, size=min(0.8, height / 12))
+    scatter(dots, rows, range(len(rows)), limit, vertical=False, size=min(0.8, height / 12))
     dots.set(xlabel=MAE, ylim=(len(rows) - 0.5, -0.5))
     dots.xaxis.set_major_locator(MaxNLocator(4))
     for axes in (tree, dots):
@@ -135,7 +135,7 @@ def draw_stage_tree(study: StudyRecord, path: str | os.PathLike[str]) -> None:
         label.set_weight("bold" if trial is best else "normal")
     lines = [Line2D([], [], color=color, linewidth=4, label=stage) for stage, color in STAGE_COLORS.items()]
     lines += [Line2D([], [], color=style.INK, linewidth=2, label="path to the best")] * (best in rows)
-    legend(figure, rows, lines, scale)
+    legend(figure, rows, lines, limit)
     count = f"{len(rows)} trial{'s' * (len(rows) != 1)}"
     title = f"{study.name}: stage tree of {count}, each trained segment drawn once"
     figure.suptitle(f"{title}\n{_cost_summary(study)}", size=10, color=style.INK)
@@ -174,5 +174,5 @@ def _draw_line(axes: Axes, x: list[int], y: list[float], color: str, width: floa
 
 def _cost_summary(study: StudyRecord) -> str:
     divisor, unit = time_unit(study.spent)
-    text = f"{study.spent / divisor:.1f} worker-{unit} spent, {study.saved / divisor:.1f} saved: "
-    return f"{text}speedup {study.speedup:.2f}; without states of earlier searches at most {study.max_speedup:.2f}"
+    times = f"{study.spent / divisor:.1f} worker-{unit} spent, {study.saved / divisor:.1f} saved"
+    return f"{times}: speedup {study.speedup:.2f}"
