@@ -111,8 +111,8 @@ def draw_slices(study: StudyRecord, path: str | os.PathLike[str]) -> None:
 def mae_limit(trials: Sequence[TrialRecord]) -> float:
     """Highest MAE on an axis, four times as far from the best as the median; infinite if most trials are equal."""
     maes = [trial.mae for trial in trials if trial.mae is not None and trial.is_scored]
-    spread = median(maes) - min(maes) if len(maes) > 7 else 0.0
-    return min(maes) + 4 * spread if spread else math.inf
+    distance = median(maes) - min(maes) if len(maes) > 7 else 0.0
+    return min(maes) + 4 * distance if distance else math.inf
 
 
 def scatter(
