@@ -32,7 +32,7 @@ from crowdray.presets import preset
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 from crowdray.tune.record import StudyRecord
-from crowdray.tune.space import LogRange, default_space, load_space
+from crowdray.tune.space import Range, default_space, load_space
 
 LENGTHS = {"baseline": (20, 40, 60), "decoders": (10, 20), "joint": (20, 40)}
 """Epochs of the study to measure; shortened by a common divisor."""
@@ -148,7 +148,7 @@ def main() -> None:
         vary = vary_lengths(arguments.divisor)
         # No task is dropped: the weights are continuous.
         for name, item in default_space(base).dimensions.items():
-            if isinstance(item, LogRange):
+            if isinstance(item, Range):
                 vary.append(f"{name}=" + json.dumps({"low": item.low, "high": item.high, "log": True}))
         space = load_space(None, vary, base)
         full = search(folder, "full", vary, arguments.trials, "--prune", "False")

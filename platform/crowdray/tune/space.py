@@ -7,17 +7,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
     StrictBool,
     StrictInt,
-    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -99,7 +97,8 @@ class _Dimension(BaseModel):
 class Choice(_Dimension):
     """A list of values."""
 
-    choices: tuple[_Value, ...]
+    choices: Annotated[tuple[_Value, ...], AfterValidator(lambda values: tuple(sorted(values)))]
+    """Its values, ascending."""
 
     def __str__(self) -> str:
         return "one of " + ", ".join(map(str, self.choices))
@@ -132,11 +131,12 @@ class Choice(_Dimension):
 
 
 class Range(_Dimension):
-    """Numbers from `low` to `high`, on a linear scale."""
+    """Numbers from `low` to `high`."""
 
     low: _Value
     high: _Value
-    log: Literal[False] = False
+    log: StrictBool = False
+    """Whether the scale is logarithmic."""
     zero: StrictBool = False
     """Whether 0 is possible as well: it drops a task."""
     step: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -184,56 +184,32 @@ class Range(_Dimension):
         elif self.step and kind is int and (self.high - self.low) % self.step:
             last = self.low + max(1, (self.high - self.low) // self.step) * self.step
             yield f"step of {where} is {self.step} and does not lead from {self.low} to {self.high}; give high {last}"
-        if self.step and kind is float:
+        if self.step and (kind is float or self.log):
             yield f"step of {where} is {self.step}; only integers on a linear scale have a step: leave it out"
         if self.log and self.low <= 0:
             yield f'low of {where} is {self.low}, but a log scale has no 0; raise low and add "zero": true, or drop log'
 
 
-class LogRange(Range):
-    """Numbers from `low` to `high`, on a log scale."""
-
-    log: Literal[True]  # type: ignore[assignment]
-    step: None = None
-
-
-def _kind_of(value: Any) -> str:
-    keys = value if isinstance(value, Mapping) else {}
-    return "choice" if "choices" in keys else "log range" if keys.get("log") is True else "range"
-
-
-Dimension = Choice | Range | LogRange
-_PARSER: TypeAdapter[Dimension] = TypeAdapter(
-    Annotated[
-        Annotated[Choice, Tag("choice")] | Annotated[Range, Tag("range")] | Annotated[LogRange, Tag("log range")],
-        Discriminator(_kind_of),
-    ]
-)
-_KEYS = ("low", "high", "log", "zero", "step", "choices")
+Dimension = Choice | Range
 _RANGE = '{"low": 0.06, "high": 6}'
 
 
 @dataclass(frozen=True)
 class Space:
-    """The fields that vary in a study, in the configuration's order and types, with ascending choices.
-
-    Equal spaces are therefore equal however they were written. Raises SpaceError with all problems together.
-    """
+    """The fields that vary in a study, in the configuration's order. Raises SpaceError if nothing varies."""
 
     dimensions: Mapping[str, Dimension]
     """How each field varies, by its dotted name: loss.depth, stages.baseline.epochs."""
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        parsed = {name: _parse(name, item.model_dump(), name, problems) for name, item in self.dimensions.items()}
         if not self.dimensions:
-            problems.append(f"it is empty; let a field vary: --vary 'loss.depth={_RANGE}'")
-        points = {name: item.choices for name, item in parsed.items() if isinstance(item, Choice)}
-        if not problems and all(len(points.get(name, ())) == 1 for name in parsed):
-            problems = [f"{name} has the single value {choices[0]}; add a choice" for name, choices in points.items()]
-        if problems:
-            raise SpaceError(problems)
-        ordered = {name: item for name in FIELDS if (item := parsed.get(name)) is not None}
+            raise SpaceError([f"it is empty; let a field vary: --vary 'loss.depth={_RANGE}'"])
+        points = {name: item.choices for name, item in self.dimensions.items() if isinstance(item, Choice)}
+        if all(len(points.get(name, ())) == 1 for name in self.dimensions):
+            raise SpaceError(
+                [f"{name} has the single value {value}; add a choice" for name, (value,) in points.items()]
+            )
+        ordered = {name: self.dimensions[name] for name in FIELDS if name in self.dimensions}
         object.__setattr__(self, "dimensions", ordered)
 
     def suggest(self, trial: "BaseTrial") -> dict[str, Any]:
@@ -250,18 +226,8 @@ class Space:
         return {name: item.nearest(attrgetter(name)(config)) for name, item in self.dimensions.items()}
 
     def parameters(self, config: Config) -> dict[str, Any]:
-        """Return Optuna's parameters of a configuration, as enqueue_trial takes them.
-
-        Raises:
-            SpaceError: Some values are outside the space; the message names each field.
-        """
+        """Return Optuna's parameters of a configuration inside the space, as enqueue_trial takes them."""
         values = {name: attrgetter(name)(config) for name in self.dimensions}
-        outside = {name: value for name, value in values.items() if self.dimensions[name].nearest(value) != value}
-        if outside:
-            limits = self.dimensions
-            raise SpaceError(
-                [f"{name} is {value}; give {limits[name]}, or widen it" for name, value in outside.items()]
-            )
         with_zero = (name for name, item in self.dimensions.items() if isinstance(item, Range) and item.zero)
         switches = {name + SWITCH: values[name] != 0 for name in with_zero}
         return switches | {name: value for name, value in values.items() if switches.get(name + SWITCH, True)}
@@ -289,10 +255,10 @@ def default_space(base: Config) -> Space:
     dimensions: dict[str, Dimension] = {}
     for name, paper in PAPER_POINT.items():
         own = attrgetter(name)(base) or paper
-        dimensions[name] = LogRange(low=min(paper / 10, own), high=max(paper * 10, own), log=True, zero=True)
+        dimensions[name] = Range(low=min(paper / 10, own), high=max(paper * 10, own), log=True, zero=True)
     for name in LENGTHS:
         if length := attrgetter(name)(base):
-            dimensions[name] = Choice(choices=tuple({-(-length * halves // 2) for halves in (1, 2, 3)}))
+            dimensions[name] = Choice(choices=tuple(sorted({-(-length * halves // 2) for halves in (1, 2, 3)})))
     return Space(dimensions)
 
 
@@ -370,52 +336,45 @@ def _parse_entry(name: str, entry: Any, source: str, base: Config, problems: lis
         return None
     if isinstance(entry, list):
         entry = {"choices": entry}
-    dimension = _parse(name, entry, where, problems)
-    for label, value in dimension.extremes(FIELDS[name]) if dimension else ():
-        if reasons := "; ".join(_refusals(base, {name: value})):
-            problems.append(f"{label.format(where)} {value}; {reasons.removeprefix(f'{name} is {value}; ')}")
-    return dimension
-
-
-def _parse(name: str, entry: Any, where: str, problems: list[str]) -> Dimension | None:
-    """Parse how a field varies, with values of its type and ascending choices; append to `problems`."""
+    is_choice = isinstance(entry, dict) and "choices" in entry
     if name in FIXED:
         problems.append(f"{where} cannot vary: {FIXED[name]}")
     elif name not in FIELDS:
         problems.append(f"{where} is not a field; {_closest(name, FIELDS, 'see --help')}")
     elif not isinstance(entry, dict):
         problems.append(f"{where} is {entry!r}; give a range {_RANGE}, a list of choices, or null to fix the field")
-    elif FIELDS[name] not in (int, float) and _kind_of(entry) != "choice":
+    elif FIELDS[name] not in (int, float) and not is_choice:
         problems.append(f"{where} is a range, but the field is not a number; give a list of choices")
     else:
-        try:
-            dimension = _PARSER.validate_python(entry, context=FIELDS[name])
-        except ValidationError as error:
-            problems.extend(_readable(item["loc"], item, where) for item in error.errors(include_url=False))
-            return None
-        problems.extend(dimension.problems(where, FIELDS[name]))
-        if isinstance(dimension, Choice):
-            return dimension.model_copy(update={"choices": tuple(sorted(dimension.choices))})
-        return dimension
+        return _parse(name, entry, Choice if is_choice else Range, where, base, problems)
     return None
 
 
-def _readable(loc: Sequence[Any], error: Any, where: str) -> str:
-    """Describe a pydantic error; `loc` is the kind of dimension, its key and the index of a choice."""
-    kind, key, *index = loc
-    value = error["input"]
+def _parse(
+    name: str, entry: Any, form: type[Dimension], where: str, base: Config, problems: list[str]
+) -> Dimension | None:
+    kind = FIELDS[name]
+    try:
+        dimension = form.model_validate(entry, context=kind)
+    except ValidationError as error:
+        problems.extend(_readable(item, tuple(form.model_fields), where) for item in error.errors(include_url=False))
+        return None
+    problems.extend(dimension.problems(where, kind))
+    for label, value in dimension.extremes(kind):
+        if reasons := "; ".join(_refusals(base, {name: value})):
+            problems.append(f"{label.format(where)} {value}; {reasons.removeprefix(f'{name} is {value}; ')}")
+    return dimension
+
+
+def _readable(error: Any, keys: Sequence[str], where: str) -> str:
+    """Describe a pydantic error by its key, value and reason."""
+    key, *index = error["loc"]
     if error["type"] == "missing":
         return f"{where} has no {key}; give low and high, or choices"
-    if error["type"] == "extra_forbidden" and key not in _KEYS:
-        return f"{key} of {where} is not a key; {_closest(key, _KEYS, 'keys are ' + ', '.join(_KEYS))}"
     if error["type"] == "extra_forbidden":
-        return f"{where} has choices and {key}; give a range, or choices with or without 0"
-    if key == "log":
-        return f"log of {where} is {value!r}; give true or false"
-    if key == "step" and kind == "log range":
-        return f"step of {where} is {value!r}; only integers on a linear scale have a step: leave it out"
+        return f"{key} of {where} is not a key; {_closest(key, keys, 'give ' + ', '.join(keys))}"
     reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"].lower()
-    return f"{'a choice' if index and key == 'choices' else key} of {where} is {value!r}: {reason}"
+    return f"{'a choice' if index else key} of {where} is {error['input']!r}: {reason}"
 
 
 def _closest(word: str, known: Iterable[str], otherwise: str) -> str:
