@@ -31,7 +31,7 @@ NUMERICS: dict[str, str | int] = {"threads": 1}
 def make_search(study: Study, *, max_concurrent: int = 2, num_trials: int = 16, **options: Any) -> StageTreeSearch:
     opened = open_optuna_storage(study)
     trials = open_optuna_study(study, opened)
-    tracker = TrialTracker(study, trials, lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+    tracker = TrialTracker(study, trials, lambda _: None, dataset="x", tracking_uri=None, parent=None)
     store = StageStore(f"{study.uri}/stages", 2**30)
     options |= {"max_concurrent": max_concurrent, "num_trials": num_trials, "store": store, "numerics": NUMERICS}
     return StageTreeSearch(study, tracker, opened, **options)

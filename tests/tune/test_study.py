@@ -36,7 +36,7 @@ SPEC_OF_TRIAL = TrialSpec("trial", preset("debug"), KEYS)
 
 def make_tracker(study: Study) -> TrialTracker:
     trials = open_optuna_study(study)
-    return TrialTracker(study, trials, lambda _: None, dataset="x", tracking_uri=None, parent=None, tags={})
+    return TrialTracker(study, trials, lambda _: None, dataset="x", tracking_uri=None, parent=None)
 
 
 def make_task(study: Study, stage_cache: Path) -> TrialTask:

@@ -3,27 +3,17 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from crowdray import storage
-from crowdray.cluster.runtime import (
-    MAX_RETRIES,
-    PACKAGE,
-    Resources,
-    choose_gpu,
-    connect,
-    deletion_warning,
-    run_in_thread,
-)
+from crowdray.cluster.runtime import MAX_RETRIES, Resources, choose_gpu, connect, deletion_warning, run_in_thread
 from crowdray.config import Device
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.publish import metric_rows, publish_run
+from crowdray.pipeline.publish import metric_rows, open_run, publish_run
 from crowdray.pipeline.run import Run
-from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
+from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.result import describe_workers
@@ -76,12 +66,7 @@ def train(
         return outcome
     if warning := deletion_warning(run.uri):
         callback.on_status(warning)
-    with finish_on_exit(
-        open_tracker(tracking_uri, f"crowdray-{dataset.index.name}", identity.name, run.uri)
-    ) as tracker:
-        tags = {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
-        tracker.log_config(asdict(identity.config), tags)
-        tracker.log_dataset(dataset.index.name, identity.data, identity.data_digest)
+    with finish_on_exit(open_run(identity, dataset.index.name, tracking_uri)) as tracker:
         if not run.is_trained:
             callback.on_status("starting Ray")
             with connect() as resources:
@@ -92,9 +77,7 @@ def train(
                 on_history = _tracked(callback, tracker)
                 run_training(run, resources, device=device, stage_cache=stage_cache, on_history=on_history)
         callback.on_status("packaging and registering the model")
-        outcome = publish_run(run, tracker, tracking_uri, tags)
-        storage.write_bytes(run.outcome, outcome.to_json().encode())
-    return outcome
+        return publish_run(run, tracker, tracking_uri)
 
 
 def _tracked(callback: TrainingCallback, tracker: Tracker) -> HistoryCallback:

@@ -13,13 +13,15 @@ from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
+from crowdray.pipeline.identity import RunIdentity
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.packaging import Package, package_counter
+from crowdray.registry.provenance import git_revision
 from crowdray.registry.registration import register
-from crowdray.registry.tracking import Tracker
+from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.result import TrainingResult
 
@@ -27,12 +29,43 @@ OVERVIEW_IMAGES = 4
 """Images in the overview figure."""
 
 
-def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapping[str, str]) -> Outcome:
-    """Package, register and plot the counter that a finished run selected; safe to repeat.
+def open_run(
+    identity: RunIdentity,
+    dataset: str,
+    tracking_uri: str | None,
+    *,
+    name: str = "",
+    parent: str | None = None,
+    space: str | None = None,
+) -> Tracker:
+    """Open the MLflow run of a training run, study or trial, with its configuration, dataset and provenance.
 
     Args:
-        tags: Provenance, stored with the model.
+        identity: The run or study.
+        dataset: Name of the dataset, part of the experiment's name.
+        tracking_uri: Where MLflow tracks it; None for nowhere.
+        name: Name of the MLflow run; that of the folder by default.
+        parent: Id of the parent run, such as that of a study.
+        space: Search space of a study, as JSON.
     """
+    tracker = open_tracker(tracking_uri, f"crowdray-{dataset}", name or identity.name, identity.uri, parent=parent)
+    try:
+        config = asdict(identity.config) | ({"space": space} if space else {})
+        tracker.log_config(config, _provenance(identity))
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.log_dataset(dataset, identity.data, identity.data_digest)
+    return tracker
+
+
+def _provenance(identity: RunIdentity) -> dict[str, str]:
+    revision = git_revision(Path(__file__).parent)
+    return {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: revision}
+
+
+def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome:
+    """Package, register and plot the counter that a finished run selected, and store the outcome; safe to repeat."""
     dataset = Dataset.open(run.identity.data)
     with storage.local_copy(run.trained) as folder:
         checkpoint = load_checkpoint(folder)
@@ -41,7 +74,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
     tracker.log_summary(_final_metrics(result), checkpoint.progress.epochs)
     epoch = result.stages[result.best_stage].best.epoch
     with tempfile.TemporaryDirectory(prefix="crowdray-publish-") as scratch:
-        package = _package(run, checkpoint, result, dataset, tags, Path(scratch) / "model")
+        package = _package(run, checkpoint, result, dataset, Path(scratch) / "model")
         tracker.log_summary({f"best/{name}": value for name, value in package.metrics.items()}, epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
@@ -54,7 +87,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
             tracker.log_file(figure, "figures")
         overview = storage.join(run.uri, figures[0].name)
         storage.publish_file(figures[0], overview)
-    return Outcome(
+    outcome = Outcome(
         run=run.uri,
         result=result,
         model=run.model,
@@ -65,6 +98,8 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None, tags: Mapp
         run_id=tracker.run_id,
         run_url=tracker.url,
     )
+    storage.write_bytes(run.outcome, outcome.to_json().encode())
+    return outcome
 
 
 def metric_rows(history: Sequence[Mapping[str, float | str]]) -> list[dict[str, float]]:
@@ -88,9 +123,7 @@ def _final_metrics(result: TrainingResult) -> dict[str, float]:
     return final
 
 
-def _package(
-    run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, tags: Mapping[str, str], dest: Path
-) -> Package:
+def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, dest: Path) -> Package:
     counter = build_counter(run.identity.config, checkpoint.progress.density_scale).strip()
     counter.load_state_dict(checkpoint.best_weights[result.best_stage])
     stage = result.stages[result.best_stage]
@@ -106,7 +139,7 @@ def _package(
             if metrics is not None
             for name in ("mae", "rmse", "bias")
         },
-        tags=tags,
+        tags=_provenance(run.identity),
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,24 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 from optuna.storages import BaseStorage
 
 from crowdray import storage
-from crowdray.cluster.runtime import (
-    MAX_RETRIES,
-    PACKAGE,
-    Resources,
-    choose_gpu,
-    connect,
-    deletion_warning,
-    run_in_thread,
-)
+from crowdray.cluster.runtime import MAX_RETRIES, Resources, choose_gpu, connect, deletion_warning, run_in_thread
 from crowdray.cluster.train import run_training
 from crowdray.config import Config, Device
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
 from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.publish import publish_run
-from crowdray.registry.provenance import git_revision
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, finish_on_exit, open_tracker
+from crowdray.pipeline.publish import open_run, publish_run
+from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
@@ -128,19 +119,11 @@ class _Driver:
     stage_cache: StageCacheConfig
     device: Device
 
-    @property
-    def tags(self) -> dict[str, str]:
-        """Provenance of the study and of all its trials."""
-        identity = self.study.identity
-        return {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: git_revision(PACKAGE)}
-
     def run(self, trials: int, concurrent: int | None, lock: Lock) -> StudyOutcome:
         """Search, publish the best trial, and draw the figures."""
         study, identity = self.study, self.study.identity
-        name = f"crowdray-{self.dataset}"
-        with finish_on_exit(open_tracker(self.tracking_uri, name, identity.name, study.uri)) as tracker:
-            tracker.log_config(asdict(study.config) | {"space": study.space.to_json()}, self.tags)
-            tracker.log_dataset(self.dataset, identity.data, identity.data_digest)
+        space = study.space.to_json()
+        with finish_on_exit(open_run(identity, self.dataset, self.tracking_uri, space=space)) as tracker:
             opened = open_optuna_storage(study)
             trial_tracker = TrialTracker(
                 study,
@@ -149,7 +132,6 @@ class _Driver:
                 dataset=self.dataset,
                 tracking_uri=self.tracking_uri,
                 parent=tracker.run_id,
-                tags=self.tags,
             )
             # Ray frees the workers of a stopped trial's own group through its dashboard.
             with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
@@ -209,9 +191,7 @@ class _Driver:
 
             run_training(run, resources, device=self.device, stage_cache=self.stage_cache, on_history=on_history)
         with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
-            outcome = publish_run(run, tracker, self.tracking_uri, self.tags)
-        storage.write_bytes(run.outcome, outcome.to_json().encode())
-        return outcome
+            return publish_run(run, tracker, self.tracking_uri)
 
 
 def trial_slots(study: Study, resources: Resources, concurrent: int | None, device: Device) -> tuple[int, bool]:

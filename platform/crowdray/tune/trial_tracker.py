@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.pipeline.publish import metric_rows
-from crowdray.registry.tracking import Status, Tracker, open_tracker
+from crowdray.pipeline.publish import metric_rows, open_run
+from crowdray.registry.tracking import Status, Tracker
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.optuna_study import sampled_trials
 from crowdray.tune.record import StageCost, State, StudyRecord, TrialRecord
@@ -43,7 +43,6 @@ class TrialTracker:
         dataset: str,
         tracking_uri: str | None,
         parent: str | None,
-        tags: Mapping[str, str],
     ) -> None:
         """Load the records of earlier starts.
 
@@ -54,10 +53,9 @@ class TrialTracker:
             dataset: Name of the dataset, part of the MLflow experiment's name.
             tracking_uri: Where MLflow tracks the trials; None for nowhere.
             parent: Id of the study's MLflow run.
-            tags: MLflow tags of every trial.
         """
         self._study, self._on_record = study, on_record
-        self._dataset, self._tracking_uri, self._parent, self._tags = dataset, tracking_uri, parent, tags
+        self._dataset, self._tracking_uri, self._parent = dataset, tracking_uri, parent
         self._running: dict[int, _Running] = {}
         stored = [trial.user_attrs[RECORD] for trial in sampled_trials(trials) if RECORD in trial.user_attrs]
         records = map(TypeAdapter(TrialRecord).validate_python, stored)
@@ -80,12 +78,9 @@ class TrialTracker:
 
     def open_run(self, number: int, config: Config) -> Tracker:
         """Open the MLflow run of a trial."""
-        run, identity = self._study.run_of(number, config), self._study.identity
-        name = f"{identity.name}/{run.identity.name}"
-        tracker = open_tracker(self._tracking_uri, f"crowdray-{self._dataset}", name, run.uri, parent=self._parent)
-        tracker.log_config(asdict(config), self._tags)
-        tracker.log_dataset(self._dataset, identity.data, identity.data_digest)
-        return tracker
+        identity = self._study.run_of(number, config).identity
+        name = f"{self._study.identity.name}/{identity.name}"
+        return open_run(identity, self._dataset, self._tracking_uri, name=name, parent=self._parent)
 
     def on_start(self, number: int, values: Mapping[str, Any], config: Config) -> None:
         """A trial starts, or restarts: then it keeps the costs from before its driver died."""
