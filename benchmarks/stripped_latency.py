@@ -41,14 +41,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=6)
-    parser.add_argument("--backbone", choices=("cfcn", "csrnet"), default="cfcn")
     parser.add_argument("--package", type=Path, help="time this packaged model in this process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sampling = SamplingConfig(crop=160, context=0)
-    config = Config(sampling=sampling, model=ModelConfig(args.backbone, "pooled"))
+    config = Config(sampling=sampling, model=ModelConfig("cfcn", "pooled"))
     counter = build_counter(config, density_scale=100.0).eval()
-    plain_network = PLAIN[args.backbone](counter)
+    plain_network = PlainCFCN(counter)
     image = torch.randint(0, 256, (1, 3, 480, 640), dtype=torch.uint8)
     if args.package:
         print(json.dumps(measure(plain_network, args.package, image)))
@@ -57,7 +56,6 @@ def main() -> None:
         package = Path(folder) / "model"
         package_counter(ExportedCounter(counter), image, package, config={}, metrics={}, tags={})
         command = [sys.executable, __file__, "--threads", str(args.threads), "--package", str(package)]
-        command += ["--backbone", args.backbone]
         environment = {**os.environ, **STEADY_ALLOCATOR}
         measured = [
             json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
@@ -121,30 +119,6 @@ class PlainCFCN(nn.Module):
             x = nn.functional.pad(x, (1, 2, 1, 2), mode="replicate")
             x = nn.functional.conv_transpose2d(x, self.kernel, stride=2, padding=5)
         return x[..., : image.shape[-2], : image.shape[-1]] / self.scale
-
-
-class PlainCSRNet(nn.Module):
-    """CSRNet encoder and density decoder in plain torch, with the counter's weights."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        density = counter.decoders[DENSITY]
-        front, back = (counter.encoder.get_submodule(name) for name in ("features", "dilated"))
-        self.layers = nn.Sequential(*front.children(), *back.children(), *density.get_submodule("layers").children())
-        self.map = density.get_submodule("map")
-        self.scale = counter.density_scale
-        self.register_buffer("mean", counter.mean)
-        self.register_buffer("std", counter.std)
-
-    def forward(self, image: Tensor) -> Tensor:
-        density: Tensor = self.map(self.layers((image.float() - self.mean) / self.std)) / self.scale
-        return density
-
-
-PLAIN: dict[str, Callable[[Counter], nn.Module]] = {"cfcn": PlainCFCN, "csrnet": PlainCSRNet}
 
 
 if __name__ == "__main__":
