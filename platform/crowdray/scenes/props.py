@@ -3,7 +3,6 @@
 Each function draws a random variant, with sizes in metres, and returns its sprite and palette.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -22,10 +21,11 @@ _WOOD = (124, 92, 62)
 _STONE = (168, 160, 146)
 
 
-def _palette(*colours: tuple[int, int, int]) -> Floats:
+def _palette(*colours: tuple[int, int, int] | Floats) -> Floats:
+    """Return a palette of parts 1, 2, ...; colours are sRGB tuples or linear light."""
     palette = np.zeros((PARTS, 3), np.float32)
     for part, colour in enumerate(colours, start=1):
-        palette[part] = linear(*colour)
+        palette[part] = linear(*colour) if isinstance(colour, tuple) else colour
     return palette
 
 
@@ -110,7 +110,7 @@ def _planter(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), palette
 
 
-def _street_lamp(rng: np.random.Generator) -> ColouredSprite:
+def _lamp(rng: np.random.Generator) -> ColouredSprite:
     height = rng.uniform(3.5, 7)
     pen = Pen(1.6, height + 0.6, 40)
     pen.limb((0, 0, 0.075), (0, height, 0.05), part=1)
@@ -125,7 +125,7 @@ def _street_lamp(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(_METAL, (226, 222, 206))
 
 
-def _globe_lamp(rng: np.random.Generator) -> ColouredSprite:
+def _globe(rng: np.random.Generator) -> ColouredSprite:
     """A low lamp with a globe on a post, similar to a head on a thin body."""
     height = rng.uniform(1.3, 2.0)
     pen = Pen(0.4, 2.5, 70)
@@ -153,7 +153,7 @@ def _bin(rng: np.random.Generator) -> ColouredSprite:
     return pen.sprite(), _palette(colour, (44, 46, 48), (18, 18, 20))
 
 
-def _pillar_box(rng: np.random.Generator) -> ColouredSprite:
+def _pillar(rng: np.random.Generator) -> ColouredSprite:
     """A post box or an advertising pillar, as tall as a person."""
     height, half = rng.uniform(1.4, 1.8), rng.uniform(0.2, 0.3)
     pen = Pen(0.6, 2.3, 60)
@@ -194,7 +194,7 @@ def _mannequin(rng: np.random.Generator) -> ColouredSprite:
     return Sprite(sprite.texels, sprite.scale, sprite.foot, sprite.outline), palette
 
 
-def _coat_stand(rng: np.random.Generator) -> ColouredSprite:
+def _coats(rng: np.random.Generator) -> ColouredSprite:
     pen = Pen(0.5, 2.1, 70)
     pen.limb((0, 0, 0.03), (0, 1.6, 0.03), part=1)
     pen.limb((-0.22, 0.02, 0.025), (0, 0.15, 0.03), (0.22, 0.02, 0.025), part=1)
@@ -202,9 +202,7 @@ def _coat_stand(rng: np.random.Generator) -> ColouredSprite:
     if rng.random() < 0.6:
         pen.disc(0, 1.58, 0.11, 0.1, 3, above=1.55)
         pen.disc(0, 1.56, 0.18, 0.03, 3)
-    palette = _palette(_WOOD)
-    palette[2], palette[3] = _cloth(rng), _cloth(rng)
-    return pen.sprite(), palette
+    return pen.sprite(), _palette(_WOOD, _cloth(rng), _cloth(rng))
 
 
 def _bicycle(rng: np.random.Generator) -> ColouredSprite:
@@ -219,9 +217,7 @@ def _bicycle(rng: np.random.Generator) -> ColouredSprite:
     pen.disc(-0.22, 0.92, 0.13, 0.045, 3)
     if rng.random() < 0.4:
         pen.box(0.4, 0.7, 0.72, 0.98, 4)
-    palette = _palette((30, 30, 32), (60, 60, 64), (40, 34, 30), _WOOD)
-    palette[2] = _cloth(rng)
-    return pen.sprite(), palette
+    return pen.sprite(), _palette((30, 30, 32), _cloth(rng), (40, 34, 30), _WOOD)
 
 
 def _bench(rng: np.random.Generator) -> ColouredSprite:
@@ -246,19 +242,14 @@ def _parasol(rng: np.random.Generator) -> ColouredSprite:
     half = rng.uniform(1.1, 1.5)
     for i in range(6):
         x0, x1 = -half + 2 * half * i / 6, -half + 2 * half * (i + 1) / 6
-        pen.lathe(
-            [(2.0, half), (2.1, half * 0.98), (2.55, half * 0.1), (2.62, 0.02)],
-            2 + 3 * (i % 2) if i == 0 else 2,
-            up=0.5,
-        )
+        pen.lathe([(2.0, half), (2.1, half * 0.98), (2.55, half * 0.1), (2.62, 0.02)], 2, up=0.5)
         pen.limb(((x0 + x1) / 2, 2.08, half / 6), (0, 2.55, 0.02), part=2 + 3 * (i % 2))
-    palette = _palette(_METAL, (0, 0, 0), _WOOD, (196, 190, 178))
-    palette[2] = _cloth(rng)
-    palette[5] = linear(232, 228, 218) if rng.random() < 0.6 else palette[2] * 0.85
-    return pen.sprite(), palette
+    cloth = _cloth(rng)
+    stripes = (232, 228, 218) if rng.random() < 0.6 else cloth * 0.85
+    return pen.sprite(), _palette(_METAL, cloth, _WOOD, (196, 190, 178), stripes)
 
 
-def _a_board(rng: np.random.Generator) -> ColouredSprite:
+def _board(rng: np.random.Generator) -> ColouredSprite:
     """An advertising board, often with a face."""
     pen = Pen(0.6, 1.9, 60)
     height = rng.uniform(1.0, 1.7)
@@ -271,9 +262,8 @@ def _a_board(rng: np.random.Generator) -> ColouredSprite:
     else:
         for z in np.arange(0.3, height - 0.2, 0.14):
             pen.box(-0.22, rng.uniform(0, 0.24), float(z), float(z) + 0.06, 4)
-    palette = _palette((50, 44, 40), (0, 0, 0), (0, 0, 0), (60, 60, 66), (214, 166, 136), (44, 32, 26))
-    palette[2], palette[4] = _cloth(rng), _cloth(rng)
-    return pen.sprite(), palette
+    paper, ink = _cloth(rng), _cloth(rng)
+    return pen.sprite(), _palette((50, 44, 40), paper, (0, 0, 0), ink, (214, 166, 136), (44, 32, 26))
 
 
 def _cone(rng: np.random.Generator) -> ColouredSprite:
@@ -292,10 +282,7 @@ def _balloons(rng: np.random.Generator) -> ColouredSprite:
         pen.limb((0, 0.95, 0.008), (x, z, 0.008), part=1)
         pen.disc(x, z, 0.12, 0.15, int(rng.integers(2, 7)))
     pen.lathe([(0, 0.3), (0.95, 0.3)], 7)
-    palette = _palette((190, 190, 190))
-    for part in range(2, 8):
-        palette[part] = _cloth(rng)
-    return pen.sprite(), palette
+    return pen.sprite(), _palette((190, 190, 190), *(_cloth(rng) for _ in range(6)))
 
 
 def _kiosk(rng: np.random.Generator) -> ColouredSprite:
@@ -308,40 +295,17 @@ def _kiosk(rng: np.random.Generator) -> ColouredSprite:
     pen.box(-1.5, 1.5, 2.35, 2.8, 6, up=0.1)
     for _ in range(14):
         pen.disc(rng.uniform(-1.1, 1.1), rng.uniform(1.12, 1.5), 0.09, 0.11, int(rng.integers(7, 10)))
-    palette = _palette((0, 0, 0), (34, 30, 28), (170, 150, 120), (0, 0, 0), (232, 228, 220), (0, 0, 0))
-    for part in (1, 4, 6, 7, 8, 9):
-        palette[part] = _cloth(rng)
-    return pen.sprite(), palette
+    front, awning, *others = (_cloth(rng) for _ in range(6))
+    return pen.sprite(), _palette(front, (34, 30, 28), (170, 150, 120), awning, (232, 228, 220), *others)
 
 
-Draw = Callable[[np.random.Generator], ColouredSprite]
-
-_FIXED: dict[str, Draw] = {
-    "tree": _tree,
-    "conifer": _conifer,
-    "bush": _bush,
-    "lamp": _street_lamp,
-    "bollard": _bollard,
-    "statue": _statue,
-    "bench": _bench,
-    "parasol": _parasol,
-    "kiosk": _kiosk,
-}
-_MOVABLE: dict[str, Draw] = {
-    "topiary": _topiary,
-    "planter": _planter,
-    "globe": _globe_lamp,
-    "bin": _bin,
-    "pillar": _pillar_box,
-    "mannequin": _mannequin,
-    "coats": _coat_stand,
-    "bicycle": _bicycle,
-    "board": _a_board,
-    "cone": _cone,
-    "balloons": _balloons,
-}
-PROP_KINDS = _FIXED | _MOVABLE
-MOVABLE_KINDS = tuple(_MOVABLE)
+_FIXED = (_tree, _conifer, _bush, _lamp, _bollard, _statue, _bench, _parasol, _kiosk)
+_MOVABLE = (
+    *(_topiary, _planter, _globe, _bin, _pillar, _mannequin),
+    *(_coats, _bicycle, _board, _cone, _balloons),
+)
+PROP_KINDS = {draw.__name__.strip("_"): draw for draw in _FIXED + _MOVABLE}
+MOVABLE_KINDS = tuple(draw.__name__.strip("_") for draw in _MOVABLE)
 """Kinds that move from image to image, so that a model cannot memorize their positions."""
 
 
