@@ -21,33 +21,3 @@ from crowdray.storage.files import (
     write_bytes,
 )
 from crowdray.storage.paths import PARTIAL, is_local, is_transient, join, resolve
-
-__all__ = [
-    "PARTIAL",
-    "CacheFullError",
-    "ExclusiveCreateUnsupportedError",
-    "FileInfo",
-    "cache_folder",
-    "create_bytes",
-    "exists",
-    "fetch",
-    "find_files",
-    "hash_file",
-    "is_local",
-    "is_transient",
-    "join",
-    "list_files",
-    "local_copy",
-    "open_read",
-    "publish_directory",
-    "publish_file",
-    "read_bytes",
-    "read_bytes_or_none",
-    "read_ranges",
-    "remove",
-    "resolve",
-    "staging_file",
-    "unpublish_directory",
-    "verify",
-    "write_bytes",
-]
