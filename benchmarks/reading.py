@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+from crowdray.config import SamplingConfig
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.loader import Loader
 from crowdray.data.sampling import WindowConfig
@@ -60,7 +61,7 @@ def export_files(dataset: Dataset, folder: Path, limit: int | None = None) -> No
 
 def measure_loader(dataset: Dataset, crops: int, epochs: int, cache_bytes: float = 0, depth: bool = False) -> float:
     """Windows per second of the loader: median of the epochs after the first."""
-    windows = WindowConfig(crop=CROP, context=0, margin=0, stride=8, flip=0.5)
+    windows = WindowConfig(SamplingConfig(crop=CROP, context=0), margin=0, stride=8)
     cache = ImageCache(dataset, 1, False, cache_bytes)
     loader = Loader(cache, dataset.rows("train"), windows, batch=BATCH, repeats=crops, ahead=4)
     rates = []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from crowdray.config import SamplingConfig
 from crowdray.data.batch import Batch
 from crowdray.data.gpu_cache import GpuImageCache, build_gpu_cache
 from crowdray.data.image_cache import ImageCache
@@ -29,7 +30,7 @@ def batches(images: ImageCache | GpuImageCache, rows: np.ndarray, config: Window
 def test_gpu_cache_batches_equal_those_of_the_loader(
     noise: Dataset, depth: bool, downsample: int, context: int
 ) -> None:
-    config = WindowConfig(crop=32, context=context, margin=8, stride=4, flip=0.5, brightness=0.1, colour=0.1)
+    config = WindowConfig(SamplingConfig(crop=32, context=context, brightness=0.1, colour=0.1), margin=8, stride=4)
     cache = ImageCache(noise, downsample, True, 1e9)
     rows = noise.rows("train")[1:]
     gpu_cache = build_gpu_cache(CPU, cache, rows, 1e9)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crowdray.config import SamplingConfig
 from crowdray.data.batch import Batch, Crop, collate
 from crowdray.data.image_cache import DecodedImage, ImageCache, scaled_size
 from crowdray.data.loader import Loader
@@ -17,7 +18,7 @@ from crowdray.data.sampling import Window, WindowConfig, draw_window, loss_weigh
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import KERNEL_RADIUS, Targets, make_targets
 
-CONFIG = WindowConfig(crop=32, context=8, margin=8, stride=4)
+CONFIG = WindowConfig(SamplingConfig(crop=32, context=8, flip=0), margin=8, stride=4)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,9 @@ def cache(discs: Dataset) -> ImageCache:
 
 
 def loader(cache: ImageCache, *, rank: int = 0, world: int = 1, repeats: int = 2) -> Loader:
-    config = dataclasses.replace(CONFIG, flip=0.5, brightness=0.1, colour=0.1, scale=0.3)
+    config = dataclasses.replace(
+        CONFIG, sampling=SamplingConfig(crop=32, context=8, brightness=0.1, colour=0.1, scale=0.3)
+    )
     rows = cache.dataset.rows("train")
     return Loader(cache, rows, config, batch=6, repeats=repeats, seed=3, rank=rank, world=world)
 
@@ -51,7 +54,7 @@ def test_collate_cuts_pixels_weights_and_heads_from_the_image(cache: ImageCache)
     corner = np.array([window.left, window.top])
     np.testing.assert_allclose(batch.points[0].numpy() + corner, image.points, atol=1e-5)
     inside = image.points - corner - np.array([window.crop_left, window.crop_top])
-    assert batch.count.item() == ((inside >= 0) & (inside < CONFIG.crop)).all(axis=1).sum()
+    assert batch.count.item() == ((inside >= 0) & (inside < CONFIG.sampling.crop)).all(axis=1).sum()
 
 
 def test_flipped_crop_has_flipped_pixels_and_targets_and_the_same_count(cache: ImageCache) -> None:
@@ -68,7 +71,7 @@ def test_flipped_crop_has_flipped_pixels_and_targets_and_the_same_count(cache: I
     torch.testing.assert_close(found.depth.flip(-1), expected.depth)
     assert torch.equal(flipped.count, straight.count)
     width = straight.image.shape[-1]
-    torch.testing.assert_close(flipped.corners[:, 1] * 4 + CONFIG.crop, width - straight.corners[:, 1] * 4)
+    torch.testing.assert_close(flipped.corners[:, 1] * 4 + CONFIG.sampling.crop, width - straight.corners[:, 1] * 4)
 
 
 def test_loader_ranks_partition_the_batches_of_one_rank(cache: ImageCache) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from crowdray.config import SamplingConfig
 from crowdray.data.sampling import (
     Window,
     WindowConfig,
@@ -17,7 +18,8 @@ from crowdray.data.sampling import (
 )
 from crowdray.data.splits import split_validation
 
-CONFIG = WindowConfig(crop=32, context=12, margin=10, stride=4, flip=0.5, brightness=0.2, contrast=0.3)
+SAMPLING = SamplingConfig(crop=32, context=12, brightness=0.2, contrast=0.3)
+CONFIG = WindowConfig(SAMPLING, margin=10, stride=4)
 
 
 @pytest.mark.parametrize("method", ["random", "run"])
@@ -66,12 +68,12 @@ def test_draw_window_contains_its_crop_on_the_stride_inside_the_image(size: tupl
             (window.left, window.width, window.crop_left, size[1]),
         ):
             assert extent % CONFIG.stride == crop % CONFIG.stride == start % CONFIG.stride == 0
-            assert 0 <= crop <= extent - CONFIG.crop
+            assert 0 <= crop <= extent - SAMPLING.crop
             assert start == 0 or (start > 0 and start + extent < length + CONFIG.stride)
 
 
 def test_window_of_the_whole_image_has_equal_weights() -> None:
-    whole = dataclasses.replace(CONFIG, context=400)
+    whole = WindowConfig(dataclasses.replace(SAMPLING, context=400), margin=10, stride=4)
     window = draw_window(whole, (240, 320), seed=0, epoch=0, sample=5)
     assert (window.top, window.left, window.height, window.width) == (0, 0, 240, 320)
     for weights in loss_weight(whole, (240, 320), window):
@@ -94,7 +96,7 @@ def test_loss_weight_counts_all_pixels_equally_in_expectation(length: int) -> No
 
 
 def test_loss_weight_is_zero_near_cut_edges_but_not_at_the_image_border() -> None:
-    config = dataclasses.replace(CONFIG, flip=0.0)
+    config = WindowConfig(dataclasses.replace(SAMPLING, flip=0.0), margin=10, stride=4)
     seen = set()
     for sample in range(300):
         window = draw_window(config, (56, 240), seed=0, epoch=0, sample=sample)

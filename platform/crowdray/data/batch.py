@@ -196,10 +196,10 @@ def crop_targets(crop: Crop[ImageT], config: WindowConfig) -> CropTargets:
         points[:, 0] = window.width - points[:, 0]
         extent[[0, 2]] = window.width - extent[[2, 0]]
         column_weight = column_weight[::-1]
-        corner[1] = window.width - config.crop - corner[1]
+        corner[1] = window.width - config.sampling.crop - corner[1]
     clamped = np.clip(points, extent[:2], extent[2:])  # as the density map does with heads outside the image
     near = points[_within(clamped, -config.reach, np.array([window.width, window.height]) + config.reach)]
-    count = _within(near, corner[::-1], corner[::-1] + config.crop).sum()
+    count = _within(near, corner[::-1], corner[::-1] + config.sampling.crop).sum()
     return CropTargets(image.row, window, near, extent, row_weight, column_weight, corner, float(count))
 
 

@@ -173,16 +173,12 @@ def encode_roi(mask: NDArray[np.bool_]) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _decoded_roi(content: bytes) -> NDArray[np.bool_]:
+def decode_roi(content: bytes) -> NDArray[np.bool_]:
+    """Decode a region of interest to bool (H, W), read-only because images of one scene share the array."""
     with Image.open(io.BytesIO(content)) as image:
         mask = np.array(image.convert("1"), dtype=np.bool_)
     mask.setflags(write=False)
     return mask
-
-
-def decode_roi(content: Encoded) -> NDArray[np.bool_]:
-    """Decode a region of interest to bool (H, W), read-only because images of one scene share the array."""
-    return _decoded_roi(bytes(content))
 
 
 def encode_depth(depth: NDArray[Any]) -> bytes:
@@ -206,16 +202,12 @@ def encode_depth(depth: NDArray[Any]) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _decoded_depth(content: bytes) -> NDArray[np.float32]:
+def decode_depth(content: bytes) -> NDArray[np.float32]:
+    """Decode depth to float32 (H, W) in [0, 1], larger = farther; read-only because images of one scene share it."""
     with Image.open(io.BytesIO(content)) as image:
         depth = np.asarray(image, dtype=np.float32) / np.float32(_DEPTH_STEPS)
     depth.setflags(write=False)
     return depth
-
-
-def decode_depth(content: Encoded) -> NDArray[np.float32]:
-    """Decode depth to float32 (H, W) in [0, 1], larger = farther; read-only because images of one scene share it."""
-    return _decoded_depth(bytes(content))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -12,39 +12,28 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from crowdray.config import SamplingConfig
+
 _ORDER_STREAM, _WINDOW_STREAM, _SCALE_STREAM = 2, 3, 4
 """First entry of the seeds of independent random streams; 1 is that of the validation split."""
 
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """Size, position and augmentation of windows: the parameters of `draw_window`."""
+    """How windows are cut and augmented: the parameters of `draw_window`."""
 
-    crop: int
-    """Side of the count decoder's square."""
-    context: int
-    """Pixels around the crop, where the image has them."""
+    sampling: SamplingConfig
     margin: int
     """Radius of the receptive field: pixels this close to a cut edge have no loss."""
     stride: int
     """Stride of the encoder; windows and crops are aligned to it."""
-    flip: float = 0.0
-    """Probability of a horizontal flip."""
-    brightness: float = 0.0
-    """Maximum brightness shift, as a fraction of the full range."""
-    contrast: float = 0.0
-    """Maximum relative change of contrast."""
-    colour: float = 0.0
-    """Maximum relative change of each colour channel."""
-    scale: float = 0.0
-    """Maximum relative change of size."""
     reach: float = math.inf
     """Distance from the window beyond which a head changes no target in it."""
 
     def window_length(self, length: int) -> int:
         """Length of the window, a multiple of the stride, along an image axis of some length."""
-        padded = -(-max(length, self.crop) // self.stride) * self.stride
-        return min(padded, self.crop + 2 * self.context)
+        padded = -(-max(length, self.sampling.crop) // self.stride) * self.stride
+        return min(padded, self.sampling.crop + 2 * self.sampling.context)
 
 
 @dataclass(frozen=True)
@@ -103,8 +92,9 @@ def draw_window(
     (top, height, crop_top), (left, width, crop_left) = (
         _span(config, length, int(rng.integers(_offset_count(config, length)))) for length in size
     )
-    flip = bool(rng.random() < config.flip)
-    limits = (config.brightness, config.contrast, config.colour, config.colour, config.colour)
+    changes = config.sampling
+    flip = bool(rng.random() < changes.flip)
+    limits = (changes.brightness, changes.contrast, changes.colour, changes.colour, changes.colour)
     brightness, contrast, *colour = (rng.uniform(-1, 1, 5) * limits).tolist()
     red, green, blue = colour
     return Window(top, left, height, width, crop_top, crop_left, flip, brightness, contrast, (red, green, blue))
@@ -113,7 +103,7 @@ def draw_window(
 def draw_scale(config: WindowConfig, *, seed: int, epoch: int, batch: int) -> float:
     """The factor by which a global batch is resized: one for all its samples, so that windows have equal sizes."""
     rng = np.random.default_rng((_SCALE_STREAM, seed, epoch, batch))
-    return float((1 + config.scale) ** rng.uniform(-1, 1))
+    return float((1 + config.sampling.scale) ** rng.uniform(-1, 1))
 
 
 def loss_weight(
@@ -150,23 +140,23 @@ def window_spans(config: WindowConfig, length: int) -> list[tuple[int, int, int]
 
 def _offset_count(config: WindowConfig, length: int) -> int:
     """Number of equally likely crop offsets along an axis."""
-    return length + 1 if length > config.crop else 1
+    return length + 1 if length > config.sampling.crop else 1
 
 
 def _span(config: WindowConfig, length: int, offset: int) -> tuple[int, int, int]:
     """Start and length of the window along an axis, and start of the crop in it, for one of the crop offsets."""
     extent = config.window_length(length)
-    crop = min(max(offset - config.crop // 2, 0), max(length - config.crop, 0))
+    crop = min(max(offset - config.sampling.crop // 2, 0), max(length - config.sampling.crop, 0))
     # Windows start on multiples of the stride: otherwise pixels would have other features than in the whole image.
     last = -(-max(length - extent, 0) // config.stride) * config.stride
-    start = min(max(crop - config.context, 0) // config.stride * config.stride, last)
-    crop_start = min((crop - start) // config.stride * config.stride, extent - config.crop)
+    start = min(max(crop - config.sampling.context, 0) // config.stride * config.stride, last)
+    crop_start = min((crop - start) // config.stride * config.stride, extent - config.sampling.crop)
     return start, extent, crop_start
 
 
 def _valid_range(config: WindowConfig, length: int, start: int, extent: int) -> tuple[int, int]:
     """First and last + 1 image pixel whose receptive field the window does not cut."""
-    margin = min(config.margin, config.context)
+    margin = min(config.margin, config.sampling.context)
     low = 0 if start == 0 else start + margin
     high = length if start + extent >= length else start + extent - margin
     return low, high

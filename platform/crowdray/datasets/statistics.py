@@ -134,10 +134,10 @@ def image_stats(sample: Sample) -> ImageStats:
     pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
     roi, depth, outside_roi = None, None, 0
     if sample.roi is not None:
-        mask = decode_roi(sample.roi)
+        mask = decode_roi(bytes(sample.roi))
         roi, outside_roi = float(mask.mean()), int((~in_roi(sample.points, mask, sample.height, sample.width)).sum())
     if sample.depth is not None:
-        values = decode_depth(sample.depth)
+        values = decode_depth(bytes(sample.depth))
         depth = float(values.min()), float(values.max())
     return ImageStats(
         split=sample.split,

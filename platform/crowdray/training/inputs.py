@@ -26,19 +26,8 @@ def open_images(config: Config, dataset: Dataset) -> ImageCache:
 
 def window_config(config: Config, counter: Counter) -> WindowConfig:
     """Return how windows are cut for this configuration and encoder."""
-    sampling, encoder = config.sampling, counter.encoder
-    return WindowConfig(
-        crop=sampling.crop,
-        context=sampling.context,
-        margin=encoder.receptive_radius,
-        stride=encoder.stride,
-        flip=sampling.flip,
-        brightness=sampling.brightness,
-        contrast=sampling.contrast,
-        colour=sampling.colour,
-        scale=sampling.scale,
-        reach=KERNEL_RADIUS * config.target.sigma,
-    )
+    encoder, reach = counter.encoder, KERNEL_RADIUS * config.target.sigma
+    return WindowConfig(config.sampling, encoder.receptive_radius, encoder.stride, reach)
 
 
 def build_loader(state: TrainState, images: ImageCache, rows: NDArray[np.int64]) -> Loader:
