@@ -12,14 +12,13 @@ from crowdray.datasets.depth import TEACHERS, open_teacher
 from crowdray.datasets.depth.analytic import (
     DEFAULT_HEAD_SCALE,
     NoDepth,
-    PerspectiveDepth,
     PointSpacingDepth,
-    StoredDepth,
+    SourceDepth,
     fit_head_scale,
     plane_depth,
 )
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
-from crowdray.errors import DataError, UserError
+from crowdray.errors import UserError
 
 Heads = NDArray[np.float64]
 HEIGHT, WIDTH, FOCAL = 480, 640, 600.0
@@ -107,13 +106,9 @@ def test_fit_head_scale_accepts_coinciding_heads() -> None:
     assert 0 < fit_head_scale([(np.full((10, 2), 7.0), HEIGHT)]) <= 1
 
 
-def test_perspective_depth_is_inverse_of_person_size() -> None:
-    size = np.linspace(10, 50, HEIGHT)[:, None] * np.ones((1, WIDTH))
-    for teacher, expected in ((PerspectiveDepth(), 1 / size), (StoredDepth(), size)):
-        depth = depth_of(teacher, person_size=size, source_depth=size)
-        np.testing.assert_allclose(depth, expected, rtol=1e-6)
-        with pytest.raises(DataError, match="--depth points"):
-            depth_of(teacher)
+def test_source_depth_is_kept() -> None:
+    depth = np.linspace(10, 50, HEIGHT)[:, None] * np.ones((1, WIDTH))
+    np.testing.assert_allclose(depth_of(SourceDepth("own-1"), source_depth=depth), depth, rtol=1e-6)
 
 
 def test_open_teacher_auto_takes_the_best_and_errors_list_choices() -> None:

@@ -7,7 +7,7 @@ a map of sizes is a depth map.
 
 from collections.abc import Callable, Sequence
 
-from crowdray.datasets.depth.analytic import NoDepth, PerspectiveDepth, PointSpacingDepth, StoredDepth
+from crowdray.datasets.depth.analytic import NoDepth, PointSpacingDepth, SourceDepth
 from crowdray.datasets.depth.huggingface import HuggingFaceDepth
 from crowdray.datasets.depth.onnx import OnnxDepth
 from crowdray.datasets.depth.precomputed import PrecomputedDepth
@@ -15,9 +15,9 @@ from crowdray.datasets.depth.teacher import DepthTeacher
 from crowdray.errors import UserError
 
 TEACHERS: dict[str, Callable[[], DepthTeacher]] = {
-    "perspective": PerspectiveDepth,
+    "perspective": lambda: SourceDepth("perspective-1"),
     "points": PointSpacingDepth,
-    "own": StoredDepth,
+    "own": lambda: SourceDepth("own-1"),
     "none": NoDepth,
 }
 """Teachers by name that use what the source knows."""

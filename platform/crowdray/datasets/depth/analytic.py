@@ -1,4 +1,4 @@
-"""Depth teachers without a network: perspective maps, a plane from head spacing, stored depth."""
+"""Depth teachers without a network: a plane from head spacing, and depth that the source knows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
-from crowdray.errors import DataError
 
 SCALES: NDArray[np.float64] = np.geomspace(0.02, 1.0, 80)
 """Candidate ratios of head size, top row to bottom row; at most 1, since the top is never nearer."""
@@ -32,18 +31,6 @@ PRIOR_DEVIATION = 0.5
 """Standard deviation of the logarithm of an image's ratio around its prior."""
 
 
-class PerspectiveDepth(DepthTeacher):
-    """Depth from the dataset's perspective map: the inverse of a person's size in pixels."""
-
-    name = "perspective-1"
-
-    def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
-        """Depth proportional to 1 / size; DataError without a map."""
-        if inputs.person_size is None:
-            raise DataError("this source has no perspective map; use --depth points or --depth none")
-        return (1.0 / inputs.person_size).astype(np.float32)
-
-
 class PointSpacingDepth(DepthTeacher):
     """Depth of a ground plane estimated from the spacing of annotated heads."""
 
@@ -61,15 +48,15 @@ class PointSpacingDepth(DepthTeacher):
         return np.broadcast_to(plane_depth(scale, height)[:, None], (height, width)).astype(np.float32)
 
 
-class StoredDepth(DepthTeacher):
-    """Depth that the source itself contains, such as that of rendered scenes."""
+class SourceDepth(DepthTeacher):
+    """Depth that the source itself knows: from perspective maps, or exactly for rendered scenes."""
 
-    name = "own-1"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def depth(self, inputs: DepthInput) -> NDArray[np.float32] | None:
-        """The source's depth; DataError if it has none."""
-        if inputs.source_depth is None:
-            raise DataError("this source contains no depth; use --depth points or --depth none")
+        """The source's depth; open_teacher refuses this teacher for a source that has none."""
+        assert inputs.source_depth is not None
         return inputs.source_depth.astype(np.float32)
 
 

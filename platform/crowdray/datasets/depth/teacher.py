@@ -15,10 +15,8 @@ class DepthInput:
 
     sample: Sample
     """The image with its heads, without depth. Stored maps are found by split and name."""
-    person_size: NDArray[Any] | None = None
-    """(H, W) size of a person in pixels, any unit, from the dataset's perspective map."""
     source_depth: NDArray[Any] | None = None
-    """(H, W) true depth, if the source knows it."""
+    """(H, W) depth, any unit, if the source knows it: exactly, or from a perspective map."""
     head_scale: float = 0.0
     """Result of fit_head_scale over the whole camera or split; 0 if unknown."""
     fixed_camera: bool = False

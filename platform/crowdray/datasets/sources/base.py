@@ -1,4 +1,4 @@
-"""Base class of sources of annotated image files, with the maps of fixed cameras."""
+"""Base class of all sources of annotated image files: loading, depth, and the maps of fixed cameras."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from crowdray import storage
 from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, validate_points
 from crowdray.datasets.depth import open_teacher
-from crowdray.datasets.depth.analytic import PerspectiveDepth, PointSpacingDepth, fit_head_scale
+from crowdray.datasets.depth.analytic import PointSpacingDepth, SourceDepth, fit_head_scale
 from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits, natural_key
@@ -34,21 +34,21 @@ class Camera:
     """Where the maps were read from, for messages."""
     roi: NDArray[np.bool_] | None = None
     """True where heads are annotated; None means everywhere."""
-    person_size: NDArray[np.float64] | None = None
-    """Size of a person in pixels, any unit."""
+    depth: NDArray[np.float64] | None = None
+    """Depth, any unit: the inverse of a person's size in pixels."""
 
     @property
     def size(self) -> tuple[int, int] | None:
         """(H, W) of its images; None without maps."""
-        known = self.roi if self.roi is not None else self.person_size
+        known = self.roi if self.roi is not None else self.depth
         return None if known is None else (known.shape[0], known.shape[1])
 
 
 class AnnotatedImages:
     """A dataset of image files with annotated heads.
 
-    A subclass defines the attributes below, `split_items` and `heads`, and for fixed cameras `camera`. It reads files
-    that many items need through `cached`.
+    A subclass defines the attributes below, `split_items` and `heads`, and for fixed cameras `camera`. What many items
+    need is read through `cached`.
     """
 
     name: str
@@ -69,7 +69,7 @@ class AnnotatedImages:
     @property
     def uses_perspective(self) -> bool:
         """Whether depth comes from perspective maps, which then must be read."""
-        return isinstance(self.teacher, PerspectiveDepth)
+        return isinstance(self.teacher, SourceDepth)
 
     def split_items(self, split: str) -> list[Item]:
         """Items of an available split, without head scale, in natural order."""
@@ -86,6 +86,15 @@ class AnnotatedImages:
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
         """Encoded image of an item, and its heads in pixels of that image; unchanged by default."""
         return storage.read_bytes(item.image), heads
+
+    def region(self, item: Item, size: tuple[int, int]) -> NDArray[np.bool_] | None:
+        """Region of interest of a photo of this size (H, W), True where heads are annotated; None means everywhere."""
+        return None
+
+    def size(self, item: Item) -> tuple[int, int]:
+        """Size (H, W) of an image, without decoding it."""
+        camera = self.camera(item)
+        return (camera.size if camera else None) or image_size(item.image)
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Items in natural order; load() refuses an image without annotation and an annotation without image."""
@@ -119,11 +128,11 @@ class AnnotatedImages:
         return [f"this copy has no {split} split" for split in self.official_splits if split not in self._splits]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers read the files of the cameras that they need; cached ones are too large to send.
+        # Workers read the files that they need; cached ones are too large to send.
         return {**self.__dict__, "_encoded": {}, "_cache": {}}
 
     def cached(self, uri: str, read: Callable[[str], T]) -> T:
-        """Result of `read` for a file; the last MAX_CACHED results stay in memory."""
+        """Result of `read` for a file or folder; the last MAX_CACHED results stay in memory."""
         if uri not in self._cache:
             while len(self._cache) >= MAX_CACHED:
                 self._cache.pop(next(iter(self._cache)))
@@ -142,7 +151,7 @@ class AnnotatedImages:
     def _maps(self, item: Item, sample: Sample) -> tuple[bytes | None, bytes | None]:
         """Encoded region of interest and depth; computed once per camera if the teacher ignores the image."""
         camera = self.camera(item)
-        for map_ in (camera.roi, camera.person_size) if camera else ():
+        for map_ in (camera.roi, camera.depth) if camera else ():
             if camera and map_ is not None and map_.shape != (sample.height, sample.width):
                 raise DataError(
                     f"{item.image} is {(sample.height, sample.width)}, but a map in {camera.uri} is {map_.shape}; "
@@ -154,12 +163,12 @@ class AnnotatedImages:
             return self._encoded[key]
         inputs = DepthInput(
             sample=sample,
-            person_size=camera.person_size if camera else None,
+            source_depth=camera.depth if camera else None,
             head_scale=item.head_scale,
             fixed_camera=camera is not None,
         )
         depth = self.teacher.depth(inputs)
-        roi = camera.roi if camera else None
+        roi = camera.roi if camera else self.region(item, (sample.height, sample.width))
         encoded = (None if roi is None else encode_roi(roi), None if depth is None else encode_depth(depth))
         if shared:
             self._encoded[key] = encoded
@@ -192,9 +201,9 @@ class AnnotatedImages:
         for item in items:
             with contextlib.suppress(UserError):
                 if item.image and item.annotation:
-                    camera = self.camera(item)
-                    height, _ = (camera.size if camera else None) or image_size(item.image)
-                    images.append((self._usable_heads(item), height))
+                    heads = self._usable_heads(item)
+                    if len(heads) > 1:
+                        images.append((heads, self.size(item)[0]))
         return fit_head_scale(images, one_camera=self.fixed_cameras)
 
 

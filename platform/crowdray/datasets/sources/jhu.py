@@ -35,9 +35,7 @@ class Jhu(AnnotatedImages):
     official_splits = SPLITS
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        root = storage.resolve(source)
-        available = find_splits(root, {split: f"{split}/images" for split in SPLITS}, "JHU-CROWD++")
-        super().__init__(root, available, depth)
+        super().__init__(*find_splits(source, {split: f"{split}/images" for split in SPLITS}, "JHU-CROWD++"), depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""

@@ -31,12 +31,13 @@ def text_lines(uri: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def find_splits(root: str, paths: Mapping[str, str], dataset: str) -> list[str]:
-    """Splits whose path below the root exists; UserError if there is none."""
+def find_splits(source: str, paths: Mapping[str, str], dataset: str) -> tuple[str, list[str]]:
+    """Root of a dataset, and the splits whose path below it exists; UserError if there is none."""
+    root = storage.resolve(source)
     found = [split for split, path in paths.items() if storage.exists(storage.join(root, path))]
     if not found:
         raise UserError(f"{root} is not {dataset}: it contains neither {' nor '.join(paths.values())}; check --source")
-    return found
+    return root, found
 
 
 def chosen_splits(source: str, available: Sequence[str], requested: Sequence[str]) -> list[str]:

@@ -56,15 +56,15 @@ class Mall(AnnotatedImages):
         return self.cached(self._ground_truth, _read_heads)[item.number]
 
     def camera(self, item: Item) -> Camera:
-        """Region of interest, and size of a person from the perspective map."""
+        """Region of interest, and depth from the perspective map."""
         return self.cached(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
 
     def _read_camera(self, uri: str) -> Camera:
         def extract(variables: dict[str, Any]) -> Camera:
             # pMapN weights a pixel by the inverse of a person's area: it is largest at the top, far away, and
             # 1 / sqrt(pMapN) is linear in the row to 1e-8, like a person's height on a ground plane.
-            size = 1.0 / np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
-            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, size)
+            depth = np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
+            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, depth)
 
         return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
 

@@ -31,9 +31,7 @@ class Nwpu(AnnotatedImages):
     official_splits = SPLITS
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        root = storage.resolve(source)
-        available = find_splits(root, {split: f"{split}.txt" for split in SPLITS}, "NWPU-Crowd")
-        super().__init__(root, available, depth)
+        super().__init__(*find_splits(source, {split: f"{split}.txt" for split in SPLITS}, "NWPU-Crowd"), depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the split's list."""

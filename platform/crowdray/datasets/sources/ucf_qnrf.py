@@ -44,8 +44,7 @@ class UcfQnrf(AnnotatedImages):
         if longest != 0 and longest < 64:
             raise UserError(f"--longest {longest}: give at least 64 pixels, or 0 to keep photos unchanged")
         self._longest = longest
-        root = storage.resolve(source)
-        super().__init__(root, find_splits(root, FOLDERS, "UCF-QNRF"), depth)
+        super().__init__(*find_splits(source, FOLDERS, "UCF-QNRF"), depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Photos in the order of their numbers."""

@@ -95,14 +95,14 @@ class Ucsd(AnnotatedImages):
         return storage.join(self._frames, f"{_clip(clip)}.y")
 
     def _read_camera(self, folder: str) -> Camera:
-        roi = size = None
+        roi = depth = None
         if REGION in self._names:
             uri = storage.join(folder, REGION)
             roi = read_matlab(uri, lambda variables: as_map(variables["roi"]["mask"][0, 0]) > 0, "`roi` with `mask`")
         if self.uses_perspective:
             uri = storage.join(folder, PERSPECTIVE)
-            size = read_matlab(uri, lambda variables: _person_size(variables["dmap"]), "`dmap` with `pmapxy`")
-        return Camera(folder, roi, size)
+            depth = read_matlab(uri, lambda variables: 1.0 / _person_size(variables["dmap"]), "`dmap` with `pmapxy`")
+        return Camera(folder, roi, depth)
 
 
 def _read_frames(uri: str) -> list[Heads]:

@@ -55,8 +55,7 @@ class WorldExpo(AnnotatedImages):
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        root = storage.resolve(source)
-        available = find_splits(root, {split: f"{split}_frame" for split in SPLITS}, "WorldExpo'10")
+        root, available = find_splits(source, {split: f"{split}_frame" for split in SPLITS}, "WorldExpo'10")
         mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in available)
         super().__init__(root, available, depth, perspective=mapped)
 
@@ -83,7 +82,7 @@ class WorldExpo(AnnotatedImages):
         return read_matlab(item.annotation, extract, "`point_position` and `point_num`")
 
     def camera(self, item: Item) -> Camera:
-        """Region of interest of the scene, and its pixels per metre as size of a person."""
+        """Region of interest of the scene, and the inverse of its pixels per metre as depth."""
         path = storage.join(self._root, f"{item.split}_label", item.name[:6], "roi.mat")
         return self.cached(path, lambda uri: self._read_camera(uri, item))
 
@@ -115,5 +114,5 @@ class WorldExpo(AnnotatedImages):
         if not self.uses_perspective:
             return Camera(uri, mask)
         perspective = storage.join(self._root, f"{item.split}_perspective", f"{item.name[:6]}.mat")
-        size = read_matlab(perspective, lambda variables: as_sizes(variables["pMap"]), "`pMap`")
-        return Camera(f"{uri} or {perspective}", mask, size)
+        depth = read_matlab(perspective, lambda variables: 1.0 / as_sizes(variables["pMap"]), "`pMap`")
+        return Camera(f"{uri} or {perspective}", mask, depth)

@@ -4,23 +4,18 @@ Images lie anywhere below the folder. An image that no annotation names is left 
 is an empty scene.
 """
 
-import contextlib
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.datasets.depth import open_teacher
-from crowdray.datasets.depth.analytic import PointSpacingDepth, fit_head_scale
-from crowdray.datasets.depth.teacher import DepthInput
+from crowdray.data.sample import Sample
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
 from crowdray.datasets.sources.annotations.images import (
@@ -32,16 +27,22 @@ from crowdray.datasets.sources.annotations.images import (
     upright,
     upright_size,
 )
-from crowdray.datasets.sources.layout import chosen_splits, natural_key
+from crowdray.datasets.sources.base import AnnotatedImages, Heads
+from crowdray.datasets.sources.layout import natural_key
 from crowdray.errors import DataError, UserError
 
 SPLITS = ("train", "val", "test")
 MAX_LISTED = 3
 """Number of names that a message lists as examples."""
+_ALL = ""
+"""Key of all annotations among the cached files."""
 
 
-class AnnotatedFolder:
-    """Images below a folder or URI and annotation files of one format, which subclasses parse."""
+class AnnotatedFolder(AnnotatedImages):
+    """Images below a folder or URI and annotation files of one format, which subclasses parse.
+
+    A new format defines `endings` and `_read`, which yields an ImageAnnotation per image, and is listed in SOURCES.
+    """
 
     endings: ClassVar[tuple[str, ...]]
     """Suffixes of its annotation files."""
@@ -64,9 +65,7 @@ class AnnotatedFolder:
     ) -> None:
         if not 0 <= test_fraction < 1:
             raise UserError(f"--test-fraction is {test_fraction}; use a fraction in [0, 1), such as 0.2")
-        self.teacher = open_teacher(depth, ("points", "none"))
-        self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
-        self._root = storage.resolve(source)
+        super().__init__(storage.resolve(source), (), depth)
         # The registered model is named after it, so characters that MLflow rejects are replaced.
         self.name = re.sub(r"[^\w.-]+", "-", PurePosixPath(self._root).name).strip("-.") or "images"
         self._rules = HeadRules(tuple(label), boxes)
@@ -74,48 +73,49 @@ class AnnotatedFolder:
         if not self._images:
             raise UserError(f"{self._root} contains no image; set --source to a folder above the images")
         self._annotation_files = self._find_annotations(annotations)
-
-    def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        """Return the annotated images in natural order; load() raises for those that are missing."""
+        available = {annotation.split for annotation in self._annotations if not annotation.skip_reason}
+        self._splits = tuple(split for split in SPLITS if split in available)
         self._check_labels()
+        if not self._splits:
+            raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image; export it again")
+
+    def split_items(self, split: str) -> list[Item]:
+        """Return the annotated images of a split; the column or else the folder names the scene."""
         found = []
         for number, one in enumerate(self._annotations):
-            if not one.skip_reason:
+            if one.split == split and not one.skip_reason:
                 uri = storage.join(self._root, one.path) if one.path else ""
-                found.append(Item(one.split, one.path or one.image, uri, one.uri, number))
-        if not found:
-            raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image; export it again")
-        wanted = chosen_splits(self.name, self._available, splits)
-        found.sort(key=lambda item: (SPLITS.index(item.split), natural_key(item.name)))
-        scales = {split: self._head_scale([item for item in found if item.split == split]) for split in wanted}
-        return [replace(item, head_scale=scales[item.split]) for item in found if item.split in wanted]
+                name = one.path or one.image
+                found.append(Item(split, name, uri, one.uri, number, one.scene or split_and_scene(name)[1]))
+        return sorted(found, key=lambda item: natural_key(item.name))
 
     def load(self, item: Item) -> Sample:
         """Load one image with its heads, region of interest and depth."""
-        annotation = self._annotation_of(item)
-        if annotation.problem:
-            raise DataError(annotation.problem)
-        image = upright(self._image(item), annotation.size)
-        _, scene = split_and_scene(item.name)
-        try:
-            sample = make_sample(
-                name=item.name,
-                split=item.split,
-                scene=annotation.scene or scene or f"{item.split}/{item.name}",
-                image=image,
-                points=np.array(annotation.heads).reshape(-1, 2),
-            )
-        except DataError as error:
-            raise DataError(f"{item.image}: {error}") from error
-        height, width = sample.height, sample.width
-        if annotation.size and annotation.size != (height, width):
+        if problem := self._annotation_of(item).problem:
+            raise DataError(problem)
+        return super().load(item)
+
+    def heads(self, item: Item) -> Heads:
+        """Return the annotated heads of an image."""
+        return np.array(self._annotation_of(item).heads, dtype=np.float64).reshape(-1, 2)
+
+    def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
+        """Return the upright image, to which its annotation refers."""
+        return upright(self._content(item), self._annotation_of(item).size), heads
+
+    def region(self, item: Item, size: tuple[int, int]) -> NDArray[np.bool_] | None:
+        """Return the region of interest; DataError if the image was annotated at another size."""
+        annotation, (height, width) = self._annotation_of(item), size
+        if annotation.size and annotation.size != size:
             annotated = f"{annotation.size[1]}x{annotation.size[0]} ({annotation.location})"
             raise DataError(
                 f"{item.image} is {width}x{height}, but was annotated at {annotated}; replace it by the annotated image"
             )
-        roi = encode_roi(roi_mask(annotation.roi_polygons, height, width)) if annotation.roi_polygons else None
-        depth = self.teacher.depth(DepthInput(sample=sample, head_scale=item.head_scale))
-        return replace(sample, roi=roi, depth=None if depth is None else encode_depth(depth))
+        return roi_mask(annotation.roi_polygons, height, width) if annotation.roi_polygons else None
+
+    def size(self, item: Item) -> tuple[int, int]:
+        """Return the size (H, W) of the upright image, without decoding it."""
+        return self._annotation_of(item).size or upright_size(item.image)
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Return notes on images and shapes that are left out, and on a missing test split."""
@@ -126,7 +126,7 @@ class AnnotatedFolder:
         named = {annotation.path for annotation in self._annotations}
         if unnamed := [path for path in self._images if path not in named]:
             notes.append(f"{len(unnamed)} images without annotation are left out: {_listed(unnamed)}")
-        if not splits and "test" not in self._available:
+        if not splits and "test" not in self._splits:
             fix = "increase --test-fraction" if self._test_fraction else "set --test-fraction, such as 0.2"
             notes.append(f"there is no test split; {fix}")
         return notes
@@ -145,9 +145,11 @@ class AnnotatedFolder:
         return uri.removeprefix(self._root).lstrip("/")
 
     def _annotation_of(self, item: Item) -> ImageAnnotation:
+        if self.per_image and item.image and _ALL not in self._cache:  # a worker reads only its own images' files
+            return self.cached(item.annotation, lambda uri: list(self._read(uri)))[0]
         return self._annotations[item.number]
 
-    def _image(self, item: Item) -> bytes:
+    def _content(self, item: Item) -> bytes:
         return storage.read_bytes(item.image)
 
     def _find_annotations(self, given: Sequence[str]) -> list[str]:
@@ -190,32 +192,21 @@ class AnnotatedFolder:
                 f"--label {missing[0]}: no head has this label; found {', '.join([*present, *others])}; correct it"
             )
 
-    def _head_scale(self, items: Sequence[Item]) -> float:
-        """Fit the head scale of one split for the depth teacher `points`; load() reports unreadable images."""
-        if not isinstance(self.teacher, PointSpacingDepth):
-            return 0.0
-        images = []
-        for item in items:
-            annotation = self._annotations[item.number]
-            with contextlib.suppress(UserError):
-                if item.image and len(annotation.heads) > 1:
-                    images.append((np.array(annotation.heads), (annotation.size or upright_size(item.image))[0]))
-        return fit_head_scale(images)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Each worker parses the annotations itself: cheaper than sending them.
-        return {key: value for key, value in vars(self).items() if key not in _CACHED}
-
-    @cached_property
+    @property
     def _files(self) -> list[str]:
-        return [file.name for file in storage.find_files(self._root) if not is_hidden(file.name)]
+        return self.cached(
+            self._root, lambda root: [file.name for file in storage.find_files(root) if not is_hidden(file.name)]
+        )
 
-    @cached_property
+    @property
     def _images(self) -> list[str]:
         return [path for path in self._files if path.lower().endswith(ENDINGS)]
 
-    @cached_property
+    @property
     def _annotations(self) -> list[ImageAnnotation]:
+        return self.cached(_ALL, lambda _: self._read_all())
+
+    def _read_all(self) -> list[ImageAnnotation]:
         """All annotations with their images and splits; problems of one are raised when it is loaded."""
         annotations = [annotation for uri in self._annotation_files for annotation in self._read(uri)]
         index, first = ImageIndex(self._images), dict[str, ImageAnnotation]()
@@ -248,14 +239,6 @@ class AnnotatedFolder:
         raise DataError(
             f"{where}: there is no image {annotation.image!r} below {self._root}; add it, or remove its annotation"
         )
-
-    @property
-    def _available(self) -> list[str]:
-        available = {annotation.split for annotation in self._annotations if not annotation.skip_reason}
-        return [split for split in SPLITS if split in available]
-
-
-_CACHED = {name for name, value in vars(AnnotatedFolder).items() if isinstance(value, cached_property)}
 
 
 def _hash_fraction(name: str) -> float:

@@ -58,14 +58,9 @@ class LabelMe(AnnotatedFolder):
                 image.add_shape(self._rules, SHAPES.get(kind, kind), shape.label or "", shape.points, where)
         return [image]
 
-    def _annotation_of(self, item: Item) -> ImageAnnotation:
-        if not item.image:
-            return super()._annotation_of(item)
-        return self._read(item.annotation)[0]  # a worker reads only the files of its own images
-
-    def _image(self, item: Item) -> bytes:
+    def _content(self, item: Item) -> bytes:
         if item.image != item.annotation:
-            return super()._image(item)
+            return super()._content(item)
         data = _parse(item.image).imageData or ""
         try:
             return base64.b64decode(data, validate=True)
