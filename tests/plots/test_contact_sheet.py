@@ -16,7 +16,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.config import TargetConfig
 from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
-from crowdray.datasets.statistics import SPACING_EDGES, DatasetStats, ImageStats, image_stats, spacing_histogram
+from crowdray.datasets.statistics import DatasetStats, ImageStats, image_stats
 from crowdray.datasets.validation import ValidationReport, validate
 from crowdray.plots import style
 from crowdray.plots.contact_sheet import draw_contact_sheet
@@ -110,12 +110,10 @@ def test_contact_sheet_rows_per_split_and_texts_fit(drawn: list[Figure]) -> None
 def counted(counts: dict[str, list[int]]) -> ValidationReport:
     """Return a report of splits of images with the given counts, heads 10 pixels apart."""
     images: list[ImageStats] = []
-    spacing = {}
     for split, numbers in counts.items():
         made = [grey_sample([(10 * k, 5) for k in range(n)], (20, 20), split=split) for n in numbers]
         images += [image_stats(sample) for sample in made]
-        spacing[split] = sum((spacing_histogram(sample.points) for sample in made), np.zeros(112, dtype=np.int64))
-    return validate("made", "none", DatasetStats(images, [], spacing))
+    return validate("made", "none", DatasetStats(images))
 
 
 def bars(axes: Axes) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
@@ -135,7 +133,6 @@ def test_histograms_are_percentages_of_each_split(drawn: list[Figure]) -> None:
     assert medians == [13, 21]
     for values, edges in bars(spacing):
         assert values.max() == 100 and edges[values.argmax()] <= 10 < edges[values.argmax() + 1]
-        assert set(edges) <= set(SPACING_EDGES)
 
 
 def test_histograms_wide_counts_use_log_axis(drawn: list[Figure]) -> None:
@@ -149,7 +146,7 @@ def test_histograms_wide_counts_use_log_axis(drawn: list[Figure]) -> None:
 
 def test_plots_missing_data_shows_message(drawn: list[Figure]) -> None:
     draw_contact_sheet([], "nothing", URI)
-    draw_histograms(validate("made", "none", DatasetStats([], [], {"train": np.zeros(112, dtype=np.int64)})), URI)
+    draw_histograms(validate("made", "none", DatasetStats()), URI)
     assert [len(figure.axes) for figure in drawn] == [0, 0]
     draw_histograms(counted({"train": [0], "test": [1]}), URI)
     assert drawn[2].axes[1].texts[0].get_text() == "no image has two heads"

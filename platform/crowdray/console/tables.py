@@ -102,7 +102,7 @@ def validation_table(report: ValidationReport) -> Table:
         "per image, mean": lambda stats: f"{stats.counts.mean:,.1f}" if stats.counts else "-",
         "outside the image": lambda stats: f"{stats.outside:,}",
         "on the same pixel": lambda stats: f"{stats.overlapping:,}",
-        "pixels to the nearest, median": lambda stats: f"{stats.spacing:.1f}" if stats.spacing else "-",
+        "pixels to the nearest, median": lambda stats: f"{stats.spacing.median:.1f}" if stats.spacing else "-",
         "images with region of interest": lambda stats: f"{stats.with_roi:,}",
         "fraction of the pixels": lambda stats: f"{stats.roi:.1%}" if stats.roi is not None else "-",
         "heads outside it": lambda stats: f"{stats.outside_roi:,}",

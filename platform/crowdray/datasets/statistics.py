@@ -7,12 +7,11 @@ is a row of numbers, its name and its hash. Statistics of slices add up to those
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import PlainSerializer, PlainValidator
 from scipy.spatial import cKDTree
 
 from crowdray import storage
@@ -21,18 +20,8 @@ from crowdray.data.sample import Encoded, Sample, decode_depth, decode_roi, poin
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import DataError, UserError
 
-SPACING_EDGES: NDArray[np.float64] = 2.0 ** (np.arange(-8, 105) / 8)
-"""(113,) bin edges, in pixels, of the spacing histogram: eight bins per octave, from half a pixel to 8192."""
-
 MAX_LISTED = 20
 """Number of problems or names that a message lists before it only counts the rest."""
-
-Histogram = Annotated[
-    NDArray[np.int64],
-    PlainValidator(lambda counts: np.array(counts, dtype=np.int64)),
-    PlainSerializer(lambda counts: counts.tolist()),
-]
-"""A histogram that pydantic stores as a list."""
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
@@ -62,6 +51,8 @@ class ImageStats:
     """Number of heads outside the region of interest."""
     depth: tuple[float, float] | None
     """Minimum and maximum depth, in [0, 1]; None without depth."""
+    spacing: float | None
+    """Median distance in pixels from a head to its nearest neighbour; None for fewer than two heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +76,13 @@ class DatasetStats:
 
     images: list[ImageStats] = field(default_factory=list)
     unusable: list[UnusableItem] = field(default_factory=list)
-    spacing: dict[str, Histogram] = field(default_factory=dict)
-    """Per split: (112,) number of heads by distance to their nearest neighbour, see SPACING_EDGES."""
     missing: list[str] = field(default_factory=list)
     """Files that do not exist for the process that loaded the items."""
 
     def __add__(self, other: Self) -> "DatasetStats":
         """Concatenate the statistics of successive items; associative, with DatasetStats() as zero."""
-        spacing = dict(self.spacing)
-        for split, histogram in other.spacing.items():
-            spacing[split] = spacing.get(split, 0) + histogram
-        unusable, missing = self.unusable + other.unusable, self.missing + other.missing
-        return DatasetStats(self.images + other.images, unusable, spacing, missing)
+        images, unusable = self.images + other.images, self.unusable + other.unusable
+        return DatasetStats(images, unusable, self.missing + other.missing)
 
 
 def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> Iterator[Sample]:
@@ -105,7 +91,6 @@ def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> I
     A failure of storage is not a fault of the item: its UserError is raised.
     """
     for item in items:
-        histogram = stats.spacing.setdefault(item.split, np.zeros(len(SPACING_EDGES) - 1, dtype=np.int64))
         try:
             sample = source.load(item)
         except UserError as error:
@@ -116,7 +101,6 @@ def load_usable(source: Source, items: Sequence[Item], stats: DatasetStats) -> I
             stats.unusable.append(UnusableItem(item.split, item.name, item.image or item.annotation, str(error)))
             continue
         stats.images.append(image_stats(sample))
-        histogram += spacing_histogram(sample.points)
         yield sample
 
 
@@ -132,6 +116,7 @@ def image_stats(sample: Sample) -> ImageStats:
     """Statistics of one sample, without decoding its image again."""
     colours, exif_rotated = _header_facts(sample.image)
     pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
+    nearest = nearest_neighbours(sample.points)
     roi, depth, outside_roi = None, None, 0
     if sample.roi is not None:
         mask = decode_roi(bytes(sample.roi))
@@ -153,6 +138,7 @@ def image_stats(sample: Sample) -> ImageStats:
         roi=roi,
         outside_roi=outside_roi,
         depth=depth,
+        spacing=float(np.median(nearest)) if len(nearest) else None,
     )
 
 
@@ -171,12 +157,6 @@ def nearest_neighbours(points: NDArray[Any]) -> NDArray[np.float64]:
         return np.zeros(0)
     distances: NDArray[np.float64] = cKDTree(points).query(points, k=2)[0][:, 1]
     return distances
-
-
-def spacing_histogram(points: NDArray[Any]) -> NDArray[np.int64]:
-    """(112,) number of heads by distance to their nearest neighbour; the outer bins are open."""
-    distances = nearest_neighbours(points).clip(SPACING_EDGES[0], SPACING_EDGES[-1])
-    return np.histogram(distances, SPACING_EDGES)[0].astype(np.int64)
 
 
 def count_quantiles(images: Sequence[ImageStats], number: int) -> list[ImageStats]:

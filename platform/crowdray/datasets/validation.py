@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.datasets.statistics import MAX_LISTED, SPACING_EDGES, DatasetStats, ImageStats, UnusableItem
+from crowdray.datasets.statistics import MAX_LISTED, DatasetStats, ImageStats, UnusableItem
 from crowdray.errors import DataError, JobFailed
 
 REPORT = "check.json"
@@ -75,10 +74,8 @@ class SplitStats:
     """Images with depth."""
     depth: tuple[float, float] | None
     """Minimum and maximum depth over all of them."""
-    spacing: float | None
-    """Median distance in pixels to the nearest other head, to about 10%; None if no image has two heads."""
-    spacing_histogram: list[int]
-    """Number of heads by that distance, in the 112 bins of SPACING_EDGES."""
+    spacing: Distribution | None
+    """Median distance in pixels to the nearest other head, over images; None if no image has two heads."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,7 @@ class ValidationReport:
     def as_dict(self) -> dict[str, Any]:
         """The full report as JSON content."""
         duplicates = [[{"split": i.split, "name": i.name, "heads": i.heads} for i in g] for g in self.duplicates]
-        summary = {"valid": not self.problems, "spacing_edges": SPACING_EDGES.tolist(), "duplicates": duplicates}
-        return asdict(self) | summary
+        return asdict(self) | {"valid": not self.problems, "duplicates": duplicates}
 
 
 def write_quarantine(dest: str, items: Sequence[UnusableItem], digest: str) -> None:
@@ -148,12 +144,13 @@ def read_quarantine(dest: str, digest: str) -> list[UnusableItem]:
 def validate(source: str, depth_teacher: str, stats: DatasetStats, notes: Sequence[str] = ()) -> ValidationReport:
     """Validate a source by the statistics of all its items; `notes` are the source's own."""
     duplicates, unusable = _duplicates(stats.images), []
+    every: list[ImageStats | UnusableItem] = [*stats.images, *stats.unusable]
     if reasons := [str(item) for item in stats.unusable]:
         unusable = [f"{_number(len(reasons), 'image')} cannot be used:\n  {_listed(reasons, _LINE)}"]
     return ValidationReport(
         source=source,
         depth_teacher=depth_teacher,
-        splits={split: _split_stats(split, stats) for split in stats.spacing},
+        splits={split: _split_stats(split, stats) for split in dict.fromkeys(one.split for one in every)},
         images=stats.images,
         unusable=stats.unusable,
         duplicates=duplicates,
@@ -195,25 +192,13 @@ def _split_stats(split: str, stats: DatasetStats) -> SplitStats:
         outside_roi=sum(image.outside_roi for image in images),
         with_depth=len(depths),
         depth=(min(nearest for nearest, _ in depths), max(farthest for _, farthest in depths)) if depths else None,
-        spacing=_median(stats.spacing[split]),
-        spacing_histogram=stats.spacing[split].tolist(),
+        spacing=_distribution([image.spacing for image in images if image.spacing is not None]),
     )
 
 
-def _distribution(values: Sequence[int]) -> Distribution | None:
+def _distribution(values: Sequence[float]) -> Distribution | None:
     mean = sum(values) / max(1, len(values))
     return Distribution(min(values), float(np.median(values)), mean, max(values)) if values else None
-
-
-def _median(histogram: NDArray[np.int64]) -> float | None:
-    """Median of a spacing histogram, interpolated in its bin on a logarithmic scale."""
-    total = int(histogram.sum())
-    if total == 0:
-        return None
-    cumulative = np.concatenate([[0], histogram.cumsum()]) / total
-    bin_ = int(np.searchsorted(cumulative, 0.5)) - 1
-    fraction = (0.5 - cumulative[bin_]) / (cumulative[bin_ + 1] - cumulative[bin_])
-    return float(SPACING_EDGES[bin_] * (SPACING_EDGES[bin_ + 1] / SPACING_EDGES[bin_]) ** fraction)
 
 
 def _duplicates(images: Sequence[ImageStats]) -> list[list[ImageStats]]:

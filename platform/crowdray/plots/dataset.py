@@ -2,6 +2,7 @@
 
 import os
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,20 +11,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from crowdray.datasets.statistics import SPACING_EDGES
-from crowdray.datasets.validation import SplitStats, ValidationReport
+from crowdray.datasets.validation import ValidationReport
 from crowdray.plots import style
 
 _COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PINK, style.SKY, style.VERMILION)
 _LOG_RATIO = 50
 """Ratio of the largest to the smallest count from which their axis is logarithmic."""
 _BINS = 30
-_MERGED = 2
-"""Number of recorded spacing bins per plotted bin."""
+_MIN_SPACING = 0.5
+"""Smallest plotted distance in pixels: coinciding heads have no logarithm."""
 
 
 def draw_histograms(report: ValidationReport, path: str | os.PathLike[str]) -> None:
-    """Draw heads per image and nearest-neighbour distances of each split; save them as a PNG at a path or URI.
+    """Draw heads per image and median head distances of each split; save them as a PNG at a path or URI.
 
     Bars are percentages of a split, dashed lines are medians. If counts span orders of magnitude, their axis is
     logarithmic and the legend states the number of empty images.
@@ -35,7 +35,8 @@ def draw_histograms(report: ValidationReport, path: str | os.PathLike[str]) -> N
     figure = Figure(figsize=(9.6, 3.7), dpi=style.DPI, layout=layout, facecolor="white")
     counts, spacing = figure.subplots(1, 2)
     _draw_counts(counts, {s: np.array([i.heads for i in report.images if i.split == s]) for s in splits})
-    _draw_spacing(spacing, {split: report.splits[split] for split in splits})
+    spacings = {s: [i.spacing for i in report.images if i.split == s and i.spacing is not None] for s in splits}
+    _draw_spacing(spacing, {split: np.array(values).clip(_MIN_SPACING) for split, values in spacings.items()})
     for axes in (counts, spacing):
         style.style_axes(axes)
     images, heads = len(report.images), sum(stats.heads for stats in report.splits.values())
@@ -63,30 +64,33 @@ def _draw_counts(axes: Axes, counts: dict[str, NDArray[np.int64]]) -> None:
 def _count_edges(counts: NDArray[np.int64], logarithmic: bool) -> NDArray[np.float64]:
     """Return bin edges at half-integers, so that every bin contains an integer."""
     low, high = int(counts.min()), int(counts.max()) + 1
-    bins = int(np.clip(2 * len(counts) ** (1 / 3), 5, _BINS))
+    bins = _bins(counts)
     if logarithmic:
         return np.unique(np.geomspace(low, high, bins + 1, dtype=np.float64).round()) - 0.5
     step = -(-(high - low) // bins)
     return np.arange(low, high + step, step, dtype=np.float64) - 0.5
 
 
-def _draw_spacing(axes: Axes, splits: dict[str, SplitStats]) -> None:
-    recorded = {s: np.reshape(f.spacing_histogram, (-1, _MERGED)).sum(1) for s, f in splits.items() if f.spacing}
-    axes.set(xlabel="pixels to the nearest other head", ylabel="heads of the split, %")
-    if not recorded:
+def _draw_spacing(axes: Axes, spacing: dict[str, NDArray[np.float64]]) -> None:
+    every = np.concatenate(list(spacing.values()))
+    axes.set(xlabel="pixels to the nearest other head, median of an image", ylabel="images of the split, %")
+    if not len(every):
         axes.text(0.5, 0.5, "no image has two heads", transform=axes.transAxes, ha="center", color=style.FAINT)
         axes.set(xticks=[], yticks=[])
         return
-    filled = np.flatnonzero(sum(recorded.values()))
-    first, last = int(filled[0]), int(filled[-1]) + 1
-    edges = SPACING_EDGES[::_MERGED][first : last + 1]
-    for (split, stats), colour in zip(splits.items(), cycle(_COLOURS), strict=False):
-        if stats.spacing:
-            fractions = recorded[split][first:last] / recorded[split].sum()
-            _draw_bars(axes, fractions, edges, colour, stats.spacing, f"{split}: median {stats.spacing:.1f} pixels")
+    edges = np.geomspace(every.min() / 1.01, every.max() * 1.01, _bins(every) + 1)
+    for (split, values), colour in zip(spacing.items(), cycle(_COLOURS), strict=False):
+        if len(values):
+            median = float(np.median(values))
+            fractions = np.histogram(values, edges)[0] / len(values)
+            _draw_bars(axes, fractions, edges, colour, median, f"{split}: median {median:.1f} pixels")
     _use_log_scale(axes)
     axes.set_xlim(edges[0], edges[-1])
     _legend(axes)
+
+
+def _bins(values: NDArray[Any]) -> int:
+    return int(np.clip(2 * len(values) ** (1 / 3), 5, _BINS))
 
 
 def _draw_bars(
