@@ -47,7 +47,6 @@ def train(config: Config, dataset: Dataset, device: torch.device, steps: int = 3
     """Take joint training steps; returns the trainer and the losses (steps, tasks)."""
     trainer = joint_trainer(config, dataset, device)
     stage_trainer = trainer.stage_trainer(trainer.stages[0])
-    stage_trainer.set_train_mode()
     batches = trainer.loader.epoch(1)
     return trainer, torch.stack([stage_trainer.train_step(next(batches)) for _ in range(steps)]).cpu()
 
@@ -90,7 +89,6 @@ def test_train_step_never_synchronizes_with_gpu(
     config = replace(config, optimizer=replace(config.optimizer, name=name))
     trainer = joint_trainer(config, discs, GPU)
     stage_trainer = trainer.stage_trainer(trainer.stages[0])
-    stage_trainer.set_train_mode()
     first, *others = [next(trainer.loader.epoch(1)) for _ in range(3)]
     stage_trainer.train_step(first)  # counts FLOPs and allocates memory
     torch.cuda.set_sync_debug_mode("error")

@@ -1,16 +1,10 @@
-"""Activation checkpointing: bit-equal training in less memory, and the same FLOP count."""
+"""Activation checkpointing: bit-equal training in less memory."""
 
-import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from crowdray.config import (
     BACKBONES,
@@ -24,52 +18,15 @@ from crowdray.config import (
     StagesConfig,
 )
 from crowdray.data.shards import Dataset
-from crowdray.models.backbone import Backbone
 from crowdray.models.build import build_counter
 from crowdray.models.counter import TASKS
 from crowdray.presets import preset
 from crowdray.training.distributed import World
-from crowdray.training.flops import flops_per_window
 from crowdray.training.trainer import Trainer
 
+from ..support.backbones import SINGLE_SEGMENT, SMALL
 
-class StochasticBackbone(Backbone):
-    """A user's backbone in two segments, with both kinds of running statistics and dropout."""
-
-    channels = 16
-    stride = 8
-    output_stride = 8
-    receptive_radius = 70
-
-    def __init__(self) -> None:
-        super().__init__()
-        blocks = [
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, stride=2, padding=1),
-                nn.BatchNorm2d(after, momentum=momentum),
-                nn.ReLU(inplace=True),
-                nn.Dropout(0.3),
-            )
-            for before, after, momentum in ((3, 8, 0.1), (8, 16, None), (16, 16, 0.1))
-        ]
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, image: Tensor) -> Tensor:
-        features: Tensor = self.blocks(image)
-        return features
-
-    def checkpoint_segments(self) -> Sequence[nn.Module]:
-        return [self.blocks[:1], self.blocks[1:]]
-
-
-class SingleSegmentBackbone(StochasticBackbone):
-    """The same in one segment, as for a class that defines only `forward`."""
-
-    def checkpoint_segments(self) -> Sequence[nn.Module]:
-        return Backbone.checkpoint_segments(self)  # type: ignore[return-value]
-
-
-USER_BACKBONES = [f"{__name__}:{name}" for name in ("StochasticBackbone", "SingleSegmentBackbone")]
+USER_BACKBONES = [SMALL, SINGLE_SEGMENT]
 
 
 def config_of(backbone: str, activation_checkpointing: bool = False) -> Config:
@@ -129,58 +86,27 @@ def test_gradients_with_activation_checkpointing_are_bit_equal(backbone: str, bf
         assert gradient is not None and other is not None and torch.equal(gradient, other), name
 
 
-class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the peak bytes of all live tensors that operations have created."""
-
-    def __init__(self, existing: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak: int = 0
-        self._live: int = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (address := tensor.untyped_storage()._cdata) not in self._known:
-                self._known.add(address)
-                self._live += tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self._freed, address, tensor.untyped_storage().nbytes())
-        self.peak = max(self.peak, self._live)
-        return result
-
-    def _freed(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self._live -= size
-
-
 def peak_bytes(backbone: str, activation_checkpointing: bool) -> int:
     """Peak bytes of a step's activations and their gradients; gradients of parameters are allocated before."""
     config = replace(config_of(backbone), sampling=SamplingConfig(crop=96, context=0))
     counter = build_counter(config, 1.0)
     counter.activation_checkpointing = activation_checkpointing
-    existing: list[Tensor] = []
     for parameter in counter.parameters():
         parameter.grad = torch.zeros_like(parameter)
-        existing += [parameter, parameter.grad]
     image = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8)
-    recorder = PeakBytes(existing)
-    with recorder:
+    tracker = MemTracker()
+    tracker.track_external(counter)
+    with tracker:
         outputs = counter(image, TASKS)
         torch.stack([output.square().mean() for output in outputs.values()]).sum().backward()  # type: ignore[no-untyped-call]
-    return recorder.peak
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return sum(size for kind, size in peak.items() if str(kind).endswith(("ACT", "TEMP")))
 
 
+@pytest.mark.filterwarnings("ignore:Module is None")  # from the tracker
 @pytest.mark.parametrize(("backbone", "fraction"), [("csrnet", 0.65), ("convnext", 0.3)])
 def test_peak_memory_with_activation_checkpointing_falls(backbone: str, fraction: float) -> None:
     assert peak_bytes(backbone, True) < fraction * peak_bytes(backbone, False)
-
-
-def test_flops_per_window_ignores_recomputation() -> None:
-    counter = build_counter(config_of("csrnet"), 1.0)
-    counted = []
-    for counter.activation_checkpointing in (False, True):
-        counted.append(flops_per_window(counter, TASKS, (64, 64), frozen_encoder=False, autocast=nullcontext()))
-    assert counted[0] == counted[1] and counter.activation_checkpointing
 
 
 def test_config_with_activation_checkpointing_and_compile_raises() -> None:

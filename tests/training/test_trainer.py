@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
 from crowdray.config import (
     BACKBONES,
@@ -28,7 +28,6 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import summarise
-from crowdray.models.backbone import Backbone
 from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
 from crowdray.presets import preset
 from crowdray.training.checkpoint import MEASURED_METRICS, EpochMetrics, load_checkpoint
@@ -37,6 +36,8 @@ from crowdray.training.errors import DivergedError
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.stages import build_stages, module_of
 from crowdray.training.trainer import EpochCallback, Trainer
+
+from ..support.backbones import SMALL
 
 CPU = torch.device("cpu")
 
@@ -67,30 +68,6 @@ def save_epochs(folder: Path) -> EpochCallback:
     return save_epoch
 
 
-class SmallBackbone(Backbone):
-    """A user's backbone with stride 8 and BatchNorm."""
-
-    channels = 16
-    stride = 8
-    output_stride = 8
-    receptive_radius = 70
-
-    def __init__(self) -> None:
-        super().__init__()
-        blocks = [
-            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
-            for before, after in ((3, 8), (8, 16), (16, 16))
-        ]
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, image: Tensor) -> Tensor:
-        features: Tensor = self.blocks(image)
-        return features
-
-
-USER_BACKBONE = f"{__name__}:SmallBackbone"
-
-
 def sgd_config(backbone: str) -> Config:
     """Any backbone by SGD in fp32, one epoch per stage: frozen parameters stay equal to the bit."""
     count_decoder = "paper" if backbone == "cfcn" else "pooled"
@@ -104,7 +81,7 @@ def sgd_config(backbone: str) -> Config:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("backbone", [*BACKBONES, USER_BACKBONE])
+@pytest.mark.parametrize("backbone", [*BACKBONES, SMALL])
 def test_train_epoch_changes_exactly_the_modules_of_its_stage(discs: Dataset, backbone: str, stage: int) -> None:
     check_gradients(trainer_of(discs, sgd_config(backbone)), stage)
 
@@ -335,7 +312,7 @@ def test_gradients_with_bf16_allreduce_are_mean_of_rounded_gradients(discs: Data
 
 @pytest.mark.slow
 def test_running_statistics_with_two_workers_are_equal_and_exported(discs: Dataset, tmp_path: Path) -> None:
-    config = sgd_config(USER_BACKBONE)
+    config = sgd_config(SMALL)
     mp.spawn(_train_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     one, other = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
     assert any("running_mean" in name for name in one)

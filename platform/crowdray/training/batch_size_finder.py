@@ -105,7 +105,6 @@ class StepTimer:
         loader = build_loader(self.state, self.images, rows)
         self.stage_trainer = StageTrainer(self.state, replace(stage, balanced=False), loader, _no_validation)
         self.stage_trainer.learning_rate = 0.0
-        self.stage_trainer.set_train_mode()
         gradients = sum(map(torch.Tensor.numel, self.stage_trainer.parameters))
         self.gradient_buckets = torch.ones(gradients if distributed else 0, device=device)
         images = _image_cache_bytes(config, dataset)

@@ -3,9 +3,7 @@
 import resource
 import time
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
 from functools import cache
-from math import prod
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,65 +38,24 @@ def peak_matmul_flops(device: torch.device, dtype: torch.dtype, threads: int) ->
     return 2 * side**3 / min(times)
 
 
-def flops_per_window(
-    counter: Counter,
-    tasks: Collection[str],
-    size: Sequence[int],
-    *,
-    frozen_encoder: bool,
-    autocast: AbstractContextManager[object],
-) -> int:
+def flops_per_window(counter: Counter, tasks: Collection[str], size: Sequence[int], *, frozen_encoder: bool) -> int:
     """Count the FLOPs of the forward and backward pass of one window; a multiply-add is two.
 
-    Counts the operations that torch runs on a grey window, except recomputed activations. Leaves gradients and
-    random number generators untouched.
+    A backward pass counts as twice its forward pass (Chowdhery et al. 2022, appendix B), recomputed activations do
+    not count: torch's own counter takes the backward pass of a grouped convolution for that of a full one. Leaves the
+    counter in evaluation mode.
 
     Args:
         size: (H, W) of the window in pixels.
     """
-    device = counter.mean.device
-    trained = [parameter for parameter in counter.parameters() if parameter.requires_grad]
-    image = torch.zeros(1, 3, *size, device=device)
-    modes = {module: module.training for module in counter.modules()}
-    activation_checkpointing, counter.activation_checkpointing = counter.activation_checkpointing, False
     counter.eval()
-    try:
-        with FlopCounterMode(display=False, custom_mapping=_CUSTOM_FLOPS) as counted:
-            with autocast:
-                # `forward` is never the compiled call, which hides its operations.
-                outputs = counter.forward(image, tasks, None, frozen_encoder)
-            total = torch.stack([output.float().sum() for output in outputs.values()]).sum()
-            torch.autograd.grad(total, trained, allow_unused=True)
-    finally:
-        counter.activation_checkpointing = activation_checkpointing
-        for module, training in modes.items():
-            module.training = training
-    return int(counted.get_total_flops())
-
-
-def _convolution_backward(
-    gradient: Sequence[int],
-    inputs: Sequence[int],
-    weight: Sequence[int],
-    _bias: object,
-    _stride: object,
-    _padding: object,
-    _dilation: object,
-    transposed: bool,
-    _output_padding: object,
-    _groups: int,
-    output_mask: Sequence[bool],
-    **_shapes: object,
-) -> int:
-    """FLOPs of a convolution's gradients: one forward pass each for its inputs and its weights.
-
-    torch's own count ignores groups, and is 16 times too high and more for depthwise convolutions.
-    """
-    cells = prod((inputs if transposed else gradient)[2:])
-    return 2 * gradient[0] * cells * prod(weight) * (output_mask[0] + output_mask[1])
-
-
-_CUSTOM_FLOPS = {torch.ops.aten.convolution_backward: _convolution_backward}
+    image = torch.zeros(1, 3, *size, device=counter.mean.device)
+    # Its methods are never the compiled call, which hides its operations.
+    with torch.no_grad(), FlopCounterMode(display=False) as encoder:
+        features = counter.features(image)
+    with torch.no_grad(), FlopCounterMode(display=False) as decoders:
+        counter.decode(features, tasks, size)
+    return int((1 if frozen_encoder else 3) * encoder.get_total_flops() + 3 * decoders.get_total_flops())
 
 
 def peak_memory(device: torch.device) -> int:

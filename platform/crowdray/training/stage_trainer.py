@@ -179,9 +179,8 @@ class StageTrainer:
         state, config = self.state, self.state.config
         if not self._window_flops:
             frozen = not self.stage.trains_encoder
-            self._window_flops = flops_per_window(
-                state.counter, self.stage.tasks, batch.size, frozen_encoder=frozen, autocast=self.autocast()
-            )
+            self._window_flops = flops_per_window(state.counter, self.stage.tasks, batch.size, frozen_encoder=frozen)
+            self.set_train_mode()
         self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
         try:
             batch = self._to_device(batch)
