@@ -11,7 +11,6 @@ from typing import Any
 
 import grimp
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,16 +18,12 @@ import crowdray
 from crowdray.config import Config, LossConfig, ModelConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.models.cfcn import CFCN
-from crowdray.presets import preset
 from crowdray.stage_cache import keys as stage_cache_keys
 from crowdray.stage_cache.keys import HASHED_CODE, numerics_facts, package_digest, stage_keys
 from crowdray.training.checkpoint import load_checkpoint
-from crowdray.training.distributed import World
-from crowdray.training.trainer import Trainer
 
-from ..support.states import train_until
+from ..support.trainers import CPU, Interrupted, debug_config, equal_tensors, save_epochs, trainer_of
 
-CPU = torch.device("cpu")
 PACKAGE = Path(crowdray.__file__).parent
 STAGES = ("baseline", "decoders", "joint")
 
@@ -247,16 +242,14 @@ def test_stage_keys_depend_on_the_code_of_a_users_backbone(tmp_path: Path, monke
 def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_path: Path) -> None:
     """Fields that the table calls irrelevant do not change the state in the middle of the decoders stage."""
     stages = StagesConfig(StageConfig(1, 3e-4), StageConfig(2, 1e-3), StageConfig(1, 3e-4))
-    debug = preset("debug")
-    small = dataclasses.replace(debug.sampling, context=16, validation_fraction=0.7)
-    one = other = dataclasses.replace(debug, sampling=small, stages=stages)
+    one = other = debug_config(sampling={"validation_fraction": 0.7}, stages=stages)
     for path, (value, first) in FIELDS.items():
         if path == "stages.decoders.epochs" or (first in (None, "joint") and not path.startswith("numerics.")):
             other = with_field(other, path, value)
     assert differing_stages(one, other) == ["joint"]
     for name, config in (("one", one), ("other", other)):
-        train_until(Trainer(config, discs, world=World(), device=CPU), 2, tmp_path / name)
+        with pytest.raises(Interrupted):
+            trainer_of(discs, config).fit(save_epochs(tmp_path / name, last=2))
     a, b = load_checkpoint(tmp_path / "one" / "2"), load_checkpoint(tmp_path / "other" / "2")
     for left, right in ((a.weights, b.weights), (a.ema, b.ema), (a.optimizer, b.optimizer)):
-        assert left.keys() == right.keys() and left
-        assert all(torch.equal(left[name], right[name]) for name in left)
+        assert left and equal_tensors(left, right)

@@ -7,25 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from crowdray.config import Config, LossConfig, SamplingConfig, StageConfig, StagesConfig
+from crowdray.config import Config, LossConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheOptions, StageCacheSession
-from crowdray.training.checkpoint import MEASURED_METRICS, load_checkpoint
+from crowdray.training.checkpoint import load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
-from ..support.states import train_until
-
-CPU = torch.device("cpu")
+from ..support.trainers import CPU, Interrupted, computed, debug_config, equal_tensors, save_epochs, trainer_of
 
 
 def make_config(baseline: int, decoders: int, joint: int, **loss: float) -> Config:
-    config = preset("debug")
     stages = StagesConfig(StageConfig(baseline, 3e-4), StageConfig(decoders, 1e-3), StageConfig(joint, 3e-4))
-    sampling = SamplingConfig(crop=32, context=16, batch=4, validation_fraction=0.25)
-    return dataclasses.replace(config, sampling=sampling, stages=stages, loss=LossConfig(**loss))
+    return debug_config(stages=stages, loss=LossConfig(**loss))
 
 
 @pytest.fixture
@@ -42,7 +37,7 @@ def open_session(
 def train(discs: Dataset, config: Config, stage_cache: StageCacheConfig) -> tuple[Trainer, int]:
     """Train with a stage cache; returns the trainer and the number of epochs restored from the cache."""
     session = open_session(stage_cache, config, discs, threads=torch.get_num_threads())
-    trainer = Trainer(config, discs, world=World(), device=CPU, restored=session.restore())
+    trainer = trainer_of(discs, config, restored=session.restore())
     restored = len(trainer.state.progress.history)
     trainer.fit(lambda row, save: session.save(trainer, save))
     return trainer, restored
@@ -63,16 +58,12 @@ def test_run_with_stage_cache_equals_run_from_scratch(discs: Dataset, stage_cach
     for config, expected in steps:
         cached, restored = train(discs, config, stage_cache)
         assert restored == expected
-        scratch = Trainer(config, discs, world=World(), device=CPU)
+        scratch = trainer_of(discs, config)
         scratch.fit()
-        ours, theirs = (
-            [{k: v for k, v in row.items() if k not in MEASURED_METRICS} for row in trainer.state.progress.history]
-            for trainer in (cached, scratch)
-        )
-        assert ours == theirs
+        assert computed(cached.state.progress.history) == computed(scratch.state.progress.history)
         assert cached.state.progress.best == scratch.state.progress.best
         for stage, weights in scratch.state.best_weights.items():
-            assert all(torch.equal(cached.state.best_weights[stage][name], value) for name, value in weights.items())
+            assert equal_tensors(cached.state.best_weights[stage], weights)
 
 
 def test_session_stores_states_until_the_world_size_changes(
@@ -87,8 +78,9 @@ def test_session_stores_states_until_the_world_size_changes(
         """Resume after epoch `start`, lose the workers after epoch `end`; returns the stored epochs per stage."""
         session = open_session(stage_cache, config, discs, World(0, size))
         own = session.resume_from(load_checkpoint(tmp_path / f"{start}")) if start else None
-        trainer = Trainer(config, discs, world=World(), device=CPU, restored=own)
-        train_until(trainer, end, tmp_path, lambda save: session.save(trainer, save))
+        trainer = trainer_of(discs, config, restored=own)
+        with pytest.raises(Interrupted):
+            trainer.fit(save_epochs(tmp_path, lambda save: session.save(trainer, save), end))
         return [store.epochs(key) for key in session.stage_keys]
 
     assert epochs_stored_by(2, 0, 1) == [[1], [], []]
@@ -127,7 +119,7 @@ class SeparateStores(World):
 def test_restore_rejects_different_stores_per_rank(discs: Dataset, stage_cache: StageCacheConfig) -> None:
     config = make_config(1, 1, 1)
     session = open_session(stage_cache, config, discs, SeparateStores(0, 2))
-    trainer = Trainer(config, discs, world=World(), device=CPU)
+    trainer = trainer_of(discs, config)
     trainer.fit(lambda row, save: session.save(trainer, save))
     with pytest.raises(UserError, match=r"stages is not the same folder for all workers; give --stage-cache"):
         session.restore()

@@ -1,17 +1,13 @@
-"""Checkpoints: small ones in a stage store, and those of interrupted training runs."""
+"""Small checkpoints in a stage store."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
 
 from crowdray.config import Config
 from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.store import StageStore, StateId
-from crowdray.training.checkpoint import BestEpoch, Checkpoint, EpochMetrics, Progress, save_checkpoint
-from crowdray.training.trainer import Trainer
+from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, save_checkpoint
+
+from .trainers import equal_tensors
 
 UNLIMITED = 10**9
 BASELINE = StageKey("a" * 32, "baseline", 10)
@@ -33,8 +29,7 @@ def same(one: Checkpoint | None, other: Checkpoint) -> bool:
 
     if one is None or (one.config, one.progress) != (other.config, other.progress):
         return False
-    a, b = tensors(one), tensors(other)
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+    return equal_tensors(tensors(one), tensors(other))
 
 
 def publish(store: StageStore, key: StageKey, epoch: int, number: int | None = None) -> StateId:
@@ -52,24 +47,3 @@ def stored(store: StageStore, key: StageKey = BASELINE) -> dict[int, int]:
         assert loaded is not None and same(loaded, checkpoint(loaded.config.seed)), f"epoch {epoch} is torn"
         numbers[epoch] = loaded.config.seed
     return numbers
-
-
-class Interrupted(Exception):
-    """The training run has reached the requested epoch."""
-
-
-def train_until(
-    trainer: Trainer, last: int, folder: Path, on_epoch: Callable[[Callable[[Path], None]], Any] = lambda save: None
-) -> None:
-    """Train until epoch `last`; every epoch ends with `on_epoch` and writes a checkpoint into `folder`/<epoch>."""
-
-    def end_epoch(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        on_epoch(save)
-        path = folder / f"{row['epoch']}"
-        path.mkdir(parents=True)
-        save(path)
-        if row["epoch"] == last:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        trainer.fit(end_epoch)

@@ -20,20 +20,17 @@ from crowdray.config import (
 from crowdray.data.shards import Dataset
 from crowdray.models.build import build_counter
 from crowdray.models.counter import TASKS
-from crowdray.presets import preset
-from crowdray.training.distributed import World
-from crowdray.training.trainer import Trainer
 
 from ..support.backbones import SINGLE_SEGMENT, SMALL
+from ..support.trainers import debug_config, equal_tensors, trainer_of
 
 USER_BACKBONES = [SMALL, SINGLE_SEGMENT]
 
 
 def config_of(backbone: str, activation_checkpointing: bool = False) -> Config:
-    base, once = preset("debug"), StageConfig(1, 1e-2)
-    return replace(
-        base,
-        sampling=replace(base.sampling, context=16, validation_fraction=0.7),
+    once = StageConfig(1, 1e-2)
+    return debug_config(
+        sampling={"validation_fraction": 0.7},
         model=ModelConfig(backbone, "pooled"),
         optimizer=OptimizerConfig(name="sgd", grad_accumulation_steps=2),
         stages=StagesConfig(once, once, once),
@@ -56,8 +53,7 @@ def test_checkpoint_segments_in_sequence_equal_the_encoder(backbone: str) -> Non
 def test_fit_with_activation_checkpointing_is_bit_equal(discs: Dataset, backbone: str) -> None:
     """Weights and running statistics, in a frozen and a trained encoder, over microbatches."""
     stored, recomputed = (
-        Trainer(config_of(backbone, activation_checkpointing), discs, world=World(), device=torch.device("cpu"))
-        for activation_checkpointing in (False, True)
+        trainer_of(discs, config_of(backbone, activation_checkpointing)) for activation_checkpointing in (False, True)
     )
     for trainer in (stored, recomputed):
         trainer.fit()
@@ -65,8 +61,7 @@ def test_fit_with_activation_checkpointing_is_bit_equal(discs: Dataset, backbone
     assert not recomputed.best_counter("joint").activation_checkpointing
     state = recomputed.state.counter.state_dict()
     assert any("num_batches_tracked" in name for name in state)
-    for name, value in stored.state.counter.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    assert equal_tensors(stored.state.counter.state_dict(), state)
 
 
 @pytest.mark.parametrize(("backbone", "bf16"), [("cfcn", False), ("csrnet", True), ("convnext", False)])
@@ -88,8 +83,7 @@ def test_gradients_with_activation_checkpointing_are_bit_equal(backbone: str, bf
 
 def peak_bytes(backbone: str, activation_checkpointing: bool) -> int:
     """Peak bytes of a step's activations and their gradients; gradients of parameters are allocated before."""
-    config = replace(config_of(backbone), sampling=SamplingConfig(crop=96, context=0))
-    counter = build_counter(config, 1.0)
+    counter = build_counter(replace(config_of(backbone), sampling=SamplingConfig(crop=96, context=0)), 1.0)
     counter.activation_checkpointing = activation_checkpointing
     for parameter in counter.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -14,7 +14,6 @@ from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.counter import Counter
-from crowdray.presets import preset
 from crowdray.training import batch_size_finder
 from crowdray.training.batch_size_finder import (
     MEMORY_FRACTION,
@@ -23,11 +22,10 @@ from crowdray.training.batch_size_finder import (
     measure_batch_size,
     search_microbatch_size,
 )
-from crowdray.training.distributed import World
 from crowdray.training.stage_trainer import StageTrainer
-from crowdray.training.trainer import Trainer
 
-CPU = torch.device("cpu")
+from ..support.trainers import CPU, debug_config, trainer_of
+
 WORKERS, STEPS = 3, 2
 
 
@@ -56,11 +54,9 @@ def test_search_microbatch_size_returns_smallest_fast_power_of_two_or_largest_th
     assert len(measured) <= 2 * limit.bit_length() + 1
 
 
-def config_of(grad_accumulation_steps: int = STEPS) -> Config:
-    base = preset("debug")
-    sampling = replace(base.sampling, context=16, validation_fraction=0.25, crops_per_image=8)
-    optimizer = replace(base.optimizer, grad_accumulation_steps=grad_accumulation_steps)
-    return replace(base, sampling=sampling, optimizer=optimizer)
+def config_of(grad_accumulation_steps: int = STEPS, crops_per_image: int = 8) -> Config:
+    optimizer = {"grad_accumulation_steps": grad_accumulation_steps}
+    return debug_config(sampling={"crops_per_image": crops_per_image}, optimizer=optimizer)
 
 
 @pytest.fixture
@@ -121,12 +117,11 @@ def test_measure_batch_size_with_memory_limit_never_exceeds_it(discs: Dataset, m
 
 def test_measure_batch_size_result_trains(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size_finder, "TIMED_STEPS", 1)
-    config = config_of()
-    config = replace(config, sampling=replace(config.sampling, crops_per_image=1))
+    config = config_of(crops_per_image=1)
     batch = measure_batch_size(config, discs, device=CPU, workers=1, memory_bytes=2**34)
     assert batch % STEPS == 0 and STEPS <= batch <= 18
     config = replace(config, sampling=replace(config.sampling, batch=batch))
-    trainer = Trainer(config, discs, world=World(), device=CPU)
+    trainer = trainer_of(discs, config)
     trainer.stage_trainer(trainer.stages[-1]).train_step(next(trainer.loader.epoch(1)))
 
 

@@ -4,7 +4,6 @@ The limit is simulated as a number of windows: under a real limit of the process
 instead of reporting a failed allocation.
 """
 
-import dataclasses
 import re
 import weakref
 from typing import Any, Literal
@@ -16,9 +15,8 @@ from crowdray.config import NumericsConfig, OptimizerConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import Counter
-from crowdray.presets import preset
-from crowdray.training.distributed import World
-from crowdray.training.trainer import Trainer
+
+from ..support.trainers import debug_config, equal_tensors, trainer_of
 
 BATCH = 40
 
@@ -27,16 +25,12 @@ def train_baseline(
     discs: Dataset, grad_accumulation_steps: int = 1, compiled: Literal["no", "yes", "graphs"] = "no"
 ) -> dict[str, torch.Tensor]:
     """Train the baseline stage on batches of 40 windows; returns the weights."""
-    base = preset("debug")
-    config = dataclasses.replace(
-        base,
-        sampling=dataclasses.replace(
-            base.sampling, batch=BATCH, crops_per_image=4, crop=32, context=32, validation_fraction=0.25
-        ),
+    config = debug_config(
+        sampling={"batch": BATCH, "crops_per_image": 4, "crop": 32, "context": 32},
         optimizer=OptimizerConfig(name="sgd", grad_accumulation_steps=grad_accumulation_steps),
         numerics=NumericsConfig(compile=compiled),
     )
-    trainer = Trainer(config, discs, world=World(), device=torch.device("cpu"))
+    trainer = trainer_of(discs, config)
     trainer.stages = trainer.stages[:1]
     trainer.fit()
     return trainer.state.counter.state_dict()
@@ -149,5 +143,5 @@ def test_gradients_accumulated_outside_cuda_graphs_are_equal(discs: Dataset, mon
     monkeypatch.setattr(torch.optim.SGD, "step", recorded)
     plain = train_baseline(discs, grad_accumulation_steps=2)
     graphs = train_baseline(discs, grad_accumulation_steps=2, compiled="graphs")
-    assert plain.keys() == graphs.keys() and all(torch.equal(plain[name], graphs[name]) for name in plain)
+    assert equal_tensors(plain, graphs)
     assert len(set(addresses[len(addresses) // 2 :])) == 1

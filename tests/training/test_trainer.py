@@ -29,43 +29,16 @@ from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import summarise
 from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
-from crowdray.presets import preset
-from crowdray.training.checkpoint import MEASURED_METRICS, EpochMetrics, load_checkpoint
+from crowdray.training.checkpoint import EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World, local_world
 from crowdray.training.errors import DivergedError
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.stages import build_stages, module_of
-from crowdray.training.trainer import EpochCallback, Trainer
+from crowdray.training.trainer import Trainer
 
 from ..support.backbones import SMALL
-
-CPU = torch.device("cpu")
-
-
-def debug_config(**change: object) -> Config:
-    config = preset("debug")
-    sampling = dataclasses.replace(config.sampling, context=16, validation_fraction=0.25)
-    return dataclasses.replace(config, **{"sampling": sampling, **change})  # type: ignore[arg-type]
-
-
-def trainer_of(discs: Dataset, config: Config | None = None, restored: Path | None = None) -> Trainer:
-    checkpoint = load_checkpoint(restored) if restored else None
-    return Trainer(config or debug_config(), discs, world=World(), device=CPU, restored=checkpoint)
-
-
-def computed(history: list[EpochMetrics]) -> list[EpochMetrics]:
-    """The history without measured times and memory."""
-    return [{name: value for name, value in epoch.items() if name not in MEASURED_METRICS} for epoch in history]
-
-
-def save_epochs(folder: Path) -> EpochCallback:
-    """A callback that saves each epoch's checkpoint to the subfolder of its number."""
-
-    def save_epoch(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
-        (folder / str(metrics["epoch"])).mkdir()
-        save(folder / str(metrics["epoch"]))
-
-    return save_epoch
+from ..support.states import checkpoint
+from ..support.trainers import CPU, computed, debug_config, equal_tensors, save_epochs, trainer_of
 
 
 def sgd_config(backbone: str) -> Config:
@@ -122,32 +95,13 @@ def test_fit_resumed_after_any_epoch_equals_unbroken_run(discs: Dataset, tmp_pat
     epochs = sorted(int(folder.name) for folder in tmp_path.iterdir())
     assert epochs == [1, 2, 3, 4, 5]
     for epoch in epochs:
-        resumed = trainer_of(discs, restored=tmp_path / str(epoch))
+        resumed = trainer_of(discs, restored=load_checkpoint(tmp_path / str(epoch)))
         resumed.fit()
         result = final_result(resumed)
         assert computed(result.history) == computed(expected.history)
         assert result.stages == expected.stages
         assert result.best_stage == expected.best_stage
     assert TrainingResult.from_json(expected.to_json(), "x") == expected
-
-
-def test_fit_resumed_with_longer_stages_equals_longer_run(discs: Dataset, tmp_path: Path) -> None:
-    """The last checkpoint of a stage resumes a longer version of it, or the next stage."""
-    trainer_of(discs).fit(save_epochs(tmp_path))
-    stages = debug_config().stages
-    longer = StagesConfig(
-        dataclasses.replace(stages.baseline, epochs=stages.baseline.epochs + 1),
-        dataclasses.replace(stages.decoders, epochs=stages.decoders.epochs + 1),
-        dataclasses.replace(stages.joint, epochs=1),
-    )
-    config = debug_config(stages=longer)
-    unbroken = trainer_of(discs, config)
-    unbroken.fit()
-    resumed = trainer_of(discs, config, restored=tmp_path / str(stages.baseline.epochs))
-    resumed.fit()
-    assert computed(resumed.state.progress.history) == computed(unbroken.state.progress.history)
-    for name, value in unbroken.state.counter.state_dict().items():
-        assert torch.equal(resumed.state.counter.state_dict()[name], value)
 
 
 def test_density_of_window_equals_that_of_whole_image_where_loss_has_weight(discs: Dataset) -> None:
@@ -206,12 +160,9 @@ def test_fit_with_patience_stops_stage_early(discs: Dataset, monkeypatch: pytest
     assert trainer.state.progress.best["baseline"].epoch == 2
 
 
-def test_trainer_with_checkpoint_of_other_data_raises(discs: Dataset, tmp_path: Path) -> None:
-    trainer_of(discs).fit(save_epochs(tmp_path))
-    checkpoint = load_checkpoint(tmp_path / "1")
-    checkpoint.progress.data_digest = "f" * 64
+def test_trainer_with_checkpoint_of_other_data_raises(discs: Dataset) -> None:
     with pytest.raises(DataError, match="under a new --name"):
-        Trainer(debug_config(), discs, world=World(), device=CPU, restored=checkpoint)
+        trainer_of(discs, restored=checkpoint(1))
 
 
 def test_trainer_without_validation_images_raises(discs: Dataset) -> None:
@@ -236,13 +187,13 @@ def _train_rank(rank: int, workers: int, folder: str, uri: str, config: Config) 
     world, dataset = _start_rank(rank, workers, folder), Dataset.open(uri)
     if workers > 1:
         for stage in range(3):
-            check_gradients(Trainer(config, dataset, world=world, device=CPU), stage)
+            check_gradients(trainer_of(dataset, config, world=world), stage)
 
     def save_first(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
         if rank == 0 and metrics["epoch"] == 1:
             save(Path(folder))
 
-    trainer = Trainer(config, dataset, world=world, device=CPU)
+    trainer = trainer_of(dataset, config, world=world)
     trainer.fit(save_first)
     torch.save(trainer.state.counter.state_dict(), f"{folder}/{workers}-{rank}.pt")
     _end_rank()
@@ -272,7 +223,7 @@ def test_fit_with_workers_and_microbatches_equals_one_worker(
     alone.fit()
     mp.spawn(_train_rank, args=(workers, str(tmp_path), discs.uri, accumulating), nprocs=workers)  # type: ignore[attr-defined, no-untyped-call]
     states = [torch.load(tmp_path / f"{workers}-{rank}.pt") for rank in range(workers)]
-    resumed = trainer_of(discs, config, tmp_path)
+    resumed = trainer_of(discs, config, restored=load_checkpoint(tmp_path))
     assert (resumed.state.progress.epochs, resumed.state.progress.world_size) == (1, 1)
     resumed.fit()
     epochs = alone.state.progress.epochs
@@ -286,7 +237,7 @@ def test_fit_with_workers_and_microbatches_equals_one_worker(
 def _reduce_in_bf16(rank: int, folder: str, uri: str) -> None:
     world = _start_rank(rank, 2, folder)
     config = debug_config(numerics=NumericsConfig(precision="fp32", grad_allreduce_dtype="bf16"))
-    trainer = Trainer(config, Dataset.open(uri), world=world, device=CPU)
+    trainer = trainer_of(Dataset.open(uri), config, world=world)
     stage_trainer = trainer.stage_trainer(trainer.stages[0])
     model = stage_trainer.model
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
@@ -315,13 +266,10 @@ def test_running_statistics_with_two_workers_are_equal_and_exported(discs: Datas
     config = sgd_config(SMALL)
     mp.spawn(_train_rank, args=(2, str(tmp_path), discs.uri, config), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     one, other = (torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2))
-    assert any("running_mean" in name for name in one)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert any("running_mean" in name for name in one) and equal_tensors(one, other)
     trainer = trainer_of(discs, config)
     trainer.fit()
-    exported, best = trainer.best_counter("joint").state_dict(), trainer.state.best_weights["joint"]
-    assert exported.keys() == best.keys()
-    assert all(torch.equal(exported[name], value) for name, value in best.items())
+    assert equal_tensors(trainer.best_counter("joint").state_dict(), trainer.state.best_weights["joint"])
 
 
 def test_evaluate_by_one_or_two_workers_is_identical(discs: Dataset) -> None:

@@ -9,14 +9,9 @@ import torch
 
 from crowdray.data.shards import Dataset
 from crowdray.models.export import density_geometry
-from crowdray.presets import preset
-from crowdray.training.distributed import World
 from crowdray.training.precision import set_tf32
-from crowdray.training.trainer import Trainer
 
-
-def trainer_of(discs: Dataset) -> Trainer:
-    return Trainer(preset("debug"), discs, world=World(), device=torch.device("cpu"))
+from ..support.trainers import trainer_of
 
 
 def test_validate_in_tiles_equals_validate_on_whole_images(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
