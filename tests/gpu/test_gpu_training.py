@@ -114,7 +114,7 @@ def test_fit_epoch_with_nccl_reduces_only_gpu_tensors(discs: Dataset, tmp_path: 
     try:
         trainer = Trainer(config_of("cfcn"), discs, world=SingleRankGroup(), device=GPU)
         for stage in trainer.stages:
-            trainer.stage_trainer(stage).fit_epoch()
+            trainer.stage_trainer(stage).fit_epoch(trainer.validate)
         assert len(trainer.state.progress.history) == len(trainer.stages)
     finally:
         dist.destroy_process_group()
@@ -158,7 +158,7 @@ def test_fit_epoch_with_nan_loss_raises_before_it_is_recorded(
     monkeypatch.setattr(trainer.loader, "epoch", lambda *_, **__: iter(batches))
     rows = re.escape(str(batches[position].rows.tolist()))
     with pytest.raises(DivergedError, match=rf"baseline stage.*density nan.*{rows}.*learning_rate"):
-        stage_trainer.fit_epoch()
+        stage_trainer.fit_epoch(trainer.validate)
     assert not trainer.state.progress.history
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,6 @@ def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
 
     monkeypatch.setattr(storage, "read_bytes_or_none", remove_after_reading)
     assert store.load(state) is None and not caplog.records
-
-
-def test_publish_keeps_the_first_whole_state(store: StageStore) -> None:
-    def save(folder: Path) -> None:
-        publish(store, BASELINE, 1, number=5)  # another process is faster
-        save_checkpoint(checkpoint(6), folder)
-
-    store.publish(BASELINE, 1, save)
-    assert same(store.load(StateId(BASELINE.key, BASELINE.stage, 1)), checkpoint(5))
 
 
 def test_publish_replaces_a_folder_without_manifest(store: StageStore) -> None:
@@ -322,41 +314,40 @@ class Killed(BaseException):
     """Stands for a kill where the store is in the memory of one process."""
 
 
-@pytest.mark.parametrize("last", range(1, 7))
-def test_upload_killed_at_any_file_leaves_whole_states_only(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
-    publish(store, BASELINE, 1)
+def before_upload(number: int, action: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `action` before the upload of file `number`, counted from 1, to fsspec's memory."""
     put, done = MemoryFileSystem.put_file, list[str]()
 
-    def die(self: Any, local: str, remote: str, **options: Any) -> None:
+    def interrupted(self: Any, local: str, remote: str, **options: Any) -> None:
         done.append(remote)
-        if len(done) == last:
-            raise Killed
+        if len(done) == number:
+            action()
         put(self, local, remote, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "put_file", die)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", interrupted)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_upload_killed_at_any_file_leaves_whole_states_only(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die() -> None:
+        raise Killed
+
+    store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
+    publish(store, BASELINE, 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_upload(number, die, patch)
         patch.setattr(MemoryFileSystem, "rm_file", lambda self, path: None)  # a killed process cleans nothing up
-        with pytest.raises(Killed):
-            publish(store, BASELINE, 2)
+        publish(store, BASELINE, 2)
     assert stored(store) == {1: 1}
     publish(store, BASELINE, 2, number=3)
     assert stored(store) == {1: 1, 2: 3}
 
 
-@pytest.mark.parametrize("moment", range(1, 7))
-def test_concurrent_uploads_leave_one_whole_state(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", range(1, 7))
+def test_concurrent_uploads_leave_one_whole_state(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second publisher starts before each of the files of the first."""
     store = StageStore(f"memory://{uuid.uuid4().hex}", UNLIMITED)
-    put, done = MemoryFileSystem.put_file, list[str]()
-
-    def interrupt(self: Any, local: str, remote: str, **options: Any) -> None:
-        done.append(remote)
-        if len(done) == moment:
-            publish(store, BASELINE, 1, number=2)
-        put(self, local, remote, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "put_file", interrupt)
+    before_upload(number, lambda: publish(store, BASELINE, 1, number=2), monkeypatch)
     publish(store, BASELINE, 1)
     assert stored(store)[1] in (1, 2)
 

@@ -3,91 +3,53 @@
 import errno
 import json
 import os
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.training.checkpoint import (
-    BestEpoch,
-    Checkpoint,
-    Progress,
     disk_full_as_user_error,
     load_checkpoint,
     save_checkpoint,
 )
 
-WEIGHTS = {"encoder.a": torch.arange(4.0), "decoders.density.b": torch.ones(2, dtype=torch.int64)}
+from ..support.states import checkpoint, same
 
-OLD_STATE = {  # previous names
-    "format": 1,
-    "density_scale": 50.0,
-    "count_scale": 2.5,
-    "data_digest": "d" * 64,
-    "world_size": 2,
-    "chain": "c" * 32,  # previous names
-    "stage": 2,
-    "stage_epochs": 1,
-    "epochs": 4,
-    "updates": 20,
-    "stale": 3,  # previous names
-    "factors": {"density": 1.0, "depth": 0.25},
-    "norms": {"density": 2.0, "depth": 8.0},
-    "learning_rate": 0.01,
-    "plateau": {"best": 1.5, "bad_epochs": 1, "epoch": 4},
-    "average_updates": 5,
-    "best": {"baseline": {"epoch": 2, "mae": 1.5, "rmse": 2.0}},
-    "history": [{"epoch": 1, "stage": "baseline", "wait_share": 0.1, "matrix_share": 0.2}],  # previous names
+OLD_NAMES = {
+    "stage_key": "chain",  # previous names
+    "epochs_since_best": "stale",  # previous names
+    "loss_weights": "factors",
+    "gradient_norms": "norms",
+    "ema_updates": "average_updates",
 }
 
 
-def save(folder: Path, progress: Progress) -> Checkpoint:
-    checkpoint = Checkpoint(Config(seed=7), progress, WEIGHTS, WEIGHTS, WEIGHTS, {"baseline": WEIGHTS})
-    save_checkpoint(checkpoint, folder)
-    return checkpoint
-
-
-def progress_of(stage: int = 0) -> Progress:
-    return Progress(50.0, 2.5, "d" * 64, 2, stage=stage, best={"baseline": BestEpoch(2, 1.5, 2.0)})
-
-
 def test_load_checkpoint_returns_what_was_saved(tmp_path: Path) -> None:
-    saved, loaded = save(tmp_path, progress_of()), load_checkpoint(tmp_path)
-    assert (loaded.config, loaded.progress) == (saved.config, saved.progress)
-    for tensors in (loaded.weights, loaded.ema, loaded.optimizer, loaded.best_weights["baseline"]):
-        assert tensors.keys() == WEIGHTS.keys()
-        assert all(torch.equal(value, WEIGHTS[name]) for name, value in tensors.items())
+    save_checkpoint(checkpoint(7), tmp_path)
+    assert same(load_checkpoint(tmp_path), checkpoint(7))
 
 
 def test_load_checkpoint_in_previous_form_renames_its_fields(tmp_path: Path) -> None:
-    save(tmp_path, progress_of())
-    (tmp_path / "state.json").write_text(json.dumps(OLD_STATE))
-    config = json.loads((tmp_path / "config.json").read_text())
+    saved = checkpoint(7)
+    saved.progress = replace(saved.progress, stage_key="c" * 32, epochs_since_best=3, loss_weights={"depth": 0.25})
+    saved.progress = replace(saved.progress, gradient_norms={"depth": 8.0}, ema_updates=5)
+    saved.progress.history = [{"epoch": 1, "stage": "baseline", "data_wait_fraction": 0.1, "mfu": 0.2}]
+    save_checkpoint(saved, tmp_path)
+    state, config = (json.loads((tmp_path / name).read_text()) for name in ("state.json", "config.json"))
+    state = {OLD_NAMES.get(name, name): value for name, value in state.items()}
+    state["history"] = [{"epoch": 1, "stage": "baseline", "wait_share": 0.1, "matrix_share": 0.2}]  # previous names
     config["optimizer"]["accumulate"] = config["optimizer"].pop("grad_accumulation_steps")
+    (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint = load_checkpoint(tmp_path)
-    assert checkpoint.config == Config(seed=7)
-    assert asdict(checkpoint.progress) == {
-        **{name: OLD_STATE[name] for name in ("density_scale", "count_scale", "data_digest", "world_size", "best")},
-        **{
-            name: OLD_STATE[name] for name in ("stage", "stage_epochs", "epochs", "updates", "learning_rate", "plateau")
-        },
-        "stage_key": "c" * 32,
-        "epochs_since_best": 3,
-        "loss_weights": {"density": 1.0, "depth": 0.25},
-        "gradient_norms": {"density": 2.0, "depth": 8.0},
-        "ema_updates": 5,
-        "history": [{"epoch": 1, "stage": "baseline", "data_wait_fraction": 0.1, "mfu": 0.2}],
-    }
+    assert same(load_checkpoint(tmp_path), saved)
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.json", "weights.safetensors", "best-baseline.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_load_checkpoint_with_damaged_file_raises(tmp_path: Path, name: str, damage: str) -> None:
-    save(tmp_path, progress_of())
+    save_checkpoint(checkpoint(7), tmp_path)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
     if damage == "truncated":

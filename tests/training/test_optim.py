@@ -89,22 +89,14 @@ def test_plateau_reduces_after_its_patience_also_when_restored() -> None:
         assert rates(index) == unbroken
 
 
-def test_moving_average_equals_closed_form() -> None:
+@pytest.mark.parametrize("configured", [0.9, 0.0])
+def test_moving_average_equals_closed_form(configured: float) -> None:
     weight = nn.Parameter(torch.tensor([1.0]))
-    average, expected = ExponentialMovingAverage({"w": weight}, 0.9), 1.0
+    average, expected = ExponentialMovingAverage({"w": weight}, configured), 1.0
     for number in range(1, 40):
         with torch.no_grad():
             weight.fill_(float(number))
         average.update()
-        decay = min(0.9, (1 + number) / (10 + number))
+        decay = min(configured, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * number
     assert average.values["w"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_moving_average_without_decay_is_the_last_value() -> None:
-    weight = nn.Parameter(torch.tensor([1.0]))
-    average = ExponentialMovingAverage({"w": weight}, 0.0)
-    with torch.no_grad():
-        weight.fill_(4.0)
-    average.update()
-    assert average.values["w"].item() == 4.0

@@ -15,7 +15,6 @@ from crowdray.data.sampling import draw_window
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import InfeasibleConfigError, UserError
-from crowdray.evaluation.metrics import Metrics
 from crowdray.training.distributed import World
 from crowdray.training.errors import is_out_of_memory
 from crowdray.training.flops import peak_memory, synchronize
@@ -103,7 +102,7 @@ class StepTimer:
         self.state = create_state(config, dataset, rows, world=World(), device=device)
         stage = max(build_stages(config), key=lambda stage: (stage.trains_encoder, len(stage.tasks)))
         loader = build_loader(self.state, self.images, rows)
-        self.stage_trainer = StageTrainer(self.state, replace(stage, balanced=False), loader, _no_validation)
+        self.stage_trainer = StageTrainer(self.state, replace(stage, balanced=False), loader)
         self.stage_trainer.learning_rate = 0.0
         gradients = sum(map(torch.Tensor.numel, self.stage_trainer.parameters))
         self.gradient_buckets = torch.ones(gradients if distributed else 0, device=device)
@@ -212,7 +211,3 @@ def _image_cache_bytes(config: Config, dataset: Dataset) -> float:
     """Expected bytes of a worker's decoded images: 3 of colour and 2 of depth per pixel."""
     pixels = float(dataset.sizes("train").prod(axis=1).sum()) / config.sampling.downsample**2
     return min(5 * pixels, config.sampling.cache_gib * 2**30)
-
-
-def _no_validation(autocast: object) -> Metrics:
-    raise NotImplementedError("steps are timed without validation")

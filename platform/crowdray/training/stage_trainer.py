@@ -61,22 +61,13 @@ class StageTrainer:
     Built at the start of a stage, as DDP fixes the set of gradients that it reduces.
 
     Args:
-        validate: computes the validation errors after each epoch of a stage that trains the encoder.
         restored: checkpoint to resume from, if it is inside this stage.
     """
 
-    def __init__(
-        self,
-        state: TrainState,
-        stage: Stage,
-        loader: Loader,
-        validate: Validate,
-        restored: Checkpoint | None = None,
-    ) -> None:
+    def __init__(self, state: TrainState, stage: Stage, loader: Loader, restored: Checkpoint | None = None) -> None:
         self.state = state
         self.stage = stage
         self.loader = loader
-        self._validate = validate
         config, progress, counter = state.config, state.progress, state.counter
         for name, parameter in counter.named_parameters():
             parameter.requires_grad_(module_of(name) in stage.modules)
@@ -109,8 +100,8 @@ class StageTrainer:
         if (compiled := config.numerics.compile) != "no":
             self.model.compile(mode="reduce-overhead" if compiled == "graphs" else None)
 
-    def fit_epoch(self) -> EpochMetrics:
-        """Train one epoch, validate, keep the best weights; returns the epoch's metrics."""
+    def fit_epoch(self, validate: Validate) -> EpochMetrics:
+        """Train one epoch, validate if the encoder trains, keep the best weights; returns the epoch's metrics."""
         state, progress = self.state, self.state.progress
         progress.epochs += 1
         progress.stage_epochs += 1
@@ -133,7 +124,7 @@ class StageTrainer:
         }
         set_learning_rate(self.optimizer, self.learning_rate)
         if self.stage.trains_encoder:
-            metrics |= self._validate_average()
+            metrics |= self._validate_average(validate)
         else:
             self.plateau.step(sum(losses.values()))
         self.learning_rate = progress.learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -297,12 +288,12 @@ class StageTrainer:
             f"({self.learning_rate:g} now) or inspect these rows"
         )
 
-    def _validate_average(self) -> EpochMetrics:
+    def _validate_average(self, validate: Validate) -> EpochMetrics:
         """Validate the averaged weights, keep them if they are the best, and step the plateau schedule."""
         state, progress = self.state, self.state.progress
         with self._averaged_weights():
             state.counter.eval()
-            metrics = self._validate(self.autocast)
+            metrics = validate(self.autocast)
             exported = {name: value.clone() for name, value in _exported_state(state.counter).items()}
         self.plateau.step(metrics.mae)
         progress.epochs_since_best += 1

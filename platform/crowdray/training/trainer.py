@@ -85,14 +85,14 @@ class Trainer:
     def stage_trainer(self, stage: Stage) -> StageTrainer:
         """Build the trainer of a stage; the first one resumes from the checkpoint, if any."""
         restored, self._restored = self._restored, None
-        return StageTrainer(self.state, stage, self.loader, self.validate, restored)
+        return StageTrainer(self.state, stage, self.loader, restored)
 
     def _fit_stage(self, stage: Stage, on_epoch: EpochCallback) -> None:
         stage_trainer = self.stage_trainer(stage)
         try:
             while not self.stage_finished:
                 try:
-                    metrics = stage_trainer.fit_epoch()
+                    metrics = stage_trainer.fit_epoch(self.validate)
                 except BatchTooLargeError as error:
                     raise explain_too_large(stage_trainer, error.batch) from None
                 on_epoch(metrics, partial(self._save, stage_trainer=stage_trainer))
