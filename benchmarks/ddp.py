@@ -28,7 +28,7 @@ from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import EpochMetrics
-from crowdray.training.distributed import local_world
+from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
 RAY_TRAIN_HELPERS = 7
@@ -50,11 +50,12 @@ def short(epochs: int) -> Config:
 def under_torchrun(data: str, epochs: int) -> None:
     """Train in one torchrun process, and print every epoch."""
     torch.distributed.init_process_group("gloo")
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
     torch.set_num_threads(1)
-    training = Trainer(short(epochs), Dataset.open(data), world=local_world(), device=torch.device("cpu"))
+    training = Trainer(short(epochs), Dataset.open(data), world=world, device=torch.device("cpu"))
 
     def report(row: EpochMetrics, save: object) -> None:
-        if training.state.world.rank == 0:
+        if world.rank == 0:
             print(json.dumps(row), flush=True)
 
     training.fit(report)

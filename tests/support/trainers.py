@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
+from crowdray.models.counter import Counter
 from crowdray.presets import preset
 from crowdray.training.checkpoint import MEASURED_METRICS, Checkpoint, EpochMetrics
 from crowdray.training.distributed import World
@@ -32,6 +34,21 @@ def trainer_of(
     dataset: Dataset, config: Config | None = None, *, world: World | None = None, restored: Checkpoint | None = None
 ) -> Trainer:
     return Trainer(config or debug_config(), dataset, world=world or World(), device=CPU, restored=restored)
+
+
+def limit_windows(monkeypatch: pytest.MonkeyPatch, limit: int, error: RuntimeError | None = None) -> list[int]:
+    """Let forward passes of training fail above `limit` windows; returns the list of all sizes tried."""
+    forward, seen = Counter.forward, list[int]()
+
+    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
+        if torch.is_grad_enabled():  # validation counts whole images one by one
+            seen.append(len(image))
+            if len(image) > limit:
+                raise error or torch.OutOfMemoryError
+        return forward(self, image, *rest)
+
+    monkeypatch.setattr(Counter, "forward", limited)
+    return seen
 
 
 class Interrupted(Exception):

@@ -1,8 +1,6 @@
 """The batch size finder: its search, limits that raise and limits that kill, and a real measurement."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from crowdray.config import Config
 from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.models.counter import Counter
 from crowdray.training import batch_size_finder
 from crowdray.training.batch_size_finder import (
     MEMORY_FRACTION,
@@ -24,7 +21,7 @@ from crowdray.training.batch_size_finder import (
 )
 from crowdray.training.stage_trainer import StageTrainer
 
-from ..support.trainers import CPU, debug_config, trainer_of
+from ..support.trainers import CPU, debug_config, limit_windows, trainer_of
 
 WORKERS, STEPS = 3, 2
 
@@ -66,26 +63,12 @@ def memory_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_size_finder, "TIMED_STEPS", 1)
 
 
-def limited_forward(limit: int, seen: list[int]) -> Callable[..., Any]:
-    """A forward pass that runs out of memory above `limit` windows, and records the sizes it is given."""
-    forward = Counter.forward
-
-    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
-        seen.append(len(image))
-        if len(image) > limit:
-            raise torch.OutOfMemoryError
-        return forward(self, image, *rest)
-
-    return limited
-
-
 @pytest.mark.usefixtures("memory_limited")
 def test_measure_batch_size_with_out_of_memory_errors_returns_largest_that_fits(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit holds for a microbatch; the batch is that of all microbatches of all workers."""
-    seen: list[int] = []
-    monkeypatch.setattr(Counter, "forward", limited_forward(11, seen))
+    seen = limit_windows(monkeypatch, 11)
     assert measure_batch_size(config_of(), discs, device=CPU, workers=WORKERS) == 11 * WORKERS * STEPS
     assert {1, 2, 4, 8, 11, 12, 16} <= set(seen)
 
@@ -93,7 +76,7 @@ def test_measure_batch_size_with_out_of_memory_errors_returns_largest_that_fits(
 def test_measure_batch_size_without_memory_for_one_window_raises(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Counter, "forward", limited_forward(0, []))
+    limit_windows(monkeypatch, 0)
     with pytest.raises(UserError, match=r"no window of 64x64 pixels fits into 90% of .*--sampling.crop \(32"):
         measure_batch_size(config_of(), discs, device=CPU, workers=WORKERS)
 

@@ -30,7 +30,7 @@ def test_flops_per_window_equals_closed_form_of_its_layers(backbone: str, frozen
 
     for name, layer in counter.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(lambda layer, _, output, name=name: count(name, layer, output))  # type: ignore[misc]
+            layer.register_forward_hook(lambda layer, _, output, name=name: count(name, layer, output))
     counter.activation_checkpointing = True
     counted = flops_per_window(counter, (DENSITY, COUNT), (64, 64), frozen_encoder=frozen_encoder)
     assert min(forward.values()) > 0

@@ -16,7 +16,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import Counter
 
-from ..support.trainers import debug_config, equal_tensors, trainer_of
+from ..support.trainers import debug_config, equal_tensors, limit_windows, trainer_of
 
 BATCH = 40
 
@@ -77,14 +77,7 @@ def test_trainer_without_compiler_raises_at_once(discs: Dataset, monkeypatch: py
 def test_fit_with_batch_too_large_suggests_steps_that_fit(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch, limit: int, failure: RuntimeError
 ) -> None:
-    forward = Counter.forward
-
-    def limited(self: Counter, image: torch.Tensor, *rest: Any) -> Any:
-        if torch.is_grad_enabled() and len(image) > limit:  # validation counts whole images one by one
-            raise failure
-        return forward(self, image, *rest)
-
-    monkeypatch.setattr(Counter, "forward", limited)
+    limit_windows(monkeypatch, limit, failure)
     with pytest.raises(InfeasibleConfigError) as caught:
         train_baseline(discs)
     pattern = r"(\d+) windows of 64x96 .*memory of cpu, (\d+) at a time do: .*grad_accumulation_steps (\d+)"

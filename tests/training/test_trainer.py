@@ -30,7 +30,7 @@ from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import summarise
 from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
 from crowdray.training.checkpoint import EpochMetrics, load_checkpoint
-from crowdray.training.distributed import World, local_world
+from crowdray.training.distributed import World
 from crowdray.training.errors import DivergedError
 from crowdray.training.result import TrainingResult, final_result
 from crowdray.training.stages import build_stages, module_of
@@ -175,7 +175,7 @@ def _start_rank(rank: int, workers: int, folder: str) -> World:
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous-{workers}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
-    return local_world()
+    return World(rank, workers)
 
 
 def _end_rank() -> None:

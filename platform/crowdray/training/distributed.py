@@ -36,13 +36,6 @@ class World:
         return [item for part in gathered for item in part]
 
 
-def local_world() -> World:
-    """Return the world of torch's process group; a world of size 1 without one."""
-    if dist.is_available() and dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size())
-    return World()
-
-
 def pick_device() -> torch.device:
     """Return the first GPU, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

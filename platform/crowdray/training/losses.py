@@ -14,7 +14,7 @@ from torch import Tensor
 from crowdray.config import Config
 from crowdray.data.batch import Batch
 from crowdray.data.shards import Dataset
-from crowdray.data.targets import cell_mask, make_targets, peak_density
+from crowdray.data.targets import Targets, cell_mask, make_targets, peak_density
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION
 
 
@@ -38,15 +38,9 @@ def measure_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64], st
 
 
 @dataclass(frozen=True)
-class MapTargets:
-    """Targets of one batch; maps are (B, 1, h, w) float32."""
+class MapTargets(Targets):
+    """All targets of one batch; maps are (B, 1, h, w) float32."""
 
-    density: Tensor
-    """Heads per cell."""
-    segmentation: Tensor
-    """0 or 1."""
-    depth: Tensor
-    """Distilled depth in [0, 1]."""
     count: Tensor
     """(B,) heads in the crop."""
     weight: Tensor
@@ -72,7 +66,7 @@ def build_targets(batch: Batch, config: Config, stride: int) -> MapTargets:
     weight = batch.weight
     if stride > 1:  # cells at the ROI's border count or not as a whole, as in evaluation
         weight = F.avg_pool2d(weight, stride) * cell_mask(roi, batch.extent, stride)
-    return MapTargets(maps.density, maps.segmentation, maps.depth, batch.count, weight, batch.has_depth)
+    return MapTargets(**vars(maps), count=batch.count, weight=weight, has_depth=batch.has_depth)
 
 
 def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:
