@@ -19,7 +19,7 @@ from crowdray.stage_cache.store import StageStore, StateId
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study, sampled_trials
 from crowdray.tune.record import StageCost
 from crowdray.tune.report import SPEC, Status, TrialReport, TrialSpec
-from crowdray.tune.search import OUTAGE_S, REFERENCE, TOUCH_S, StageTreeSearch, StudyScheduler
+from crowdray.tune.search import OUTAGE_S, REFERENCE, StageTreeSearch, StudyScheduler
 from crowdray.tune.study import Study
 from crowdray.tune.trial_tracker import TrialTracker
 
@@ -181,17 +181,6 @@ def test_pruning_compares_equal_epochs_also_where_some_came_from_the_stage_cache
         assert rungs and rungs[0] == trial.intermediate_values[1]  # references are ranked too, for the comparison
 
 
-def test_trial_without_a_finite_error_fails(tmp_path: Path) -> None:
-    study = make_study(tmp_path)
-    search = make_search(study)
-    Cluster(study, search).start()
-    report = TrialReport("finished", attempt="a")
-    search.on_report("ray-0", report)
-    search.on_trial_complete("ray-0", {"report": report})
-    failed = [trial for trial in trials_of(study) if trial.state == TrialState.FAIL]
-    assert [trial.user_attrs["record"]["state"] for trial in failed] == ["failed"]
-
-
 def test_search_stops_when_its_driver_lock_is_lost(tmp_path: Path) -> None:
     study, lost = make_study(tmp_path), list[bool]()
     search = make_search(study, lock_is_lost=lambda: bool(lost))
@@ -203,17 +192,25 @@ def test_search_stops_when_its_driver_lock_is_lost(tmp_path: Path) -> None:
     assert search.stop_reason and "suspended" in search.stop_reason
 
 
-def test_search_continues_after_a_failed_trial(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("report", "reason"),
+    [
+        (TrialReport("failed", "density nan"), "density nan"),
+        (TrialReport("finished", attempt="a"), "its validation errors are not finite"),
+    ],
+)
+def test_search_continues_after_a_failed_trial(tmp_path: Path, report: TrialReport, reason: str) -> None:
     study = make_study(tmp_path)
     search = make_search(study, num_trials=3)
     cluster = Cluster(study, search)
     cluster.start()
-    search.on_trial_complete("ray-0", {"report": TrialReport("failed", "density nan")})
+    search.on_report("ray-0", report)
+    search.on_trial_complete("ray-0", {"report": report})
     cluster.running.clear()
     cluster.run()
     trials = trials_of(study)
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    assert len(trials) == 3 and len(failed) == 1 and failed[0].user_attrs["record"]["reason"] == "density nan"
+    failed = [trial.user_attrs["record"]["reason"] for trial in trials if trial.state == TrialState.FAIL]
+    assert len(trials) == 3 and failed == [reason]
 
 
 def test_trial_whose_process_dies_before_it_starts_is_restarted(tmp_path: Path) -> None:
@@ -314,19 +311,15 @@ def test_suggest_lists_the_stage_cache_once_however_many_trials_wait(
     assert len(listings) == 1
 
 
-def test_final_state_of_the_best_trial_is_touched_at_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, now, touched = make_study(tmp_path, prune=False), [0.0], list[StateId]()
+def test_final_state_of_the_best_trial_is_touched_whenever_a_trial_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, touched = make_study(tmp_path, prune=False), list[StateId]()
     monkeypatch.setattr(StageStore, "touch", lambda _, state: touched.append(state))
-    monkeypatch.setattr("crowdray.tune.search.time.monotonic", lambda: now[0])
-    search = make_search(study, num_trials=3)
-    best = min(Cluster(study, search).run().started, key=lambda spec: (mae_of(spec), spec.name))
-    last = StateId(best.keys[-1].key, "joint", best.keys[-1].epochs)
-    assert touched[-1] == last
+    best = min(Cluster(study, make_search(study, num_trials=3)).run().started, key=lambda s: (mae_of(s), s.name))
     touched.clear()
-    for _ in range(4):
-        now[0] += TOUCH_S / 2
-        search.suggest("ray-9")
-    assert touched == [last] * 2
+    assert Cluster(study, make_search(study, num_trials=4)).start()
+    assert touched == [StateId(best.keys[-1].key, "joint", best.keys[-1].epochs)]
 
 
 def test_infeasible_start_configuration_stops_the_search(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from optuna.storages import BaseStorage
-
 from crowdray import storage
 from crowdray.cluster.runtime import MAX_RETRIES, Resources, choose_gpu, connect, deletion_warning, run_in_thread
 from crowdray.cluster.train import run_training
@@ -135,10 +133,24 @@ class _Driver:
             )
             # Ray frees the workers of a stopped trial's own group through its dashboard.
             with trial_tracker, connect(dashboard=identity.max_workers > 1) as resources:
+                from crowdray.tune.search import StageTreeSearch  # imports Ray, which `connect` has configured
+                from crowdray.tune.trial import TrialTask
+
                 slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), self.device)
                 at_once = "1 trial" if slots == 1 else f"{slots} trials"
                 self.callback.on_status(f"searching: {at_once} at once, {trials} in total")
-                self.search(trial_tracker, opened, slots, trials, resources, use_gpu, lock)
+                search = StageTreeSearch(
+                    study,
+                    trial_tracker,
+                    opened,
+                    max_concurrent=slots,
+                    num_trials=trials,
+                    store=self.stage_cache.open(),
+                    numerics=_trial_numerics(study.config, use_gpu),
+                    lock_is_lost=lambda: not lock.held,
+                )
+                task = TrialTask(identity, study.identity_file, resources, self.device, use_gpu, self.stage_cache)
+                _run_trials(study, search, task)
                 best = _best(trial_tracker.record, study)
                 self.callback.on_status(
                     f"trial {best.number} is the best: evaluating it on the test split, registering it"
@@ -147,34 +159,6 @@ class _Driver:
             self.callback.on_status("drawing figures")
             figures = _draw(trial_tracker.record, study, tracker)
             return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures)
-
-    def search(
-        self,
-        trial_tracker: TrialTracker,
-        opened: BaseStorage,
-        slots: int,
-        trials: int,
-        resources: Resources,
-        use_gpu: bool,
-        lock: Lock,
-    ) -> None:
-        """Run trials until there are `trials` of them."""
-        from crowdray.tune.search import StageTreeSearch
-        from crowdray.tune.trial import TrialTask
-
-        study = self.study
-        search = StageTreeSearch(
-            study,
-            trial_tracker,
-            opened,
-            max_concurrent=slots,
-            num_trials=trials,
-            store=self.stage_cache.open(),
-            numerics=_trial_numerics(study.config, use_gpu),
-            lock_is_lost=lambda: not lock.held,
-        )
-        task = TrialTask(study.identity, study.identity_file, resources, self.device, use_gpu, self.stage_cache)
-        _run_trials(study, search, task)
 
     def publish(self, best: TrialRecord, trial_tracker: TrialTracker, resources: Resources) -> Outcome:
         """Evaluate the best trial on the test split, package and register it under its own MLflow run."""

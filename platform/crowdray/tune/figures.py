@@ -174,8 +174,7 @@ def _draw_best_so_far(axes: Axes, trials: Sequence[TrialRecord], positions: Sequ
 
 
 def _draw_slice(axes: Axes, study: StudyRecord, name: str, limit: float) -> None:
-    trials = [trial for trial in study.trials if name in trial.values]
-    values: list[Any] = [trial.values[name] for trial in trials]
+    values: list[Any] = [trial.values[name] for trial in study.trials]
     reference = PAPER_POINT.get(name)
     if is_weight(name, values):
         smallest = min((value for value in [*values, reference or 0.0] if value > 0), default=1.0)
@@ -190,5 +189,5 @@ def _draw_slice(axes: Axes, study: StudyRecord, name: str, limit: float) -> None
         elif len(set(values)) <= 6:
             axes.set_xticks(sorted(set(values)))
         axes.set_xlabel(f"{name.removesuffix('.epochs')}, epochs" if name.endswith(".epochs") else name)
-    scatter(axes, trials, values, limit)
+    scatter(axes, study.trials, values, limit)
     style.style_axes(axes)

@@ -27,7 +27,7 @@ def importances(study: StudyRecord) -> dict[str, float]:
     trials = [trial for trial in study.trials if trial.state == "complete" and trial.is_scored]
     if len(trials) < MIN_TRIALS or len({trial.mae for trial in trials}) == 1:
         return {}
-    axes = {name: _axis(name, [trial.values.get(name) for trial in trials]) for name in study.fields()}
+    axes = {name: _axis(name, [trial.values[name] for trial in trials]) for name in study.fields()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = optuna.create_study()
     for number, trial in enumerate(trials):
@@ -45,28 +45,26 @@ def importances(study: StudyRecord) -> dict[str, float]:
     return {name: float(fraction / total) for name, fraction in ordered}
 
 
-def _axis(name: str, values: Sequence[Value | None]) -> tuple[list[Any], BaseDistribution]:
+def _axis(name: str, values: Sequence[Value]) -> tuple[list[Any], BaseDistribution]:
     """Coordinates of a field's values in all trials, and the distribution that spans them.
 
     Weights are seen by their logarithm; Optuna's fANOVA would take them as they are. A weight of 0, which drops its
-    task, and a missing field lie below the lowest value, in an interval as wide as that of all values together: by
-    default a search drops a task in every second trial. Integers have intervals of equal width.
+    task, lies below the lowest one, in an interval as wide as that of all others together: by default a search drops
+    a task in every second trial. Integers have intervals of equal width.
     """
-    known = [value for value in values if value is not None]
-    if any(isinstance(value, bool | str) for value in known):
-        return list(values), CategoricalDistribution(sorted(set(values), key=lambda v: (type(v).__name__, v)))
-    weight = is_weight(name, known)
+    if any(isinstance(value, bool | str) for value in values):
+        return list(values), CategoricalDistribution(sorted(set(values)))  # type: ignore[type-var]
+    weight = is_weight(name, values)
     scale: Callable[[Any], float] = math.log10 if weight else float
-    outside = (None, 0) if weight else (None,)
-    inside = [scale(value) for value in known if value not in outside] or [0.0]
+    inside = [scale(value) for value in values if value or not weight] or [0.0]
     low, high = min(inside), max(inside)
     width = (high - low) or 1.0
-    coordinates = [low - width if value in outside else scale(value) for value in values]
+    coordinates = [scale(value) if value or not weight else low - width for value in values]
     if len(set(coordinates)) == 1:
         return coordinates, FloatDistribution(coordinates[0], coordinates[0])
-    if any(value in outside for value in values):  # trees split half-way to it, at low - width / 2
+    if len(inside) < len(values):  # trees split half-way to it, at low - width / 2
         low -= 2 * width
-    elif all(isinstance(value, int) for value in known):
+    elif all(isinstance(value, int) for value in values):
         half = math.gcd(*(int(value - low) for value in inside)) / 2
         low, high = low - half, high + half
     return coordinates, FloatDistribution(low, high)

@@ -100,8 +100,8 @@ class StudyRecord:
         return sorted(self.trials, key=lambda trial: (math.inf if trial.ended is None else trial.ended, trial.number))
 
     def fields(self) -> list[str]:
-        """Dotted names of the searched fields, in the order of their first appearance."""
-        return list(dict.fromkeys(name for trial in self.trials for name in trial.values))
+        """Dotted names of the searched fields."""
+        return list(self.trials[0].values) if self.trials else []
 
     @property
     def spent(self) -> float:

@@ -43,8 +43,6 @@ REFERENCE = "reference"
 
 OUTAGE_S = 300.0
 """Seconds for which the stage cache may be unreachable."""
-TOUCH_S = 600.0
-"""Seconds between two renewals of the best trial's state, which protect it from eviction."""
 
 _NO_MORE = cast(dict[str, Any], Searcher.FINISHED)
 """Signals the end of the search to Tune."""
@@ -122,7 +120,6 @@ class StageTreeSearch(Searcher):
         self._losses: dict[str, str] = {}
         self._unstarted: Counter[int] = Counter()
         self._unreachable_since: float | None = None
-        self._touched = -math.inf
         self.stop_reason: str | None = None
         """Why the search stops early; None while it runs."""
         # Trials that depend on no result can be sampled, and ordered, all at once.
@@ -153,7 +150,6 @@ class StageTreeSearch(Searcher):
             )
         suggested = None
         with self._stopping_on_errors(), self._tolerating_outages():
-            self._protect_best()
             if self.stop_reason is None and len(self._running) < self._max_concurrent:
                 suggested = self._suggest(trial_id)
         return suggested if self.stop_reason is None else _NO_MORE
@@ -168,6 +164,7 @@ class StageTreeSearch(Searcher):
             chosen = self._choose()
         if chosen is None:
             return None if self._waiting or self._running or self._remaining() else _NO_MORE
+        self._protect_best()
         candidate, untrained = chosen
         del self._waiting[candidate.number]
         self._running[trial_id] = candidate
@@ -271,7 +268,6 @@ class StageTreeSearch(Searcher):
             else:
                 self._trials.tell(candidate.trial, state=TrialState.PRUNED if state == "pruned" else TrialState.FAIL)
         del self._running[trial_id]  # after a stop, the next start resumes it
-        self._touched = -math.inf
 
     def _final_state(self, trial_id: str, report: TrialReport | None, error: bool) -> tuple[State, str]:
         """How a trial ended, and why if it failed."""
@@ -328,14 +324,11 @@ class StageTreeSearch(Searcher):
             self._training[trial_id].pop(stage, None)
 
     def _protect_best(self) -> None:
-        """Mark the best trial's final state as used, so that it is not evicted before it is published."""
-        if time.monotonic() - self._touched < TOUCH_S:
-            return
+        """Mark the best trial's final state, which is published at the end, as used before others fill the cache."""
         best = self._tracker.record.best()
         if best is not None and best.stage_costs:
             last = best.stage_costs[-1]
             self._store.touch(StateId(last.key, last.stage, last.epochs))
-        self._touched = time.monotonic()
 
 
 def _is_reference(candidate: Candidate) -> bool:
