@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -303,6 +303,15 @@ def _consistency_problems(config: Config) -> Iterator[str]:
             f"numerics.compile is graphs and sampling.scale {config.sampling.scale}; every window size would "
             "record its own CUDA graph: give --numerics.compile yes or --sampling.scale 0"
         )
+
+
+def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(group).items():
+        yield from _leaves(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [(prefix + name, hint)]
+
+
+FIELDS: dict[str, Any] = dict(_leaves(Config))
+"""Type of each field of the configuration, by dotted name."""
 
 
 def to_json(config: Config) -> str:

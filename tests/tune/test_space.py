@@ -11,10 +11,9 @@ from typing import Any
 import optuna
 import pytest
 
-from crowdray.config import Config, LossConfig, StageConfig, StagesConfig
+from crowdray.config import FIELDS, Config, LossConfig, StageConfig, StagesConfig
 from crowdray.presets import PRESETS, preset
 from crowdray.tune.space import (
-    FIELDS,
     FIXED,
     PAPER_POINT,
     Choice,

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from crowdray import storage
-from crowdray.config import RENAMED_FIELDS, Config, ConfigError, from_json
+from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_json
 from crowdray.errors import UserError
 from crowdray.presets import preset
 
@@ -124,13 +124,12 @@ def _check_repeated(arguments: Sequence[str]) -> None:
 
 def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
     """Yield the problems of all overrides: unknown fields, wrong types, values out of range or in conflict."""
-    fields = dict(_leaves(dataclasses.asdict(base)))
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and "." in name and name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+        if argument.startswith("--") and "." in name and name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
             yield f"--{name} is not a field of the configuration; " + (f"use --{close[0]}" if close else "see --help")
-    overrides = [(name, text) for name in fields for text in _values(f"--{name}", arguments)]
+    overrides = [(name, text) for name in FIELDS for text in _values(f"--{name}", arguments)]
     if problems := _problems(base, overrides):
         # Each override alone as well: where one has a wrong type, the ranges of the others are not checked.
         yield from (problem for override in overrides for problem in _problems(base, [override]))
@@ -147,11 +146,3 @@ def _problems(base: Config, overrides: Sequence[tuple[str, str]]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from crowdray import storage
-from crowdray.config import PAPER_WEIGHTS, Config, ConfigError
+from crowdray.config import FIELDS, PAPER_WEIGHTS, Config, ConfigError
 from crowdray.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,18 +53,6 @@ FIXED = {
     **dict.fromkeys(("numerics.activation_checkpointing", "sampling.cache_gib", "sampling.gpu_cache_gib"), _NO_RESULT),
 }
 """Fields that must not vary within a study, and why."""
-
-
-def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in get_type_hints(group).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{name}.")
-        else:
-            yield prefix + name, hint
-
-
-FIELDS: dict[str, Any] = dict(_leaves(Config))
-"""Type of each field of the configuration, by dotted name."""
 
 
 class SpaceError(UserError):
