@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crowdray.tune.space import FIELDS
+from crowdray.config import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "infra" / "README.md"])

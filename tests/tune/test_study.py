@@ -86,20 +86,6 @@ def test_trial_slots_without_a_node_that_is_large_enough_are_refused(
         trial_slots(make_study(tmp_path, threads=3), resources, None, "auto")
 
 
-def test_plan_study_requires_a_joint_stage(discs: Dataset) -> None:
-    config = preset("debug")
-    without = replace(config, stages=replace(config.stages, joint=StageConfig(0, 1e-3)))
-    with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
-        plan_study(without, discs.uri, "debug", SearchOptions())
-    with pytest.raises(UserError, match=r"stages.joint.epochs can be 0"):
-        plan_study(config, discs.uri, "debug", SearchOptions(vary=("stages.joint.epochs=[0, 2]",)))
-
-
-def test_plan_study_refuses_an_elastic_number_of_workers(discs: Dataset) -> None:
-    with pytest.raises(UserError, match=r"--workers is '1:2'.*give one number"):
-        plan_study(preset("debug"), discs.uri, "debug", SearchOptions(workers="1:2"))
-
-
 def test_default_name_of_a_study_depends_on_everything_that_is_searched(discs: Dataset) -> None:
     def name_of(config: Config, **options: Any) -> str:
         return plan_study(config, discs.uri, "debug", SearchOptions(**options)).identity.name
@@ -114,15 +100,6 @@ def test_default_name_of_a_study_depends_on_everything_that_is_searched(discs: D
         name_of(config, workers=2),
     ]
     assert len({name_of(config), *others}) == 7 and name_of(config) == name_of(config)
-
-
-def test_study_started_with_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = make_study(tmp_path)
-    study.create_or_verify()
-    study.create_or_verify()
-    monkeypatch.setattr("crowdray.tune.study.code_digest", lambda: "other")
-    with pytest.raises(UserError, match=r"another --name.*\n  code: recorded \w+, given other"):
-        study.create_or_verify()
 
 
 WEIGHT = '{"low": 0.1, "high": 1, "log": true}'
@@ -142,16 +119,18 @@ WEIGHT = '{"low": 0.1, "high": 1, "log": true}'
         ([], ["loss.count=null"], r"loss.count: recorded .*, given None"),
     ],
 )
-def test_study_started_with_another_space_is_refused(
-    tmp_path: Path, first: list[str], second: list[str], message: str
+def test_study_started_with_another_space_or_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: list[str], second: list[str], message: str
 ) -> None:
     study = make_study(tmp_path)
-    spaces = (load_space(None, vary, study.config) for vary in (first, second))
-    one, other = (replace(study, space=space) for space in spaces)
+    one, other = (replace(study, space=load_space(None, vary, study.config)) for vary in (first, second))
     one.create_or_verify()
     one.create_or_verify()
     with pytest.raises(UserError, match=rf"another --name.*\n.*space\.{message}"):
         other.create_or_verify()
+    monkeypatch.setattr("crowdray.tune.study.code_digest", lambda: "other")
+    with pytest.raises(UserError, match=r"another --name.*\n  code: recorded \w+, given other"):
+        one.create_or_verify()
 
 
 def test_journal_with_half_a_line_loses_only_that_line(tmp_path: Path) -> None:
@@ -198,10 +177,18 @@ def test_tune_refuses_what_no_trial_can_train_before_it_creates_a_folder(
         tune(wide, Mock(), **options)
 
 
-@pytest.mark.parametrize("database", ["nonsense", "nodatabase://host/name"])
-def test_unusable_database_is_refused(tmp_path: Path, database: str) -> None:
-    with pytest.raises(UserError, match=r"--database cannot be used.*postgresql://"):
-        open_optuna_study(make_study(tmp_path, database=database))
+@pytest.mark.parametrize(
+    ("folder", "database", "message"),
+    [
+        ("runs", "nonsense", r"--database cannot be used.*postgresql://"),
+        ("runs", "nodatabase://host/name", r"--database cannot be used.*postgresql://"),
+        ("memory://bucket", None, r"cannot be stored in memory://bucket/study.*--database"),
+    ],
+)
+def test_record_in_an_unusable_location_is_refused(folder: str, database: str | None, message: str) -> None:
+    study = make_study(Path(), database=database)
+    with pytest.raises(UserError, match=message):
+        open_optuna_study(replace(study, identity=replace(study.identity, storage=folder)))
 
 
 def test_database_refuses_a_study_of_the_same_name_in_another_folder(tmp_path: Path) -> None:
@@ -211,13 +198,6 @@ def test_database_refuses_a_study_of_the_same_name_in_another_folder(tmp_path: P
     with pytest.raises(UserError, match=rf"belongs to {first.uri}, this one is {second.uri}.*--name"):
         open_optuna_study(second)
     open_optuna_study(first)
-
-
-def test_journal_on_an_object_store_is_refused() -> None:
-    study = make_study(Path("x"))
-    study = replace(study, identity=replace(study.identity, storage="memory://bucket"))
-    with pytest.raises(UserError, match=r"cannot be stored in memory://bucket/study.*--database"):
-        open_optuna_study(study)
 
 
 @pytest.mark.parametrize(
@@ -243,20 +223,31 @@ def test_run_trial_reports_a_node_with_other_folders_or_data(
     assert report.status == "user_error" and message in report.message
 
 
-def test_plan_study_refuses_fields_that_change_nothing(discs: Dataset, tmp_path: Path) -> None:
-    config, reduced = preset("debug"), ('numerics.grad_allreduce_dtype=["fp32", "bf16"]',)
-    with pytest.raises(UserError, match=r"numerics.grad_allreduce_dtype.*single worker"):
-        plan_study(config, discs.uri, "debug", SearchOptions(vary=reduced))
-    assert "numerics.grad_allreduce_dtype" in (
-        plan_study(config, discs.uri, "debug", SearchOptions(vary=reduced, workers=2)).space.dimensions
-    )
-    flat = str(tmp_path / "flat")
-    shards = [write_shard([discs.sample(row) for row in range(len(discs))], flat, 0)]
-    write_index(flat, shards, source="discs", depth_teacher="none")
-    assert "loss.depth" in plan_study(config, discs.uri, "debug", SearchOptions()).space.dimensions
-    assert "loss.depth" not in plan_study(config, flat, "debug", SearchOptions()).space.dimensions
-    with pytest.raises(UserError, match=r"loss.depth.*no depth"):
-        plan_study(config, flat, "debug", SearchOptions(vary=("loss.depth=[0.1, 1]",)))
+REDUCED = 'numerics.grad_allreduce_dtype=["fp32", "bf16"]'
+
+
+@pytest.mark.parametrize(
+    ("joint", "depth", "options", "message"),
+    [
+        (0, True, {}, r"stages.joint.epochs can be 0"),
+        (2, True, {"vary": ("stages.joint.epochs=[0, 2]",)}, r"stages.joint.epochs can be 0"),
+        (2, True, {"workers": "1:2"}, r"--workers is '1:2'.*give one number"),
+        (2, True, {"vary": (REDUCED,)}, r"numerics.grad_allreduce_dtype.*single worker"),
+        (2, False, {"vary": ("loss.depth=[0.1, 1]",)}, r"loss.depth.*no depth"),
+    ],
+)
+def test_plan_study_refuses_what_cannot_be_compared_or_changes_nothing(
+    discs: Dataset, tmp_path: Path, joint: int, depth: bool, options: dict[str, Any], message: str
+) -> None:
+    config, data = preset("debug"), discs.uri if depth else str(tmp_path / "flat")
+    if not depth:
+        shards = [write_shard([discs.sample(row) for row in range(len(discs))], data, 0)]
+        write_index(data, shards, source="discs", depth_teacher="none")
+    space = plan_study(config, data, "debug", SearchOptions(vary=(REDUCED,), workers=2)).space
+    assert "numerics.grad_allreduce_dtype" in space.dimensions and ("loss.depth" in space.dimensions) == depth
+    config = replace(config, stages=replace(config.stages, joint=StageConfig(joint, 1e-3)))
+    with pytest.raises(UserError, match=message):
+        plan_study(config, data, "debug", SearchOptions(**options))
 
 
 def make_row(epoch: int, stage: str) -> EpochMetrics:
@@ -321,41 +312,24 @@ def test_tracker_exit_ends_the_runs_of_running_trials(tmp_path: Path, monkeypatc
     assert ends == ["FINISHED", "KILLED"]
 
 
-def test_tracker_adds_the_costs_of_a_lost_attempt_and_no_saving_for_its_epochs(
-    clock: list[float], tmp_path: Path
+@pytest.mark.parametrize("restored", [0, 2], ids=["state-lost", "baseline-stored"])
+def test_tracker_adds_the_costs_of_lost_attempts_and_no_saving_for_their_epochs(
+    clock: list[float], tmp_path: Path, restored: int
 ) -> None:
-    study = make_study(tmp_path)
+    study, spent = make_study(tmp_path), list[float]()
     tracker = make_tracker(study)
     tracker.on_start(0, {}, study.config)
-    lost = TrialReporter(KEYS, workers=1)
-    lost.start([])
-    for epoch in (1, 2, 3):
-        clock[0] += 10
-        tracker.on_report(0, lost.after_epoch(HISTORY[:epoch]))
-    again = TrialReporter(KEYS, workers=1)  # it finds the baseline that the lost attempt stored
-    again.start(HISTORY[:2])
-    for epoch in (3, 4, 5):
-        clock[0] += 10
-        tracker.on_report(0, again.after_epoch(HISTORY[:epoch]))
-    tracker.on_report(0, again.at_end(HISTORY))
-    (record,) = tracker.record.trials
-    assert record.spent == 60.0 and record.saved == 0.0
-    assert record.curve == {1: 6.0, 2: 5.0} and record.mae == 5.0
-
-
-def test_spent_worker_seconds_never_decrease(clock: list[float], tmp_path: Path) -> None:
-    study = make_study(tmp_path)
-    tracker = make_tracker(study)
-    tracker.on_start(0, {}, study.config)
-    spent = []
-    for _ in range(3):  # each attempt loses its states
-        reporter = TrialReporter(KEYS, workers=1)
-        reporter.start([])
-        for epoch in (1, 2, 3, 4):
+    for start, end in ((0, 3), (restored, 4), (restored, 5)):
+        attempt = TrialReporter(KEYS, workers=1)
+        attempt.start(HISTORY[:start])
+        for epoch in range(start + 1, end + 1):
             clock[0] += 10
-            tracker.on_report(0, reporter.after_epoch(HISTORY[:epoch]))
+            tracker.on_report(0, attempt.after_epoch(HISTORY[:epoch]))
             spent.append(tracker.record.trials[0].spent)
-    assert spent == [10.0 * count for count in range(1, 13)]
+    tracker.on_report(0, attempt.at_end(HISTORY))
+    (record,) = tracker.record.trials
+    assert spent == [10.0 * count for count in range(1, len(spent) + 1)] and record.saved == 0.0
+    assert record.curve == {1: 6.0, 2: 5.0} and record.mae == 5.0
 
 
 def test_tracker_reads_records_with_previous_names(tmp_path: Path) -> None:

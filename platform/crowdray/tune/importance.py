@@ -53,7 +53,7 @@ def _axis(name: str, values: Sequence[Value]) -> tuple[list[Any], BaseDistributi
     a task in every second trial. Integers have intervals of equal width.
     """
     if any(isinstance(value, bool | str) for value in values):
-        return list(values), CategoricalDistribution(sorted(set(values)))  # type: ignore[type-var]
+        return list(values), CategoricalDistribution(sorted(set(values)))
     weight = is_weight(name, values)
     scale: Callable[[Any], float] = math.log10 if weight else float
     inside = [scale(value) for value in values if value or not weight] or [0.0]
