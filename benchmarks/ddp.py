@@ -1,8 +1,6 @@
 """Throughput of DDP through Ray Train against the same loop under torchrun, on one machine.
 
-Both run the demo's baseline stage for a few epochs with the same workers and threads; the first epoch is left out. A
-third measurement is torchrun next to an idle Ray: where the workers use all cores, Ray's background processes slow
-down any program.
+Both run the demo's baseline stage for a few epochs with the same workers and threads; the first epoch is left out.
 """
 
 import argparse
@@ -12,27 +10,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
-import ray
 import torch
 
-from crowdray.cluster.runtime import connect
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
-
-RAY_TRAIN_HELPERS = 7
-"""Processes of Ray Train in addition to its workers: controller, queue, watchers and coordinators."""
 
 
 def short(epochs: int) -> Config:
@@ -93,23 +83,6 @@ def ray_rate(data: str, workers: int, epochs: int) -> float:
     return median(float(row["images_per_s"]) for row in rows[1:])
 
 
-class Idle:
-    """An actor that waits."""
-
-    def ready(self) -> None:
-        """Return once the actor's process runs."""
-
-
-@contextmanager
-def idle_ray() -> Iterator[None]:
-    """A local Ray with as many idle processes as a run has in addition to its workers."""
-    with connect():
-        actor: Any = ray.remote(num_cpus=0)(Idle)
-        helpers = [actor.remote() for _ in range(RAY_TRAIN_HELPERS)]
-        ray.get([helper.ready.remote() for helper in helpers])
-        yield
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/demo")
@@ -123,17 +96,11 @@ def main() -> None:
     ratios = []
     for _ in range(2):
         alone = torchrun_rate(arguments.data, arguments.workers, arguments.epochs)
-        with idle_ray():
-            next_to_ray = torchrun_rate(arguments.data, arguments.workers, arguments.epochs)
         through = ray_rate(arguments.data, arguments.workers, arguments.epochs)
-        ratios.append((through / alone, through / next_to_ray))
-        print(
-            f"  images/s: torchrun {alone:.1f}, next to an idle Ray {next_to_ray:.1f}, Ray Train {through:.1f}",
-            flush=True,
-        )
-    ratio_alone, ratio_next_to_ray = (mean(column) for column in zip(*ratios, strict=True))
-    print(f"  Ray Train / torchrun {ratio_alone:.3f} (goal: at least 0.97), {arguments.workers} workers of one thread")
-    print(f"  Ray Train / torchrun next to an idle Ray {ratio_next_to_ray:.3f}")
+        ratios.append(through / alone)
+        print(f"  images/s: torchrun {alone:.1f}, Ray Train {through:.1f}", flush=True)
+    ratio = mean(ratios)
+    print(f"  Ray Train / torchrun {ratio:.3f} (goal: at least 0.97), {arguments.workers} workers of one thread")
 
 
 if __name__ == "__main__":

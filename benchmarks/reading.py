@@ -61,9 +61,9 @@ def export_files(dataset: Dataset, folder: Path, limit: int | None = None) -> No
 
 def measure_loader(dataset: Dataset, crops: int, epochs: int, cache_bytes: float = 0, depth: bool = False) -> float:
     """Windows per second of the loader: median of the epochs after the first."""
-    windows = WindowConfig(SamplingConfig(crop=CROP, context=0), margin=0, stride=8)
+    windows = WindowConfig(SamplingConfig(crop=CROP, context=0, batch=BATCH, crops_per_image=crops), margin=0, stride=8)
     cache = ImageCache(dataset, 1, False, cache_bytes)
-    loader = Loader(cache, dataset.rows("train"), windows, batch=BATCH, repeats=crops, ahead=4)
+    loader = Loader(cache, dataset.rows("train"), windows, ahead=4)
     rates = []
     for epoch in range(1 + epochs):
         started = time.perf_counter()
