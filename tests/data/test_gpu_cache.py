@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def batches(images: ImageCache | GpuImageCache, rows: np.ndarray, config: WindowConfig, depth: bool) -> list[Batch]:
     """Batches of an epoch, and microbatches that are moved one by one, of another."""
-    loader = Loader(images, rows, config, batch=6, repeats=3, seed=1)
+    loader = Loader(images, rows, config, seed=1)
     second = [part for batch in loader.epoch(2, depth) for part in batch.microbatches(4)]
     return [batch.to(CPU) for batch in (*loader.epoch(1, depth), *second)]
 
@@ -30,7 +30,8 @@ def batches(images: ImageCache | GpuImageCache, rows: np.ndarray, config: Window
 def test_gpu_cache_batches_equal_those_of_the_loader(
     noise: Dataset, depth: bool, downsample: int, context: int
 ) -> None:
-    config = WindowConfig(SamplingConfig(crop=32, context=context, brightness=0.1, colour=0.1), margin=8, stride=4)
+    sampling = SamplingConfig(crop=32, context=context, batch=6, crops_per_image=3, brightness=0.1, colour=0.1)
+    config = WindowConfig(sampling, margin=8, stride=4)
     cache = ImageCache(noise, downsample, True, 1e9)
     rows = noise.rows("train")[1:]
     gpu_cache = build_gpu_cache(CPU, cache, rows, 1e9)

@@ -26,12 +26,10 @@ def cache(discs: Dataset) -> ImageCache:
     return ImageCache(discs, downsample=1, use_roi=True, cache_bytes=1e8)
 
 
-def loader(cache: ImageCache, *, rank: int = 0, world: int = 1, repeats: int = 2) -> Loader:
-    config = dataclasses.replace(
-        CONFIG, sampling=SamplingConfig(crop=32, context=8, brightness=0.1, colour=0.1, scale=0.3)
-    )
-    rows = cache.dataset.rows("train")
-    return Loader(cache, rows, config, batch=6, repeats=repeats, seed=3, rank=rank, world=world)
+def loader(cache: ImageCache, *, rank: int = 0, world: int = 1) -> Loader:
+    sampling = SamplingConfig(crop=32, context=8, batch=6, crops_per_image=2, brightness=0.1, colour=0.1, scale=0.3)
+    config = dataclasses.replace(CONFIG, sampling=sampling)
+    return Loader(cache, cache.dataset.rows("train"), config, seed=3, rank=rank, world=world)
 
 
 def targets(batch: Batch, sigma: float = 2.0) -> Targets:

@@ -29,10 +29,6 @@ class Loader:
     """Dataset rows to train on."""
     windows: WindowConfig
     _: KW_ONLY
-    batch: int
-    """Global batch size in windows."""
-    repeats: int = 1
-    """Windows per image and epoch."""
     seed: int = 0
     """Random seed of order and windows."""
     rank: int = 0
@@ -43,6 +39,7 @@ class Loader:
     """Number of batches that threads prepare ahead; 0 prepares each when it is needed."""
 
     def __post_init__(self) -> None:
+        self._batch, self._repeats = self.windows.sampling.batch, self.windows.sampling.crops_per_image
         threads = max(_MIN_THREADS, min(_MAX_THREADS, torch.get_num_threads()))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crowdray-loader")
         self._prefetched: tuple[int, bool, list[Future[Batch]]] = (0, False, [])
@@ -50,7 +47,7 @@ class Loader:
 
     def steps(self) -> int:
         """Updates per epoch."""
-        return max(1, len(self.rows) * self.repeats // self.batch)
+        return max(1, len(self.rows) * self._repeats // self._batch)
 
     def epoch(self, number: int, depth: bool = True) -> Generator[Batch, None, None]:
         """The batches of an epoch in order; towards its end, the first batches of the next epoch are prepared too.
@@ -89,7 +86,7 @@ class Loader:
 
     def _jobs(self, number: int, depth: bool) -> Iterator[Callable[[], Batch]]:
         """A function for each batch of an epoch that prepares it."""
-        batches = epoch_batches(len(self.rows), self.batch, seed=self.seed, epoch=number, repeats=self.repeats)
+        batches = epoch_batches(len(self.rows), self._batch, seed=self.seed, epoch=number, repeats=self._repeats)
         for position, batch in enumerate(batches):
             draws = rank_slice(batch, self.rank, self.world)
             yield partial(self._collect, draws, number, position, len(batch), depth)
@@ -102,10 +99,10 @@ class Loader:
     def _crops(self, draws: NDArray[np.int64], epoch: int, number: int) -> Iterator[Crop[Any]]:
         """Crops image by image, so that at most two decoded images are in memory."""
         scale = draw_scale(self.windows, seed=self.seed, epoch=epoch, batch=number)
-        for position, repeats in groupby(draws.tolist(), lambda draw: draw // self.repeats):
+        for position, repeats in groupby(draws.tolist(), lambda draw: draw // self._repeats):
             image = self.images[int(self.rows[position])]
             size = scaled_size(image, scale, self.windows.stride)
             for draw in repeats:
-                repeat = draw % self.repeats
+                repeat = draw % self._repeats
                 window = draw_window(self.windows, size, seed=self.seed, epoch=epoch, sample=image.row, repeat=repeat)
                 yield Crop(image, size, window)

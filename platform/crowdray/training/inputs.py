@@ -42,8 +42,6 @@ def build_loader(state: TrainState, images: ImageCache, rows: NDArray[np.int64])
         gpu_images or images,
         rows,
         window_config(config, state.counter),
-        batch=sampling.batch,
-        repeats=sampling.crops_per_image,
         seed=config.seed,
         rank=state.world.rank,
         world=state.world.size,
