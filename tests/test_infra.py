@@ -41,11 +41,6 @@ def ray_schema() -> dict[str, Any]:
     return schema
 
 
-def test_dockerfile_installs_compiler() -> None:
-    """torch.compile needs a compiler, on GPUs too."""
-    assert re.search(r"apt-get install [^\n]* g\+\+ ", DOCKERFILE)
-
-
 def test_constraints_pin_exact_public_versions() -> None:
     for name, version in pins().items():
         # A local tag like +cpu would tie everybody to one build of torch.
@@ -82,11 +77,6 @@ def test_cluster_file_matches_ray_schema() -> None:
     assert CLUSTER["head_node_type"] in CLUSTER["available_node_types"]
     groups = [group for name, group in CLUSTER["available_node_types"].items() if name != CLUSTER["head_node_type"]]
     assert all(group["min_workers"] == 0 for group in groups), "an idle cluster keeps only its head"
-
-
-def test_ray_schema_rejects_unknown_field() -> None:
-    with pytest.raises(jsonschema.ValidationError, match="idle_minutes"):
-        jsonschema.validate({**CLUSTER, "idle_minutes": 5}, ray_schema())
 
 
 def test_cluster_requires_token() -> None:

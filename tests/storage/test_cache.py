@@ -175,14 +175,6 @@ def test_fetch_retries_transient_faults_and_reports_permanent_ones(
     assert downloads == [*"aaa", *"bbb"] and cached_letters(cache) == {"a"}
 
 
-def test_fetch_of_a_missing_file_is_not_retried(cache: Path, uris: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "RETRY_DELAYS_S", (1e9,))
-    storage.remove(uris[0])
-    with pytest.raises(DataError, match=rf"{uris[0]} is missing but listed in the index"):
-        fetch(uris[0])
-    assert cached_letters(cache) == set()
-
-
 def test_fetch_on_a_full_disk_raises_user_error_and_leaves_nothing(
     cache: Path, uris: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

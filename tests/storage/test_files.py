@@ -113,26 +113,6 @@ def test_publish_directory_copies_every_file(root_uri: str, tmp_path: Path) -> N
         storage.publish_directory(tmp_path / "made", root_uri, "other.json")
 
 
-def test_publish_directory_uploads_last_file_last_and_cleans_up_on_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_folder(tmp_path / "made")
-    put_file, uploaded = MemoryFileSystem.put_file, list[str]()
-
-    def fail_third(self: Any, local: str, remote: str, **options: Any) -> None:
-        uploaded.append(remote.rsplit("/", 1)[1])
-        if len(uploaded) == 3:
-            no_space()
-        put_file(self, local, remote, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "put_file", fail_third)
-    uri = f"memory://{uuid.uuid4().hex}"
-    with pytest.raises(UserError, match="no space left"):
-        storage.publish_directory(tmp_path / "made", uri, "a_complete.json")
-    assert uploaded[-1] == "a_complete.json" and len(uploaded) == 3
-    assert storage.find_files(uri) == []
-
-
 def test_publish_directory_failing_locally_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path / "made")
     monkeypatch.setattr("shutil.copytree", no_space)
