@@ -160,26 +160,13 @@ def test_acquire_rejects_a_running_holder_and_replaces_a_dead_one(uri: str, monk
     monkeypatch.setattr(lock_module, "TIMEOUT_S", 2.0)
     messages: list[str] = []
     with make_lock(uri) as lock, pytest.raises(UserError, match=rf"the study is in use by {lock.owner}; {FIX}"):
-        make_lock(uri, messages).acquire()
+        make_lock(uri, messages).__enter__()
     content = {"owner": "a killed process", "token": "", "expires": time.time() + 0.5}
     storage.write_bytes(f"{uri}.000007.json", json.dumps(content).encode())
     with make_lock(uri, messages):
         assert lock_files(uri) == ["driver.000008.json"]
     owners = (lock.owner, "a killed process")
     assert [f"waiting up to 2 s: {owner} may still be using the study" for owner in owners] == messages
-
-
-def test_lock_warns_where_exclusive_creation_is_unsupported(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(uri_: str, data: bytes) -> bool:
-        raise storage.ExclusiveCreateUnsupportedError("the store ignores If-None-Match")
-
-    monkeypatch.setattr(storage, "create_bytes", unsupported)
-    messages: list[str] = []
-    with make_lock(uri, messages) as lock:
-        assert ["If-None-Match" in message for message in messages] == [True]
-        assert not make_lock(uri).try_acquire()
-        storage.write_bytes(lock.uri, b'{"owner": "another", "token": "of another", "expires": 9e9}')
-        assert not lock.renew()
 
 
 def _race(folder: str, start: Any, done: Any, wins: Any) -> None:

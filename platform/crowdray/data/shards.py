@@ -246,11 +246,6 @@ class Dataset:
         found: list[str] = self._gather(split, lambda shard: shard.strings(column)).tolist()
         return found
 
-    def verify(self) -> None:
-        """Hash every shard. Raises DataError for the first that is missing, truncated or damaged."""
-        for shard in self.index.shards:
-            storage.verify(storage.join(self.uri, shard.path), sha256=shard.sha256, size=shard.bytes)
-
     def _first_row(self, shard: int) -> int:
         return self._ends[shard] - self.index.shards[shard].rows
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from crowdray.errors import DataError, UserError
-from crowdray.storage.files import open_read
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, resolve, retry, translated_errors
 
 _DISK_FRACTION = 0.5
@@ -77,19 +76,6 @@ def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
                 if not _use_existing(cached, uri, size):
                     _download(uri, cached, size)
     return cached
-
-
-def verify(uri: str, *, sha256: str, size: int) -> None:
-    """Check a local or remote file against its size in bytes and its hash; raise DataError if one differs."""
-    try:
-        fetch(uri, sha256=sha256, size=size)
-    except CacheFullError:
-        digest, found_size = hashlib.sha256(), 0
-        with open_read(uri) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                found_size += len(block)
-        _compare(uri, found_size, size, digest.hexdigest(), sha256)
 
 
 def hash_file(path: Path) -> str:

@@ -62,13 +62,6 @@ class Lock:
         return storage.join(self._folder, f"{self._name}.{self._generation:06d}.json")
 
     def __enter__(self) -> Self:
-        self.acquire()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.release()
-
-    def acquire(self) -> None:
         """Acquire the lock, after the timeout of a dead holder; raise UserError when a running process has it.
 
         A holder whose expiry advances while this method waits is running.
@@ -82,6 +75,10 @@ class Lock:
             elif first is not None and holder is not None and holder != first:
                 raise UserError(f"{self._resource} is in use by {holder.owner}; {self._fix}")
             time.sleep(TIMEOUT_S / HEARTBEATS / 4)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.release()
 
     def try_acquire(self) -> bool:
         """Acquire the lock if no running process has it, and start its heartbeat.
