@@ -8,7 +8,7 @@ from crowdray.config import StagesConfig
 from crowdray.pipeline.identity import RunIdentity
 from crowdray.presets import preset
 from crowdray.tune.space import default_space
-from crowdray.tune.study import Study
+from crowdray.tune.study import SearchOptions, Study
 
 
 def make_study(
@@ -29,5 +29,4 @@ def make_study(
     numerics = dataclasses.replace(config.numerics, threads=threads)
     config = dataclasses.replace(config, stages=StagesConfig(**stages), numerics=numerics)
     identity = RunIdentity(config, data, digest, workers, str(folder), "study")
-    defaults: dict[str, Any] = {"objectives": ("mae",), "sampler": "tpe", "prune": True}
-    return Study(identity, default_space(config), **(defaults | options))
+    return Study(identity, default_space(config), SearchOptions(**options))

@@ -358,6 +358,6 @@ def test_failed_write_of_the_record_stops_the_search_and_loses_no_trial(
 
 
 def test_optuna_receives_both_of_two_objectives(tmp_path: Path) -> None:
-    study = make_study(tmp_path, objectives=("mae", "rmse"))
+    study = make_study(tmp_path, objectives="mae+rmse")
     Cluster(study, make_search(study, num_trials=3)).run()
     assert all(trial.values[1] == 9.0 and trial.state == TrialState.COMPLETE for trial in trials_of(study))

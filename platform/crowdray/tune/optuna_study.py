@@ -36,9 +36,9 @@ class _WholeLineJournal(JournalFileBackend):
 
 def open_optuna_storage(study: Study) -> BaseStorage:
     """Open the storage of a study's trials; raises UserError where it cannot be opened."""
-    if study.database is not None:
+    if study.options.database is not None:
         try:
-            return RDBStorage(study.database)
+            return RDBStorage(study.options.database)
         except (ImportError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -74,7 +74,7 @@ def open_optuna_study(study: Study, opened: BaseStorage | None = None) -> optuna
         directions=["minimize"] * len(study.objectives),
         load_if_exists=True,
     )
-    if study.database is not None:
+    if study.options.database is not None:
         if (folder := trials.user_attrs.get(_FOLDER, study.uri)) != study.uri:
             raise UserError(
                 f"the study {study.identity.name} in --database belongs to {folder}, this one is {study.uri}; give "

@@ -123,7 +123,7 @@ class StageTreeSearch(Searcher):
         self.stop_reason: str | None = None
         """Why the search stops early; None while it runs."""
         # Trials that depend on no result can be sampled, and ordered, all at once.
-        self._independent = STARTUP_TRIALS if study.sampler == "tpe" else num_trials
+        self._independent = STARTUP_TRIALS if study.options.sampler == "tpe" else num_trials
         self._storage, self._trials = opened, open_optuna_study(study, opened)
         self._trials.sampler = _sampler(study, len(sampled_trials(self._trials)))
         shortest = min(study.space.stage_lengths("joint"), default=study.config.stages.joint.epochs)
@@ -202,7 +202,7 @@ class StageTreeSearch(Searcher):
         except UserError as error:
             self.stop_reason = str(error) if RESUME_HINT in str(error) else f"{error}; then {RESUME_HINT}"
         except (OSError, StorageInternalError) as error:
-            location = "--database" if self._study.database else self._study.uri  # a URL may contain a password
+            location = "--database" if self._study.options.database else self._study.uri  # a URL may contain a password
             self.stop_reason = (
                 f"the record of the trials in {location} cannot be written ({error}); free space there, or restart "
                 f"the database, then {RESUME_HINT}"
@@ -338,7 +338,11 @@ def _is_reference(candidate: Candidate) -> bool:
 def _sampler(study: Study, sampled: int) -> BaseSampler:
     """The study's sampler, seeded by the trials so far: otherwise each start samples the same points."""
     seed = study.config.seed + sampled
-    return RandomSampler(seed) if study.sampler == "random" else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    return (
+        RandomSampler(seed)
+        if study.options.sampler == "random"
+        else TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+    )
 
 
 class StudyScheduler(FIFOScheduler):

@@ -56,14 +56,8 @@ class Study:
     """Base configuration with resolved threads, data, workers per trial, and location."""
     space: Space
     """Fields that vary, and how."""
-    objectives: tuple[str, ...]
-    """Validation errors of the joint stage to minimize: mae, rmse or both."""
-    sampler: Literal["tpe", "random"]
-    """Optuna's sampler."""
-    prune: bool
-    """Whether unpromising trials are stopped."""
-    database: str | None = None
-    """URL of the database with Optuna's record; None: a journal in the study's folder."""
+    options: SearchOptions
+    """Objectives, sampler, pruning and database."""
 
     @property
     def uri(self) -> str:
@@ -81,9 +75,14 @@ class Study:
         return storage.join(self.uri, STUDY_FILE)
 
     @property
+    def objectives(self) -> list[str]:
+        """Validation errors of the joint stage to minimize: mae, or mae and rmse."""
+        return self.options.objectives.split("+")
+
+    @property
     def prunes(self) -> bool:
         """Whether trials are stopped early; Optuna's pruners support a single objective."""
-        return self.prune and len(self.objectives) == 1
+        return self.options.prune and len(self.objectives) == 1
 
     def run_of(self, number: int, config: Config) -> Run:
         """A trial as a run of its own in the study's folder."""
@@ -96,9 +95,9 @@ class Study:
         self.identity.create_or_verify(
             self.identity_file,
             space=json.loads(self.space.to_json()),
-            objectives=list(self.objectives),
-            sampler=self.sampler,
-            prune=self.prune,
+            objectives=self.objectives,
+            sampler=self.options.sampler,
+            prune=self.options.prune,
             workers=self.identity.workers,
             code=code_digest() + self.identity.backbone_code,  # results of different code are not comparable
         )
@@ -146,11 +145,5 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     )
     name = options.name or f"tune-{default_name(preset, *computed)}"
     folder = storage.resolve(options.storage)
-    return Study(
-        RunIdentity(resolved, dataset.uri, dataset.digest, options.workers, folder, name, backbone_code),
-        space=space,
-        objectives=tuple(options.objectives.split("+")),
-        sampler=options.sampler,
-        prune=options.prune,
-        database=options.database,
-    )
+    identity = RunIdentity(resolved, dataset.uri, dataset.digest, options.workers, folder, name, backbone_code)
+    return Study(identity, space, options)
