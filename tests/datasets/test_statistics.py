@@ -26,7 +26,7 @@ from ..support.builders import HEIGHT, WIDTH, jpeg, make_shanghaitech, samples, 
 
 def check(source: Source, rows: int = 5) -> ValidationReport:
     stats = [compute_stats(source, items) for items in conversion.split_into_slices(source.items(), rows)]
-    return validate(source.name, source.depth_teacher, sum(stats, DatasetStats()), source.notes())
+    return validate(source.name, source.teacher.name, sum(stats, DatasetStats()), source.notes())
 
 
 def encoded(mode: str, **options: object) -> bytes:

@@ -4,6 +4,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from .builders import HEIGHT, WIDTH, jpeg
+from .builders import HEIGHT, WIDTH, jpeg, make_mall, make_shanghaitech
 
 HDF5_START = b"\x89HDF\r\n\x1a\n"
 Files = dict[str, bytes]
@@ -32,6 +33,10 @@ def in_bucket(files: Mapping[str, bytes]) -> str:
     root = f"memory://{uuid.uuid4().hex}"
     fsspec.filesystem("memory").pipe({f"{root}/{path}": content for path, content in files.items()})
     return root
+
+
+def files_below(folder: Path) -> Files:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def below(uri: str) -> str:
@@ -195,3 +200,16 @@ def nwpu() -> Files:
         "jsons/0002.json": json.dumps(empty).encode(),
         "mats/0001.mat": mat(annPoints=np.array(HEADS[:2])),
     }
+
+
+LAYOUTS: dict[str, Callable[[Path], Files]] = {
+    "mall": lambda folder: files_below(make_mall(folder)),
+    "shanghaitech": lambda folder: files_below(make_shanghaitech(folder, count=4)),
+    "worldexpo": lambda _: worldexpo(),
+    "ucsd": lambda _: ucsd(),
+    "ucf-cc-50": lambda _: ucf_cc_50(),
+    "ucf-qnrf": lambda _: ucf_qnrf(),
+    "jhu": lambda _: jhu(),
+    "nwpu": lambda _: nwpu(),
+}
+"""Builders of tiny copies by source; some use the given folder, which does not exist yet."""

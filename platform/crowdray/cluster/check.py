@@ -35,7 +35,7 @@ def check(
         raise DataError(f"{source.name}: there is nothing to check; check --source and --split")
     stats = dict(map_slices(_compute_stats, source, list(enumerate(split_into_slices(items))), progress=progress))
     total = sum((stats[number] for number in sorted(stats)), DatasetStats())
-    result = validate(source.name, source.depth_teacher, total, source.notes(splits))
+    result = validate(source.name, source.teacher.name, total, source.notes(splits))
     content = json.dumps(result.as_dict(), indent=1) + "\n"
     storage.write_bytes(storage.join(report, REPORT), content.encode())
     images, heads = len(result.images), sum(stats.heads for stats in result.splits.values())

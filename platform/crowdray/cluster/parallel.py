@@ -62,7 +62,7 @@ def map_slices(
     items = [item for _, slice_items in slices for item in slice_items]
     lengths = {number: len(slice_items) for number, slice_items in slices}
     # A GPU is allocated by Ray: this process may run on a node without one.
-    use_ray = source.gpu or (len(slices) > 1 and _seconds_to_load(source, items) > MIN_RAY_S)
+    use_ray = source.teacher.gpu or (len(slices) > 1 and _seconds_to_load(source, items) > MIN_RAY_S)
     local = ((number, work(source, slice_items, number)) for number, slice_items in slices)
     results = _map_on_cluster(work, source, slices) if use_ray else local
     with progress(done + len(items), done) as advance, closing(results):
@@ -88,11 +88,11 @@ def _map_on_cluster(
 ) -> Generator[tuple[int, Result], None, None]:
     """Run slices as Ray tasks, two in flight per CPU so that none idles."""
     with connect() as resources:
-        if source.gpu and not resources.gpus:
-            raise UserError(f"--depth {source.depth_teacher} needs a GPU, and Ray has none; remove the option cuda")
+        if source.teacher.gpu and not resources.gpus:
+            raise UserError(f"--depth {source.teacher.name} needs a GPU, and Ray has none; remove the option cuda")
         import ray
 
-        task: Any = ray.remote(num_gpus=int(source.gpu), max_retries=MAX_RETRIES)(work)
+        task: Any = ray.remote(num_gpus=int(source.teacher.gpu), max_retries=MAX_RETRIES)(work)
         shared = ray.put(source)
         waiting = list(slices)[::-1]
         running: dict[ray.ObjectRef[Result], Slice] = {}

@@ -77,16 +77,16 @@ class Conversion:
         source, ordered = self.source, [self.results[number] for number in range(len(self.slices))]
         shards = [result.shard for result in ordered if result.shard is not None]
         stats = sum((result.stats for result in ordered), DatasetStats())
-        report = validate(source.name, source.depth_teacher, stats, source.notes(self.splits))
+        report = validate(source.name, source.teacher.name, stats, source.notes(self.splits))
         report.raise_for_unusable(strict=strict)
         if not shards:
             raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
         _check_shards(self.dest, shards)
         notes = _index_notes(report)
-        digest = Index(source.name, source.depth_teacher, tuple(shards), tuple(notes)).digest
+        digest = Index(source.name, source.teacher.name, tuple(shards), tuple(notes)).digest
         if report.unusable:
             write_quarantine(self.dest, report.unusable, digest)
-        index = write_index(self.dest, shards, source=source.name, depth_teacher=source.depth_teacher, notes=notes)
+        index = write_index(self.dest, shards, source=source.name, depth_teacher=source.teacher.name, notes=notes)
         _clean(self.dest, index)
         return index
 

@@ -233,7 +233,7 @@ def test_onnx_with_cuda_needs_a_gpu_from_ray(tmp_path: Path, monkeypatch: pytest
     cluster = contextlib.nullcontext(Resources(cpus=2, gpus=0, local=True))
     monkeypatch.setattr(parallel, "connect", lambda: cluster)
     source = open_source("synthetic", train=1, test=0, depth=f"onnx:{path},metric,cuda")
-    assert source.gpu and not open_source("synthetic", depth="own").gpu
+    assert source.teacher.gpu and not open_source("synthetic", depth="own").teacher.gpu
     with pytest.raises(UserError, match="Ray has none"):
         cluster_convert.convert(source, str(tmp_path / "out"))
 
@@ -323,12 +323,12 @@ def test_convert_stores_precomputed_maps(root_uri: str, tmp_path: Path) -> None:
             file.write(buffer.getvalue())
     source = open_source("shanghaitech", str(part), depth=f"precomputed:{root_uri}")
     index = convert(source, str(tmp_path / "out"))
-    assert index.depth_teacher == source.depth_teacher and index.depth_teacher.startswith("precomputed-1:")
+    assert index.depth_teacher == source.teacher.name and index.depth_teacher.startswith("precomputed-1:")
     dataset = Dataset.open(str(tmp_path / "out"))
     for row, depth in enumerate(maps.values()):
         stored = dataset.sample(row).depth
         assert stored is not None
-        np.testing.assert_allclose(decode_depth(stored), depth / depth.max(), rtol=0, atol=0.5001 / 65535)
+        np.testing.assert_allclose(decode_depth(bytes(stored)), depth / depth.max(), rtol=0, atol=0.5001 / 65535)
 
 
 def test_convert_with_network_is_reproducible_and_depends_on_the_teacher(tmp_path: Path) -> None:
@@ -367,4 +367,4 @@ def test_network_depth_differs_between_frames_of_one_camera(tmp_path: Path) -> N
     source = open_source("mall", str(make_mall(tmp_path / "mall")), depth=f"onnx:{path},metric,side=24,multiple=8")
     pickled = pickle.loads(pickle.dumps(source))
     depths = [pickled.load(item).depth for item in source.items()]
-    assert len(set(depths)) == len(depths) == 6 and pickled.gpu is False
+    assert len(set(depths)) == len(depths) == 6 and pickled.teacher.gpu is False

@@ -42,7 +42,7 @@ from ...support.builders import HEIGHT, WIDTH, jpeg
 def test_open_source_any_format_loads_marked_heads(tmp_path: Path, kind: str, monkeypatch: Any) -> None:
     folder = WRITERS[kind](tmp_path / "market")
     source = open_source(kind, str(folder))
-    assert source.name == "market" and source.depth_teacher == "points-1"
+    assert source.name == "market" and source.teacher.name == "points-1"
     items = source.items()
     copy, last = pickle.loads(pickle.dumps((source, items[0])))
     assert len(pickle.dumps((source, last))) < 2000

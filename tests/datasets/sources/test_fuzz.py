@@ -25,15 +25,12 @@ from PIL import ExifTags, Image
 from scipy.io import loadmat
 
 from crowdray.datasets.sources import SOURCES, Item, open_source
-from crowdray.datasets.sources import mall as mall_module
-from crowdray.datasets.sources import ucsd as ucsd_module
-from crowdray.datasets.sources import worldexpo as worldexpo_module
 from crowdray.errors import UserError
 
 from ...support import published
 from ...support.annotation_builders import HEADS, WRITERS, labelme, write_csv, write_json, write_labelme
-from ...support.builders import HEIGHT, WIDTH, jpeg, make_mall, make_shanghaitech
-from ...support.published import HDF5_START, Files, below, in_bucket
+from ...support.builders import jpeg
+from ...support.published import HDF5_START, LAYOUTS, Files, below, files_below, in_bucket
 
 pytestmark = pytest.mark.slow
 
@@ -52,18 +49,12 @@ MIN_CASES = 12
 class Format:
     """A dataset layout to fuzz."""
 
-    make: Callable[[Path], Path | Files]
-    """Builds a tiny valid dataset: in an empty folder, or as contents."""
+    make: Callable[[Path], Files]
+    """Builds a tiny valid dataset; it may use the given folder."""
     heads: Reference
     """Reads the expected heads."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the source."""
-
-
-def contents(made: Path | Files) -> Files:
-    if not isinstance(made, Path):
-        return made
-    return {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
 
 
 def matrix(content: bytes, name: str) -> Array:
@@ -164,7 +155,7 @@ def small_ucf_cc_50(path: Path) -> Files:
     return {path: data for path, data in published.ucf_cc_50().items() if path.split(".")[0].split("_")[0] in "7 8 12"}
 
 
-def csv_of_rotated_photos(path: Path) -> Path:
+def csv_of_rotated_photos(path: Path) -> Files:
     """A table of photos with an EXIF orientation, in several image formats."""
     write_csv(path)
     exif = Image.Exif()
@@ -172,28 +163,32 @@ def csv_of_rotated_photos(path: Path) -> Path:
     for name, kind in zip(HEADS, ("JPEG", "TIFF", "WEBP"), strict=True):
         photo = Image.open(path / name).copy()
         photo.save(path / name, kind, exif=exif)
-    return path
+    return files_below(path)
 
 
-def labelme_with_embedded_photo(path: Path) -> Path:
+def labelme_with_embedded_photo(path: Path) -> Files:
     embedded = base64.b64encode(jpeg(3)).decode()
     write_json(write_labelme(path) / "d.json", labelme("d.jpg", [("point", "head", [(5, 6)])], imageData=embedded))
-    return path
+    return files_below(path)
+
+
+def written(kind: str) -> Callable[[Path], Files]:
+    return lambda path: files_below(WRITERS[kind](path))
 
 
 FORMATS = {
-    "mall": Format(make_mall, mall_heads),
-    "shanghaitech": Format(lambda path: make_shanghaitech(path, count=4), shanghaitech_heads),
-    "worldexpo": Format(lambda path: published.worldexpo(), variable("point_position")),
-    "ucsd": Format(lambda path: published.ucsd(), ucsd_heads),
+    "mall": Format(LAYOUTS["mall"], mall_heads),
+    "shanghaitech": Format(LAYOUTS["shanghaitech"], shanghaitech_heads),
+    "worldexpo": Format(LAYOUTS["worldexpo"], variable("point_position")),
+    "ucsd": Format(LAYOUTS["ucsd"], ucsd_heads),
     "ucf-cc-50": Format(small_ucf_cc_50, variable("annPoints")),
-    "ucf-qnrf": Format(lambda path: published.ucf_qnrf(), qnrf_heads, {"longest": 100}),
-    "jhu": Format(lambda path: published.jhu(), jhu_heads),
-    "nwpu": Format(lambda path: published.nwpu(), nwpu_heads),
+    "ucf-qnrf": Format(LAYOUTS["ucf-qnrf"], qnrf_heads, {"longest": 100}),
+    "jhu": Format(LAYOUTS["jhu"], jhu_heads),
+    "nwpu": Format(LAYOUTS["nwpu"], nwpu_heads),
     "csv": Format(csv_of_rotated_photos, csv_heads),
-    "coco": Format(WRITERS["coco"], coco_heads),
-    "label-studio": Format(WRITERS["label-studio"], label_studio_heads),
-    "cvat": Format(WRITERS["cvat"], cvat_heads),
+    "coco": Format(written("coco"), coco_heads),
+    "label-studio": Format(written("label-studio"), label_studio_heads),
+    "cvat": Format(written("cvat"), cvat_heads),
     "labelme": Format(labelme_with_embedded_photo, labelme_heads),
 }
 """Sources of annotated image files, by name."""
@@ -230,14 +225,6 @@ def mutated(content: bytes, others: list[bytes], rng: np.random.Generator) -> by
     return bytes(data)
 
 
-@pytest.fixture(autouse=True)
-def small_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mall_module, "TRAIN_FRAMES", 4)
-    monkeypatch.setattr(worldexpo_module, "SIZE", (HEIGHT, WIDTH))
-    monkeypatch.setattr(ucsd_module, "CLIP_FRAMES", 2)
-    monkeypatch.setattr(ucsd_module, "TRAIN_FRAMES", range(7, 15))
-
-
 def check(name: str, files: Contents, depth: str) -> int:
     """Return how many items load; each must raise a UserError or equal the reference reader."""
     form, root, loaded = FORMATS[name], in_bucket(files), 0
@@ -262,9 +249,9 @@ def check(name: str, files: Contents, depth: str) -> int:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning:PIL")
 @pytest.mark.parametrize("name", FORMATS)
 def test_load_damaged_file_raises_or_equals_reference(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    files = contents(FORMATS[name].make(tmp_path / "dataset"))
+    files = FORMATS[name].make(tmp_path / "dataset")
     valid = check(name, files, "auto")
     assert valid > 0
     until = time.monotonic() + request.config.getoption("--fuzz-seconds")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from crowdray.data.sample import decode_depth, decode_image
-from crowdray.datasets.sources import mall as mall_module
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.sources.layout import natural_key
 from crowdray.errors import UserError
@@ -15,8 +14,7 @@ from ...support.builders import HEIGHT, WIDTH, heads, jpeg, make_mall, make_shan
 
 
 @pytest.fixture
-def mall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(mall_module, "TRAIN_FRAMES", 4)
+def mall(tmp_path: Path) -> Path:
     return make_mall(tmp_path / "mall_dataset")
 
 
@@ -50,14 +48,14 @@ def test_mall_depth_is_largest_where_its_map_is_largest(mall: Path) -> None:
     # pMapN is an inverse area: for 1.5 times the height it is 1 / 2.25 as large.
     source = open_source("mall", str(mall))
     sample = source.load(source.items()[0])
-    assert sample.depth is not None and sample.roi is not None and source.depth_teacher == "perspective-1"
+    assert sample.depth is not None and sample.roi is not None and source.teacher.name == "perspective-1"
     expected = 0.5 / (0.5 + np.arange(HEIGHT) / HEIGHT)
     np.testing.assert_allclose(decode_depth(sample.depth), np.tile(expected[:, None], WIDTH), atol=1e-4)
 
 
 def test_depth_none_stores_no_depth(mall: Path) -> None:
     source = open_source("mall", str(mall), depth="none")
-    assert source.load(source.items()[3]).depth is None and source.depth_teacher == "none"
+    assert source.load(source.items()[3]).depth is None and source.teacher.name == "none"
 
 
 @pytest.mark.parametrize("annotations", ["ground_truth", "ground-truth"])
@@ -105,7 +103,7 @@ def test_synthetic_images_do_not_depend_on_their_number() -> None:
         assert one.image == other.image and one.depth == other.depth and one.sha256 == other.sha256
         np.testing.assert_array_equal(one.points, other.points)
         assert (one.height, one.width) == decode_image(one.image).shape[:2] == (64, 96)
-        assert one.depth is not None and few.depth_teacher == "own-1"
+        assert one.depth is not None and few.teacher.name == "own-1"
     with pytest.raises(UserError, match="no split 'val'"):
         few.items(["val"])
     with pytest.raises(UserError, match="not 0 for all"):

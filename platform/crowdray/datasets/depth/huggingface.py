@@ -14,7 +14,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import TeacherOptions
+from crowdray.datasets.depth.options import IS_INVERSE, TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.datasets.extras import import_extra
 from crowdray.errors import DataError, UserError
@@ -135,17 +135,10 @@ def _is_inverse(options: TeacherOptions, folder: Path) -> bool:
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
     if type(config) not in library.MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
         raise UserError(f"{options.location} is a {config.model_type}, which does not estimate depth; use another")
-    inverse = options.inverse(getattr(config, "depth_estimation_type", ""))
-    if inverse is None:
-        backbone = getattr(getattr(config, "backbone_config", None), "model_type", "")
-        kind = config.model_type if backbone != "dinov2" else "dpt on dinov2"
-        inverse = INVERSE.get(kind)
-    if inverse is None:
-        raise UserError(
-            f"{options.location} ({kind}) does not define its kind of depth; add ,inverse if larger is nearer or "
-            ",metric if larger is farther"
-        )
-    return inverse
+    backbone = getattr(getattr(config, "backbone_config", None), "model_type", "")
+    kind = config.model_type if backbone != "dinov2" else "dpt on dinov2"
+    known = IS_INVERSE.get(getattr(config, "depth_estimation_type", ""), INVERSE.get(kind))
+    return options.inverse(known, f"{options.location} ({kind})")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 from crowdray import storage
 from crowdray.data.sample import Sample, decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
-from crowdray.datasets.depth.options import TeacherOptions, positive_int
+from crowdray.datasets.depth.options import IS_INVERSE, TeacherOptions, positive_int
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.datasets.extras import import_extra
 from crowdray.errors import DataError, UserError
@@ -63,7 +63,7 @@ class OnnxDepth(DepthTeacher):
         self.gpu = options.flag("cuda")
         session = self._open(cuda=False) if self.gpu else self.session
         metadata = session.get_modelmeta().custom_metadata_map
-        self._inverse = _is_inverse(options, metadata, self._uri)
+        self._inverse = options.inverse(IS_INVERSE.get(metadata.get("depth_estimation_type", "")), self._uri)
         self._ratio = options.ratio()
         self._mean, self._std = (_channels(options, metadata, name, self._uri) for name in ("mean", "std"))
         if not (self._std > 0).all():
@@ -161,16 +161,6 @@ def _layout(session: Any, uri: str) -> tuple[str, str]:
         found = "; ".join(f"{one.name} {one.shape}" for one in outputs)
         raise UserError(f"{uri} has outputs {found}; give a network with one map [1, height, width] or {PREDICTED}")
     return inputs[0].name, maps[0].name
-
-
-def _is_inverse(options: TeacherOptions, metadata: dict[str, str], uri: str) -> bool:
-    inverse = options.inverse(metadata.get("depth_estimation_type", ""))
-    if inverse is None:
-        raise UserError(
-            f"{uri} does not define depth_estimation_type; add ,inverse if larger is nearer (MiDaS, Depth Anything) "
-            "or ,metric if larger is farther"
-        )
-    return inverse
 
 
 def _channels(options: TeacherOptions, metadata: dict[str, str], name: str, uri: str) -> NDArray[np.float32]:

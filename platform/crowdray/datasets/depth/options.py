@@ -45,13 +45,18 @@ class TeacherOptions:
         """Whether an option is given."""
         return option in self.options
 
-    def inverse(self, depth_type: str = "") -> bool | None:
-        """Whether larger is nearer, from the flags inverse and metric, else a model's type; None if neither says it."""
+    def inverse(self, known: bool | None, model: str) -> bool:
+        """Whether larger is nearer, from the flags inverse and metric, else as `known` for the model."""
         if self.flag("inverse") and self.flag("metric"):
             raise UserError(f"--depth {self.teacher}: inverse and metric exclude each other; give one")
         if self.flag("inverse") or self.flag("metric"):
             return self.flag("inverse")
-        return {"relative": True, "metric": False}.get(depth_type)
+        if known is None:
+            raise UserError(
+                f"{model} does not define its kind of depth; add ,inverse if larger is nearer (MiDaS, Depth Anything) "
+                "or ,metric if larger is farther"
+            )
+        return known
 
     def value(self, option: str, parse: Callable[[str], T], default: T) -> T:
         """Value of an option; UserError with an example if `parse` raises ValueError."""
@@ -73,6 +78,10 @@ class TeacherOptions:
         """Name of the teacher, such as `onnx-1:0123456789ab:inverse,range=20`; options in alphabetic order."""
         options = ",".join(f"{key}={value}" if value else key for key, value in sorted(self.options.items()))
         return ":".join(filter(None, (f"{self.teacher}-{version}", sha256[:12], options)))
+
+
+IS_INVERSE = {"relative": True, "metric": False}
+"""Whether larger is nearer, by `depth_estimation_type`."""
 
 
 def _ratio(text: str) -> float:

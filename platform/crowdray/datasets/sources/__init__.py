@@ -36,15 +36,8 @@ class Source(Protocol):
 
     name: str
     """Name on the command line and in the index."""
-    depth_teacher: str
-    """Name and version of the depth teacher."""
-    gpu: bool
-    """Whether load() needs a GPU for its depth teacher."""
-
-    @property
-    def teacher(self) -> DepthTeacher | None:
-        """Depth teacher; None if samples keep the depth that they are stored with."""
-        ...
+    teacher: DepthTeacher
+    """Depth teacher; one that is never asked if samples keep their stored depth."""
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Items of the given or all splits, in natural order; UserError for a missing split."""

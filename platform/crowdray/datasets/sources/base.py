@@ -62,7 +62,6 @@ class AnnotatedImages:
         self._root = root
         self._splits = tuple(splits)
         self.teacher = open_teacher(depth, ("perspective", "points", "none") if perspective else ("points", "none"))
-        self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
         self._encoded: dict[tuple[str, float], tuple[bytes | None, bytes | None]] = {}
         self._cache: dict[str, Any] = {}
 

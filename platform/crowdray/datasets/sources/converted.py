@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from crowdray.data.sample import Sample, check_image
 from crowdray.data.shards import Dataset
+from crowdray.datasets.depth.analytic import NoDepth, SourceDepth
+from crowdray.datasets.depth.teacher import DepthTeacher
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.layout import chosen_splits
 from crowdray.errors import UserError
@@ -14,9 +16,6 @@ from crowdray.errors import UserError
 class Converted:
     """Samples of a dataset at a path or URI, with its name and depth."""
 
-    gpu = False
-    teacher = None
-
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         if depth not in ("auto", "none"):
             raise UserError(f"--depth {depth}: a converted dataset keeps its depth (auto) or drops it (none)")
@@ -24,7 +23,7 @@ class Converted:
         self._dataset = Dataset.open(source, verify=True)
         self._keeps_depth = depth == "auto"
         self.name = self._dataset.index.name
-        self.depth_teacher = self._dataset.index.depth_teacher if self._keeps_depth else "none"
+        self.teacher: DepthTeacher = SourceDepth(self._dataset.index.depth_teacher) if self._keeps_depth else NoDepth()
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Samples of each split, in the dataset's order."""

@@ -12,7 +12,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits, text_lines
+from crowdray.datasets.sources.layout import IMAGES, files_by_name, find_splits, text_lines
 from crowdray.datasets.sources.matlab import as_points
 from crowdray.errors import DataError
 
@@ -39,10 +39,8 @@ class Jhu(AnnotatedImages):
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""
-        images, annotations = (
-            by_stem(storage.list_files(storage.join(self._root, split, folder), suffixes))
-            for folder, suffixes in (("images", IMAGES), ("gt", (".txt",)))
-        )
+        images = files_by_name(storage.join(self._root, split, "images"), IMAGES)
+        annotations = files_by_name(storage.join(self._root, split, "gt"), (".txt",))
         labels = self.cached(self._label_file(split), _read_labels)
         return pair_items(split, images, annotations, scene=lambda name: labels[name][1] if name in labels else "")
 

@@ -1,7 +1,7 @@
 """Names and lists in dataset folders: natural order, text lines, requested splits."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from crowdray import storage
@@ -17,9 +17,10 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
-def by_stem(uris: Iterable[str]) -> dict[str, str]:
-    """URIs by file name without suffix."""
-    return {PurePosixPath(uri).stem: uri for uri in uris}
+def files_by_name(folder: str, suffixes: tuple[str, ...], *, prefix: str = "", suffix: str = "") -> dict[str, str]:
+    """URIs of a folder's files with one of the suffixes, by name without extension, `prefix` and `suffix`."""
+    stems = {PurePosixPath(uri).stem: uri for uri in storage.list_files(folder, suffixes)}
+    return {stem.removeprefix(prefix).removesuffix(suffix): uri for stem, uri in stems.items()}
 
 
 def text_lines(uri: str) -> list[str]:

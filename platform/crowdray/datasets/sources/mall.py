@@ -11,7 +11,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads
-from crowdray.datasets.sources.layout import by_stem
+from crowdray.datasets.sources.layout import files_by_name
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.errors import DataError, UserError
 
@@ -41,7 +41,7 @@ class Mall(AnnotatedImages):
 
     def split_items(self, split: str) -> list[Item]:
         """Frames in the order of their numbers."""
-        frames = by_stem(storage.list_files(storage.join(self._root, "frames"), (".jpg",)))
+        frames = files_by_name(storage.join(self._root, "frames"), (".jpg",))
         annotated = len(self.cached(self._ground_truth, _read_heads))
         found = []
         for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):

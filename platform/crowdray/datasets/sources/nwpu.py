@@ -13,7 +13,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits, text_lines
+from crowdray.datasets.sources.layout import IMAGES, files_by_name, find_splits, text_lines
 from crowdray.datasets.sources.matlab import as_points, read_points
 from crowdray.errors import DataError
 
@@ -66,10 +66,8 @@ class Nwpu(AnnotatedImages):
     def _files(self, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
         """URIs of a folder's files by name; empty if the folder does not exist."""
 
-        def listed(uri: str) -> dict[str, str]:
-            return by_stem(storage.list_files(uri, suffixes)) if storage.exists(uri) else {}
-
-        return self.cached(storage.join(self._root, folder), listed)
+        uri = storage.join(self._root, folder)
+        return self.cached(uri, lambda uri: files_by_name(uri, suffixes) if storage.exists(uri) else {})
 
 
 def _read_json(uri: str) -> Heads:

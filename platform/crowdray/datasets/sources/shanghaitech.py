@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem
+from crowdray.datasets.sources.layout import IMAGES, files_by_name
 from crowdray.datasets.sources.matlab import as_points, read_matlab
 from crowdray.errors import DataError, UserError
 
@@ -43,9 +43,8 @@ class ShanghaiTech(AnnotatedImages):
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""
         folder = storage.join(self._root, f"{split}_data")
-        images = by_stem(storage.list_files(storage.join(folder, "images"), IMAGES))
-        annotations = by_stem(storage.list_files(_annotation_folder(folder), (".mat",)))
-        return pair_items(split, images, {re.sub("^GT_", "", name): uri for name, uri in annotations.items()})
+        images = files_by_name(storage.join(folder, "images"), IMAGES)
+        return pair_items(split, images, files_by_name(_annotation_folder(folder), (".mat",), prefix="GT_"))
 
     def heads(self, item: Item) -> Heads:
         """Heads of one GT_IMG_n.mat."""

@@ -44,7 +44,6 @@ class Synthetic:
             raise UserError(f"synthetic: images per split are {self._counts}; give 0 to 1000000, and not 0 for all")
         self._spec = SceneSpec(seed=seed, width=width, height=height, cameras=cameras, **scene)
         self.teacher = open_teacher(depth, ("own", "points", "none"))
-        self.depth_teacher, self.gpu = self.teacher.name, self.teacher.gpu
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Images in the order of their numbers; splits without images are not available."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import by_stem
+from crowdray.datasets.sources.layout import files_by_name
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
@@ -39,10 +39,8 @@ class UcfCc50(AnnotatedImages):
         self._fold = fold
         self.name = f"ucf-cc-50-fold{fold}"
         root = storage.resolve(source)
-        self._images, self._annotations = (
-            {name.removesuffix("_ann"): uri for name, uri in by_stem(storage.list_files(root, (ending,))).items()}
-            for ending in (".jpg", "_ann.mat")
-        )
+        self._images = files_by_name(root, (".jpg",))
+        self._annotations = files_by_name(root, ("_ann.mat",), suffix="_ann")
         if unexpected := [name for name in self._images | self._annotations if not name.isdecimal()]:
             raise UserError(f"{source} contains {unexpected[0]}, but UCF_CC_50 has images such as 1.jpg; move it away")
         available = {self._split(name) for name in self._images}

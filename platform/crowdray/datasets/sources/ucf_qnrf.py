@@ -13,7 +13,7 @@ from crowdray import storage
 from crowdray.data.sample import content_size, decode_image
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import by_stem, find_splits
+from crowdray.datasets.sources.layout import files_by_name, find_splits
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
@@ -49,9 +49,8 @@ class UcfQnrf(AnnotatedImages):
     def split_items(self, split: str) -> list[Item]:
         """Photos in the order of their numbers."""
         folder = storage.join(self._root, FOLDERS[split])
-        annotations = by_stem(storage.list_files(folder, ("_ann.mat",)))
-        images = by_stem(storage.list_files(folder, (".jpg",)))
-        return pair_items(split, images, {name.removesuffix("_ann"): uri for name, uri in annotations.items()})
+        annotations = files_by_name(folder, ("_ann.mat",), suffix="_ann")
+        return pair_items(split, files_by_name(folder, (".jpg",)), annotations)
 
     def heads(self, item: Item) -> Heads:
         """Heads of one img_n_ann.mat, in pixels of the original photo."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads
-from crowdray.datasets.sources.layout import by_stem
+from crowdray.datasets.sources.layout import files_by_name
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.errors import UserError
 
@@ -60,16 +60,15 @@ class Ucsd(AnnotatedImages):
         """Frames in the order of the video."""
         found = []
         for clip in self._clips:
-            images = by_stem(storage.list_files(self._clip_folder(clip), (".png",)))
+            images = files_by_name(self._clip_folder(clip), (".png",), prefix=f"{_clip(clip)}_f")
             uri = storage.join(self._annotations, _frame_file(clip))
             annotated = len(self.cached(uri, _read_frames))
-            frames = {int(end) for name in images if (end := name.removeprefix(f"{_clip(clip)}_f")).isdecimal()}
+            frames = {int(frame) for frame in images if frame.isdecimal()}
             for frame in sorted(frames | set(range(1, annotated + 1))):
                 number = clip * CLIP_FRAMES + frame
-                name = f"{_clip(clip)}_f{frame:03d}"
                 if split == frame_split(number):
-                    annotation = uri if frame <= annotated else ""
-                    found.append(Item(split, name, images.get(name, ""), annotation, number, self.name))
+                    name, image = f"{_clip(clip)}_f{frame:03d}", images.get(f"{frame:03d}", "")
+                    found.append(Item(split, name, image, uri if frame <= annotated else "", number, self.name))
         return found
 
     def heads(self, item: Item) -> Heads:

@@ -13,7 +13,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, by_stem, find_splits
+from crowdray.datasets.sources.layout import IMAGES, find_splits
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.datasets.sources.region import polygon_mask
 from crowdray.errors import DataError
@@ -102,8 +102,9 @@ class WorldExpo(AnnotatedImages):
     def _files(self, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
         """URIs of the files below a folder, in any depth, by name."""
         uri = storage.join(self._root, folder)
-        names = [file.name for file in storage.find_files(uri) if file.name.lower().endswith(tuple(suffixes))]
-        return by_stem(storage.join(uri, name) for name in names if not PurePosixPath(name).name.startswith("."))
+        paths = [PurePosixPath(file.name) for file in storage.find_files(uri)]
+        found = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+        return {path.stem: storage.join(uri, str(path)) for path in found}
 
     def _read_camera(self, uri: str, item: Item) -> Camera:
         def roi(variables: dict[str, Any]) -> Any:

@@ -1,0 +1,16 @@
+"""Public datasets in small: their tiny copies have fewer and smaller frames than the real ones."""
+
+import pytest
+
+from crowdray.datasets.sources import mall, ucsd, worldexpo
+
+from ...support.builders import HEIGHT, WIDTH
+
+
+@pytest.fixture(autouse=True)
+def small_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of 24x32, four training frames of Mall, and clips of two frames of which some are for training."""
+    monkeypatch.setattr(mall, "TRAIN_FRAMES", 4)
+    monkeypatch.setattr(worldexpo, "SIZE", (HEIGHT, WIDTH))
+    monkeypatch.setattr(ucsd, "CLIP_FRAMES", 2)
+    monkeypatch.setattr(ucsd, "TRAIN_FRAMES", range(7, 15))
