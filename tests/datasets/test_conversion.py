@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from crowdray import storage
-from crowdray.data.sample import Sample
 from crowdray.data.shards import INDEX, Dataset
 from crowdray.datasets import conversion, resume
 from crowdray.datasets.resume import SliceResult
-from crowdray.datasets.sources import Item, Source, open_source
+from crowdray.datasets.sources import Source, open_source
 from crowdray.datasets.validation import QUARANTINE, read_quarantine
 from crowdray.errors import DataError, UserError
 from crowdray.storage import lock as locks
@@ -32,6 +31,7 @@ from ..support.builders import (
     sample_fields,
     samples,
     write_annotation,
+    write_dataset,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -41,27 +41,6 @@ SLICES = 4
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "ROWS_PER_SHARD", 3)
-
-
-class ListSource:
-    """A source of samples in memory."""
-
-    name = "list"
-    depth_teacher = "none"
-    teacher = None
-    gpu = False
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-
-    def items(self, splits: Sequence[str] = ()) -> list[Item]:
-        return [Item(sample.split, sample.name, number=n) for n, sample in enumerate(self.samples)]
-
-    def load(self, item: Item) -> Sample:
-        return self.samples[item.number]
-
-    def notes(self, splits: Sequence[str] = ()) -> list[str]:
-        return []
 
 
 @pytest.fixture
@@ -309,8 +288,10 @@ def test_publish_refuses_shards_that_only_a_worker_can_see(part: Path, tmp_path:
 
 def test_convert_publishes_the_samples_of_the_source(root_uri: str) -> None:
     originals = mixed_samples()
+    write_dataset(f"{root_uri}-listed", originals)
     seen: list[int] = []
-    index = conversion.convert(ListSource(originals), root_uri, on_slice=lambda result: seen.append(result.number))
+    source = open_source("crowdray", f"{root_uri}-listed")
+    index = conversion.convert(source, root_uri, on_slice=lambda result: seen.append(result.number))
     dataset = Dataset.open(root_uri)
     assert dataset.index == index and seen == list(range(len(index.shards)))
     assert [sample_fields(dataset.sample(row)) for row in range(len(dataset))] == [sample_fields(s) for s in originals]
@@ -319,7 +300,8 @@ def test_convert_publishes_the_samples_of_the_source(root_uri: str) -> None:
 
 
 def test_slices_converted_in_any_order_result_in_the_same_dataset(tmp_path: Path) -> None:
-    source = ListSource(mixed_samples())
+    write_dataset(str(tmp_path / "listed"), mixed_samples())
+    source = open_source("crowdray", str(tmp_path / "listed"))
     digests = []
     for name, step in (("ahead", 1), ("back", -1)):
         with conversion.open_conversion(source, str(tmp_path / name)) as work:
@@ -333,15 +315,16 @@ def test_convert_rejects_a_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"thesis\.tex.*another --dest"):
-            conversion.convert(ListSource(samples(3)), str(tmp_path), overwrite=overwrite)
+            conversion.convert(open_source("synthetic", train=1), str(tmp_path), overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_convert_notes_repeated_images_in_one_line(tmp_path: Path) -> None:
-    index = conversion.convert(ListSource([*samples(3), *samples(2, "test")]), str(tmp_path / "made"))
+    write_dataset(str(tmp_path / "listed"), [*samples(3), *samples(2, "test")])
+    index = conversion.convert(open_source("crowdray", str(tmp_path / "listed")), str(tmp_path / "made"))
     assert any("train/000 = test/000; train/001 = test/001" in note for note in index.notes)
 
 
 def test_convert_without_images_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to convert"):
-        conversion.convert(ListSource([]), str(tmp_path / "made"))
+        conversion.convert(open_part(make_shanghaitech(tmp_path / "part_B", count=0)), str(tmp_path / "made"))

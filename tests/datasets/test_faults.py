@@ -6,17 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from scipy.io import savemat
 
 from crowdray.data.shards import INDEX, Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.errors import DataError, UserError
 
-from ..support.builders import heads, jpeg, make_mall, make_shanghaitech
+from ..support.builders import jpeg, make_mall, make_shanghaitech
 
 
 @pytest.fixture
@@ -109,28 +107,15 @@ def test_open_invalid_index_raises(made: Path, old: str, new: str, message: str)
 
 def test_convert_lists_the_first_twenty_unusable_items_and_publishes_nothing(tmp_path: Path) -> None:
     part = make_shanghaitech(tmp_path / "part_B", count=25)
-    images, annotations = part / "train_data" / "images", part / "train_data" / "ground_truth"
-    for image in images.iterdir():
+    for image in (part / "train_data" / "images").iterdir():
         image.write_bytes(jpeg(1)[:300])
-    (images / "IMG_2.jpg").unlink()
-    (annotations / "GT_IMG_3.mat").unlink()
-    (annotations / "GT_IMG_4.mat").write_bytes(b"MATLAB 5.0 but not really")
-    savemat(annotations / "GT_IMG_5.mat", {"something": np.ones(3)})
     with pytest.raises(DataError) as caught:
         convert(part, tmp_path / "made")
     first, *lines, last = str(caught.value).splitlines()
-    assert "25 items cannot be used, nothing was published" in first and len(lines) == 20
-    assert last.strip() == "and 5 more"
-    expected = [
-        "IMG_1.jpg: the image cannot be decoded",
-        "GT_IMG_2.mat annotates IMG_2, whose image is missing",
-        "IMG_3.jpg has no annotation",
-        "GT_IMG_4.mat does not contain `image_info`",
-        "GT_IMG_5.mat does not contain `image_info`",
-    ]
-    for line, message in zip(lines, expected, strict=False):
-        assert message in line and str(part) in line
-    assert not list((tmp_path / "made").iterdir())
+    assert "25 items cannot be used, nothing was published" in first and last.strip() == "and 5 more"
+    for number, line in enumerate(lines[:20], 1):
+        assert f"{part}/train_data/images/IMG_{number}.jpg: the image cannot be decoded" in line
+    assert len(lines) == 20 and not list((tmp_path / "made").iterdir())
 
 
 def test_mall_reports_unmatched_frames_and_annotations(tmp_path: Path) -> None:
@@ -140,15 +125,6 @@ def test_mall_reports_unmatched_frames_and_annotations(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "mall_gt.mat annotates seq_000003, whose image is missing" in message
     assert "seq_000005.jpg has no annotation" in message
-
-
-def test_mall_count_mismatch_raises(tmp_path: Path) -> None:
-    root = make_mall(tmp_path / "mall")
-    frame = np.empty((1, 2), dtype=object)
-    frame[0, :] = [{"loc": heads(0, 3)}, {"loc": heads(1, 4)}]
-    savemat(root / "mall_gt.mat", {"frame": frame, "count": np.array([[3], [5]])})
-    with pytest.raises(DataError, match=r"`count` disagrees.*\[2\]"):
-        open_source("mall", str(root)).items()
 
 
 def no_space(*_: Any, **__: Any) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from crowdray.datasets.depth import open_teacher
-from crowdray.datasets.depth.huggingface import HuggingFaceDepth, deterministic_inference
+from crowdray.datasets.depth.huggingface import HuggingFaceDepth
 from crowdray.datasets.depth.inverse import depth_of_inverse
 from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.errors import UserError
@@ -163,9 +163,3 @@ def test_unsuitable_models_raise(models: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'crowdray\[hf\]'"):
         open_teacher(f"hf:{models / 'metric'}", ())
-
-
-def test_deterministic_inference_configures_cudnn() -> None:
-    with deterministic_inference():
-        assert torch.backends.cudnn.enabled and torch.backends.cudnn.deterministic
-        assert not torch.backends.cudnn.allow_tf32
