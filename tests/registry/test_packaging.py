@@ -134,7 +134,7 @@ def test_load_counter_of_a_pickled_model_raises(tmp_path: Path, package: Package
     pickled = tmp_path / "pickled"
     shutil.copytree(package.path, pickled)
     torch.save(exported_counter(), pickled / "data/model.pt2")
-    with pytest.raises(UserError, match=r"cannot be loaded: .*pickle"):
+    with pytest.raises(UserError, match=r"cannot be loaded: models/model.json is missing"):
         load_counter(str(pickled))
 
 
@@ -163,8 +163,8 @@ def test_loaded_counter_disables_tf32_during_the_call_only() -> None:
     class Spy(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
-            return image.float()
+            return image[:, :1].float()
 
     before = torch.backends.cudnn.allow_tf32
-    LoadedCounter(Spy(), torch.device("cpu"), {})(torch.zeros(1, 3, 8, 8))
+    LoadedCounter(Spy(), torch.device("cpu"), {}, Geometry(1, 1, 4, 35))(torch.zeros(1, 3, 8, 8))
     assert seen == [(True, False)] and torch.backends.cudnn.allow_tf32 == before

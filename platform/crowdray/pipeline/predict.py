@@ -128,13 +128,10 @@ def predict_images(
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
-    """Return a counter that processes tiles of about `side` pixels.
-
-    Photos are processed whole if `side` is 0 or the package does not contain the geometry of its cells.
-    """
+    """Return a counter that processes tiles of about `side` pixels, or whole photos if `side` is 0."""
     if side < 0:
         raise UserError(f"--tile is {side}; give the side of a tile in pixels, or 0 for whole photos")
-    return tiled_density(counter, counter.geometry, side) if side and counter.geometry else counter
+    return tiled_density(counter, counter.geometry, side) if side else counter
 
 
 def choose_device(device: Device) -> torch.device:

@@ -1,4 +1,6 @@
-"""Loading of packaged counters from the model registry, a run or a folder, without pickle.
+"""Loading of packaged counters from the model registry, a run or a folder, without running anything they contain.
+
+Of a package, only its metadata and its exported program are read: no loader module, code or pickle that it names.
 
 Shape legend: B batch, H W image, h w density (H and W divided by the side of a cell).
 """
@@ -6,12 +8,14 @@ Shape legend: B batch, H W image, h w density (H and W divided by the side of a 
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from crowdray import storage
@@ -23,9 +27,9 @@ from crowdray.registry.connection import (
     environment,
     redacted,
     request_timeout,
-    silence_mlflow,
     translated_errors,
 )
+from crowdray.registry.program import ProgramError, load_program
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +42,7 @@ GRAPH = "data/model.pt2"
 DESCRIPTION = "MLmodel"
 """File written last: pass it to storage.publish_directory as `last`."""
 
-_NO_PICKLE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+_MAX_DESCRIPTION_BYTES = 2**18
 _NO_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
@@ -46,7 +50,12 @@ class LoadedCounter:
     """Loaded counter: RGB images in, density maps out, whose sums are the counts."""
 
     def __init__(
-        self, graph: nn.Module, device: torch.device, metadata: Mapping[str, object], precision: Precision = "fp32"
+        self,
+        graph: nn.Module,
+        device: torch.device,
+        metadata: Mapping[str, object],
+        geometry: Geometry,
+        precision: Precision = "fp32",
     ) -> None:
         self.device = device
         self.precision = precision
@@ -55,12 +64,8 @@ class LoadedCounter:
         """Provenance, config and metrics from the package."""
         self.graph = graph.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         """Exported graph: a module from images to density."""
-
-    @property
-    def geometry(self) -> Geometry | None:
-        """Geometry of the density cells on an image, if the package contains it."""
-        fields: Any = self.metadata.get("geometry")
-        return Geometry(**fields) if fields else None
+        self.geometry = geometry
+        """Geometry of the density cells on an image."""
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the density (B, 1, h, w) in float32 heads per cell of RGB images (B, 3, H, W), 0..255, any dtype.
@@ -82,6 +87,10 @@ class LoadedCounter:
                 raise
             height, width = image.shape[2:]
             raise UserError(f"an image of {height}x{width} pixels is too small for this counter; enlarge it") from error
+        if density.ndim != 4 or density.shape[:2] != (image.shape[0], 1):
+            raise UserError(
+                f"the model returns shape {tuple(density.shape)}, not a density (B, 1, h, w); use another one"
+            )
         return density
 
 
@@ -92,7 +101,7 @@ def load_counter(
     timeout_s: float = 20.0,
     precision: Precision = "fp32",
 ) -> LoadedCounter:
-    """Load a packaged counter without unpickling anything.
+    """Load a packaged counter without running anything that the package contains.
 
     Args:
         uri: models:/name@alias, models:/name/3, runs:/run-id/model, or a folder (path or fsspec URI) written by
@@ -103,50 +112,62 @@ def load_counter(
     Raises:
         UserError: The model does not exist, or is not a packaged counter.
     """
-    configure_mlflow()
     with tempfile.TemporaryDirectory(prefix="crowdray-model-") as scratch:
         if urlsplit(uri).scheme in ("models", "runs"):
-            folder = _download(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(scratch), timeout_s)
+            fetch = _from_mlflow(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(scratch), timeout_s)
         else:
-            folder = _folder(uri, Path(scratch))
-        graph, metadata = _open(folder, uri)
-    return LoadedCounter(graph, torch.device(device), metadata, precision)
+            fetch = _from_folder(uri, Path(scratch))
+        try:
+            metadata, geometry = _read_description(fetch(DESCRIPTION))
+            graph = load_program(fetch(GRAPH))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the model {uri} is not a counter packaged by crowdray: {GRAPH} is missing; use another one"
+            ) from error
+        except ProgramError as error:
+            raise UserError(f"the model {uri} cannot be loaded: {error}; package it again") from error
+    return LoadedCounter(graph, torch.device(device), metadata, geometry, precision)
 
 
-def _open(folder: Path, uri: str) -> tuple[nn.Module, Mapping[str, object]]:
-    import mlflow.pytorch
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    if not (folder / GRAPH).is_file():
-        raise UserError(f"the model {uri} is not a counter packaged by crowdray: {GRAPH} is missing; use another one")
+def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:
+    """Return the counter's metadata and geometry of an MLmodel file, of which nothing else is used."""
     try:
-        metadata = (Model.load(str(folder)).metadata or {}).get("crowdray", {})
-        with environment(_NO_PICKLE), silence_mlflow():
-            graph = mlflow.pytorch.load_model(str(folder))
-    except (MlflowException, RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"the model {uri} cannot be loaded: {str(error).splitlines()[0]}; package it again") from error
-    assert isinstance(graph, nn.Module) and isinstance(metadata, Mapping)
-    return graph, metadata
+        if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
+            raise ProgramError(f"{DESCRIPTION} is larger than {_MAX_DESCRIPTION_BYTES} bytes")
+        description = yaml.safe_load(path.read_bytes())  # libyaml's loader crashes on deep nesting
+        flavor = description["flavors"]["pytorch"]
+        metadata = description["metadata"]["crowdray"]
+        geometry = Geometry(**metadata["geometry"])
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ProgramError(f"{DESCRIPTION} does not describe a counter") from error
+    if flavor.get("code") is not None:
+        raise ProgramError(f"{DESCRIPTION} names Python code; a counter needs none")
+    if not all(type(side) is int and 0 < side < 2**20 for side in astuple(geometry)):
+        raise ProgramError(f"{DESCRIPTION} has the invalid {geometry}")
+    return metadata, geometry
 
 
-def _folder(uri: str, scratch: Path) -> Path:
-    """Return the folder of a local package, or a local copy of the files of a remote one that loading needs."""
+def _from_folder(uri: str, scratch: Path) -> Callable[[str], Path]:
+    """Return a function from the name of a file of a package to a local path with its content."""
     if not storage.exists(storage.join(uri, DESCRIPTION)):
         raise UserError(
             f"there is no packaged counter at {uri}: {DESCRIPTION} is missing; check the path, "
             "or use a registered version: models:/NAME@candidate"
         )
     if storage.is_local(uri):
-        return Path(storage.resolve(uri))
-    for name in (DESCRIPTION, GRAPH):
-        target = scratch / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(storage.resolve(uri)).joinpath
+
+    def fetch(name: str) -> Path:
+        target = scratch / PurePosixPath(name).name
         target.write_bytes(storage.read_bytes(storage.join(uri, name)))
-    return scratch
+        return target
+
+    return fetch
 
 
-def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: float) -> Path:
+def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: float) -> Callable[[str], Path]:
+    """Return a function from the name of a file of a registered package to a local path with its content."""
+    configure_mlflow()
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
@@ -161,8 +182,16 @@ def _download(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: floa
             f"there is no model {uri} at {redacted(tracking_uri)}: {error}; list the models with `make ui`, and "
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
         ) from error
-    with translated_errors(tracking_uri), environment(_NO_BAR):
-        return Path(download_artifacts(artifact_uri=location, dst_path=str(scratch), tracking_uri=tracking_uri))
+
+    def fetch(name: str) -> Path:
+        with translated_errors(tracking_uri), environment(_NO_BAR):
+            return Path(
+                download_artifacts(
+                    artifact_uri=f"{location.rstrip('/')}/{name}", dst_path=str(scratch), tracking_uri=tracking_uri
+                )
+            )
+
+    return fetch
 
 
 def _artifact_location(client: "MlflowClient", uri: str) -> str:
