@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -68,6 +68,15 @@ def draw_roi(axes: Axes, roi: NDArray[np.bool_]) -> None:
     shade[..., 3] = 0.45 * ~roi
     axes.imshow(shade, extent=(0, width, height, 0), interpolation="nearest")
     draw_outline(axes, roi.astype(np.float32), "white", 0.8, (0, (4, 2)))
+
+
+def draw_map(
+    axes: Axes, values: NDArray[Any], colours: str, norm: Normalize | None = None, cell: int = 1, **options: Any
+) -> None:
+    """Draw a map (h, w), by default from 0 to 1, in cells of `cell` pixels; the last may extend beyond the photo."""
+    rows, columns = (side * cell for side in values.shape)
+    colormap, extent = fade_to_black(colours), (0, columns, rows, 0)
+    axes.imshow(values, cmap=colormap, norm=norm or Normalize(0, 1), extent=extent, **options)
 
 
 def text_figure(title: str, message: str, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -205,17 +205,17 @@ def _draw_row(
     panels = iter(others)
     for title, values in densities.items():
         axes = next(panels)
-        _draw_map(axes, values, stride, style.DENSITY_CMAP, PowerNorm(style.GAMMA, 0, top))
+        style.draw_map(axes, values, style.DENSITY_CMAP, PowerNorm(style.GAMMA, 0, top), stride)
         heads = f"{len(decoded.points)}" if title == "Ground truth" else f"{(values * roi).sum(dtype=np.float64):.1f}"
         style.badge(axes, heads, 9)
     titles = ["Photo and heads", *densities]
     if SEGMENTATION in maps:
         axes = next(panels)
-        _draw_map(axes, maps[SEGMENTATION], stride, style.SEGMENTATION_CMAP, Normalize(0, 1))
+        style.draw_map(axes, maps[SEGMENTATION], style.SEGMENTATION_CMAP, cell=stride)
         style.draw_outline(axes, targets.segmentation[0, 0].numpy(), style.HEAD_COLOUR, 0.6, cell=stride)
         titles.append("Crowd segmentation")
     if DEPTH in maps:
-        _draw_map(next(panels), maps[DEPTH], stride, style.DEPTH_CMAP, Normalize(0, 1))
+        style.draw_map(next(panels), maps[DEPTH], style.DEPTH_CMAP, cell=stride)
         titles.append("Distilled depth")
     for axes in row:
         if decoded.roi is not None:
@@ -223,13 +223,6 @@ def _draw_row(
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_axis_off()
     return titles
-
-
-def _draw_map(axes: Axes, values: NDArray[np.float32], cell: int, colours: str, norm: Normalize) -> None:
-    """Draw a map (h, w) with cells of `cell` pixels, the last of which may extend beyond the photo."""
-    rows, columns = (side * cell for side in values.shape)
-    colormap = style.fade_to_black(colours)
-    axes.imshow(values, cmap=colormap, norm=norm, extent=(0, columns, rows, 0), interpolation="antialiased")
 
 
 def _predict(counter: Counter, decoded: DecodedImage) -> dict[str, NDArray[np.float32]]:
