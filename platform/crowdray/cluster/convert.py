@@ -39,22 +39,17 @@ def convert(
 
 
 def _convert_pending(conversion: Conversion, progress: Progress) -> None:
-    slices, pending, resumed = conversion.slices, conversion.pending, len(conversion.results)
-    if resumed:
+    slices = conversion.slices
+    if resumed := len(conversion.results):
         _print(f"resuming after {resumed} of {len(slices)} slices")
     dest, keys = conversion.dest, conversion.keys
 
     def convert_part(source: Source, items: Sequence[Item], number: int) -> SliceResult:
         return convert_slice(source, items, dest, number, keys[number])
 
-    def note(_newest: SliceResult) -> str:
-        unusable = sum(len(result.stats.unusable) for result in conversion.results.values())
-        counts = {"quarantined": unusable, "slices resumed": resumed}
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-
     done = sum(len(slices[number]) for number in conversion.results)
-    parts = [(number, slices[number]) for number in pending]
-    for _, result in map_slices(convert_part, conversion.source, parts, done=done, note=note, progress=progress):
+    parts = [(number, slices[number]) for number in conversion.pending]
+    for _, result in map_slices(convert_part, conversion.source, parts, done=done, progress=progress):
         check_reachable(result)
         conversion.add(result)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from crowdray.cluster.runtime import MAX_RETRIES, connect
 from crowdray.datasets.sources import Item, Source
@@ -22,16 +22,8 @@ Work = Callable[[Source, Sequence[Item], int], Result]
 """Called with the source, the items of a slice and its number."""
 
 
-class Advance(Protocol):
-    """Reports newly finished images."""
-
-    def __call__(self, number: int, note: str = "") -> None:
-        """Count `number` more images and show `note` next to the count."""
-        ...
-
-
-Progress = Callable[[int, int], AbstractContextManager[Advance]]
-"""Called with the number of all images and of those done earlier; `advance` lives as long as the block."""
+Progress = Callable[[int, int], AbstractContextManager[Callable[[int], None]]]
+"""Called with the number of all images and of those done earlier; the block receives a function that counts more."""
 
 
 class WorkStopped(JobFailed):
@@ -39,9 +31,9 @@ class WorkStopped(JobFailed):
 
 
 @contextmanager
-def no_progress(total: int, done: int) -> Iterator[Advance]:
+def no_progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
     """Show nothing."""
-    yield lambda number, note="": None
+    yield lambda number: None
 
 
 def map_slices(
@@ -50,14 +42,12 @@ def map_slices(
     slices: Sequence[Slice],
     *,
     done: int = 0,
-    note: Callable[[Result], str] = lambda result: "",
     progress: Progress = no_progress,
 ) -> Generator[tuple[int, Result], None, None]:
     """Yield the number and result of each slice, in order of completion; the first exception of `work` ends it.
 
     Args:
         done: Images finished by an earlier run, for the progress.
-        note: Text to show next to the progress, called with the newest result.
     """
     items = [item for _, slice_items in slices for item in slice_items]
     lengths = {number: len(slice_items) for number, slice_items in slices}
@@ -68,7 +58,7 @@ def map_slices(
     with progress(done + len(items), done) as advance, closing(results):
         for number, result in results:
             yield number, result
-            advance(lengths[number], note(result))
+            advance(lengths[number])
 
 
 def _seconds_to_load(source: Source, items: Sequence[Item]) -> float:

@@ -14,9 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from crowdray.cluster.parallel import Advance
     from crowdray.training.checkpoint import EpochMetrics
     from crowdray.training.stages import Stage
 
@@ -25,30 +24,30 @@ LOG_INTERVAL_S = 10.0
 
 
 @contextmanager
-def image_progress(total: int, done: int = 0, console: Console | None = None) -> Iterator[Advance]:
+def image_progress(total: int, done: int = 0, console: Console | None = None) -> Iterator[Callable[[int], None]]:
     """Show how many of `total` images are done; `done` of them by an earlier run, which the rate leaves out."""
     console = console or Console()
     if not console.is_terminal:
         yield _log_progress(total, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as progress:
-        task = progress.add_task("images", total=total, completed=done, note="")
-        yield lambda number, note="": progress.update(task, advance=number, note=note)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("images", total=total, completed=done)
+        yield lambda number: progress.update(task, advance=number)
 
 
-def _log_progress(total: int, done: int) -> Advance:
+def _log_progress(total: int, done: int) -> Callable[[int], None]:
     started = printed_at = time.monotonic()
     before = done
 
-    def advance(number: int, note: str = "") -> None:
+    def advance(number: int) -> None:
         nonlocal done, printed_at
         done += number
         now = time.monotonic()
         if done == total or now - printed_at >= LOG_INTERVAL_S:
             printed_at = now
-            rate = f"{(done - before) / max(now - started, 1e-9):.0f} per second"
-            print(", ".join(filter(None, (f"{done}/{total} images", rate, note))), flush=True)
+            rate = (done - before) / max(now - started, 1e-9)
+            print(f"{done}/{total} images, {rate:.0f} per second", flush=True)
 
     return advance
 
