@@ -80,7 +80,7 @@ class Cluster:
         yield self.report(spec, "finished", rows, curve)
 
     def report(self, spec: TrialSpec, status: Status, rows: list[Any], curve: dict[int, float]) -> TrialReport:
-        report = TrialReport(status, attempt=spec.name, rows=tuple(rows), curve=dict(curve))
+        report = TrialReport(status, attempt=str(spec.number), rows=tuple(rows), curve=dict(curve))
         lengths = Counter(row["stage"] for row in rows)
         costs = (StageCost(key.key, key.stage, lengths[key.stage], 0, 1.0, 0.0) for key in spec.keys)
         report = replace(report, stage_costs=tuple(cost for cost in costs if cost.epochs))
@@ -147,12 +147,12 @@ def test_search_samples_all_trials_that_depend_on_no_result_at_once(tmp_path: Pa
 def test_optuna_record_states_what_happened(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     cluster = Cluster(study, make_search(study, num_trials=12)).run()
-    specs = {spec.name: spec for spec in cluster.started}
+    specs = {spec.number: spec for spec in cluster.started}
     trials = trials_of(study)
     states = Counter(trial.state for trial in trials)
     assert states[TrialState.PRUNED] > 0 and states[TrialState.COMPLETE] > 1
     for trial in trials:
-        spec = specs[f"trial-{trial.number:04d}"]
+        spec = specs[trial.number]
         if trial.state == TrialState.PRUNED:
             assert REFERENCE not in trial.user_attrs
             assert max(trial.intermediate_values) < spec.config.stages.joint.epochs
@@ -225,7 +225,7 @@ def test_trial_whose_process_dies_before_it_starts_is_restarted(tmp_path: Path) 
         search.on_trial_complete(dead.trial_id, error=True)
         states = [trial.state for trial in trials_of(study)]
         assert states.count(TrialState.FAIL) == (attempt == MAX_RETRIES)
-    assert len({spec.name for spec in cluster.started}) == 1
+    assert len({spec.number for spec in cluster.started}) == 1
     cluster.running.clear()
     cluster.run()
     assert len(trials_of(study)) == 3
@@ -245,7 +245,9 @@ def test_search_after_a_killed_driver_resumes_its_trials_under_their_numbers(tmp
     after = trials_of(study)
     assert [trial.state for trial in after] == [TrialState.COMPLETE] * 16
     assert {number: after[number].params for number in before} == before
-    assert {spec.name for spec in again.started} >= {cluster.started[int(name[4:])].name for name in cluster.running}
+    assert {spec.number for spec in again.started} >= {
+        cluster.started[int(name[4:])].number for name in cluster.running
+    }
     assert len({str(sorted(trial.params.items())) for trial in after}) == 16  # no point is sampled again
 
 
@@ -316,7 +318,7 @@ def test_final_state_of_the_best_trial_is_touched_whenever_a_trial_starts(
 ) -> None:
     study, touched = make_study(tmp_path, prune=False), list[StateId]()
     monkeypatch.setattr(StageStore, "touch", lambda _, state: touched.append(state))
-    best = min(Cluster(study, make_search(study, num_trials=3)).run().started, key=lambda s: (mae_of(s), s.name))
+    best = min(Cluster(study, make_search(study, num_trials=3)).run().started, key=lambda s: (mae_of(s), s.number))
     touched.clear()
     assert Cluster(study, make_search(study, num_trials=4)).start()
     assert touched == [StateId(best.keys[-1].key, "joint", best.keys[-1].epochs)]

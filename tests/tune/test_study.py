@@ -31,7 +31,7 @@ from crowdray.tune.trial_tracker import RECORD, TrialTracker
 from ..support.studies import make_study
 
 KEYS = (StageKey("b", "baseline", 2), StageKey("d", "decoders", 1), StageKey("j", "joint", 2))
-SPEC_OF_TRIAL = TrialSpec("trial", preset("debug"), KEYS)
+SPEC_OF_TRIAL = TrialSpec(0, preset("debug"), KEYS)
 
 
 def make_tracker(study: Study) -> TrialTracker:
@@ -41,7 +41,7 @@ def make_tracker(study: Study) -> TrialTracker:
 
 def make_task(study: Study, stage_cache: Path) -> TrialTask:
     cache = StageCacheConfig(str(stage_cache), 2**30)
-    return TrialTask(study.identity, study.identity_file, Resources(2, 0, True), "cpu", False, cache)
+    return TrialTask(study, Resources(2, 0, True), "cpu", False, cache)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ class _Driver:
                     numerics=_trial_numerics(study.config, use_gpu),
                     lock_is_lost=lambda: not lock.held,
                 )
-                task = TrialTask(identity, study.identity_file, resources, self.device, use_gpu, self.stage_cache)
+                task = TrialTask(study, resources, self.device, use_gpu, self.stage_cache)
                 _run_trials(study, search, task)
                 best = _best(trial_tracker.record, study)
                 self.callback.on_status(

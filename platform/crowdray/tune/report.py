@@ -25,8 +25,8 @@ Status = Literal["running", "finished", "failed", "infeasible", "user_error"]
 class TrialSpec:
     """A trial that the search starts."""
 
-    name: str
-    """Name of the trial's run."""
+    number: int
+    """Its number in the study."""
     config: Config
     """What it trains."""
     keys: tuple[StageKey, ...]

@@ -170,8 +170,7 @@ class StageTreeSearch(Searcher):
         self._running[trial_id] = candidate
         self._training[trial_id] = {key.stage: key.key for key in untrained}
         self._tracker.on_start(candidate.number, candidate.values, candidate.config)
-        name = self._study.run_of(candidate.number, candidate.config).identity.name
-        return {SPEC: TrialSpec(name, candidate.config, candidate.keys)}
+        return {SPEC: TrialSpec(candidate.number, candidate.config, candidate.keys)}
 
     def on_report(self, trial_id: str, report: TrialReport) -> bool:
         """Record a trial's report; returns whether the trial has to stop."""

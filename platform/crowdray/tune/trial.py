@@ -13,8 +13,7 @@ from crowdray.cluster.runtime import Resources
 from crowdray.cluster.train import run_training
 from crowdray.config import Device
 from crowdray.errors import InfeasibleConfigError, UserError
-from crowdray.pipeline.identity import RunIdentity, open_verified
-from crowdray.pipeline.run import Run
+from crowdray.pipeline.identity import open_verified
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.stage_cache.store import StateId
 from crowdray.training.checkpoint import EpochMetrics
@@ -22,16 +21,15 @@ from crowdray.training.distributed import World, pick_device
 from crowdray.training.errors import DivergedError
 from crowdray.training.trainer import Trainer
 from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialReporter, TrialSpec
+from crowdray.tune.study import Study
 
 
 @dataclass(frozen=True)
 class TrialTask:
     """What all trials of a study have in common."""
 
-    study: RunIdentity
+    study: Study
     """The study; its folder holds the runs of trials with several workers."""
-    study_file: str
-    """The study's recorded identity."""
     resources: Resources
     """The cluster."""
     device: Device
@@ -49,7 +47,7 @@ def run_trial(task: TrialTask, tune_config: Mapping[str, Any]) -> None:
     """
     spec: TrialSpec = tune_config[SPEC]
     try:
-        (_train_here if task.study.workers == 1 else _train_group)(task, spec)
+        (_train_here if task.study.identity.max_workers == 1 else _train_group)(task, spec)
     except InfeasibleConfigError as error:
         _send(TrialReport("infeasible", str(error)))
     except UserError as error:
@@ -68,7 +66,7 @@ def _send(report: TrialReport) -> None:
 def _train_here(task: TrialTask, spec: TrialSpec) -> None:
     config, threads = spec.config, spec.config.numerics.threads
     torch.set_num_threads(threads)
-    dataset, device = open_verified(task.study, task.study_file), trial_device(task.use_gpu)
+    dataset, device = open_verified(task.study.identity, task.study.identity_file), trial_device(task.use_gpu)
     session = StageCacheSession(task.stage_cache, config, dataset, world=World(), device=device, threads=threads)
     reporter = TrialReporter(spec.keys, 1)
     trainer = Trainer(config, dataset, world=World(), device=device, restored=session.restore())
@@ -88,8 +86,8 @@ def trial_device(use_gpu: bool) -> torch.device:
 
 
 def _train_group(task: TrialTask, spec: TrialSpec) -> None:
-    identity = replace(task.study, config=spec.config, storage=task.study.uri, name=spec.name)
-    reporter = TrialReporter(spec.keys, identity.max_workers)
+    run = replace(task.study.run_of(spec.number, spec.config), study_file=task.study.identity_file)
+    reporter = TrialReporter(spec.keys, run.identity.max_workers)
     last, found = spec.keys[-1], task.stage_cache.open().find(spec.keys)
     seen: list[EpochMetrics] = []
 
@@ -102,6 +100,5 @@ def _train_group(task: TrialTask, spec: TrialSpec) -> None:
         if not complete:
             _send(reporter.after_epoch(history))
 
-    run = Run(identity, task.study_file)
     run_training(run, task.resources, device=task.device, on_history=on_history, stage_cache=task.stage_cache)
     _send(reporter.at_end(seen))
