@@ -19,7 +19,8 @@ from crowdray.data.shards import Dataset, write_index
 from crowdray.presets import preset
 from crowdray.registry.connection import connect
 from crowdray.registry.loading import load_counter
-from crowdray.stage_cache.store import StageStore, StateId
+from crowdray.stage_cache.keys import StageKey
+from crowdray.stage_cache.store import StageStore
 from crowdray.training.checkpoint import MEASURED_METRICS
 from crowdray.training.distributed import World
 from crowdray.training.result import TrainingResult, final_result
@@ -144,4 +145,4 @@ def test_train_on_faulty_store_equals_local_run(
     for key in stored:
         names = storage.find_files(f"{store.uri}/runs/stages/states/{key}")
         for epoch in {int(file.name.split("/")[0]) for file in names}:
-            assert stage_cache.load(StateId(key, "", epoch)) is not None
+            assert stage_cache.load(StageKey(key, "", epoch), epoch) is not None

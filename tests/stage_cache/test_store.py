@@ -21,7 +21,7 @@ from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.stage_cache import store as store_module
 from crowdray.stage_cache.keys import StageKey
-from crowdray.stage_cache.store import MANIFEST, StageStore, StateId
+from crowdray.stage_cache.store import MANIFEST, StageStore
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 from ..support.states import BASELINE, DECODERS, UNLIMITED, checkpoint, publish, same, stored
@@ -47,10 +47,10 @@ def files(store: StageStore, folder: str = "") -> list[str]:
 def test_load_returns_the_published_state_bit_for_bit(store: StageStore) -> None:
     state = publish(store, BASELINE, 3)
     assert store.find([BASELINE]) == state and store.epochs(BASELINE) == [3]
-    assert same(store.load(state), checkpoint(3))
+    assert same(store.load(*state), checkpoint(3))
     publish(store, BASELINE, 3, number=4)  # the first one stays
-    assert same(store.load(state), checkpoint(3))
-    assert store.load(StateId(BASELINE.key, BASELINE.stage, 4)) is None
+    assert same(store.load(*state), checkpoint(3))
+    assert store.load(BASELINE, 4) is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -64,7 +64,7 @@ def test_find_returns_the_longest_stored_prefix(stored: list[tuple[int, set[int]
         storage.write_bytes(storage.join(store.uri, "states", key.key, "00001", "0f", "half.bin"), b"no manifest")
     usable = [(n, epoch) for n, (length, epochs) in enumerate(stored) for epoch in epochs if epoch <= length]
     found, expected = store.find(keys), max(usable, default=None)
-    assert (found and (found.key, found.epoch)) == (expected and (keys[expected[0]].key, expected[1]))
+    assert found == (expected and (keys[expected[0]], expected[1]))
     assert store.find(keys, store.stored()) == found
 
 
@@ -84,11 +84,11 @@ def test_load_removes_a_damaged_state(
     else:
         storage.write_bytes(uri, bytes(content) if damage == "flip" else bytes(content[: len(content) // 2]))
     if (victim, damage) != (MANIFEST, "flip"):  # a flipped bit there may be in unused bytes
-        assert store.load(state) is None
+        assert store.load(*state) is None
         assert (victim, damage) == (MANIFEST, "lose") or "cannot be used and will be trained again" in caplog.text
-        assert store.find([BASELINE]) == StateId(BASELINE.key, BASELINE.stage, 1)
+        assert store.find([BASELINE]) == (BASELINE, 1)
         publish(store, BASELINE, 2)
-    assert (loaded := store.load(state)) is None or same(loaded, checkpoint(2))
+    assert (loaded := store.load(*state)) is None or same(loaded, checkpoint(2))
 
 
 def test_load_removes_a_state_with_unknown_config_fields(store: StageStore) -> None:
@@ -97,7 +97,7 @@ def test_load_removes_a_state_with_unknown_config_fields(store: StageStore) -> N
         (folder / "config.json").write_text('{"sampling": {"removed_field": 1}}')
 
     store.publish(BASELINE, 1, save)
-    assert store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None and store.epochs(BASELINE) == []
+    assert store.load(BASELINE, 1) is None and store.epochs(BASELINE) == []
 
 
 def test_load_keeps_a_state_without_read_permission(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_load_keeps_a_state_without_read_permission(store: StageStore, monkeypat
     state = publish(store, BASELINE, 1)
     monkeypatch.setattr(storage, "hash_file", forbidden)
     with pytest.raises(UserError, match=r"cannot read .*ermission"):
-        store.load(state)
+        store.load(*state)
     assert store.epochs(BASELINE) == [1]
 
 
@@ -116,7 +116,7 @@ def test_load_rejects_a_manifest_with_paths_to_other_folders(store: StageStore, 
     state = publish(store, BASELINE, 1)
     manifest = json.dumps({"folder": folder, "files": {file: {"bytes": 1, "sha256": ""}}})
     storage.write_bytes(storage.join(store.uri, "states", BASELINE.key, "00001", MANIFEST), manifest.encode())
-    assert store.load(state) is None and store.epochs(BASELINE) == []
+    assert store.load(*state) is None and store.epochs(BASELINE) == []
 
 
 def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
@@ -133,13 +133,13 @@ def test_load_of_a_state_removed_meanwhile_returns_none_without_warning(
         return content
 
     monkeypatch.setattr(storage, "read_bytes_or_none", remove_after_reading)
-    assert store.load(state) is None and not caplog.records
+    assert store.load(*state) is None and not caplog.records
 
 
 def test_publish_replaces_a_folder_without_manifest(store: StageStore) -> None:
     storage.write_bytes(storage.join(store.uri, "states", BASELINE.key, "00001", "0f", "weights.safetensors"), b"half")
-    assert store.find([BASELINE]) is None and store.load(StateId(BASELINE.key, BASELINE.stage, 1)) is None
-    assert same(store.load(publish(store, BASELINE, 1)), checkpoint(1))
+    assert store.find([BASELINE]) is None and store.load(BASELINE, 1) is None
+    assert same(store.load(*publish(store, BASELINE, 1)), checkpoint(1))
 
 
 @pytest.mark.parametrize("source", ["os", "safetensors"])
@@ -172,9 +172,9 @@ def test_eviction_removes_the_least_recently_used_states(store: StageStore) -> N
     for epoch in range(1, 6):
         states.append(publish(store, BASELINE, epoch))
         time.sleep(0.02)
-    assert store.load(states[0]) is not None
+    assert store.load(*states[0]) is not None
     time.sleep(0.02)
-    store.touch(states[1])
+    store.touch(*states[1])
     time.sleep(0.02)
     tight = StageStore(store.uri, store.size() * 4 // 5 + 100)  # four of the six states
     publish(tight, DECODERS, 1)
@@ -199,11 +199,11 @@ def test_eviction_spares_recently_used_states(
     if use == "publish":
         state = publish(tight, BASELINE, 3)
     elif use == "load":
-        assert same(tight.load(state), checkpoint(2))
+        assert same(tight.load(*state), checkpoint(2))
     else:
-        tight.touch(state)
+        tight.touch(*state)
     publish(tight, DECODERS, 1)
-    assert tight.epochs(BASELINE) == [state.epoch] and tight.epochs(DECODERS) == [1]
+    assert tight.epochs(BASELINE) == [state[1]] and tight.epochs(DECODERS) == [1]
 
 
 @pytest.mark.usefixtures("all_idle")
@@ -246,12 +246,12 @@ def test_load_protects_a_state_while_a_slow_reader_reads(store: StageStore, monk
         return load_checkpoint(folder)
 
     monkeypatch.setattr(store_module, "load_checkpoint", load_slowly)
-    assert same(store.load(state), checkpoint(1))
+    assert same(store.load(*state), checkpoint(1))
     assert epochs_while_reading == [[1]]
 
 
 def test_publish_removes_old_remains_of_killed_processes(store: StageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.load(publish(store, BASELINE, 1))
+    store.load(*publish(store, BASELINE, 1))
     remains = ["states/c/.partial-0-00001/manifest.json", "states/c/00002/0f/half.bin"]
     for name in remains:
         storage.write_bytes(storage.join(store.uri, name), b"remains")
@@ -357,7 +357,7 @@ def publish_seven_epochs(uri: str, limit: int, number: int, start: Any) -> None:
     for epoch in range(1, 8):
         start.wait(60)
         publish(store, BASELINE, epoch, number)
-        store.load(StateId(BASELINE.key, BASELINE.stage, max(1, epoch - 1)))
+        store.load(BASELINE, max(1, epoch - 1))
 
 
 @pytest.mark.usefixtures("all_idle")

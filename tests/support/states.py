@@ -4,7 +4,7 @@ import torch
 
 from crowdray.config import Config
 from crowdray.stage_cache.keys import StageKey
-from crowdray.stage_cache.store import StageStore, StateId
+from crowdray.stage_cache.store import StageStore
 from crowdray.training.checkpoint import BestEpoch, Checkpoint, Progress, save_checkpoint
 
 from .trainers import equal_tensors
@@ -32,18 +32,18 @@ def same(one: Checkpoint | None, other: Checkpoint) -> bool:
     return equal_tensors(tensors(one), tensors(other))
 
 
-def publish(store: StageStore, key: StageKey, epoch: int, number: int | None = None) -> StateId:
+def publish(store: StageStore, key: StageKey, epoch: int, number: int | None = None) -> tuple[StageKey, int]:
     """Store the checkpoint of a number, by default the epoch."""
     made = checkpoint(epoch if number is None else number)
     store.publish(key, epoch, lambda folder: save_checkpoint(made, folder))
-    return StateId(key.key, key.stage, epoch)
+    return key, epoch
 
 
 def stored(store: StageStore, key: StageKey = BASELINE) -> dict[int, int]:
     """The number of the checkpoint of each stored epoch; fails unless all are whole."""
     numbers = {}
     for epoch in store.epochs(key):
-        loaded = store.load(StateId(key.key, key.stage, epoch))
+        loaded = store.load(key, epoch)
         assert loaded is not None and same(loaded, checkpoint(loaded.config.seed)), f"epoch {epoch} is torn"
         numbers[epoch] = loaded.config.seed
     return numbers

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from crowdray import storage
 from crowdray.cluster.runtime import MAX_RETRIES
 from crowdray.errors import RESUME_HINT, UserError
-from crowdray.stage_cache.store import StageStore, StateId
+from crowdray.stage_cache.keys import StageKey
+from crowdray.stage_cache.store import StageStore
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study, sampled_trials
 from crowdray.tune.record import StageCost
 from crowdray.tune.report import SPEC, Status, TrialReport, TrialSpec
@@ -60,12 +61,12 @@ class Cluster:
         self.started: list[TrialSpec] = []
 
     def train(self, spec: TrialSpec) -> Iterator[TrialReport]:
-        found = self.store.find(spec.keys)
-        reached = [key.key for key in spec.keys].index(found.key) if found else -1
+        found, reached_epoch = self.store.find(spec.keys) or (None, 0)
+        reached = spec.keys.index(found) if found else -1
         rows: list[dict[str, Any]] = []
         curve: dict[int, float] = {}
         for index, key in enumerate(spec.keys):
-            restored = key.epochs if index < reached else found.epoch if found and index == reached else 0
+            restored = key.epochs if index < reached else reached_epoch if index == reached else 0
             for epoch in range(1, key.epochs + 1):
                 rows.append({"stage": key.stage, "epoch": len(rows) + 1})
                 if index == len(spec.keys) - 1:
@@ -316,12 +317,12 @@ def test_suggest_lists_the_stage_cache_once_however_many_trials_wait(
 def test_final_state_of_the_best_trial_is_touched_whenever_a_trial_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, touched = make_study(tmp_path, prune=False), list[StateId]()
-    monkeypatch.setattr(StageStore, "touch", lambda _, state: touched.append(state))
+    study, touched = make_study(tmp_path, prune=False), list[tuple[StageKey, int]]()
+    monkeypatch.setattr(StageStore, "touch", lambda _, *state: touched.append(state))
     best = min(Cluster(study, make_search(study, num_trials=3)).run().started, key=lambda s: (mae_of(s), s.number))
     touched.clear()
     assert Cluster(study, make_search(study, num_trials=4)).start()
-    assert touched == [StateId(best.keys[-1].key, "joint", best.keys[-1].epochs)]
+    assert touched == [(best.keys[-1], best.keys[-1].epochs)]
 
 
 def test_infeasible_start_configuration_stops_the_search(tmp_path: Path) -> None:

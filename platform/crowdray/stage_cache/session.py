@@ -82,7 +82,7 @@ class StageCacheSession:
         """
         missed = set()
         while (found := self._world.all_gather([self._store.find(self.stage_keys)])[0]) is not None:
-            checkpoint = self._store.load(found)
+            checkpoint = self._store.load(*found)
             loaded = self._world.all_gather([checkpoint is not None])
             if all(loaded):
                 return checkpoint

@@ -41,18 +41,6 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StateId:
-    """Identifies a stored state."""
-
-    key: str
-    """Key of its stage."""
-    stage: str
-    """Name of its stage."""
-    epoch: int
-    """Epochs done in that stage."""
-
-
-@dataclass(frozen=True)
 class _Entry:
     """A folder in the store, as listed."""
 
@@ -73,8 +61,10 @@ class StageStore:
         self.limit_bytes = limit_bytes
         self._states, self._used = storage.join(self.uri, "states"), storage.join(self.uri, "used")
 
-    def find(self, keys: Sequence[StageKey], stored: Mapping[str, Sequence[int]] | None = None) -> StateId | None:
-        """Find the latest usable state of a run: the last epoch of its latest stage that has one.
+    def find(
+        self, keys: Sequence[StageKey], stored: Mapping[str, Sequence[int]] | None = None
+    ) -> tuple[StageKey, int] | None:
+        """Find the latest usable state of a run: its latest stage that has one, and the last epoch of it.
 
         Args:
             keys: The stage keys of the run, in order.
@@ -83,7 +73,7 @@ class StageStore:
         for key in reversed(keys):
             epochs = self.epochs(key) if stored is None else stored.get(key.key, ())
             if usable := [epoch for epoch in epochs if epoch <= key.epochs]:
-                return StateId(key.key, key.stage, max(usable))
+                return key, max(usable)
         return None
 
     def stored(self) -> Mapping[str, Sequence[int]]:
@@ -100,16 +90,16 @@ class StageStore:
         found = storage.find_files(storage.join(self._states, key.key))
         return sorted(int(match[1]) for file in found if (match := _MANIFEST_PATH.fullmatch(file.name)))
 
-    def load(self, state: StateId) -> Checkpoint | None:
-        """Load a state, each file checked against its hash; None if it does not exist.
+    def load(self, key: StageKey, epoch: int) -> Checkpoint | None:
+        """Load the state after an epoch of a stage, each file checked against its hash; None if it does not exist.
 
         A damaged state, or one with unknown configuration fields, is removed with a warning.
         """
-        uri = self._uri(state.key, _folder(state.epoch))
+        uri = self._uri(key.key, _folder(epoch))
         manifest = storage.read_bytes_or_none(storage.join(uri, MANIFEST))
         if manifest is None:
             return None
-        self.touch(state)  # first, so that no eviction removes it while it is read
+        self.touch(key, epoch)  # first, so that no eviction removes it while it is read
         try:
             with _verified_files(uri, manifest) as folder:
                 return load_checkpoint(folder)
@@ -119,7 +109,7 @@ class StageStore:
             # A state that was removed, or removed and published again, while it was read is not damaged.
             if storage.read_bytes_or_none(storage.join(uri, MANIFEST)) == manifest:
                 _log.warning("%s cannot be used and will be trained again: %s", uri, error)
-                self._remove(state.key, _folder(state.epoch))
+                self._remove(key.key, _folder(epoch))
             return None
 
     def publish(self, key: StageKey, epoch: int, save: Callable[[Path], None]) -> None:
@@ -148,9 +138,9 @@ class StageStore:
             _publish(Path(scratch), uri)
         self._evict(key.key, _folder(epoch))
 
-    def touch(self, state: StateId) -> None:
+    def touch(self, key: StageKey, epoch: int) -> None:
         """Mark a state as used now, which protects it from eviction for IDLE_S."""
-        storage.write_bytes(self._mark(state.key, _folder(state.epoch)), b"")
+        storage.write_bytes(self._mark(key.key, _folder(epoch)), b"")
 
     def size(self) -> int:
         """Bytes of all states, whole or not."""

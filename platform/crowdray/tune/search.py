@@ -24,7 +24,7 @@ from crowdray.cluster.runtime import MAX_RETRIES
 from crowdray.config import Config
 from crowdray.errors import RESUME_HINT, UserError
 from crowdray.stage_cache.keys import StageKey, stage_keys
-from crowdray.stage_cache.store import StageStore, StateId
+from crowdray.stage_cache.store import StageStore
 from crowdray.tune.optuna_study import open_optuna_study, sampled_trials
 from crowdray.tune.record import State
 from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialSpec
@@ -71,8 +71,8 @@ class Candidate:
         found = store.find(self.keys, stored)
         if found is None:
             return self.keys
-        index = [key.key for key in self.keys].index(found.key)
-        return self.keys[index + (found.epoch >= self.keys[index].epochs) :]
+        key, epoch = found
+        return self.keys[self.keys.index(key) + (epoch >= key.epochs) :]
 
 
 class StageTreeSearch(Searcher):
@@ -327,7 +327,7 @@ class StageTreeSearch(Searcher):
         best = self._tracker.record.best()
         if best is not None and best.stage_costs:
             last = best.stage_costs[-1]
-            self._store.touch(StateId(last.key, last.stage, last.epochs))
+            self._store.touch(StageKey(last.key, last.stage, last.epochs), last.epochs)
 
 
 def _is_reference(candidate: Candidate) -> bool:

@@ -15,7 +15,6 @@ from crowdray.config import Device
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.pipeline.identity import open_verified
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
-from crowdray.stage_cache.store import StateId
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import World, pick_device
 from crowdray.training.errors import DivergedError
@@ -93,7 +92,7 @@ def _train_group(task: TrialTask, spec: TrialSpec) -> None:
 
     def on_history(history: Sequence[EpochMetrics]) -> None:
         epochs = sum(row["stage"] == last.stage for row in history)
-        complete = not seen and found == StateId(last.key, last.stage, epochs)  # nothing was left to train
+        complete = not seen and found == (last, epochs)  # nothing was left to train
         if not seen:
             reporter.start(history if complete else history[:-1])
         seen[:] = history
