@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
+from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.figures import draw_importance, draw_optimization, draw_slices
 from crowdray.tune.importance import importances
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
@@ -166,8 +168,12 @@ class _Driver:
         if outcome := Outcome.of_finished(run, self.tracking_uri):
             return outcome
         if not run.is_trained:
-            self.callback.on_status(f"the state of trial {best.number} was evicted: training it again")
-            run_training(run, resources, device=self.device, stage_cache=self.stage_cache)
+            evicted = f"the state of trial {best.number} was evicted: training epoch"
+
+            def on_history(history: Sequence[EpochMetrics]) -> None:  # not called if the cache holds the final state
+                self.callback.on_status(f"{evicted} {len(history)} again")
+
+            run_training(run, resources, device=self.device, stage_cache=self.stage_cache, on_history=on_history)
         with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
             return publish_run(run, tracker, self.tracking_uri)
 
