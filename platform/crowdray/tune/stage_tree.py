@@ -3,7 +3,7 @@
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from matplotlib.axes import Axes
@@ -72,30 +72,25 @@ def build_tree(study: StudyRecord) -> list[Segment]:
     return roots
 
 
-def lay_out(roots: list[Segment]) -> list[TrialRecord]:
+def lay_out(segments: Sequence[Segment], before: str = "", rows: Sequence[TrialRecord] = ()) -> list[TrialRecord]:
     """Assign rows to all segments; returns the trials in the order of their rows, 0, 1, 2, ...
 
-    Of the branches at one point, that with the lower MAE is higher, and the continuation of the same stage is last.
+    Of the branches at one point, that with the lower MAE is higher, and the continuation of the same stage is last. A
+    segment is in the center of what follows it.
+
+    Args:
+        segments: Segments that branch off at one point.
+        before: Stage key of the segment that ends there.
+        rows: Trials of the rows above.
     """
-    rows: list[TrialRecord] = []
-    for root in _ordered(roots, ""):
-        _set_rows(root, rows)
-    return rows
-
-
-def _set_rows(segment: Segment, rows: list[TrialRecord]) -> None:
-    """Append the trials of a subtree to `rows`, and center the segment on what follows it."""
-    ended = sorted(segment.ended, key=lambda trial: (_mae(trial), trial.number))
-    positions = [float(len(rows) + index) for index in range(len(ended))]
-    rows += ended
-    for child in _ordered(segment.children, segment.key):
-        _set_rows(child, rows)
-        positions.append(child.row)
-    segment.row = (positions[0] + positions[-1]) / 2
-
-
-def _ordered(segments: list[Segment], key: str) -> list[Segment]:
-    return sorted(segments, key=lambda s: (s.key == key, min(map(_mae, s.trials)), s.trials[0].number))
+    placed = list(rows)
+    for segment in sorted(segments, key=lambda s: (s.key == before, min(map(_mae, s.trials)), s.trials[0].number)):
+        ended = sorted(segment.ended, key=lambda trial: (_mae(trial), trial.number))
+        positions = [float(len(placed) + index) for index in range(len(ended))]
+        placed = lay_out(segment.children, segment.key, placed + ended)
+        positions += [child.row for child in segment.children]
+        segment.row = (min(positions) + max(positions)) / 2
+    return placed
 
 
 def _mae(trial: TrialRecord) -> float:
