@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from crowdray.cluster.runtime import choose_gpu, connect
+from crowdray.cluster.runtime import choose_gpu, connect, node_resources
 from crowdray.config import Device
 from crowdray.errors import UserError
 from crowdray.pipeline.run import Run
@@ -56,7 +56,6 @@ def measure_on_cluster(run: Run, device: Device) -> int:
 
 
 def _measure(run: Run, use_gpu: bool) -> int:
-    import ray
     import torch
 
     from crowdray.cluster.worker import threads_of
@@ -64,8 +63,7 @@ def _measure(run: Run, use_gpu: bool) -> int:
     from crowdray.training.batch_size_finder import measure_batch_size
 
     identity, workers = run.identity, run.identity.max_workers
-    node = ray.get_runtime_context().get_node_id()
-    resources = next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)  # type: ignore[no-untyped-call]
+    resources = node_resources()
     workers_on_node = min(workers, int(resources.get("CPU", 1)))
     torch.set_num_threads(threads_of(identity.config, workers_on_node))
     dataset = Dataset.open(identity.data, verify=True)

@@ -94,6 +94,14 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         ray.shutdown()
 
 
+def node_resources() -> dict[str, float]:
+    """Resources of the node of this process."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    return next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node)  # type: ignore[no-untyped-call]
+
+
 def deletion_warning(uri: str) -> str:
     """Warn that `uri` lies in the working directory of this Ray job, which Ray deletes; empty elsewhere."""
     if "/runtime_resources/" not in uri:

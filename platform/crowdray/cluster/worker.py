@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
 
 from crowdray import storage
+from crowdray.cluster.runtime import node_resources
 from crowdray.config import Config
 from crowdray.errors import RESUME_HINT, UserError
 from crowdray.pipeline.identity import open_verified
@@ -144,7 +144,4 @@ def _own_checkpoint(task: WorkerTask) -> Checkpoint | None:
 
 def threads_of(config: Config, workers_on_node: int) -> int:
     """CPU threads of this worker: as configured, else its fraction of Ray's CPUs on its node."""
-    node = ray.get_runtime_context().get_node_id()
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    cpus = next(int(entry["Resources"].get("CPU", 1)) for entry in nodes if entry["NodeID"] == node)
-    return config.numerics.threads or max(1, cpus // workers_on_node)
+    return config.numerics.threads or max(1, int(node_resources().get("CPU", 1)) // workers_on_node)
