@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
 import torch
 from mlflow import MlflowClient
+from pydantic import TypeAdapter
 from ray import tune
 
 from crowdray.cluster.runtime import connect
@@ -76,8 +77,8 @@ def search(folder: Path, name: str, vary: Sequence[str], trials: int, *options: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    path = folder / "runs" / name / "record.json"
-    return StudyRecord.from_json(path.read_text(), str(path))
+    record = (folder / "runs" / name / "record.json").read_bytes()
+    return TypeAdapter(StudyRecord).validate_json(record)
 
 
 def overheads(tracking: str, study: StudyRecord) -> dict[int, float]:

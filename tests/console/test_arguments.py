@@ -1,12 +1,11 @@
 """Parsing of arguments, and overrides of single configuration fields."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from crowdray.config import ConfigError, to_json
-from crowdray.console.arguments import load_preset, parse, parse_with_config
+from crowdray.config import ConfigError
+from crowdray.console.arguments import parse, parse_with_config
 from crowdray.console.commands.convert import ConvertJob
 from crowdray.console.commands.train import TrainJob
 from crowdray.console.commands.tune import TuneJob
@@ -66,10 +65,3 @@ def test_parse_with_config_accepts_previous_option_names() -> None:
     current += ["--stage-cache", "stages", "--stage-cache-gib=3"]
     parsed = [parse_with_config(TrainJob, [*REQUIRED, *options], "train") for options in (previous, current)]
     assert parsed[0] == parsed[1]
-
-
-def test_load_preset_reads_a_saved_config(tmp_path: Path) -> None:
-    config = replace(preset("debug"), seed=7)
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    assert load_preset(str(path)) == config

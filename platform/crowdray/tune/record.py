@@ -4,11 +4,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, TypeAdapter
+from pydantic import AliasChoices, Field
 
-from crowdray.errors import DataError
 from crowdray.pipeline.outcome import Outcome
 
 Value = float | int | str | bool
@@ -122,16 +121,6 @@ class StudyRecord:
     def to_json(self) -> str:
         """The search as JSON text."""
         return json.dumps(asdict(self)) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes, path: str) -> Self:
-        """Parse the output of to_json; raises DataError naming `path` when it is invalid."""
-        try:
-            return TypeAdapter(cls).validate_json(text)
-        except ValueError as error:
-            raise DataError(
-                f"{path} is not the record of a search ({error}); search again under a new --name"
-            ) from error
 
 
 @dataclass(frozen=True)
