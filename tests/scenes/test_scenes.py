@@ -11,12 +11,13 @@ from crowdray.errors import UserError
 from crowdray.scenes import RenderedScene, SceneSpec, render
 from crowdray.scenes.background import render_background
 from crowdray.scenes.camera import Camera
-from crowdray.scenes.crowd import MIN_DISTANCE, Crowd, sample_crowd
+from crowdray.scenes.crowd import MIN_DISTANCE, sample_crowd
 from crowdray.scenes.layout import scene_layout
 from crowdray.scenes.people import HEAD_PARTS, person_sprites
 from crowdray.scenes.raster import FINE, Figure, Raster
 from crowdray.scenes.render import annotated_heads
 from crowdray.scenes.spec import MAX_DEPTH, generator
+from crowdray.scenes.sprites import PARTS, Sprite
 
 SPEC = SceneSpec(seed=3, width=160, height=120, cameras=4)
 CAMERA = Camera(width=320, height=240, focal=300, altitude=6, pitch=0.35)
@@ -27,8 +28,16 @@ def digest(scene: RenderedScene) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in parts) + scene.scene.encode()).hexdigest()
 
 
-def crowd_of(spec: SceneSpec, index: int) -> Crowd:
+def crowd_of(spec: SceneSpec, index: int) -> tuple[Figure, ...]:
     return sample_crowd(spec, scene_layout(spec, index % spec.cameras), generator(spec.seed, 3, index))
+
+
+def people_in(spec: SceneSpec, index: int) -> int:
+    return sum(figure.kind == "person" for figure in crowd_of(spec, index))
+
+
+def person(sprite: Sprite, x: float, y: float) -> Figure:
+    return Figure("person", sprite, np.ones((PARTS, 3), np.float32), x, y, 1.0)
 
 
 def test_render_depends_on_spec_and_index_only() -> None:
@@ -77,7 +86,7 @@ def test_figure_size_follows_pinhole_model(distance: float) -> None:
     sprite = next(s for s in person_sprites() if s.size[2] < 1.85 and s.head is not None)
     assert sprite.head is not None
     raster = Raster(CAMERA)
-    raster.draw(Figure(sprite, 1.0, distance, 1.0), 0)
+    raster.draw(person(sprite, 1.0, distance), 0)
     rows = np.flatnonzero((raster.code > 0).any(1))
     top = CAMERA.project([1.0, distance, sprite.size[2]])
     foot = CAMERA.project([1.0, distance, 0.0])
@@ -93,7 +102,7 @@ def test_figure_size_follows_pinhole_model(distance: float) -> None:
 
 
 def test_raster_nearer_figure_occludes_in_any_order() -> None:
-    near, far = Figure(person_sprites()[0], 0.0, 10.0, 1.0), Figure(person_sprites()[7], 0.05, 10.6, 1.0)
+    near, far = person(person_sprites()[0], 0.0, 10.0), person(person_sprites()[7], 0.05, 10.6)
     forwards, backwards, alone = Raster(CAMERA), Raster(CAMERA), Raster(CAMERA)
     forwards.draw(far, 1)
     forwards.draw(near, 0)
@@ -125,9 +134,8 @@ def test_background_ground_depth_equals_plane(number: int) -> None:
 def test_render_points_match_depth_map(index: int) -> None:
     scene, layout = render(SPEC, index), scene_layout(SPEC, index % 4)
     crowd = crowd_of(SPEC, index)
-    people = [f for f, person in zip(crowd.figures, crowd.is_person, strict=True) if person]
     heads = np.array(
-        [[f.x + f.sprite.head[0] * f.size, f.y, f.sprite.head[1] * f.size] for f in people if f.sprite.head]
+        [[f.x + f.sprite.head[0] * f.size, f.y, f.sprite.head[1] * f.size] for f in crowd if f.sprite.head]
     )
     projected = layout.camera.project(heads)
     offset = np.hypot(*(projected[:, None, :2] - scene.points[None]).transpose(2, 0, 1))
@@ -152,7 +160,7 @@ def test_people_outside_roi_need_masked_camera() -> None:
             layout = scene_layout(spec, index % 4)
             crowd = crowd_of(spec, index)
             raster = Raster(layout.camera, render_background(spec, index % 4).forward.copy())
-            for i, figure in enumerate(crowd.figures):
+            for i, figure in enumerate(crowd):
                 raster.draw(figure, i)
             everyone = annotated_heads(dataclasses.replace(layout, roi=np.ones_like(layout.roi)), crowd, raster)
             assert len(everyone) >= len(annotated_heads(layout, crowd, raster))
@@ -164,16 +172,16 @@ def test_people_outside_roi_need_masked_camera() -> None:
 def test_crowd_keeps_minimum_distance_and_heights() -> None:
     for index in range(8):
         crowd = crowd_of(SPEC, index)
-        feet = np.array([(f.x, f.y) for f in crowd.figures])
+        feet = np.array([(f.x, f.y) for f in crowd])
         gaps = np.hypot(*(feet[:, None] - feet[None]).transpose(2, 0, 1)) + 9 * np.eye(len(feet))
         assert gaps.min() > MIN_DISTANCE
-        heights = [1.75 * f.size for f, person in zip(crowd.figures, crowd.is_person, strict=True) if person]
+        heights = [1.75 * f.size for f in crowd if f.kind == "person"]
         assert min(heights) >= 1.499 and max(heights) <= 1.901
-        assert [f.y for f in crowd.figures] == sorted((f.y for f in crowd.figures), reverse=True)
+        assert [f.y for f in crowd] == sorted((f.y for f in crowd), reverse=True)
 
 
 def test_crowd_sizes_vary_at_one_camera() -> None:
-    sizes = [int(crowd_of(SPEC, index).is_person.sum()) for index in range(1, 200, 4)]
+    sizes = [people_in(SPEC, index) for index in range(1, 200, 4)]
     assert min(sizes) <= 10 and max(sizes) >= 150
     assert np.std(sizes) > 0.6 * np.mean(sizes)
 
@@ -181,7 +189,7 @@ def test_crowd_sizes_vary_at_one_camera() -> None:
 def test_crowd_size_matches_requested_range() -> None:
     spec = dataclasses.replace(SPEC, min_people=30, max_people=30)
     for index in range(4):
-        assert crowd_of(spec, index).is_person.sum() == 30
+        assert people_in(spec, index) == 30
     nearly_empty = dataclasses.replace(SPEC, min_people=0, max_people=1, masked_fraction=0.0)
     assert min(len(render(nearly_empty, index).points) for index in range(6)) == 0
 

@@ -9,7 +9,7 @@ from scipy import ndimage
 from crowdray.scenes import surfaces
 from crowdray.scenes.camera import Camera
 from crowdray.scenes.layout import SceneLayout, Wall, scene_layout, to_site
-from crowdray.scenes.raster import FINE, Figure, Raster, cast_shadows, contact_shade, shade_figures
+from crowdray.scenes.raster import FINE, Raster, cast_shadows, contact_shade, shade_figures
 from crowdray.scenes.spec import MAX_DEPTH, Bools, Floats, SceneSpec, generator, linear
 from crowdray.scenes.sprites import normal_vectors
 
@@ -44,17 +44,16 @@ def render_background(spec: SceneSpec, number: int) -> Background:
 
     _paint_sky(layout, raster, albedo)
     ground = _paint_ground(layout, raster, albedo)
-    figures = [Figure(p.sprite, p.x, p.y, p.size) for p in layout.props]
-    sunlight = _ground_light(layout, raster, figures)
-    albedo[ground] *= (1 - 0.5 * contact_shade(camera, figures))[ground][:, None]
+    sunlight = _ground_light(layout)
+    albedo[ground] *= (1 - 0.5 * contact_shade(camera, layout.props))[ground][:, None]
     light[ground] = sunlight[ground]
     sunlit = sunlight[::FINE, ::FINE] / np.float32(max(layout.sun[2], 0.1))
     for wall in layout.walls:
         _paint_wall(layout, wall, raster, (albedo, light, emission, ground))
-    for i, figure in enumerate(figures):
+    for i, figure in enumerate(layout.props):
         raster.draw(figure, i)
     drawn = raster.code > 0
-    if figures:
+    if layout.props:
         palettes = np.stack([p.palette for p in layout.props])
         sunlight_at = light_at(camera, sunlit, np.array([(p.x, p.y) for p in layout.props]))
         codes = raster.code[drawn]
@@ -112,11 +111,11 @@ def _paint_ground(layout: SceneLayout, raster: Raster, albedo: Floats) -> Bools:
     return ground
 
 
-def _ground_light(layout: SceneLayout, raster: Raster, figures: list[Figure]) -> Floats:
+def _ground_light(layout: SceneLayout) -> Floats:
     """Return the light on the ground: sunlight without shadows by day, pools under the lamps by night."""
     camera = layout.camera
     if not layout.night:
-        shade = cast_shadows(camera, figures, layout.sun, softness=1.5)
+        shade = cast_shadows(camera, layout.props, layout.sun, softness=1.5)
         shade = np.maximum(shade, _building_shadows(layout))
         return np.asarray(layout.sun[2] * (1 - 0.92 * shade), np.float32)
     rows, columns = (np.arange(camera.height) + 0.5), (np.arange(camera.width) + 0.5)

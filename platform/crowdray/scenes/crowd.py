@@ -1,7 +1,5 @@
 """Positions of people in one image: single people, groups, queues and gatherings."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.spatial import cKDTree
@@ -10,7 +8,7 @@ from crowdray.scenes.layout import SceneLayout, is_walkable
 from crowdray.scenes.people import POSE_HEIGHT, clothing_palettes, person_sprites
 from crowdray.scenes.props import MOVABLE_KINDS, VARIANTS, prop_variants
 from crowdray.scenes.raster import Figure
-from crowdray.scenes.spec import Floats, SceneSpec
+from crowdray.scenes.spec import SceneSpec
 
 MIN_DISTANCE = 0.42
 """Minimum distance in metres between two people."""
@@ -18,17 +16,8 @@ MIN_DISTANCE = 0.42
 Feet = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Crowd:
-    """The figures of one image, sorted far to near, with their palettes (figures, PARTS, 3)."""
-
-    figures: tuple[Figure, ...]
-    palettes: Floats
-    is_person: npt.NDArray[np.bool_]
-
-
-def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator) -> Crowd:
-    """Sample the people and the movable props of one image."""
+def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator) -> tuple[Figure, ...]:
+    """Sample the people and the movable props of one image, far to near."""
     low, high = np.log(spec.min_people + 1), np.log(spec.max_people + 1)
     peak_crowd = low + (high - low) * layout.peak_crowd
     target = max(round(float(np.exp(low + (peak_crowd - low) * rng.random() ** 0.5))) - 1, spec.min_people)
@@ -37,20 +26,17 @@ def sample_crowd(spec: SceneSpec, layout: SceneLayout, rng: np.random.Generator)
     people = _remove_overlaps(np.concatenate([props, people]))[len(props) :][:target]
 
     figures = []
-    palettes = []
     for x, y in props:
         kind = MOVABLE_KINDS[int(rng.integers(len(MOVABLE_KINDS)))]
-        sprite, palette = prop_variants(kind)[int(rng.integers(VARIANTS))]
-        figures.append(Figure(sprite, float(x), float(y), rng.uniform(0.9, 1.1)))
-        palettes.append(palette)
+        variant = prop_variants(kind)[int(rng.integers(VARIANTS))]
+        figures.append(Figure(kind, *variant, float(x), float(y), rng.uniform(0.9, 1.1)))
     poses = person_sprites()
     heights = rng.normal(1.71, 0.085, len(people)).clip(1.5, 1.9)
-    for (x, y), height, pose in zip(people, heights, rng.integers(len(poses), size=len(people)), strict=True):
-        figures.append(Figure(poses[pose], float(x), float(y), float(height) / POSE_HEIGHT))
+    chosen = rng.integers(len(poses), size=len(people))
     clothes = clothing_palettes(rng, len(people), layout.darkness)
-    colours = np.concatenate([np.array(palettes, np.float32).reshape(-1, 16, 3), clothes])
-    order = sorted(range(len(figures)), key=lambda i: -figures[i].y)
-    return Crowd(tuple(figures[i] for i in order), colours[order], np.array([i >= len(props) for i in order], np.bool_))
+    for (x, y), height, pose, palette in zip(people, heights, chosen, clothes, strict=True):
+        figures.append(Figure("person", poses[pose], palette, float(x), float(y), float(height) / POSE_HEIGHT))
+    return tuple(sorted(figures, key=lambda figure: -figure.y))
 
 
 def _pick_cells(layout: SceneLayout, rng: np.random.Generator, nearness: float, count: int) -> Feet:

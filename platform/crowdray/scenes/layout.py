@@ -15,8 +15,8 @@ from scipy import ndimage
 from crowdray.scenes.camera import Camera
 from crowdray.scenes.people import HEAD_WIDTH
 from crowdray.scenes.props import VARIANTS, prop_variants
+from crowdray.scenes.raster import Figure
 from crowdray.scenes.spec import Bools, Floats, SceneSpec, generator
-from crowdray.scenes.sprites import Sprite
 
 CELL_SIZE = 0.25
 """Side in metres of a cell of the walkable map."""
@@ -69,18 +69,6 @@ SitePlan = tuple[list[Zone], list[Wall], PropCounts]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Prop:
-    """A static object: a sprite at a ground point with a size and colours."""
-
-    kind: str
-    sprite: Sprite
-    palette: Floats
-    x: float
-    y: float
-    size: float
-
-
-@dataclass(frozen=True, eq=False, slots=True)
 class SceneLayout:
     """Everything in a camera's scene that is the same in all of its images."""
 
@@ -96,7 +84,7 @@ class SceneLayout:
     night: bool
     zones: tuple[Zone, ...]
     walls: tuple[Wall, ...]
-    props: tuple[Prop, ...]
+    props: tuple[Figure, ...]
     walkable: Bools
     """Where people may stand: (Y, X) cells of CELL_SIZE metres, Y from 0, X from -GRID_HALF_WIDTH."""
     cells: Floats
@@ -202,7 +190,9 @@ def _walkable_map(zones: list[Zone], walls: list[Wall], angle: float, near: floa
     return walkable
 
 
-def _add_props(rng: np.random.Generator, counts: PropCounts, walkable: Bools, camera: Camera, far: float) -> list[Prop]:
+def _add_props(
+    rng: np.random.Generator, counts: PropCounts, walkable: Bools, camera: Camera, far: float
+) -> list[Figure]:
     """Distribute props over the ground: anywhere, in a row, in unwalkable beds, or at the far end."""
     x, y = _ground_grid()
     in_view = _in_view(camera, x, y) & (y < far + 3)
@@ -212,7 +202,7 @@ def _add_props(rng: np.random.Generator, counts: PropCounts, walkable: Bools, ca
         "bed": ~walkable & (y < far - 1),
         "far": (walkable | (y > far - 1)) & (y > far * 0.7),
     }
-    props: list[Prop] = []
+    props: list[Figure] = []
     for arrangement, kinds in counts.items():
         for kind, limit in kinds.items():
             nearest = 9 if kind in ("tree", "conifer", "kiosk", "parasol") else 4
@@ -231,11 +221,11 @@ def _add_props(rng: np.random.Generator, counts: PropCounts, walkable: Bools, ca
             for (px, py), number in zip(points, choice, strict=True):
                 if py >= 3.5:
                     size = rng.uniform(0.93, 1.07)
-                    props.append(Prop(kind, *prop_variants(kind)[int(number)], float(px), float(py), size))
+                    props.append(Figure(kind, *prop_variants(kind)[int(number)], float(px), float(py), size))
     return props
 
 
-def _block_cells(walkable: Bools, prop: Prop) -> None:
+def _block_cells(walkable: Bools, prop: Figure) -> None:
     """Mark the cells under a prop as not walkable."""
     left, right, _ = prop.sprite.size
     trunk_radius = {"tree": 0.4, "conifer": 0.6, "lamp": 0.25, "globe": 0.3, "topiary": 0.35, "parasol": 1.2}

@@ -19,11 +19,14 @@ FINE = 2
 """Samples per image pixel and direction."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Figure:
-    """A sprite at a ground point, scaled by `size`."""
+    """A person or a prop: a sprite at a ground point, scaled by `size`."""
 
+    kind: str
+    """"person", or a key of PROP_KINDS."""
     sprite: Sprite
+    palette: Floats
     x: float
     y: float
     size: float

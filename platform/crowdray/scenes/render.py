@@ -3,15 +3,17 @@
 Shape legend: H W image; supersampled layers are FINE times as large.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 from crowdray.scenes.background import Background, light_at, render_background
-from crowdray.scenes.crowd import Crowd, sample_crowd
+from crowdray.scenes.crowd import sample_crowd
 from crowdray.scenes.layout import SceneLayout, scene_layout
 from crowdray.scenes.people import HEAD_PARTS
-from crowdray.scenes.raster import FINE, Raster, cast_shadows, contact_shade, shade_figures
+from crowdray.scenes.raster import FINE, Figure, Raster, cast_shadows, contact_shade, shade_figures
 from crowdray.scenes.spec import MAX_DEPTH, Floats, RenderedScene, SceneSpec, generator, linear
 from crowdray.scenes.sprites import PARTS, normal_vectors
 
@@ -32,7 +34,7 @@ def render(spec: SceneSpec, index: int) -> RenderedScene:
     rng = generator(spec.seed, 3, index)
     crowd = sample_crowd(spec, layout, rng)
     raster = Raster(layout.camera, static.forward.copy())
-    for i, figure in enumerate(crowd.figures):
+    for i, figure in enumerate(crowd):
         raster.draw(figure, i)
     depth = _depth(raster)
     image = _sensor(spec, layout, _light(layout, static, crowd, raster, rng), depth, rng)
@@ -48,40 +50,43 @@ def _depth(raster: Raster) -> Floats:
     return np.asarray(np.minimum(nearest, np.float32(MAX_DEPTH)), np.float32)
 
 
-def annotated_heads(layout: SceneLayout, crowd: Crowd, raster: Raster) -> Floats:
+def annotated_heads(layout: SceneLayout, crowd: Sequence[Figure], raster: Raster) -> Floats:
     """Return the centres (N, 2) of the heads that an annotator would mark."""
     camera = layout.camera
     part = (raster.code >> 8) & (PARTS - 1)
     visible = raster.code[np.isin(part, HEAD_PARTS)] >> 12
-    seen = np.bincount(visible, minlength=len(crowd.figures) + 1)[1:]
+    seen = np.bincount(visible, minlength=len(crowd) + 1)[1:]
     heads = []
-    for i in np.flatnonzero(crowd.is_person):
-        figure = crowd.figures[i]
-        assert figure.sprite.head is not None
+    for figure, samples in zip(crowd, seen, strict=True):
+        if figure.sprite.head is None:
+            continue
         right, up = (metres * figure.size for metres in figure.sprite.head)
         x, y, z = camera.project([figure.x + right, figure.y, up])
         # A bald head is an ellipse of 0.186 x 0.244 m; hats and buns only enlarge it.
         # Seen from above, anything upright is foreshortened by forward distance / depth.
         full = np.pi / 4 * 0.186 * 0.244 * (figure.size * camera.focal / z * FINE) ** 2 * figure.y / z
         inside = 0 <= x < camera.width and 0 <= y < camera.height
-        if inside and seen[i] >= MIN_VISIBLE_FRACTION * full and seen[i] > 0 and layout.roi[int(y), int(x)]:
+        if inside and samples >= MIN_VISIBLE_FRACTION * full and samples > 0 and layout.roi[int(y), int(x)]:
             heads.append((x, y))
     return np.array(heads, np.float32).reshape(-1, 2)
 
 
-def _light(layout: SceneLayout, static: Background, crowd: Crowd, raster: Raster, rng: np.random.Generator) -> Floats:
+def _light(
+    layout: SceneLayout, static: Background, crowd: Sequence[Figure], raster: Raster, rng: np.random.Generator
+) -> Floats:
     """Return the image in linear light (3, H, W), the mean over the samples of each pixel."""
     clear = float(np.clip(rng.beta(1.2, 0.9), 0.02, 1))
     sky, sun = _weather(layout, clear, rng)
     drawn = np.flatnonzero(raster.code)
-    feet = np.array([(f.x, f.y) for f in crowd.figures], np.float32).reshape(-1, 2)
+    feet = np.array([(f.x, f.y) for f in crowd], np.float32)
     sunlit = light_at(layout.camera, static.sunlit, feet)
-    colour, direct = shade_figures(raster.code.ravel()[drawn], crowd.palettes, sunlit, normal_vectors(), layout.sun)
+    palettes = np.stack([f.palette for f in crowd])
+    colour, direct = shade_figures(raster.code.ravel()[drawn], palettes, sunlit, normal_vectors(), layout.sun)
 
-    shade = 1 - np.float32(0.45) * contact_shade(layout.camera, crowd.figures) * static.ground
+    shade = 1 - np.float32(0.45) * contact_shade(layout.camera, crowd) * static.ground
     light = static.light * shade
     if not layout.night:
-        cast = cast_shadows(layout.camera, crowd.figures, layout.sun, softness=0.5 + 2 * (1 - clear))
+        cast = cast_shadows(layout.camera, crowd, layout.sun, softness=0.5 + 2 * (1 - clear))
         light *= 1 - np.float32(0.92) * cast * static.ground
     shade.ravel()[drawn] = 1
     light.ravel()[drawn] = direct
