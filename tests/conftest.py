@@ -15,7 +15,7 @@ from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample
 from crowdray.data.shards import Dataset
 from crowdray.presets import preset
 
-from .support.builders import write_dataset
+from .support.builders import noise_sample, write_dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,26 +91,15 @@ def run(discs: Dataset, tmp_path: Path) -> "Run":
 _NOISE_SIZES = [(64, 96), (33, 41), (97, 30), (20, 20), (64, 96), (50, 51)]
 
 
-def noise_sample(number: int) -> Sample:
-    """Noise of many sizes, some smaller than a window; with and without region of interest, depth and heads."""
-    rng = np.random.default_rng(number)
-    size = height, width = _NOISE_SIZES[number % len(_NOISE_SIZES)]
-    depth = [None, (height, width), (7, 9), (1, 1)][number % 4]
-    return make_sample(
-        name=f"{number:03d}",
-        split="train",
-        scene="noise",
-        image=simplejpeg.encode_jpeg(rng.integers(0, 256, (*size, 3)).astype(np.uint8), quality=95),
-        points=rng.uniform(0, [width, height], (number % 5, 2)),
-        roi=encode_roi(rng.random(size) < 0.7) if number % 3 == 0 else None,
-        depth=None if depth is None else encode_depth(rng.random(depth)),
-    )
-
-
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """25 training images."""
-    return write_dataset(str(tmp_path_factory.mktemp("noise") / "data"), [noise_sample(n) for n in range(25)])
+    """25 training images of many sizes, some smaller than a window; with and without region of interest and depth."""
+    samples = []
+    for number in range(25):
+        size = _NOISE_SIZES[number % len(_NOISE_SIZES)]
+        depth = [None, size, (7, 9), (1, 1)][number % 4]
+        samples.append(noise_sample(number, "train", size, number % 5, roi=number % 3 == 0, depth=depth))
+    return write_dataset(str(tmp_path_factory.mktemp("noise") / "data"), samples)
 
 
 @pytest.fixture

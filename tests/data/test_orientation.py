@@ -9,6 +9,8 @@ from PIL import ExifTags, Image, ImageOps
 from crowdray.data.orientation import encoded_orientation, turn_upright
 from crowdray.data.sample import decode_image
 
+from ..support.builders import encode
+
 
 @pytest.mark.parametrize("orientation", [None, *range(1, 10)])
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
@@ -16,10 +18,8 @@ def test_turn_upright_equals_pillow(orientation: int | None, form: str) -> None:
     exif = Image.Exif()
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, form, exif=exif)
-    content = buffer.getvalue()
+    content = encode(Image.fromarray(pixels), form, exif=exif)
     stored = decode_image(content)
     with Image.open(io.BytesIO(content)) as opened:
         tagged = Image.fromarray(stored)

@@ -25,15 +25,9 @@ from crowdray.data.sample import (
 )
 from crowdray.errors import DataError
 
-from ..support.builders import jpeg
+from ..support.builders import encode, jpeg
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
-
-
-def encode(image: Image.Image, form: str = "PNG", **options: bool) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,6 +9,7 @@ from crowdray.models.export import ExportedCounter
 from crowdray.registry.connection import connect
 from crowdray.registry.packaging import Package, package_counter
 
+from ..support.cluster import free_port
 from ..support.counters import METRICS, TAGS, exported_counter, photo
 
 
@@ -41,9 +42,7 @@ def other_package(tmp_path_factory: pytest.TempPathFactory) -> Package:
 @pytest.fixture
 def closed_port() -> str:
     """Address on which no server listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 @pytest.fixture

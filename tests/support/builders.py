@@ -4,6 +4,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -16,6 +17,13 @@ from crowdray.data.shards import ROWS_PER_BATCH, Dataset, write_index, write_sha
 from crowdray.datasets.depth.teacher import DepthInput
 
 HEIGHT, WIDTH = 24, 32
+
+
+def encode(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    """Encode an image in a format of Pillow."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def jpeg(seed: int, height: int = HEIGHT, width: int = WIDTH) -> bytes:
@@ -33,20 +41,26 @@ def samples(count: int, split: str = "train", *, seed: int = 0) -> list[Sample]:
     """Samples of different sizes and head counts, including 0; every third without ROI and depth."""
     result = []
     for number in range(count):
-        height, width = HEIGHT + number % 3, WIDTH + number % 5
-        rng = np.random.default_rng([seed, number])
-        masks = number % 3 > 0
-        sample = make_sample(
-            name=f"{number:03d}",
-            split=split,
-            scene=f"scene-{number % 2}",
-            image=jpeg(seed * 10_000 + number, height, width),
-            points=rng.uniform(0, [width, height], (number % 7, 2)),
-            roi=encode_roi(rng.random((height, width)) < 0.5) if masks else None,
-            depth=encode_depth(rng.uniform(1, 9, (height, width))) if masks else None,
-        )
-        result.append(sample)
+        size, masks = (HEIGHT + number % 3, WIDTH + number % 5), number % 3 > 0
+        depth = size if masks else None
+        result.append(noise_sample(number, split, size, number % 7, roi=masks, depth=depth, seed=seed))
     return result
+
+
+def noise_sample(
+    number: int, split: str, size: tuple[int, int], heads: int, *, roi: bool, depth: Any, seed: int = 0
+) -> Sample:
+    """Noise of a size (H, W) with random heads, a random region of interest, and random depth (h, w) or None."""
+    rng = np.random.default_rng([seed, number])
+    return make_sample(
+        name=f"{number:03d}",
+        split=split,
+        scene=f"scene-{number % 2}",
+        image=jpeg(seed * 10_000 + number, *size),
+        points=rng.uniform(0, size[::-1], (heads, 2)),
+        roi=encode_roi(rng.random(size) < 0.5) if roi else None,
+        depth=encode_depth(rng.uniform(1, 9, depth)) if depth else None,
+    )
 
 
 def mixed_samples() -> list[Sample]:
@@ -71,9 +85,7 @@ def sample_fields(sample: Sample) -> tuple[object, ...]:
 
 def make_depth_input(image: NDArray[np.uint8], name: str = "a", split: str = "train") -> DepthInput:
     """Input of a depth teacher: an image (H, W, 3) without heads."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    content, points = buffer.getvalue(), np.zeros((0, 2))
+    content, points = encode(Image.fromarray(image)), np.zeros((0, 2))
     return DepthInput(sample=make_sample(name=name, split=split, scene="", image=content, points=points))
 
 

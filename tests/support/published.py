@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from .builders import HEIGHT, WIDTH, jpeg, make_mall, make_shanghaitech
+from .builders import HEIGHT, WIDTH, encode, jpeg, make_mall, make_shanghaitech
 
 HDF5_START = b"\x89HDF\r\n\x1a\n"
 Files = dict[str, bytes]
@@ -86,10 +86,8 @@ def _put(group: Any, name: str, value: Any) -> None:
 
 
 def grey_image(seed: int, form: str) -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), form)
 
 
 def pixels_per_metre() -> np.ndarray[Any, Any]:
