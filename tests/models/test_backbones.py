@@ -20,9 +20,7 @@ from crowdray.presets import debug
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer
 
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+from ..support.counters import parameters
 
 
 def config_of(backbone: str, crop: int = 160, count_decoder: str = "pooled", **model: str) -> Config:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from crowdray.config import Config, ModelConfig, SamplingConfig
@@ -13,9 +12,7 @@ from crowdray.models.counter import AUXILIARY, COUNT, DENSITY, DEPTH, SEGMENTATI
 from crowdray.models.decoders import FixedUpsample
 from crowdray.models.export import ExportedCounter
 
-
-def parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+from ..support.counters import parameters
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Small exported counters, random photos, and provenance to package them with."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
@@ -21,6 +21,10 @@ def photo(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
     """Random photos: uint8 (B, 3, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 METRICS = {"val/mae": 2.5, "val/rmse": 3.25}
