@@ -20,7 +20,7 @@ from crowdray.errors import DataError, UserError
 T = TypeVar("T")
 
 MAX_CACHED = 16
-"""Files cached at a time: all clips of UCSD, and few of WorldExpo'10's hundred cameras with megabytes each."""
+"""Results cached at a time: all clips of UCSD, and few of WorldExpo'10's hundred cameras with megabytes each."""
 
 Heads = NDArray[np.float64]
 """(N, 2) heads as (x, y) in continuous pixels: the centre of the first pixel is 0.5."""
@@ -28,7 +28,7 @@ Heads = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """Maps of a fixed camera, of the size of its images (H, W)."""
+    """Maps of a fixed camera, of the size (H, W) of its images."""
 
     uri: str
     """Where the maps were read from, for messages."""
@@ -36,12 +36,6 @@ class Camera:
     """True where heads are annotated; None means everywhere."""
     depth: NDArray[np.float64] | None = None
     """Depth, any unit: the inverse of a person's size in pixels."""
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(H, W) of its images; None without maps."""
-        known = self.roi if self.roi is not None else self.depth
-        return None if known is None else (known.shape[0], known.shape[1])
 
 
 class AnnotatedImages:
@@ -62,7 +56,6 @@ class AnnotatedImages:
         self._root = root
         self._splits = tuple(splits)
         self.teacher = open_teacher(depth, ("perspective", "points", "none") if perspective else ("points", "none"))
-        self._encoded: dict[tuple[str, float], tuple[bytes | None, bytes | None]] = {}
         self._cache: dict[str, Any] = {}
 
     @property
@@ -91,9 +84,10 @@ class AnnotatedImages:
         return None
 
     def size(self, item: Item) -> tuple[int, int]:
-        """Size (H, W) of an image, without decoding it."""
-        camera = self.camera(item)
-        return (camera.size if camera else None) or image_size(item.image)
+        """Size (H, W) of an image, without decoding it; read once for each fixed camera."""
+        if self.fixed_cameras:
+            return self.cached(f"size of {item.scene}", lambda _: image_size(item.image))
+        return image_size(item.image)
 
     def items(self, splits: Sequence[str] = ()) -> list[Item]:
         """Items in natural order; load() refuses an image without annotation and an annotation without image."""
@@ -128,15 +122,15 @@ class AnnotatedImages:
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers read the files that they need; cached ones are too large to send.
-        return {**self.__dict__, "_encoded": {}, "_cache": {}}
+        return {**self.__dict__, "_cache": {}}
 
-    def cached(self, uri: str, read: Callable[[str], T]) -> T:
-        """Result of `read` for a file or folder; the last MAX_CACHED results stay in memory."""
-        if uri not in self._cache:
+    def cached(self, key: str, read: Callable[[str], T]) -> T:
+        """Result of `read` for a key, such as the URI of a file; the last MAX_CACHED results stay in memory."""
+        if key not in self._cache:
             while len(self._cache) >= MAX_CACHED:
                 self._cache.pop(next(iter(self._cache)))
-            self._cache[uri] = read(uri)
-        result: T = self._cache[uri]
+            self._cache[key] = read(key)
+        result: T = self._cache[key]
         return result
 
     def _usable_heads(self, item: Item) -> Heads:
@@ -156,22 +150,20 @@ class AnnotatedImages:
                     f"{item.image} is {(sample.height, sample.width)}, but a map in {camera.uri} is {map_.shape}; "
                     "copy both again"
                 )
+
+        def encode(_: str) -> tuple[bytes | None, bytes | None]:
+            inputs = DepthInput(
+                sample=sample,
+                source_depth=camera.depth if camera else None,
+                head_scale=item.head_scale,
+                fixed_camera=camera is not None,
+            )
+            depth = self.teacher.depth(inputs)
+            roi = camera.roi if camera else self.region(item, (sample.height, sample.width))
+            return None if roi is None else encode_roi(roi), None if depth is None else encode_depth(depth)
+
         shared = camera is not None and not self.teacher.per_image
-        key = item.scene, item.head_scale
-        if shared and key in self._encoded:
-            return self._encoded[key]
-        inputs = DepthInput(
-            sample=sample,
-            source_depth=camera.depth if camera else None,
-            head_scale=item.head_scale,
-            fixed_camera=camera is not None,
-        )
-        depth = self.teacher.depth(inputs)
-        roi = camera.roi if camera else self.region(item, (sample.height, sample.width))
-        encoded = (None if roi is None else encode_roi(roi), None if depth is None else encode_depth(depth))
-        if shared:
-            self._encoded[key] = encoded
-        return encoded
+        return self.cached(f"maps of {item.scene}, {item.head_scale}", encode) if shared else encode("")
 
     def _with_head_scale(self, items: Sequence[Item]) -> list[Item]:
         """Items with the head scale of their fixed camera, or else of their split.

@@ -41,14 +41,16 @@ class Mall(AnnotatedImages):
 
     def split_items(self, split: str) -> list[Item]:
         """Frames in the order of their numbers."""
-        frames = files_by_name(storage.join(self._root, "frames"), (".jpg",))
+        files = files_by_name(storage.join(self._root, "frames"), (".jpg",), prefix="seq_")
+        if unexpected := [uri for digits, uri in files.items() if not digits.isdecimal()]:
+            raise DataError(f"{unexpected[0]} is not named like seq_000001.jpg; move it out of frames/")
+        frames = {int(digits) - 1: uri for digits, uri in files.items()}
         annotated = len(self.cached(self._ground_truth, _read_heads))
         found = []
-        for name in sorted(frames.keys() | {_frame_name(number) for number in range(annotated)}):
-            number = _frame_number(name, frames.get(name, name))
+        for number in sorted(frames.keys() | set(range(annotated))):
             if split == SPLITS[number >= TRAIN_FRAMES]:
-                ground_truth = self._ground_truth if number < annotated else ""
-                found.append(Item(split, name, frames.get(name, ""), ground_truth, number, self.name))
+                name, annotation = f"seq_{number + 1:06d}", self._ground_truth if number < annotated else ""
+                found.append(Item(split, name, frames.get(number, ""), annotation, number, self.name))
         return found
 
     def heads(self, item: Item) -> Heads:
@@ -86,14 +88,3 @@ def _find_root(source: str) -> str:
         if storage.exists(storage.join(root, "mall_gt.mat")):
             return root
     raise UserError(f"{source} is not the Mall dataset: mall_gt.mat is missing; give the folder that contains it")
-
-
-def _frame_name(number: int) -> str:
-    return f"seq_{number + 1:06d}"
-
-
-def _frame_number(name: str, uri: str) -> int:
-    digits = name.removeprefix("seq_")
-    if not digits.isdecimal():
-        raise DataError(f"{uri} is not named like seq_000001.jpg; move it out of frames/")
-    return int(digits) - 1
