@@ -87,21 +87,14 @@ def test_fit_with_batch_too_large_suggests_steps_that_fit(
     train_baseline(discs, grad_accumulation_steps=int(found[3]))
 
 
-class SavedTensor:
-    """A tensor saved for the backward pass."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
 def test_fit_with_batch_too_large_frees_each_attempt_before_the_next(
     discs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the backward pass runs out of memory, the graph of that attempt still holds its activations."""
-    forward, saved, remaining = Counter.forward, weakref.WeakSet[SavedTensor](), []
+    forward, saved, remaining = Counter.forward, weakref.WeakSet[torch.Tensor](), []
 
-    def pack(tensor: torch.Tensor) -> SavedTensor:
-        saved.add(held := SavedTensor(tensor.detach()))  # undetached, a result would keep its own graph alive
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(held := tensor.detach())  # undetached, a result would keep its own graph alive
         return held
 
     def refuse(gradient: torch.Tensor) -> None:
@@ -111,7 +104,7 @@ def test_fit_with_batch_too_large_frees_each_attempt_before_the_next(
         if not torch.is_grad_enabled():
             return forward(self, image, *rest)
         remaining.append(len(saved))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
             outputs = forward(self, image, *rest)
         if len(image) > 7:
             outputs["density"].register_hook(refuse)  # type: ignore[no-untyped-call]
