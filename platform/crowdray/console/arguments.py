@@ -34,8 +34,7 @@ def parse(job: type[Job], arguments: Sequence[str], command: str, description: s
         command: Name of the command, for the usage line.
         description: First paragraph of the help; the docstring of `job` by default.
     """
-    _check_repeated(arguments)
-    return tyro.cli(job, args=list(arguments), prog=program(command), description=description)
+    return tyro.cli(job, args=_current(arguments), prog=program(command), description=description)
 
 
 def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) -> Job:
@@ -46,8 +45,7 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) ->
     Raises:
         ConfigError: All problems of all overrides.
     """
-    arguments = _with_current_names(arguments)
-    _check_repeated(arguments)
+    arguments = _current(arguments)
     chosen = next(_values("--preset", arguments), None)
     base = Config() if chosen is None else load_preset(chosen)
     if problems := list(dict.fromkeys(_override_problems(base, arguments))):
@@ -59,7 +57,7 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) ->
     }
     default: Job = cast(Any, job)(**required, config=base)
     flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(job, args=list(arguments), prog=program(command), default=default, config=flags)
+    return tyro.cli(job, args=arguments, prog=program(command), default=default, config=flags)
 
 
 def program(command: str) -> str:
@@ -93,33 +91,30 @@ def console() -> Console:
     return terminal if terminal.is_terminal else Console(width=140)
 
 
-def option_name(argument: str) -> str:
-    """Return the name of an option, with "-" for "_": tyro accepts both."""
-    return argument.partition("=")[0].replace("_", "-")
+def _current(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with the current names of their options, which tyro accepts with "_" and with "-".
 
-
-def _with_current_names(arguments: Sequence[str]) -> list[str]:
-    """Replace option names of the previous version."""
-    renamed = []
+    Raises:
+        UserError: An option is repeated; tyro would use the last one and drop the others.
+    """
+    current, seen = [], set[str]()
     for argument in arguments:
-        current = RENAMED_OPTIONS.get(option_name(argument)) if argument.startswith("--") else None
-        renamed.append(argument if current is None else current + argument[len(argument.partition("=")[0]) :])
-    return renamed
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = RENAMED_OPTIONS.get(name.replace("_", "-"), name.replace("_", "-"))
+            if name in seen:
+                raise UserError(f"{name} is given twice; give it once, followed by all its values")
+            seen.add(name)
+        current.append(f"{name}{equals}{value}")
+    return current
 
 
 def _values(option: str, arguments: Sequence[str]) -> Iterator[str]:
     """Yield each value of an option, given as --option value or --option=value."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if option_name(argument) == option_name(option):
-            _, equals, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
+        if name == option:
             yield value if equals else following
-
-
-def _check_repeated(arguments: Sequence[str]) -> None:
-    """Raise UserError for a repeated option: tyro would use the last one and drop the others."""
-    names = [option_name(word) for word in arguments if word.startswith("--")]
-    if repeated := [name for position, name in enumerate(names) if name in names[:position]]:
-        raise UserError(f"{repeated[0]} is given twice; give it once, followed by all its values")
 
 
 def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
@@ -129,7 +124,7 @@ def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
         if argument.startswith("--") and "." in name and name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
             yield f"--{name} is not a field of the configuration; " + (f"use --{close[0]}" if close else "see --help")
-    overrides = [(name, text) for name in FIELDS for text in _values(f"--{name}", arguments)]
+    overrides = [(name, text) for name in FIELDS for text in _values(f"--{name.replace('_', '-')}", arguments)]
     if problems := _problems(base, overrides):
         # Each override alone as well: where one has a wrong type, the ranges of the others are not checked.
         yield from (problem for override in overrides for problem in _problems(base, [override]))
