@@ -178,8 +178,11 @@ class StageTreeSearch(Searcher):
         with self._stopping_on_errors():
             if report.status == "user_error":
                 raise UserError(report.message)
-            if self.stop_reason is None and report.status == "infeasible":
-                self._stop_if_reference(trial_id, report.message)
+            first = self._tracker.record.best() is None and self.stop_reason is None
+            if (
+                report.status == "infeasible" and first and _is_reference(self._running[trial_id])
+            ):  # others would be too
+                self.stop_reason = f"{report.message}. No trial has finished yet, and the search starts from this one"
             if self.stop_reason is None and report.status in ("running", "finished"):
                 candidate = self._running[trial_id]
                 candidate.trial.set_user_attr(RECORD, self._tracker.on_report(candidate.number, report))
@@ -187,11 +190,6 @@ class StageTreeSearch(Searcher):
                     self._finish_stages(trial_id, before=str(report.rows[-1]["stage"]))
                 prune = self._study.prunes and self._should_prune(candidate, report)
         return prune or self.stop_reason is not None  # all trials stop, and resume at the next start
-
-    def _stop_if_reference(self, trial_id: str, reason: str) -> None:
-        """Stop the search if the configuration that it starts from is infeasible: others would be too."""
-        if self._tracker.record.best() is None and _is_reference(self._running[trial_id]):
-            self.stop_reason = f"{reason}. No trial has finished yet, and the search starts from this one"
 
     @contextmanager
     def _stopping_on_errors(self) -> Iterator[None]:

@@ -14,11 +14,9 @@ from crowdray import storage
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.models.build import backbone_class
-from crowdray.models.pretrained import pin_weights
-from crowdray.pipeline.identity import RunIdentity, check_name, default_name
-from crowdray.pipeline.run import Run
-from crowdray.stage_cache.keys import backbone_digest, code_digest
+from crowdray.pipeline.identity import RunIdentity, default_name
+from crowdray.pipeline.run import Run, plan_run
+from crowdray.stage_cache.keys import code_digest
 from crowdray.tune.space import Space, load_space
 
 STUDY_FILE = "study.json"
@@ -111,14 +109,13 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
     Raises:
         UserError: The options, the space or the dataset cannot be used.
     """
-    check_name(options.name)
     if not isinstance(options.workers, int):
         raise UserError(
             f"--workers is {options.workers!r}; all trials of a study need the same number of workers, to be "
             "comparable and to share states: give one number"
         )
-    dataset = Dataset.open(data)
-    backbone_code, config = backbone_digest(backbone_class(config)), pin_weights(config)
+    identity = plan_run(config, data, options.workers, options.storage, options.name, preset).identity
+    dataset, config = Dataset.open(data), identity.config
     without_depth = dataset.index.depth_teacher == "none"
     space = load_space(options.space, (*["loss.depth=null"] * without_depth, *options.vary), config)
     for name, unused, reason in (
@@ -134,7 +131,7 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         )
     resolved = replace(config, numerics=replace(config.numerics, threads=config.numerics.threads or 1))
     computed = (
-        code_digest() + backbone_code,
+        code_digest() + identity.backbone_code,
         to_json(resolved),
         space.to_json(),
         options.objectives,
@@ -144,6 +141,4 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
         options.workers,
     )
     name = options.name or f"tune-{default_name(preset, *computed)}"
-    folder = storage.resolve(options.storage)
-    identity = RunIdentity(resolved, dataset.uri, dataset.digest, options.workers, folder, name, backbone_code)
-    return Study(identity, space, options)
+    return Study(replace(identity, config=resolved, name=name), space, options)
