@@ -67,16 +67,16 @@ def draw_contact_sheet(
     style.save_figure(figure, path)
 
 
-def _draw_tile(figure: Figure, cell: SubplotSpec, sample: Sample, target: TargetConfig) -> None:
+def _draw_tile(figure: Figure, slot: SubplotSpec, sample: Sample, target: TargetConfig) -> None:
     """Draw a caption, photo, depth and crowd."""
-    box, count = cell.get_position(figure), f"{len(sample.points):,} head{'s' * (len(sample.points) != 1)}"
+    box, count = slot.get_position(figure), f"{len(sample.points):,} head{'s' * (len(sample.points) != 1)}"
     caption, limit = f"{sample.split}/{sample.name}", int(_TILE / _CHARACTER_WIDTH) - len(count) - 2
     if len(caption) > limit:
         caption = f"…{caption[1 - limit :]}"
     base = box.y1 + 0.06 / figure.get_size_inches()[1]
     figure.text(box.x0, base, caption, size=8.5, color=style.INK, va="baseline")
     figure.text(box.x1, base, count, size=8.5, color=style.FAINT, va="baseline", ha="right")
-    panels = cell.subgridspec(2, 2, width_ratios=(2, 1), wspace=0.015, hspace=0.02)
+    panels = slot.subgridspec(2, 2, width_ratios=(2, 1), wspace=0.015, hspace=0.02)
     parts: tuple[Any, ...] = (np.s_[:, 0], np.s_[0, 1], np.s_[1, 1])
     photo, upper, lower = (figure.add_subplot(panels[part], anchor="NW") for part in parts)
     pixels = photo.get_window_extent()
