@@ -105,7 +105,7 @@ def plain_trial(data: str, configs: Sequence[Config], sequential: bool, tune_con
     config = configs[tune_config["number"]]
     torch.set_num_threads(config.numerics.threads)
     started = time.monotonic()
-    trainer = Trainer(config, Dataset.open(data, verify=True), world=World(), device=torch.device("cpu"))
+    trainer = Trainer(config, Dataset.open(data), world=World(), device=torch.device("cpu"))
     if sequential:
         one_by_one = [
             [dataclasses.replace(stage, tasks=(task,), modules=(task,)) for task in stage.tasks]

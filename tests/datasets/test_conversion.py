@@ -88,7 +88,7 @@ def test_convert_interrupted_after_any_slice_equals_unbroken(part: Path, root_ur
 def test_convert_interrupted_overwrite_keeps_old_dataset_and_resumes(part: Path, root_uri: str) -> None:
     old = conversion.convert(open_part(part, depth="none"), root_uri)
     convert_some(part, root_uri, 2, overwrite=True)
-    Dataset.open(root_uri, verify=True).counts("train")
+    Dataset.open(root_uri).counts("train")
     with pytest.raises(UserError, match="already contains a dataset"):
         conversion.convert(open_part(part), root_uri)
     assert Dataset.open(root_uri).index == old

@@ -3,13 +3,17 @@
 import errno
 import json
 import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from crowdray.data.shards import INDEX, Dataset
+from crowdray import storage
+from crowdray.data.sample import SCHEMA
+from crowdray.data.shards import INDEX, Dataset, Index, ShardInfo
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.errors import DataError, UserError
@@ -47,7 +51,7 @@ def test_open_truncated_or_missing_shard_raises(made: Path, keep: int | None, me
         Dataset.open(str(made))
 
 
-def test_verify_shard_with_flipped_byte_raises(made: Path) -> None:
+def test_sample_of_shard_with_flipped_byte_raises(made: Path) -> None:
     path = shard(made)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -55,24 +59,66 @@ def test_verify_shard_with_flipped_byte_raises(made: Path) -> None:
     expected = json.loads((made / INDEX).read_text())["shards"][0]["sha256"]
     message = rf"{path.name} is damaged: its sha256 is \w{{64}}.*{expected}; copy it again"
     with pytest.raises(DataError, match=message):
-        Dataset.open(str(made), verify=True).sample(0)
+        Dataset.open(str(made)).sample(0)
     with pytest.raises(DataError, match=message):
         open_source("crowdray", str(made)).items()
 
 
+def rewrite(made: Path, edit: Callable[[list[pa.RecordBatch]], list[pa.RecordBatch]], schema: pa.Schema) -> None:
+    """Replace the batches of a dataset's shard, with an index that states the new file's size and hash."""
+    path = shard(made)
+    batches = edit(pa.ipc.open_file(path.read_bytes()).read_all().to_batches())
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    reseal(made)
+
+
+def reseal(made: Path, edit: Callable[[Any], None] = lambda info: None) -> None:
+    """Edit the index entry of a dataset's shard; its size and hash, and the totals of the index, follow."""
+    index = Index.from_json((made / INDEX).read_text(), INDEX)
+    content = asdict(index.shards[0]) | {"bytes": shard(made).stat().st_size, "sha256": storage.hash_file(shard(made))}
+    edit(content)
+    (made / INDEX).write_text(replace(index, shards=(ShardInfo(**content),)).to_json())
+
+
 def test_sample_of_shard_with_other_columns_raises(made: Path) -> None:
-    schema = pa.schema([("name", pa.string())])
-    with pa.OSFile(str(made / "other"), "wb") as sink, pa.ipc.new_file(sink, schema):
-        pass
-    content = json.loads((made / INDEX).read_text())
     dataset = Dataset.open(str(made))
-    (made / "other").replace(shard(made))
-    content["shards"][0]["bytes"] = shard(made).stat().st_size
-    (made / INDEX).write_text(json.dumps(content))
+    rewrite(made, lambda batches: [], pa.schema([("name", pa.string())]))
     with pytest.raises(DataError, match="does not have the columns"):
         Dataset.open(str(made)).sample(0)
     with pytest.raises(DataError, match="truncated or was replaced"):
         dataset.sample(0)
+
+
+def test_sample_of_shard_with_a_lost_row_raises(made: Path) -> None:
+    rewrite(made, lambda batches: [batch.slice(1) for batch in batches], SCHEMA)
+    with pytest.raises(DataError, match=r"does not have the .* rows of its index"):
+        Dataset.open(str(made)).sample(0)
+
+
+def test_sample_of_shard_with_damaged_footer_raises(made: Path) -> None:
+    content = bytearray(shard(made).read_bytes())
+    content[-10:-6] = b"\xff\xff\xff\x7f"
+    shard(made).write_bytes(content)
+    reseal(made)
+    with pytest.raises(DataError, match="is damaged"):
+        Dataset.open(str(made)).sample(0)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda info: info.update(runs=(("train", 2), ("test", 3)), heads={"train": 10, "test": 5}),
+        lambda info: info.update(runs=(("test", 5),), heads={"test": 10}),
+        lambda info: info["heads"].update(train=11),
+    ],
+    ids=["another split of some rows", "another name", "other heads"],
+)
+def test_sample_of_shard_whose_index_states_other_splits_raises(made: Path, edit: Callable[[Any], None]) -> None:
+    reseal(made, edit)
+    with pytest.raises(DataError, match="other splits or heads than its index says"):
+        Dataset.open(str(made)).sample(0)
 
 
 @pytest.mark.parametrize("folder", ["empty", "missing"])
@@ -93,7 +139,10 @@ def test_open_folder_without_index_raises(tmp_path: Path, folder: str) -> None:
         ('"sha256": "', '"sha256": "0', "has digest .*convert"),
         ('"train": 10', '"train": 11', "damaged.*'heads': 11"),
         ('"train": 10', '"trian": 10', "damaged"),
-        ('"name": ', '"name": 1, "was": ', "damaged.*must be strings"),
+        ('"name": ', '"name": 1, "was": ', "damaged.*name: Input should be a valid string"),
+        ('"notes": [', '"notes": [' + "[" * 10_000, "damaged.*recursion limit"),
+        ('"bytes": ', '"bytes": ' + "9" * 5_000, "damaged"),
+        ('"rows": 5', '"rows": -5', "damaged"),
         ("{", "", "damaged"),
     ],
 )
@@ -156,7 +205,7 @@ def test_convert_full_disk_while_writing_the_index(
         Dataset.open(str(tmp_path / "new"))
     with pytest.raises(UserError, match="no space left"):
         convert(part, made, overwrite=True)
-    Dataset.open(str(made), verify=True).counts("train")
+    Dataset.open(str(made)).counts("train")
     monkeypatch.undo()
     converted: list[object] = []
     assert convert(part, tmp_path / "new", on_slice=converted.append) == Dataset.open(str(made)).index

@@ -66,7 +66,7 @@ def _measure(run: Run, use_gpu: bool) -> int:
     resources = node_resources()
     workers_on_node = min(workers, int(resources.get("CPU", 1)))
     torch.set_num_threads(threads_of(identity.config, workers_on_node))
-    dataset = Dataset.open(identity.data, verify=True)
+    dataset = Dataset.open(identity.data)
     if use_gpu:
         return measure_batch_size(identity.config, dataset, device=torch.device("cuda", 0), workers=workers)
     free = int(resources["memory"] / workers_on_node)

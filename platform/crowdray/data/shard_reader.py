@@ -36,6 +36,11 @@ class Shard:
             raise DataError(f"{uri} does not have the columns of schema version {SCHEMA_VERSION}; convert again")
         if sum(map(len, batches)) != rows:
             raise DataError(f"{uri} does not have the {rows} rows of its index; convert the dataset again")
+        try:
+            for batch in batches:
+                batch.validate(full=True)  # offsets that leave their buffer would read other memory
+        except pa.ArrowException as error:
+            raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
         self.uri = uri
         self._batches = batches
         self._ends = list(accumulate(map(len, batches)))
@@ -55,8 +60,8 @@ class Shard:
             **{name: batch.column(name)[row].as_py() for name in _SMALL},
         )
 
-    def strings(self, column: Literal["name", "scene"]) -> NDArray[np.object_]:
-        """(rows,) names or scenes."""
+    def strings(self, column: Literal["name", "scene", "split"]) -> NDArray[np.object_]:
+        """(rows,) names, scenes or splits."""
         return np.concatenate([batch.column(column).to_numpy(zero_copy_only=False) for batch in self._batches])
 
     def sizes(self) -> NDArray[np.int64]:

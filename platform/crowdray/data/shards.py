@@ -10,10 +10,10 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import accumulate, chain, groupby, pairwise
 from typing import Any, Literal, Self
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from crowdray import storage
 from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Sample
 from crowdray.data.shard_reader import MappedShard, RemoteShard, Shard
+from crowdray.documents import parse_as, parse_json
 from crowdray.errors import DataError, UserError
 
 FORMAT = "crowdray"
@@ -115,24 +116,25 @@ class Index:
         """Parse index.json; `uri` identifies it in messages. Raises DataError if it is damaged or incompatible."""
         fix = "convert the dataset again"
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             if content["format"] != FORMAT:
                 raise DataError(f"{uri} has the format {content['format']!r}, expected {FORMAT!r}; give a dataset")
             if content["schema_version"] != SCHEMA_VERSION:
                 raise DataError(
                     f"{uri} has schema version {content['schema_version']}, expected {SCHEMA_VERSION}; {fix}"
                 )
-            shards = tuple(shard_from_json(shard) for shard in content["shards"])
-            index = cls(content["name"], content["depth_teacher"], shards, tuple(content["notes"]))
+            index = parse_as(cls, {field.name: content[field.name] for field in fields(cls)})
+            for shard in index.shards:
+                _check_shard(shard)
+            if len({shard.path for shard in index.shards}) != len(index.shards):
+                raise ValueError("it lists a shard twice")
             if content["digest"] != index.digest:
                 raise DataError(f"{uri} has digest {content['digest']}, but its shards have {index.digest}; {fix}")
             if content["splits"] != index.splits:
                 raise ValueError(f"splits are {content['splits']}, but its shards have {index.splits}")
-            if not all(isinstance(text, str) for text in (index.name, index.depth_teacher, *index.notes)):
-                raise ValueError("name, depth_teacher and notes must be strings")
         except DataError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); {fix}") from error
         return index
 
@@ -160,8 +162,7 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
         storage.publish_file(scratch, storage.join(dest, name))
-    runs = tuple((split, len(list(run))) for split, run in groupby(splits))
-    return ShardInfo(name, len(splits), size, sha256, runs, dict(heads))
+    return ShardInfo(name, len(splits), size, sha256, _runs(splits), dict(heads))
 
 
 def write_index(
@@ -180,17 +181,16 @@ class Dataset:
     not fit into the cache are read remotely.
     """
 
-    def __init__(self, uri: str, index: Index, *, verify: bool = False) -> None:
+    def __init__(self, uri: str, index: Index) -> None:
         self.uri = uri
         self.index = index
-        self._verify = verify
         self._ends = list(accumulate(shard.rows for shard in index.shards))
         self._open: dict[int, Shard] = {}
         self._warned = False
 
     @classmethod
-    def open(cls, uri: str, *, verify: bool = False) -> Self:
-        """Open the dataset at a path or URI, reading only its index; `verify` hashes local shards when they are mapped.
+    def open(cls, uri: str) -> Self:
+        """Open the dataset at a path or URI, reading only its index; each shard is verified when it is first read.
 
         Raises DataError if the index is missing or damaged, or a local shard is missing or truncated.
         """
@@ -201,10 +201,10 @@ class Dataset:
                 f"{root} has no {INDEX}: it is not a dataset, or its conversion is unfinished; "
                 f"run jobs/convert.py with --dest {root}"
             )
-        dataset = cls(root, Index.from_json(storage.read_bytes(index_uri), index_uri), verify=verify)
+        dataset = cls(root, Index.from_json(storage.read_bytes(index_uri), index_uri))
         if storage.is_local(root):
             for shard in dataset.index.shards:
-                storage.fetch(storage.join(root, shard.path), sha256=shard.sha256, size=shard.bytes, verify=False)
+                storage.check_local_file(storage.join(root, shard.path), shard.bytes)
         return dataset
 
     @cached_property
@@ -216,7 +216,7 @@ class Dataset:
         return self._ends[-1] if self._ends else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Dataset, verify=self._verify), (self.uri, self.index)
+        return Dataset, (self.uri, self.index)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Rows of a split in ascending order. Raises UserError, listing the splits, for an unknown one."""
@@ -268,15 +268,31 @@ class Dataset:
             info = self.index.shards[number]
             uri = storage.join(self.uri, info.path)
             try:
-                path = storage.fetch(uri, sha256=info.sha256, size=info.bytes, verify=self._verify)
+                path = storage.fetch(uri, sha256=info.sha256, size=info.bytes)
             except storage.CacheFullError as error:
                 if not self._warned:
                     self._warned = True
                     _log.warning("%s. Until then, such shards are read remotely, row by row", error)
-                self._open[number] = RemoteShard(uri, info.bytes, info.rows)
+                shard: Shard = RemoteShard(uri, info.bytes, info.rows)
             else:
-                self._open[number] = MappedShard(uri, str(path), info.rows)
+                shard = MappedShard(uri, str(path), info.rows)
+            _check_splits(shard, info)
+            self._open[number] = shard
         return self._open[number]
+
+
+def _check_splits(shard: Shard, info: ShardInfo) -> None:
+    """Raise DataError unless the index states the splits of a shard's rows and their heads."""
+    splits = shard.strings("split").tolist()
+    heads: Counter[str] = Counter()
+    for split, count in zip(splits, shard.counts().tolist(), strict=True):
+        heads[split] += count
+    if _runs(splits) != info.runs or heads != Counter(info.heads):
+        raise DataError(f"{shard.uri} has other splits or heads than its index says; convert the dataset again")
+
+
+def _runs(splits: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    return tuple((split, len(list(run))) for split, run in groupby(splits))
 
 
 def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -302,11 +318,13 @@ def _record_batch(rows: Sequence[Sample]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(list(map(pa.array, columns, SCHEMA.types)), schema=SCHEMA)
 
 
-def shard_from_json(content: Mapping[str, Any]) -> ShardInfo:
-    """Inverse of asdict(ShardInfo). Raises ValueError, KeyError or TypeError for anything else."""
-    runs = tuple((str(split), int(rows)) for split, rows in content["runs"])
-    shard = ShardInfo(**{**content, "runs": runs})
+def _check_shard(shard: ShardInfo) -> None:
+    """Raise ValueError for an index entry that cannot be true."""
     # The name is joined to the dataset's URI: an index must not point elsewhere.
-    if not SHARD_NAME.fullmatch(shard.path) or sum(rows for _, rows in runs) != shard.rows:
-        raise ValueError(f"shard {shard.path!r} with {shard.rows} rows in runs {runs}")
-    return shard
+    if not SHARD_NAME.fullmatch(shard.path):
+        raise ValueError(f"shard {shard.path!r}")
+    rows = [rows for _, rows in shard.runs]
+    if not 0 < shard.rows < shard.bytes or min(rows) < 1 or sum(rows) != shard.rows:
+        raise ValueError(f"shard {shard.path} of {shard.bytes} bytes has {shard.rows} rows in runs {shard.runs}")
+    if set(shard.heads) != {split for split, _ in shard.runs} or min(shard.heads.values()) < 0:
+        raise ValueError(f"shard {shard.path} has heads {shard.heads}")

@@ -110,7 +110,7 @@ def open_verified(identity: RunIdentity, record: str) -> Dataset:
             f"{record.rpartition('/')[0]} on this node is not the folder that the run was started with; give "
             "--storage a folder that all nodes share, or a URI such as s3://bucket/runs"
         )
-    dataset = Dataset.open(identity.data, verify=True)
+    dataset = Dataset.open(identity.data)
     if dataset.digest != identity.data_digest:
         raise UserError(
             f"the dataset {identity.data} on this node is {dataset.digest[:12]}, the run was started with "

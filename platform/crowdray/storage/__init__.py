@@ -1,6 +1,6 @@
 """Reading and writing through fsspec: local folders, object stores and memory behave alike."""
 
-from crowdray.storage.cache import CacheFullError, cache_folder, fetch, hash_file
+from crowdray.storage.cache import CacheFullError, cache_folder, check_local_file, fetch, hash_file
 from crowdray.storage.files import (
     ExclusiveCreateUnsupportedError,
     FileInfo,

@@ -23,6 +23,7 @@ from crowdray.errors import DataError, UserError
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, resolve, retry, translated_errors
 
 _DISK_FRACTION = 0.5
+_FIX = "copy it again or convert the dataset again"
 _BLOCK = 2**22
 _POLL_S = 0.005
 """Interval between attempts to take the cache's lock, which is held for moments only."""
@@ -45,7 +46,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CROWDRAY_CACHE") or "~/.cache/crowdray").expanduser()
 
 
-def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
+def fetch(uri: str, *, sha256: str, size: int) -> Path:
     """Return a local path to map: the file itself if it is local, else a copy in this node's cache.
 
     A copy stays while this process runs. Other copies are evicted, least recently used first, when the cache would
@@ -54,18 +55,15 @@ def fetch(uri: str, *, sha256: str, size: int, verify: bool = True) -> Path:
     Args:
         uri: The file.
         sha256: Expected hash; checked once per process.
-        size: Expected size in bytes; always checked.
-        verify: Whether the hash of a local file is checked too.
+        size: Expected size in bytes.
 
     Raises:
         DataError: The file is missing, or is not as expected.
         CacheFullError: The copy does not fit.
     """
     if is_local(uri):
-        path = Path(resolve(uri))
-        if not path.is_file():
-            raise DataError(f"{path} is missing but listed in the index; copy it back or convert the dataset again")
-        _verify_file(path, uri, sha256=sha256 if verify else None, size=size)
+        path = check_local_file(uri, size)
+        _verify_file(path, uri, sha256=sha256, size=size)
         return path
     cached = cache_folder() / sha256[:2] / sha256
     with translated_errors("cache", f"{uri} in {cached.parents[1]} (set CROWDRAY_CACHE to use another folder)"):
@@ -84,22 +82,29 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify_file(path: Path, uri: str, *, sha256: str | None, size: int) -> None:
-    """Check a local file; it is hashed once per process unless its size or modification time changes."""
+def check_local_file(uri: str, size: int) -> Path:
+    """Return the path of a local file, if it exists and has this size in bytes; otherwise raise DataError."""
+    path = Path(resolve(uri))
+    if not path.is_file():
+        raise DataError(f"{path} is missing but listed in the index; copy it back or convert the dataset again")
+    _check_size(path, uri, size)
+    return path
+
+
+def _check_size(path: Path, uri: str, size: int) -> None:
+    if (found := path.stat().st_size) != size:
+        raise DataError(f"{uri} is truncated or was replaced: it has {found} bytes, its index says {size}; {_FIX}")
+
+
+def _verify_file(path: Path, uri: str, *, sha256: str, size: int) -> None:
+    """Check a file; it is hashed once per process unless its size or modification time changes."""
+    _check_size(path, uri, size)
     status = path.stat()
-    _compare(uri, status.st_size, size)
-    if sha256 is None or (key := (sha256, status.st_ino, status.st_size, status.st_mtime_ns)) in _verified:
+    if (key := (sha256, status.st_ino, status.st_size, status.st_mtime_ns)) in _verified:
         return
-    _compare(uri, size, size, hash_file(path), sha256)
+    if (found := hash_file(path)) != sha256:
+        raise DataError(f"{uri} is damaged: its sha256 is {found}, its index says {sha256}; {_FIX}")
     _verified.add(key)
-
-
-def _compare(uri: str, found_size: int, size: int, found_sha256: str = "", sha256: str = "") -> None:
-    fix = "copy it again or convert the dataset again"
-    if found_size != size:
-        raise DataError(f"{uri} is truncated or was replaced: it has {found_size} bytes, its index says {size}; {fix}")
-    if found_sha256 != sha256:
-        raise DataError(f"{uri} is damaged: its sha256 is {found_sha256}, its index says {sha256}; {fix}")
 
 
 def _use_existing(cached: Path, uri: str, size: int) -> bool:

@@ -20,7 +20,7 @@ class Converted:
         if depth not in ("auto", "none"):
             raise UserError(f"--depth {depth}: a converted dataset keeps its depth (auto) or drops it (none)")
         # Without verification a damaged shard would be converted into one with a valid hash.
-        self._dataset = Dataset.open(source, verify=True)
+        self._dataset = Dataset.open(source)
         self._keeps_depth = depth == "auto"
         self.name = self._dataset.index.name
         self.teacher: DepthTeacher = SourceDepth(self._dataset.index.depth_teacher) if self._keeps_depth else NoDepth()
