@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from crowdray.documents import parse_json
 from crowdray.errors import InfeasibleConfigError
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -338,7 +339,7 @@ def from_json(text: str | bytes, source: str) -> Config:
         ConfigError: With all problems together: no JSON, unknown fields, wrong types and invalid values.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ConfigError([f"{source} is not valid JSON: {error}"]) from error
     _rename_fields(content)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import pydantic_core
@@ -12,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 MAX_BYTES = 256 * 2**20
 """Largest document. pydantic_core refuses more than 200 nested arrays and objects by itself."""
 
+T = TypeVar("T")
+
 HASH = "sha256"
 """Field that holds the hash of all others."""
-
-T = TypeVar("T")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -28,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 def parse_as(kind: type[T], content: object) -> T:
     """Convert parsed JSON to a dataclass. Raises ValueError, with the first problem in one line."""
     try:
-        return _adapter(kind).validate_python(content)
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise ValueError(first_problem(error)) from error
 
@@ -63,8 +62,3 @@ def parse_document(text: str | bytes) -> dict[str, Any]:
 
 def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@lru_cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)

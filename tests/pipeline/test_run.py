@@ -10,6 +10,7 @@ import torch
 from crowdray import storage
 from crowdray.config import Config, to_json
 from crowdray.console.arguments import load_preset
+from crowdray.documents import parse_document
 from crowdray.errors import UserError
 from crowdray.pipeline.identity import Workers, default_name, open_verified, parse_workers
 from crowdray.pipeline.run import RAY_CHECKPOINT_LIST, Run
@@ -23,7 +24,7 @@ def test_create_or_verify_of_another_config_or_dataset_raises(run: Run) -> None:
         replace(run, identity=replace(run.identity, workers=workers)).create_or_verify()
     memory = replace(run.identity.config.sampling, cache_gib=0, gpu_cache_gib=1.0)
     run.with_config(replace(run.identity.config, sampling=memory)).create_or_verify()
-    recorded = json.loads(storage.read_bytes(f"{run.uri}/run.json"))
+    recorded = parse_document(storage.read_bytes(f"{run.uri}/run.json"))
     del recorded["config"]["optimizer"]["grad_accumulation_steps"]  # written by a version without this field
     storage.write_bytes(f"{run.uri}/run.json", json.dumps(recorded).encode())
     run.create_or_verify()

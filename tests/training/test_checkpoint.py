@@ -38,6 +38,7 @@ def test_load_checkpoint_in_previous_form_renames_its_fields(tmp_path: Path) -> 
     saved.progress.history = [{"epoch": 1, "stage": "baseline", "data_wait_fraction": 0.1, "mfu": 0.2}]
     save_checkpoint(saved, tmp_path)
     state, config = (json.loads((tmp_path / name).read_text()) for name in ("state.json", "config.json"))
+    del state["sha256"], state["files"]
     state = {OLD_NAMES.get(name, name): value for name, value in state.items()}
     state["history"] = [{"epoch": 1, "stage": "baseline", "wait_share": 0.1, "matrix_share": 0.2}]  # previous names
     config["optimizer"]["accumulate"] = config["optimizer"].pop("grad_accumulation_steps")
@@ -47,13 +48,17 @@ def test_load_checkpoint_in_previous_form_renames_its_fields(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.json", "weights.safetensors", "best-baseline.safetensors"])
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one bit flipped"])
 def test_load_checkpoint_with_damaged_file_raises(tmp_path: Path, name: str, damage: str) -> None:
     save_checkpoint(checkpoint(7), tmp_path)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
     if damage == "truncated":
         (tmp_path / name).write_bytes(content[: len(content) // 2])
+    elif damage == "one bit flipped":
+        flipped = bytearray(content)
+        flipped[-3] ^= 1
+        (tmp_path / name).write_bytes(flipped)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_checkpoint(tmp_path)
 

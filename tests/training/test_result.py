@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from crowdray.documents import parse_document
 from crowdray.errors import DataError
 from crowdray.evaluation.metrics import ImageCount, Metrics
 from crowdray.training.checkpoint import BestEpoch, EpochMetrics
@@ -28,7 +29,7 @@ def test_training_result_from_json_returns_what_was_written() -> None:
 
 
 def test_training_result_from_json_in_previous_form_renames_its_fields() -> None:
-    content = json.loads(RESULT.to_json())
+    content = parse_document(RESULT.to_json())
     content["shipped"] = content.pop("best_stage")  # previous names
     content["factors"] = content.pop("loss_weights")
     epoch = content["history"][0]

@@ -14,6 +14,7 @@ import numpy as np
 
 from crowdray import storage
 from crowdray.datasets.statistics import MAX_LISTED, DatasetStats, ImageStats, UnusableItem
+from crowdray.documents import parse_json
 from crowdray.errors import DataError, JobFailed
 
 REPORT = "check.json"
@@ -135,7 +136,7 @@ def read_quarantine(dest: str, digest: str) -> list[UnusableItem]:
     if (text := storage.read_bytes_or_none(uri)) is None:
         return []
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         return [UnusableItem(**item) for item in content["items"] if content["digest"] == digest]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{uri} is damaged ({type(error).__name__}: {error}); convert the dataset again") from error

@@ -14,6 +14,7 @@ from typing import Any
 from crowdray import storage
 from crowdray.config import Config, from_json, result_fields
 from crowdray.data.shards import Dataset
+from crowdray.documents import parse_document, to_document
 from crowdray.errors import UserError
 
 Workers = int | tuple[int, int]
@@ -76,7 +77,7 @@ class RunIdentity:
         if not storage.exists(path):
             data = {"uri": self.data, "digest": self.data_digest}
             content = {"workers": self.workers} | compared | {"config": asdict(self.config), "data": data}
-            storage.write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+            storage.write_bytes(path, to_document(content, indent=1).encode())
         elif differences := list(_differences(read_identity(path), compared)):
             raise UserError(
                 f"{path.rpartition('/')[0]} was started with other values; give another --name, or the recorded "
@@ -87,10 +88,9 @@ class RunIdentity:
 def read_identity(path: str) -> dict[str, Any]:
     """Read a recorded identity; fields that the configuration gained since have their defaults."""
     try:
-        content = json.loads(storage.read_bytes(path))
+        content = parse_document(storage.read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); start again under another --name") from error
-    content = content if isinstance(content, dict) else {}
     return content | {"config": asdict(from_json(json.dumps(content.get("config", {})), path))}
 
 

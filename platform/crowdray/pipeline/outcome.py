@@ -1,10 +1,10 @@
 """Outcome of a run: outcome.json in its folder, written last."""
 
-import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 from crowdray import storage
+from crowdray.documents import parse_as, parse_document, to_document
 from crowdray.errors import DataError
 from crowdray.pipeline.run import Run
 from crowdray.training.result import TrainingResult
@@ -48,14 +48,13 @@ class Outcome:
 
     def to_json(self) -> str:
         """Return the outcome as JSON text."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return to_document(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: bytes, uri: str) -> Self:
         """Parse the text of `to_json`; raise DataError naming `uri` if it is damaged."""
         try:
-            content: dict[str, Any] = json.loads(text)
-            result = TrainingResult.from_json(json.dumps(content.pop("result")), uri)
-            return cls(result=result, **content)
-        except (ValueError, KeyError, TypeError) as error:
+            content = parse_document(text)
+            return parse_as(cls, content | {"result": TrainingResult.from_fields(content["result"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{uri} is damaged ({error}); delete it and run the same command again") from error

@@ -9,7 +9,6 @@
 - outcome.json: summary of everything; written last.
 """
 
-import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from crowdray import storage
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
+from crowdray.documents import parse_json
 from crowdray.errors import DataError
 from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
@@ -106,7 +106,7 @@ class Run:
         if not storage.exists(checkpoints):
             return None
         with suppress(ValueError):
-            json.loads(storage.read_bytes(checkpoints))
+            parse_json(storage.read_bytes(checkpoints))
             return None
         storage.remove(checkpoints)
         for folder in sorted(Path(self.uri).glob("checkpoint-*"), reverse=True):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from crowdray import storage
 from crowdray.config import ConfigError
+from crowdray.documents import parse_json
 from crowdray.errors import DataError, UserError
 from crowdray.stage_cache.keys import StageKey
 from crowdray.storage.paths import translated_errors
@@ -221,7 +222,7 @@ def _manifest_of(files: Path) -> str:
 def _verified_files(uri: str, manifest: bytes) -> Iterator[Path]:
     """Yield a local folder with a state's files; raise DataError unless each is as the manifest says."""
     try:
-        content = json.loads(manifest)
+        content = parse_json(manifest)
         listed = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
         # Names become paths: a manifest must not reach other folders.
         if not all(re.fullmatch(r"[\w-][\w.-]*", name) for name in (content["folder"], *listed)):

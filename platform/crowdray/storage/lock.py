@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from crowdray import storage
+from crowdray.documents import parse_json
 from crowdray.errors import UserError
 
 TIMEOUT_S = 30.0
@@ -187,7 +188,7 @@ class _LockFile:
     def parse(cls, uri: str, content: bytes, generation: int, modified: float) -> Self:
         """Parse a lock file; a file without content is being written or its writer died, and expires by its age."""
         try:
-            fields = json.loads(content)
+            fields = parse_json(content)
             return cls(uri, generation, str(fields["owner"]), float(fields["expires"]))
         except (ValueError, KeyError, TypeError):
             return cls(uri, generation, "a process that is starting", modified + TIMEOUT_S)

@@ -7,22 +7,24 @@ stage, epoch, rank).
 """
 
 import errno
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crowdray import storage
 from crowdray.config import Config, from_json, to_json
+from crowdray.documents import parse_as, parse_document, to_document
 from crowdray.errors import DataError, UserError
 
-EpochMetrics = dict[str, float | str]
+EpochMetrics = dict[str, int | float | str]
 """Metrics of one epoch by name, and its stage's name."""
 
 MEASURED_METRICS = ("images_per_s", "data_wait_fraction", "mfu", "memory_gib", "seconds")
@@ -63,6 +65,8 @@ class BestEpoch:
 class Progress:
     """How far a training run is: all of its state except tensors."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     density_scale: float
     """Unit of the density decoder's output."""
     count_scale: float
@@ -90,7 +94,7 @@ class Progress:
     """Gradient norms measured for loss balancing, by task."""
     learning_rate: float = 0.0
     """Current learning rate, without warmup."""
-    plateau: dict[str, float | None] = field(default_factory=dict)
+    plateau: dict[str, int | float | None] = field(default_factory=dict)
     """State of the plateau schedule."""
     ema_updates: int = 0
     """Updates of the weight average."""
@@ -101,11 +105,9 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Parse the content of state.json, in its current or its previous form."""
-        progress = cls(**{_OLD_FIELDS.get(name, name): value for name, value in content.items()})
-        progress.best = {stage: BestEpoch(**best) for stage, best in content["best"].items()}
-        progress.history = rename_old_metrics(progress.history)
-        return progress
+        """Parse the content of state.json, in its current or its previous form; raise ValueError for others."""
+        fields = {_OLD_FIELDS.get(name, name): value for name, value in content.items()}
+        return parse_as(cls, fields | {"history": rename_old_metrics(fields["history"])})
 
 
 @dataclass
@@ -153,8 +155,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
             folder / f"{name}.safetensors",
         )
     (folder / "config.json").write_text(to_json(checkpoint.config))
-    state = {"format": FORMAT, **asdict(checkpoint.progress)}
-    (folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    files = {file.name: storage.hash_file(file) for file in sorted(folder.iterdir())}
+    state = {"format": FORMAT, "files": files, **asdict(checkpoint.progress)}
+    (folder / STATE).write_text(to_document(state, indent=1))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -165,14 +168,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """
     fix = "choose another checkpoint, or train under a new --name"
     try:
-        content = json.loads((folder / STATE).read_text())
+        content = parse_document((folder / STATE).read_bytes())
         if (version := content.pop("format")) != FORMAT:
             raise DataError(f"{folder} contains a checkpoint of format {version}, not {FORMAT}; {fix}")
+        for name, sha256 in content.pop("files", {}).items():  # absent before version 0.2
+            if storage.hash_file(folder / PurePath(name).name) != sha256:
+                raise ValueError(f"{name} is damaged: it does not have the sha256 {sha256}")
         progress = Progress.from_json(content)
         config = from_json((folder / "config.json").read_text(), str(folder / "config.json"))
         weights, ema, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("weights", "average", "optimizer"))
         best_weights = {stage: load_file(folder / f"best-{stage}.safetensors") for stage in progress.best}
-    except (OSError, RuntimeError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+    except DataError:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         # torch raises RuntimeError for a file that disappears while safetensors opens it
         raise DataError(
             f"{folder} does not contain a complete checkpoint ({type(error).__name__}: {error}); {fix}"

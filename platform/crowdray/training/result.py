@@ -1,11 +1,11 @@
 """The result of a finished training run: each stage's best weights, evaluated on validation and test images."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
+from crowdray.documents import parse_as, parse_document, to_document
 from crowdray.errors import DataError
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.training.checkpoint import BestEpoch, EpochMetrics, rename_old_metrics
@@ -48,7 +48,7 @@ class TrainingResult:
 
     def to_json(self) -> str:
         """Return the result as JSON text."""
-        return json.dumps(asdict(self)) + "\n"
+        return to_document(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes, uri: str) -> Self:
@@ -58,23 +58,17 @@ class TrainingResult:
             DataError: the text is not a result; the message names `uri`.
         """
         try:
-            content = {_OLD_FIELDS.get(name, name): value for name, value in json.loads(text).items()}
-            stages = {
-                name: StageResult(
-                    BestEpoch(**stage["best"]),
-                    Metrics(**stage["validation"]),
-                    Metrics(**stage["test"]) if stage["test"] else None,
-                    [ImageCount(**count) for count in stage["test_counts"]],
-                )
-                for name, stage in content.pop("stages").items()
-            }
-            mean = content.pop("mean_predictor")
-            history = rename_old_metrics(content.pop("history"))
-            return cls(stages=stages, history=history, mean_predictor=Metrics(**mean) if mean else None, **content)
-        except (AttributeError, ValueError, KeyError, TypeError) as error:
+            return cls.from_fields(parse_document(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{uri} is not the result of a training run ({error}); train again under a new --name"
             ) from error
+
+    @classmethod
+    def from_fields(cls, content: Mapping[str, Any]) -> Self:
+        """Convert the fields of `to_json`, in their current or previous names; raise ValueError for others."""
+        fields = {_OLD_FIELDS.get(name, name): value for name, value in content.items()}
+        return parse_as(cls, fields | {"history": rename_old_metrics(fields["history"])})
 
 
 def final_result(trainer: Trainer) -> TrainingResult:

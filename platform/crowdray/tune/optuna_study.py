@@ -54,7 +54,12 @@ def open_optuna_storage(study: Study) -> BaseStorage:
     journal.parent.mkdir(parents=True, exist_ok=True)
     if journal.exists() and (content := journal.read_bytes()) and not content.endswith(b"\n"):
         os.truncate(journal, content.rfind(b"\n") + 1)  # half a line after a power cut
-    return JournalStorage(_WholeLineJournal(journal))
+    try:
+        return JournalStorage(_WholeLineJournal(journal))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise UserError(
+            f"{journal} is damaged ({type(error).__name__}: {error}); search again under a new --name"
+        ) from error
 
 
 def open_optuna_study(study: Study, opened: BaseStorage | None = None) -> optuna.Study:

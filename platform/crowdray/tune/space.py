@@ -23,6 +23,7 @@ from pydantic import (
 
 from crowdray import storage
 from crowdray.config import FIELDS, PAPER_WEIGHTS, Config, ConfigError
+from crowdray.documents import parse_json
 from crowdray.errors import UserError
 
 if TYPE_CHECKING:
@@ -311,7 +312,7 @@ def _entries(path: str | None, vary: Sequence[str], problems: list[str]) -> dict
 
 def _parse_json(text: str | bytes, source: str, problems: list[str]) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         problems.append(f"{source} is not JSON: {error}; write a range {_RANGE}, a list of choices, or null")
         return None
