@@ -27,7 +27,8 @@ def main() -> None:
         for row in range(len(dataset)):
             decode_image(dataset.sample(row).image)
         decoding = time.process_time() - started
-        print(f"  sha256 {size / hashing / 2**30:.2f} GiB/s, {hashing / decoding:.4f} of decoding {len(dataset)} images")
+        rate, share = size / hashing / 2**30, hashing / decoding
+        print(f"  sha256 {rate:.2f} GiB/s, {share:.4f} of decoding {len(dataset)} images")
 
 
 if __name__ == "__main__":
