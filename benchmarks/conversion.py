@@ -19,7 +19,7 @@ import simplejpeg
 from scipy.io import savemat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
-from crowdray.data.sample import check_image, decode_image
+from crowdray.data.decoding import check_image, decode_image
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 

@@ -1,5 +1,8 @@
 """Expected errors: a job prints their message without a traceback and exits with status 2 or 1."""
 
+import re
+import unicodedata
+
 RESUME_HINT = "run the same command again to resume"
 
 
@@ -17,3 +20,18 @@ class DataError(UserError):
 
 class JobFailed(RuntimeError):
     """A job that could not finish although its input was valid (exit status 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type; the same in every process, so without addresses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MemoryError):
+        lines = lines or ["out of memory"]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", lines[0]) if lines else type(error).__name__
+
+
+def escaped(text: str) -> str:
+    """Text on one line without control characters, which would act on a terminal: "\\n" for a line break."""
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text
+    )

@@ -17,7 +17,7 @@ from PIL import Image
 
 from crowdray.console.commands import convert, evaluate, predict, train
 from crowdray.console.main import run_job
-from crowdray.data.sample import decode_image
+from crowdray.data.decoding import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.datasets.sources import SOURCES
 from crowdray.errors import UserError

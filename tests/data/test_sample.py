@@ -1,21 +1,15 @@
-"""Samples: lossless encodings, decoding of many formats, and rejection of invalid content."""
+"""Samples: lossless encodings, and rejection of invalid content."""
 
-import io
 import pickle
-import struct
-from collections.abc import Callable
 
 import numpy as np
 import pytest
-import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from crowdray.data.sample import (
-    check_image,
     decode_depth,
-    decode_image,
     decode_roi,
     encode_depth,
     encode_roi,
@@ -25,7 +19,7 @@ from crowdray.data.sample import (
 )
 from crowdray.errors import DataError
 
-from ..support.builders import encode, jpeg
+from ..support.builders import encode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
 
@@ -55,56 +49,6 @@ def test_depth_encoding_maps_infinity_to_the_maximum() -> None:
 def test_encode_depth_rejects_invalid_maps(depth: list[float]) -> None:
     with pytest.raises(DataError, match="depth"):
         encode_depth(np.array(depth))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
-def test_decode_image_equals_pillow_for_png(mode: str) -> None:
-    image = Image.fromarray(PIXELS).convert(mode)
-    np.testing.assert_array_equal(decode_image(encode(image)), np.asarray(image.convert("RGB")))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_decode_image_agrees_with_pillow_for_jpeg(mode: str) -> None:
-    smooth = np.broadcast_to(np.arange(0, 248, 8, dtype=np.uint8)[None, :, None], (24, 31, 3)).copy()
-    content = encode(Image.fromarray(smooth).convert(mode), "JPEG")
-    with Image.open(io.BytesIO(content)) as image:
-        reference = np.asarray(image.convert("RGB")).astype(int)
-    assert np.abs(decode_image(content).astype(int) - reference).max() <= 2
-
-
-@pytest.mark.parametrize("cut", [0, 3, 300, -2])
-def test_decode_image_and_check_image_reject_corrupt_images(cut: int) -> None:
-    content = simplejpeg.encode_jpeg(np.repeat(PIXELS, 4, axis=0), quality=90)
-    for decode in (decode_image, check_image):
-        with pytest.raises(DataError, match="cannot be decoded"):
-            decode(content[:cut])
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}], ids=str)
-def test_check_image_agrees_with_decode_image(mode: str, options: dict[str, bool]) -> None:
-    """Wherever a JPEG is truncated: the check decodes only its luma."""
-    content = encode(Image.fromarray(np.repeat(PIXELS, 3, axis=0)).convert(mode), "JPEG", **options)
-    assert check_image(content) == decode_image(content).shape[:2] == (72, 31)
-
-    def outcome(decode: Callable[[bytes], object], cut: int) -> str:
-        try:
-            decode(content[:cut])
-        except DataError as error:
-            return str(error)
-        return "valid"
-
-    cuts = range(len(content) // 2, len(content), len(content) // 16)
-    assert [outcome(check_image, cut) for cut in cuts] == [outcome(decode_image, cut) for cut in cuts]
-
-
-def test_decode_image_rejects_more_pixels_than_the_file_can_encode() -> None:
-    # A few hundred bytes that claim 60,000 x 60,000 pixels, ten gigabytes when decoded.
-    content = bytearray(jpeg(1))
-    start = content.index(b"\xff\xc0") + 5
-    content[start : start + 4] = struct.pack(">HH", 60_000, 60_000)
-    with pytest.raises(DataError, match=r"bytes cannot encode 60000x60000 pixels"):
-        decode_image(bytes(content))
 
 
 def test_make_sample_reads_size_and_hash_and_result_can_be_pickled() -> None:

@@ -163,7 +163,7 @@ def test_convert_lists_the_first_twenty_unusable_items_and_publishes_nothing(tmp
     first, *lines, last = str(caught.value).splitlines()
     assert "25 items cannot be used, nothing was published" in first and last.strip() == "and 5 more"
     for number, line in enumerate(lines[:20], 1):
-        assert f"{part}/train_data/images/IMG_{number}.jpg: the image cannot be decoded" in line
+        assert f"{part}/train_data/images/IMG_{number}.jpg: the JPEG image cannot be decoded" in line
     assert len(lines) == 20 and not list((tmp_path / "made").iterdir())
 
 

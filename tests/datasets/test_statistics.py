@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
+from crowdray.data.decoding import decode_image
+from crowdray.data.sample import Sample, decode_depth, decode_roi
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import Source, open_source
 from crowdray.datasets.statistics import (

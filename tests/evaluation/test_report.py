@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from crowdray.config import ModelConfig
+from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import ImageCache
-from crowdray.data.sample import Sample, decode_image, encode_roi, make_sample
+from crowdray.data.sample import Sample, encode_roi, make_sample
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import count_images
@@ -148,7 +149,7 @@ def test_evaluate_images_reports_a_damaged_image(tmp_path: Path) -> None:
     intact = png_sample(3, heads=2, roi=False, scene="one")
     broken = replace(intact, name="street/7", image=bytes(intact.image)[:200])
     dataset = write_dataset(str(tmp_path), [intact, broken])
-    with pytest.raises(DataError, match=r"street/7 \(row 1 of .*\): the image cannot be decoded"):
+    with pytest.raises(DataError, match=r"street/7 \(row 1 of .*\): the PNG image cannot be decoded"):
         list(evaluate_images(red_counter(1), dataset, [0, 1]))
 
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray.data.sample import Sample, content_size, decode_depth, decode_image, decode_roi
+from crowdray.data.decoding import content_size, decode_image
+from crowdray.data.sample import Sample, decode_depth, decode_roi
 from crowdray.data.shards import Dataset
 
 

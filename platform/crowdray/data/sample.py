@@ -1,4 +1,4 @@
-"""An annotated image: its Arrow schema and the encodings of image, region of interest and depth.
+"""An annotated image: its Arrow schema and the encodings of region of interest and depth.
 
 Shape legend: H W image in pixels, N heads.
 """
@@ -7,15 +7,15 @@ import hashlib
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import IO, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray import storage
+from crowdray.data.decoding import Encoded, check_image, decode_grey16, decode_mask
+from crowdray.data.decoding import decode_image as decode_image  # for users: a sample's image, next to its maps
 from crowdray.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -37,15 +37,10 @@ SCHEMA: pa.Schema = pa.schema(
 )
 """A row of a shard; `points` are x and y of one head after the other."""
 
-Encoded = bytes | memoryview
-"""Encoded content: bytes, or a read-only view into a mapped shard."""
-
 MAX_DISTANCE = 1e6
 """Distance in pixels from the image's corner beyond which a point is an error, not a head outside the image."""
 
 _DEPTH_STEPS = 65535
-_MAX_PIXELS_PER_BYTE = 1024
-_DECODING_ERRORS = (ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,7 +54,7 @@ class Sample:
     scene: str
     """Camera or location, by which reports group images; images of one camera share their perspective."""
     image: Encoded
-    """JPEG or PNG, byte for byte as in the source."""
+    """The image, byte for byte as in the source."""
     height: int
     """Image height in pixels."""
     width: int
@@ -125,48 +120,6 @@ def points_outside(points: NDArray[np.float32], height: int, width: int) -> int:
     return int(((points < 0) | (points > np.array([width, height], dtype=np.float32))).any(axis=1).sum())
 
 
-def image_size(uri: str) -> tuple[int, int]:
-    """Height and width in pixels from the header of an image file. Raises DataError for an unknown format."""
-    with storage.open_read(uri) as file:
-        return content_size(file, f"{uri}: ")
-
-
-def content_size(content: bytes | IO[bytes], prefix: str = "") -> tuple[int, int]:
-    """Height and width in pixels from the header of an image. Raises DataError, after `prefix`, for other content."""
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            return image.height, image.width
-    except _DECODING_ERRORS as error:
-        raise DataError(f"{prefix}not an image: {error}; replace or remove the file") from error
-
-
-def check_image(content: Encoded) -> tuple[int, int]:
-    """Height and width in pixels of an image, decoded to its end. Raises DataError if `decode_image` would."""
-    height, width = _decoded(content, "GRAY").shape[:2]
-    return height, width
-
-
-def decode_image(content: Encoded) -> NDArray[np.uint8]:
-    """Decode an image in any format that Pillow reads to uint8 (H, W, 3) RGB. Raises DataError."""
-    return _decoded(content, "RGB")
-
-
-def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[np.uint8]:
-    """RGB pixels, or those of a JPEG in `jpeg_colours`: luma reads all bytes with a fifth less work."""
-    try:
-        if simplejpeg.is_jpeg(content):
-            height, width, colours = simplejpeg.decode_jpeg_header(content)[:3]
-            if height * width > _MAX_PIXELS_PER_BYTE * len(content):  # an 8x8 block takes at least one bit
-                raise ValueError(f"{len(content)} bytes cannot encode {height}x{width} pixels")
-            if colours not in ("CMYK", "YCCK"):
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace=jpeg_colours)
-                return pixels
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
-    except _DECODING_ERRORS as error:
-        raise DataError(f"the image cannot be decoded: {error}; replace or remove the file") from error
-
-
 def encode_roi(mask: NDArray[np.bool_]) -> bytes:
     """Encode a region of interest, bool (H, W), True where heads are annotated, as a PNG with one bit per pixel."""
     return _png(Image.fromarray(np.asarray(mask, dtype=np.bool_)))
@@ -175,8 +128,7 @@ def encode_roi(mask: NDArray[np.bool_]) -> bytes:
 @lru_cache(maxsize=8)
 def decode_roi(content: bytes) -> NDArray[np.bool_]:
     """Decode a region of interest to bool (H, W), read-only because images of one scene share the array."""
-    with Image.open(io.BytesIO(content)) as image:
-        mask = np.array(image.convert("1"), dtype=np.bool_)
+    mask = decode_mask(content)
     mask.setflags(write=False)
     return mask
 
@@ -204,8 +156,7 @@ def encode_depth(depth: NDArray[Any]) -> bytes:
 @lru_cache(maxsize=8)
 def decode_depth(content: bytes) -> NDArray[np.float32]:
     """Decode depth to float32 (H, W) in [0, 1], larger = farther; read-only because images of one scene share it."""
-    with Image.open(io.BytesIO(content)) as image:
-        depth = np.asarray(image, dtype=np.float32) / np.float32(_DEPTH_STEPS)
+    depth = decode_grey16(content).astype(np.float32) / np.float32(_DEPTH_STEPS)
     depth.setflags(write=False)
     return depth
 

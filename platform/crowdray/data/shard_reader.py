@@ -14,7 +14,8 @@ from fsspec.utils import merge_offset_ranges
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Encoded, Sample
+from crowdray.data.decoding import Encoded
+from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Sample
 from crowdray.errors import DataError
 
 ByteRange = tuple[int, int]

@@ -35,7 +35,7 @@ PACKAGE = Path(__file__).parents[1]
 """Folder of the package crowdray."""
 
 SHARED_CODE = (
-    "data/orientation.py",
+    "data/decoding.py",
     "data/sample.py",
     "data/shards.py",
     "datasets/depth/analytic.py",

@@ -4,26 +4,22 @@ Conversion and `--check` load items through the same function here. One image is
 is a row of numbers, its name and its hash. Statistics of slices add up to those of the whole.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.spatial import cKDTree
 
 from crowdray import storage
-from crowdray.data.orientation import exif_orientation
-from crowdray.data.sample import Encoded, Sample, decode_depth, decode_roi, points_outside
+from crowdray.data.decoding import orientation, read_header
+from crowdray.data.sample import Sample, decode_depth, decode_roi, points_outside
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import DataError, UserError
 
 MAX_LISTED = 20
 """Number of problems or names that a message lists before it only counts the rest."""
-
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +110,9 @@ def compute_stats(source: Source, items: Sequence[Item]) -> DatasetStats:
 
 def image_stats(sample: Sample) -> ImageStats:
     """Statistics of one sample, without decoding its image again."""
-    colours, exif_rotated = _header_facts(sample.image)
+    header = read_header(sample.image)
+    # Reading the tag of a PNG would decode all its pixels.
+    exif_rotated = header.format in ("JPEG", "MPO") and orientation(sample.image) != 1
     pixels = {(x, y) for x, y in np.floor(sample.points).tolist()}
     nearest = nearest_neighbours(sample.points)
     roi, depth, outside_roi = None, None, 0
@@ -130,7 +128,7 @@ def image_stats(sample: Sample) -> ImageStats:
         sha256=sample.sha256,
         height=sample.height,
         width=sample.width,
-        colours=colours,
+        colours=header.colours,
         exif_rotated=exif_rotated,
         heads=len(sample.points),
         outside=points_outside(sample.points, sample.height, sample.width),
@@ -164,20 +162,3 @@ def count_quantiles(images: Sequence[ImageStats], number: int) -> list[ImageStat
     ranked = sorted(images, key=lambda image: image.heads)
     ranks = np.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().astype(int)
     return [ranked[rank] for rank in ranks]
-
-
-def _header_facts(image: Encoded) -> tuple[str, bool]:
-    """Colour model of an image file and whether its EXIF tag turns it, without decoding pixels."""
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            mode = opened.mode
-            # Reading the tag of a PNG would decode all its pixels.
-            rotated = opened.format in ("JPEG", "MPO") and exif_orientation(opened) != 1
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ):  # simplejpeg reads some that Pillow refuses
-        return "colour", False
-    return "grey" if mode in _GREY_MODES else "CMYK" if mode == "CMYK" else "colour", rotated

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import load_image
-from crowdray.data.sample import Sample, decode_image
+from crowdray.data.sample import Sample
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
 from crowdray.evaluation.inference import image_to_tensor, roi_cells

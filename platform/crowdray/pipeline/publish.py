@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from crowdray import storage
+from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import ImageCache
-from crowdray.data.sample import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter

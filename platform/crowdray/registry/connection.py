@@ -45,9 +45,7 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
             f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
         )
     if scheme == "sqlite":
-        path = sqlite_path(uri)
-        _check_sqlite(path, uri)
-        uri = uri if "?" in uri else sqlite_uri(path)
+        _check_sqlite(sqlite_path(uri), uri)
     elif scheme in _PORTS:
         _check_port(uri, _PORTS[scheme], timeout_s)
     configure_mlflow()
@@ -74,29 +72,8 @@ def redacted(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path:
-    """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db, as MLflow opens it.
-
-    Raises:
-        UserError: The URI names no file.
-    """
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        database = make_url(uri).database
-    except ArgumentError:
-        database = None
-    if not database or database.startswith((":memory:", "file:")):
-        raise UserError(f"the tracking URI {uri!r} names no file; use sqlite:////a/folder/mlflow.db")
-    return Path(database).absolute()
-
-
-def sqlite_uri(path: Path) -> str:
-    """Return the URI for which SQLAlchemy and MLflow open exactly this file."""
-    text = str(path.absolute())
-    escaped = text.replace("%", "%25").replace("?", "%3F")
-    # MLflow would create folders with the escaped name, but knows only the short form of the scheme there.
-    return f"sqlite{'' if escaped == text else '+pysqlite'}:///{escaped}"
+    """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db."""
+    return Path(urlsplit(uri).path.removeprefix("/")).absolute()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from crowdray.data.sample import decode_image, decode_roi
+from crowdray.data.decoding import decode_image
+from crowdray.data.sample import decode_roi
 from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
@@ -69,7 +70,7 @@ def test_convert_missing_and_broken_images_reports_both(tmp_path: Path, kind: st
     message = conversion_error(kind, folder, depth="none")
     assert "2 items cannot be used" in message
     assert "there is no image" in message and "a.jpg" in message and "add it, or remove" in message
-    assert "b.jpg: the image cannot be decoded" in message
+    assert "b.jpg: not an image: it begins with" in message
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crowdray.data.sample import Sample, decode_depth, decode_image, decode_roi
+from crowdray.data.decoding import decode_image
+from crowdray.data.sample import Sample, decode_depth, decode_roi
 from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import SOURCES, Source, open_source, source_options

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crowdray.data.sample import decode_depth, decode_image
+from crowdray.data.decoding import decode_image
+from crowdray.data.sample import decode_depth
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.sources.layout import natural_key
 from crowdray.errors import UserError

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdray import storage
-from crowdray.data.sample import decode_image
+from crowdray.data.decoding import decode_image
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import IS_INVERSE, TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher

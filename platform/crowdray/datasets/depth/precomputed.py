@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from crowdray import storage
+from crowdray.data.decoding import decode_grey16
 from crowdray.data.sample import Sample
 from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions
@@ -37,7 +37,8 @@ class PrecomputedDepth(DepthTeacher):
         self._ratio = options.ratio()
         self._flat = options.flag("flat")
         self._folder = storage.resolve(options.location)
-        listed = [file for file in storage.find_files(self._folder) if PurePosixPath(file.name).suffix in READERS]
+        files = [file for file in storage.find_files(self._folder) if not storage.is_hidden(file.name)]
+        listed = [file for file in files if PurePosixPath(file.name).suffix in READERS]
         if not listed:
             raise UserError(f"--depth precomputed: {self._folder} contains no file that ends with {', '.join(READERS)}")
         if any(file.name.endswith(".exr") for file in listed):
@@ -64,14 +65,10 @@ class PrecomputedDepth(DepthTeacher):
 
 def _png(content: bytes, uri: str) -> NDArray[Any]:
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            if image.mode == "I;16":
-                return np.asarray(image)
-            kind = image.mode
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{uri} is not a PNG file ({error}); write it again") from error
-    # Maps of 8 bits are usually visualisations, stretched or coloured, and too coarse to invert.
-    raise DataError(f"{uri} has the mode {kind}, expected 16-bit grey; write it as such, or as .npy")
+        return decode_grey16(content)
+    except DataError as error:
+        # Maps of 8 bits are usually visualisations, stretched or coloured, and too coarse to invert.
+        raise DataError(f"{uri}: {error}; write it as such, or as .npy") from error
 
 
 def _npy(content: bytes, uri: str) -> NDArray[Any]:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import Sample, encode_depth, encode_roi, image_size, make_sample, validate_points
+from crowdray.data.decoding import image_size
+from crowdray.data.sample import Sample, encode_depth, encode_roi, make_sample, validate_points
 from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.analytic import PointSpacingDepth, SourceDepth, fit_head_scale
 from crowdray.datasets.depth.teacher import DepthInput

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 
-from crowdray.data.sample import Sample, check_image
+from crowdray.data.decoding import check_image
+from crowdray.data.sample import Sample
 from crowdray.data.shards import Dataset
 from crowdray.datasets.depth.analytic import NoDepth, SourceDepth
 from crowdray.datasets.depth.teacher import DepthTeacher

@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from crowdray import storage
-from crowdray.data.sample import content_size, decode_image
+from crowdray.data.decoding import content_size, decode_image
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
 from crowdray.datasets.sources.layout import files_by_name, find_splits

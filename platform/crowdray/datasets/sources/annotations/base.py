@@ -15,17 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray import storage
+from crowdray.data.decoding import upright_size
 from crowdray.data.sample import Sample
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
 from crowdray.datasets.sources.annotations.images import (
     ENDINGS,
     ImageIndex,
-    is_hidden,
     split_and_scene,
     split_in_path,
     upright,
-    upright_size,
 )
 from crowdray.datasets.sources.base import AnnotatedImages, Heads
 from crowdray.datasets.sources.layout import natural_key
@@ -195,7 +194,8 @@ class AnnotatedFolder(AnnotatedImages):
     @property
     def _files(self) -> list[str]:
         return self.cached(
-            self._root, lambda root: [file.name for file in storage.find_files(root) if not is_hidden(file.name)]
+            self._root,
+            lambda root: [file.name for file in storage.find_files(root) if not storage.is_hidden(file.name)],
         )
 
     @property

@@ -1,17 +1,13 @@
 """Images of a folder: lookup by the names that annotations use, and EXIF orientation."""
 
-import io
 import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import PurePosixPath
 
-import numpy as np
 import simplejpeg
-from PIL import Image
 
-from crowdray import storage
-from crowdray.data.orientation import SIDEWAYS, exif_orientation, turn_upright
+from crowdray.data.decoding import SIDEWAYS, content_size, decode_image, orientation, turn_upright
 from crowdray.datasets.sources.layout import IMAGES
 from crowdray.errors import DataError
 
@@ -55,11 +51,6 @@ class ImageIndex:
         return best[0] if best else None
 
 
-def is_hidden(path: str) -> bool:
-    """Return whether a path has a hidden part, such as .ipynb_checkpoints or __MACOSX."""
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
-
-
 def parse_split(word: str) -> str:
     """Return train, val or test for one of its usual spellings, else ""."""
     match = _SPLIT.fullmatch(word.strip())
@@ -83,30 +74,19 @@ def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
     """Apply the EXIF orientation to an encoded image, as annotation tools do; upright images keep their bytes.
 
     If `size` (H, W), at which the image was annotated, equals the stored size, the image is not rotated.
+
+    Raises:
+        DataError: The image cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            orientation, stored_size = exif_orientation(image), (image.height, image.width)
-            as_stored = orientation in SIDEWAYS and image.height != image.width and size == stored_size
-            if orientation == 1 or as_stored:
-                return content
-            rotated = turn_upright(np.asarray(image.convert("RGB")), orientation)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return content  # decoding it later reports the problem
+    turn = orientation(content)
+    if turn == 1:
+        return content
+    height, width = content_size(content)
+    if turn in SIDEWAYS and height != width and size == (height, width):
+        return content
+    rotated = turn_upright(decode_image(content), turn)
     encoded: bytes = simplejpeg.encode_jpeg(rotated, quality=JPEG_QUALITY, colorsubsampling="444")
     return encoded
-
-
-def upright_size(uri: str) -> tuple[int, int]:
-    """Return (H, W) of the upright image from the header of its file; DataError if Pillow cannot read it."""
-    with storage.open_read(uri) as file:
-        try:
-            with Image.open(file) as image:
-                return (
-                    (image.width, image.height) if exif_orientation(image) in SIDEWAYS else (image.height, image.width)
-                )
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{uri} is not a readable image: {error}") from error
 
 
 def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
