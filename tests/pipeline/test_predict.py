@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import uuid
 from pathlib import Path
 
@@ -12,9 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from crowdray import storage
-from crowdray.data.sample import decode_image
+from crowdray.data.decoding import decode_image
 from crowdray.errors import UserError
-from crowdray.pipeline.predict import PredictionError, choose_device, find_images, predict_images
+from crowdray.pipeline.predict import (
+    COUNTS,
+    OVERLAY,
+    PredictionError,
+    choose_device,
+    find_images,
+    predict_images,
+    result_stems,
+)
 
 
 def brightness(image: Tensor) -> Tensor:
@@ -38,6 +47,14 @@ def photos(tmp_path: Path) -> Path:
     (folder / "notes.txt").write_text("not an image")
     (folder / "empty").mkdir()
     return folder
+
+
+@pytest.fixture
+def plain_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlays without drawing, which takes most of the time."""
+    monkeypatch.setattr(
+        "crowdray.pipeline.predict.draw_overlay", lambda image, density, path: storage.write_bytes(path, b"overlay")
+    )
 
 
 def names(uris: list[str]) -> list[str]:
@@ -92,6 +109,7 @@ def test_predict_images_counts_are_the_sums_of_the_densities(photos: Path, tmp_p
     prediction.check()
 
 
+@pytest.mark.usefixtures("plain_overlay")
 def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(photos: Path, tmp_path: Path) -> None:
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
     photo(4, (3, 8)).save(photos / "tiny.png")
@@ -109,6 +127,108 @@ def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(
         strict=True,
     ):
         assert all(word in reason for word in words)
+
+
+def test_find_images_leaves_out_companions_of_file_managers(photos: Path) -> None:
+    for name in ("._a.PNG", ".hidden.jpg", "Thumbs.db", ".DS_Store"):
+        (photos / name).write_bytes(b"\0\5\x16\7")
+    (photos / "c.HEIC").write_bytes(b"\0\0\0\x18ftypheic")  # reported as not decoded, instead of skipped in silence
+    assert names(find_images(str(photos), "out")) == ["a.PNG", "b.jpg", "b.png", "c.HEIC"]
+    assert names(find_images(f"{photos}/*.PNG", "out")) == ["a.PNG"]
+
+
+@pytest.mark.parametrize(
+    ("images", "stems"),
+    [
+        (["a.jpg", "b.png"], ["a", "b"]),
+        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+        (["A.JPG", "a.jpg", "b.jpg"], ["A.JPG", "a.jpg-2", "b"]),
+        (["caf\u00e9.jpg", "cafe\u0301.jpg"], ["caf\u00e9.jpg", "cafe\u0301.jpg-2"]),
+        (["A.jpg", "a.jpg", "a.jpg-2.png", "a.jpg-3.png"], ["A.jpg", "a.jpg-2", "a.jpg-2.png", "a.jpg-3"]),
+    ],
+)
+def test_result_stems_differ_where_names_do_not(images: list[str], stems: list[str]) -> None:
+    assert result_stems(images) == stems
+
+
+def test_result_stems_of_long_names_fit_a_file_system_and_stay_distinct() -> None:
+    images = ["\u5199\u771f" * 40 + f"{number}.jpg" for number in range(3)] + [
+        "x" * 251 + ".jpg",
+        "\udce9" * 240 + ".jpg",
+    ]
+    stems = result_stems(images)
+    assert len(set(stems)) == 5
+    assert all(len(os.fsencode(stem + OVERLAY)) <= 240 for stem in stems)
+
+
+@pytest.mark.usefixtures("plain_overlay")
+def test_predict_images_writes_results_of_long_and_foreign_names(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("\u5199\u771f" * 37 + ".png", "x" * 251 + ".png", os.fsdecode(b"caf\xe9.png"), "line\nbreak.png"):
+        photo(1).save(folder / name)
+    prediction = predict_images(brightness, find_images(str(folder), "out"), str(tmp_path / "out"))
+    assert not prediction.failed
+    assert len(list((tmp_path / "out").iterdir())) == 4 * 2 + 1
+    assert len(list(csv.reader(io.StringIO((tmp_path / "out" / COUNTS).read_text())))) == 4 + 1
+
+
+@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("shape\nmismatch"), "RuntimeError: shape"),
+        (MemoryError(), r"not enough memory \(out of memory\); set a smaller --tile"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory .*--tile"),
+        (OSError(28, "No space left on device"), "OSError: .*No space left"),
+    ],
+)
+def test_predict_images_lists_a_photo_that_fails_in_any_way(
+    error: Exception, reason: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overlay(image: object, density: object, path: str) -> None:
+        if path.endswith("b.jpg.overlay.png"):
+            raise error
+
+    output = tmp_path / "out"
+    predict_images(brightness, [str(photos / "b.jpg")], str(output))  # an earlier run
+    monkeypatch.setattr("crowdray.pipeline.predict.draw_overlay", overlay)
+    prediction = predict_images(brightness, find_images(str(photos), str(output)), str(output))
+    assert [photo.image for photo in prediction.counted] == ["a.PNG", "b.png"]
+    with pytest.raises(PredictionError, match=f"b.jpg: {reason}"):
+        prediction.check()
+    rows = list(csv.reader(io.StringIO((output / COUNTS).read_text())))
+    assert [name for name, _ in rows] == ["image", "a.PNG", "b.png"]
+    assert not (output / "b.jpg.density.npy").exists()
+
+
+@pytest.mark.usefixtures("plain_overlay")
+def test_counts_table_has_no_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    given = ["=1+1.png", "+a.png", "-2.png", "@sum.png", "\tx.png", "plain.png", "'quoted.png"]
+    for name in given:
+        photo(1).save(folder / name)
+    predict_images(brightness, [str(folder / name) for name in given], str(tmp_path / "out"))
+    header, *rows = csv.reader(io.StringIO((tmp_path / "out" / COUNTS).read_text()))
+    assert [name.removeprefix("'") for name, _ in rows] == [name.removeprefix("'") for name in given]
+    assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert all(float(count) > 0 for _, count in rows) and header == ["image", "count"]
+
+
+@pytest.mark.usefixtures("plain_overlay")
+def test_prediction_error_keeps_each_photo_on_one_line(tmp_path: Path) -> None:
+    name = "bad\x1b[31m\n  error: fake.png"
+    (tmp_path / name).write_bytes(b"not an image")
+    prediction = predict_images(brightness, [str(tmp_path / name)], str(tmp_path / "out"))
+    with pytest.raises(PredictionError) as error:
+        prediction.check()
+    assert (
+        str(error.value).count("\n") == 1
+        and "\x1b" not in str(error.value)
+        and r"bad\x1b[31m\n  error" in str(error.value)
+    )
 
 
 def test_choose_device_without_a_gpu_is_the_cpu_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,14 @@
 Shape legend: H W photo, h w density.
 """
 
+import contextlib
 import csv
 import fnmatch
+import hashlib
 import io
+import itertools
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,21 +18,25 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from crowdray import storage
 from crowdray.config import Device
-from crowdray.data.orientation import encoded_orientation, turn_upright
-from crowdray.data.sample import decode_image
-from crowdray.errors import JobFailed, UserError
+from crowdray.data.decoding import SUFFIXES, decode_upright
+from crowdray.errors import JobFailed, UserError, escaped, first_line
 from crowdray.evaluation.inference import image_to_tensor, tiled_density
 from crowdray.plots.overlay import draw_overlay
 from crowdray.registry.loading import LoadedCounter
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 COUNTS = "counts.csv"
 """Table of all counts, written last."""
+DENSITY, OVERLAY = ".density.npy", ".overlay.png"
+"""Suffixes of the results of a photo."""
+
+_MAX_STEM_BYTES = 220
+"""Limit on the stem of a result's name: file systems allow 255 bytes, with its suffix and a number."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""First characters of a cell that spreadsheets may run as a formula."""
 
 
 class PredictionError(JobFailed):
@@ -67,7 +76,7 @@ class Prediction:
         """Raise PredictionError if a photo failed."""
         if self.failed:
             total = len(self.counted) + len(self.failed)
-            reasons = "\n".join(f"  {uri}: {reason}" for uri, reason in self.failed.items())
+            reasons = "\n".join(escaped(f"  {uri}: {reason}") for uri, reason in self.failed.items())
             raise PredictionError(f"{len(self.failed)} of {total} images could not be counted:\n{reasons}")
 
 
@@ -81,7 +90,7 @@ def find_images(location: str, output: str) -> list[str]:
     folder, _, last = resolved.rpartition("/")
     if PurePosixPath(last).suffix.lower() in SUFFIXES and storage.exists(resolved):
         return [resolved]
-    if any(character in last for character in "*?[") and not storage.exists(resolved):
+    if any(character in last for character in "*?["):
         listed = storage.list_files(folder, SUFFIXES)
         images = [uri for uri in listed if fnmatch.fnmatchcase(uri.rpartition("/")[2], last)]
     else:
@@ -101,30 +110,48 @@ def predict_images(
 ) -> Prediction:
     """Count each photo and write its overlay, its density map and a table of all counts to the URI `output`.
 
-    A photo that is unreadable or too small is listed as failed in the result.
+    Whatever goes wrong with one photo, or with writing its results, it is listed as failed and the others are counted.
 
     Args:
         density: Maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w).
 
     Raises:
-        UserError: The results cannot be written.
+        UserError: The table cannot be written.
     """
     counted: list[PhotoCount] = []
     failed: dict[str, str] = {}
-    for uri, stem in zip(images, _stems(images), strict=True):
+    for uri, stem in zip(images, result_stems(images), strict=True):
+        results = storage.join(output, stem)
         try:
-            content = storage.read_bytes(uri)
-            image = turn_upright(decode_image(content), encoded_orientation(content))
-            with torch.inference_mode():
-                cells = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
-        except UserError as error:
-            failed[uri] = str(error)
-        else:
-            counted.append(_write(image, cells, uri, storage.join(output, stem)))
+            counted.append(_count(density, uri, results))
+        except Exception as error:  # of a decoder, torch or a file system: the documentation of none lists all
+            failed[uri] = _reason(error)
+            for suffix in (DENSITY, OVERLAY):  # of this run or an earlier one
+                with contextlib.suppress(Exception):
+                    storage.remove(results + suffix)
         advance(1)
     counts = storage.join(output, COUNTS)
     storage.write_bytes(counts, _csv(counted))
     return Prediction(counted, failed, counts)
+
+
+def result_stems(images: Sequence[str]) -> list[str]:
+    """Return a name for the results of each photo: without its suffix if that is unique, and short enough for a file.
+
+    No two are equal, even where case and Unicode form do not distinguish files.
+    """
+    paths = [PurePosixPath(uri) for uri in images]
+    uses = Counter(_folded(path.stem) for path in paths)
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        name = _shortened(path.name)
+        preferred = [_shortened(path.stem), name] if uses[_folded(path.stem)] == 1 else [name]
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        stem = next(stem for stem in itertools.chain(preferred, numbered) if _folded(stem) not in taken)
+        taken.add(_folded(stem))
+        stems.append(stem)
+    return stems
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
@@ -146,27 +173,50 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def _write(image: NDArray[np.uint8], density: NDArray[np.float32], uri: str, stem: str) -> PhotoCount:
-    density_uri, overlay_uri = f"{stem}.density.npy", f"{stem}.overlay.png"
+def _count(density: Callable[[Tensor], Tensor], uri: str, results: str) -> PhotoCount:
+    """Count a photo, and write files whose names start with the URI `results`."""
+    image = decode_upright(storage.read_bytes(uri))
+    with torch.inference_mode():
+        cells = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
     buffer = io.BytesIO()
-    np.save(buffer, density, allow_pickle=False)
-    storage.write_bytes(density_uri, buffer.getvalue())
-    draw_overlay(image, density, overlay_uri)
+    np.save(buffer, cells, allow_pickle=False)
+    storage.write_bytes(results + DENSITY, buffer.getvalue())
+    draw_overlay(image, cells, results + OVERLAY)
     height, width = image.shape[:2]
-    count = float(density.sum(dtype=np.float64))
-    return PhotoCount(PurePosixPath(uri).name, height, width, count, density_uri, overlay_uri)
+    count = float(cells.sum(dtype=np.float64))
+    return PhotoCount(PurePosixPath(uri).name, height, width, count, results + DENSITY, results + OVERLAY)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return f"not enough memory ({first_line(error)}); set a smaller --tile, or resize the photo"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _csv(counted: Sequence[PhotoCount]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "count"])
-    writer.writerows([photo.image, f"{photo.count:.6f}"] for photo in counted)
-    return text.getvalue().encode()
+    writer.writerows([_text_cell(photo.image), f"{photo.count:.6f}"] for photo in counted)
+    return text.getvalue().encode(errors="backslashreplace")
 
 
-def _stems(images: Sequence[str]) -> list[str]:
-    """Return a name for the results of each photo: without its suffix, if that is unique."""
-    paths = [PurePosixPath(uri) for uri in images]
-    uses = Counter(path.stem.lower() for path in paths)
-    return [path.stem if uses[path.stem.lower()] == 1 else path.name for path in paths]
+def _text_cell(text: str) -> str:
+    """Return a cell that a spreadsheet shows as text: an apostrophe in front of what it would take for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _folded(name: str) -> str:
+    """Return what equal files have in common where case and Unicode form do not distinguish them."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _shortened(name: str) -> str:
+    """Return a name, cut and made unique by its hash if it is too long for a file."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _MAX_STEM_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[: _MAX_STEM_BYTES - 13].decode(errors='ignore')}-{digest}"

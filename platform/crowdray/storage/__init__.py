@@ -7,6 +7,7 @@ from crowdray.storage.files import (
     create_bytes,
     exists,
     find_files,
+    is_hidden,
     list_files,
     local_copy,
     open_read,

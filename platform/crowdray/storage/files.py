@@ -17,6 +17,11 @@ import fsspec
 from crowdray.errors import DataError, UserError
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve, retry, translated_errors
 
+_COMPANIONS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+"""Files and folders that file managers add to others."""
+_NAME_END = 32
+"""Characters of a target's name at the end of its partial's name, which must not be too long for a file system."""
+
 exclusive_create_support: dict[str, bool] = {}
 """Result of `_supports_exclusive_create` by bucket."""
 
@@ -82,13 +87,19 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     """List the URIs of the files directly in a folder, sorted by name; raise UserError if it does not exist.
 
-    `suffixes` selects files that end with one of them, ignoring case.
+    `suffixes` selects files that end with one of them, ignoring case, and are not hidden.
     """
     names = sorted(file.name for file in find_files(uri, depth=1))
     if not names and not exists(uri):
         raise UserError(f"cannot list {uri}: it does not exist; check the path")
     endings = tuple(suffix.lower() for suffix in suffixes)
-    return [join(resolve(uri), name) for name in names if not endings or name.lower().endswith(endings)]
+    chosen = [name for name in names if not endings or (name.lower().endswith(endings) and not is_hidden(name))]
+    return [join(resolve(uri), name) for name in chosen]
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a path is hidden or made by a file manager, as ._a.jpg, .DS_Store, __MACOSX and Thumbs.db."""
+    return any(part.startswith(".") or part in _COMPANIONS for part in path.split("/"))
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,7 @@ def unpublish_directory(uri: str, last: str) -> None:
 def _partial_sibling(target: Path) -> Iterator[Path]:
     """Yield a path next to `target` for an unfinished file or folder, which is removed unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}-{target.name}")
+    partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}-{target.name[-_NAME_END:]}")
     try:
         yield partial
     finally:

@@ -102,9 +102,8 @@ class WorldExpo(AnnotatedImages):
     def _files(self, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
         """URIs of the files below a folder, in any depth, by name."""
         uri = storage.join(self._root, folder)
-        paths = [PurePosixPath(file.name) for file in storage.find_files(uri)]
-        found = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-        return {path.stem: storage.join(uri, str(path)) for path in found}
+        paths = [PurePosixPath(file.name) for file in storage.find_files(uri) if not storage.is_hidden(file.name)]
+        return {path.stem: storage.join(uri, str(path)) for path in paths if path.suffix.lower() in suffixes}
 
     def _read_camera(self, uri: str, item: Item) -> Camera:
         def roi(variables: dict[str, Any]) -> Any:
