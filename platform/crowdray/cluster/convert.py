@@ -8,7 +8,7 @@ from crowdray.data.shards import Index
 from crowdray.datasets.conversion import Conversion, convert_slice, open_conversion
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
-from crowdray.errors import RESUME_HINT, UserError
+from crowdray.errors import RESUME_HINT, UserError, escaped
 
 
 def convert(
@@ -64,4 +64,4 @@ def check_reachable(result: SliceResult) -> None:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(escaped(text), flush=True)

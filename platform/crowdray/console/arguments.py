@@ -18,7 +18,6 @@ from crowdray import storage
 from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_json
 from crowdray.errors import UserError
 from crowdray.presets import preset
-from crowdray.registry.connection import sqlite_uri
 
 Job = TypeVar("Job")
 
@@ -77,7 +76,7 @@ def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI, else mlflow.db at the root of the repository or in the working directory."""
     root = Path(__file__).resolve().parents[3]
     folder = root if (root / "pyproject.toml").is_file() else Path.cwd()
-    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(folder / "mlflow.db")
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def write_json(uri: str | None, content: Mapping[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 import difflib
 import importlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from crowdray import __version__
+from crowdray.console import terminal
 from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -43,6 +46,10 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
     traceback.
     """
+    if logging.lastResort:
+        logging.lastResort.setFormatter(terminal.OneLineFormatter())
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged image is reported with its name and a fix
+    warnings.filterwarnings("ignore", module=r"PIL\b")
     sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
     try:
         job(list(arguments))
@@ -55,5 +62,5 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
 
 
 def _print_error(message: object, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(terminal.message(f"error: {message}"), file=sys.stderr, flush=True)
     return status

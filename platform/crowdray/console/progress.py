@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from crowdray.console.terminal import one_line, print_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -47,7 +49,7 @@ def _log_progress(total: int, done: int) -> Callable[[int], None]:
         if done == total or now - printed_at >= LOG_INTERVAL_S:
             printed_at = now
             rate = (done - before) / max(now - started, 1e-9)
-            print(f"{done}/{total} images, {rate:.0f} per second", flush=True)
+            print_line(f"{done}/{total} images, {rate:.0f} per second")
 
     return advance
 
@@ -74,7 +76,7 @@ class LiveDisplay:
         """Show what the job is doing now."""
         self._status = text
         if not self._live:
-            print(text, flush=True)
+            print_line(text)
 
     def __rich__(self) -> Table:
         """Return the table for a terminal."""
@@ -96,12 +98,12 @@ class TrainingDisplay(LiveDisplay):
         self._status = f"training with {_workers(rows[-1])}"
         if not self._live:
             if self._shown == 0 and len(rows) > 1:
-                print(f"resuming after epoch {len(rows) - 1}", flush=True)
+                print_line(f"resuming after epoch {len(rows) - 1}")
                 self._shown = len(rows) - 1
             for before, row in zip([rows[0], *rows][self._shown :], rows[self._shown :], strict=False):
                 if before.get("workers") != row.get("workers"):
-                    print(f"continuing with {_workers(row)}", flush=True)
-                print(self._line(row), flush=True)
+                    print_line(f"continuing with {_workers(row)}")
+                print_line(self._line(row))
         if any(_is_dead(row) for row in rows[self._shown :]):
             self._console.print(
                 "warning: the density map is dead, every validation image counts 0 heads; dead ReLUs do not "
@@ -113,7 +115,7 @@ class TrainingDisplay(LiveDisplay):
 
     def __rich__(self) -> Table:
         """Return the table for a terminal."""
-        table = Table(title=self._status, title_justify="left", title_style="bold", caption=self._time_left())
+        table = Table(title=one_line(self._status, "bold"), title_justify="left", caption=self._time_left())
         for name in ("stage", "epoch", "loss", "val MAE", "RMSE", "best", "images/s"):
             table.add_column(name, justify="left" if name in ("stage", "loss") else "right")
         for stage in self._stages:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crowdray.console.progress import LiveDisplay
+from crowdray.console.terminal import one_line, print_line
 
 if TYPE_CHECKING:
     from crowdray.tune.record import StudyRecord, TrialRecord
@@ -36,16 +37,16 @@ class StudyDisplay(LiveDisplay):
         for trial in record.trials:
             if trial.state != "running" and trial.number not in self._finished:
                 self._finished.add(trial.number)
-                print(f"trial {trial.number}: {_line(trial)}{_best(record)}", flush=True)
+                print_line(f"trial {trial.number}: {_line(trial)}{_best(record)}")
         running = [trial for trial in record.trials if trial.state == "running" and trial.stage_costs]
         if running and time.monotonic() - self._printed_at > LOG_INTERVAL_S:
             self._printed_at = time.monotonic()
-            print("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running), flush=True)
+            print_line("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running))
 
     def __rich__(self) -> Table:
         """Return the table for a terminal."""
         if self._record is None:
-            return Table(title=self._status, title_justify="left", title_style="bold")
+            return Table(title=one_line(self._status, "bold"), title_justify="left")
         return trial_table(self._record, self._status, MAX_ROWS)
 
 
@@ -54,7 +55,7 @@ def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) ->
     best = record.best()
     caption = "" if best is None else f"best: trial {best.number}, validation MAE {best.mae:.2f}"
     caption += f"  worker-seconds: {record.spent:.0f} spent, {record.saved:.0f} saved"
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table = Table(title=one_line(title, "bold"), title_justify="left", caption=caption, caption_justify="left")
     table.add_column("trial", justify="right")
     for name in record.fields():
         table.add_column(_short(name).replace(".", "\n"), justify="right")
@@ -65,8 +66,8 @@ def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) ->
         mark = "*" if best is not None and trial.number == best.number else ""
         table.add_row(
             f"{trial.number}{mark}",
-            *(_value(trial.values.get(name)) for name in record.fields()),
-            _stage(trial),
+            *(one_line(_value(trial.values.get(name))) for name in record.fields()),
+            one_line(_stage(trial)),
             *("" if value is None else f"{value:.2f}" for value in (trial.mae, trial.rmse)),
             str(sum(cost.reused for cost in trial.stage_costs)),
             f"{trial.spent:.0f}",

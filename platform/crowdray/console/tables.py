@@ -14,6 +14,7 @@ from rich.text import Text
 from crowdray import storage
 from crowdray.console.arguments import program
 from crowdray.console.study_display import trial_table
+from crowdray.console.terminal import one_line, print_message
 from crowdray.datasets.statistics import MAX_LISTED
 from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
 from crowdray.evaluation.metrics import GAME_LEVELS
@@ -31,26 +32,25 @@ if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, tra
 
 _MAX_ROWS = 30
 """Photos in the table of a prediction; counts.csv lists all of them."""
-_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def show_dataset(index: Index, dest: str, console: Console) -> None:
     """Print the splits of a converted dataset, notes on its conversion, and the items left out."""
-    table = Table(title=f"{index.name}, depth: {index.depth_teacher}", title_justify="left")
+    table = Table(title=one_line(f"{index.name}, depth: {index.depth_teacher}"), title_justify="left")
     table.add_column("split")
     for name in ("images", "heads", "heads per image"):
         table.add_column(name, justify="right")
     for split, total in index.splits.items():
         rows, heads = total["rows"], total["heads"]
-        table.add_row(split, f"{rows:,}", f"{heads:,}", f"{heads / rows:.1f}")
+        table.add_row(one_line(split), f"{rows:,}", f"{heads:,}", f"{heads / rows:.1f}")
     console.print(table)
     for note in index.notes:
-        console.print(f"note: {note}", **_PLAIN)
+        print_message(console, f"note: {note}")
     left_out = read_quarantine(dest, index.digest)
     for item in left_out[:MAX_LISTED]:
-        console.print(f"left out: {item}", **_PLAIN)
+        print_message(console, f"left out: {item}")
     if more := len(left_out[MAX_LISTED:]):
-        console.print(f"left out: {more} more, see {storage.join(dest, QUARANTINE)}", **_PLAIN)
+        print_message(console, f"left out: {more} more, see {storage.join(dest, QUARANTINE)}")
     _print_fields(
         console,
         {
@@ -70,11 +70,11 @@ def show_check(report: ValidationReport, folder: str, console: Console, *, stric
     """
     console.print(validation_table(report))
     for note in report.notes:
-        console.print(f"note: {note}", **_PLAIN)
+        print_message(console, f"note: {note}")
     for problem in report.problems:
-        console.print(f"PROBLEM: {problem}", style="bold red", **_PLAIN)
+        print_message(console, f"PROBLEM: {problem}", "bold red")
     if not report.problems:
-        console.print("valid: every image is usable, no two splits share one", style="green", **_PLAIN)
+        print_message(console, "valid: every image is usable, no two splits share one", "green")
     from crowdray.cluster.check import HISTOGRAMS, SHEET
 
     names = {"images": SHEET, "histograms": HISTOGRAMS, "statistics": REPORT}
@@ -89,7 +89,7 @@ def validation_table(report: ValidationReport) -> Table:
     table = _report_table(title, "Three numbers are minimum / median / maximum.")
     table.add_column("")
     for split in report.splits:
-        table.add_column(Text(split), justify="right", no_wrap=True)
+        table.add_column(one_line(split), justify="right", no_wrap=True)
     rows: dict[str, Callable[[SplitStats], str]] = {
         "images": lambda stats: f"{stats.images:,}",
         "unusable": lambda stats: f"{stats.unusable:,}",
@@ -120,7 +120,7 @@ def validation_table(report: ValidationReport) -> Table:
 def show_outcome(outcome: Outcome, console: Console) -> None:
     """Print the stages of a training run, the registered version, all paths, and how to use the counter."""
     result = outcome.result
-    table = Table(title=f"{outcome.run.rpartition('/')[2]} (* exported)", title_justify="left")
+    table = Table(title=one_line(f"{outcome.run.rpartition('/')[2]} (* exported)"), title_justify="left")
     for name in ("stage", "epochs", "last losses"):
         table.add_column(name, justify="right" if name == "epochs" else "left")
     for name in ("val MAE", "val RMSE", "test MAE", "test RMSE"):
@@ -181,7 +181,7 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
     if evaluation.without_roi is not None:
         table.add_row("images", *_metric_cells(evaluation.without_roi), end_section=True)
     for scene, metrics in evaluation.scenes.items():
-        table.add_row(Text(scene), *_metric_cells(metrics))
+        table.add_row(one_line(scene), *_metric_cells(metrics))
     for region, mae in ((first, evaluation.scene_mae), ("images", evaluation.scene_mae_without_roi)):
         if mae is not None:
             table.add_row(f"mean of scenes, {region}", "", "", f"{mae:.2f}")
@@ -195,7 +195,7 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
     for name in ("size", "count"):
         table.add_column(name, justify="right")
     for photo in prediction.counted[:_MAX_ROWS]:
-        table.add_row(Text(photo.image), f"{photo.width}x{photo.height}", f"{photo.count:.2f}")
+        table.add_row(one_line(photo.image), f"{photo.width}x{photo.height}", f"{photo.count:.2f}")
     if (more := len(prediction.counted) - _MAX_ROWS) > 0:
         table.add_row(f"and {more:,} more", "", "")
     console.print(table)
@@ -207,7 +207,7 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
 
 def _report_table(title: str, caption: str, **options: Any) -> Table:
     style: dict[str, Any] = {"box": box.SIMPLE_HEAVY, "pad_edge": False, "title_justify": "left"} | options
-    return Table(title=Text(title), caption=caption, caption_justify="left", **style)
+    return Table(title=one_line(title), caption=caption, caption_justify="left", **style)
 
 
 def _mae_rmse(metrics: Metrics | None) -> list[str]:
@@ -229,4 +229,4 @@ def _min_median_max(values: Distribution | None) -> str:
 
 def _print_fields(console: Console, values: dict[str, str]) -> None:
     for name, value in values.items():
-        console.print(f"{name + ':':<13}{value}", **_PLAIN)
+        print_message(console, f"{name + ':':<13}{value}")

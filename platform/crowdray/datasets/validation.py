@@ -15,7 +15,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.statistics import MAX_LISTED, DatasetStats, ImageStats, UnusableItem
 from crowdray.documents import parse_json
-from crowdray.errors import DataError, JobFailed
+from crowdray.errors import DataError, JobFailed, escaped
 
 REPORT = "check.json"
 """File of the full report, in the report folder of `--check`."""
@@ -241,7 +241,7 @@ def _equation(group: Sequence[ImageStats]) -> str:
 
 def _listed(names: Sequence[str], separator: str = ", ") -> str:
     more = [f"and {len(names) - MAX_LISTED:,} more"] if len(names) > MAX_LISTED else []
-    return separator.join([*names[:MAX_LISTED], *more])
+    return separator.join([*map(escaped, names[:MAX_LISTED]), *more])
 
 
 def _number(count: int, noun: str) -> str:

@@ -1,0 +1,36 @@
+"""Text for terminals and logs: names of files and messages act neither as markup nor as control characters."""
+
+import logging
+
+from rich.console import Console
+from rich.text import Text
+
+from crowdray.errors import escaped
+
+
+def one_line(text: str, style: str = "") -> Text:
+    """Return text for a table: a cell, a title or a column."""
+    return Text(escaped(text), style)
+
+
+def message(text: str) -> str:
+    """Return a message of several lines, which continue with an indent of two spaces; other line breaks are escaped."""
+    return "\n  ".join(escaped(line) for line in text.split("\n  "))
+
+
+def print_line(text: str) -> None:
+    """Print a line of a log at once."""
+    print(escaped(text), flush=True)
+
+
+def print_message(console: Console, text: str, style: str = "") -> None:
+    """Print a message, whose lines are not wrapped."""
+    console.print(Text(message(text), style), soft_wrap=True)
+
+
+class OneLineFormatter(logging.Formatter):
+    """Formats a message on one line; a traceback follows on others."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the escaped message."""
+        return escaped(super().formatMessage(record))
