@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.storage import lock as lock_module
-from crowdray.storage.lock import Lock
+from crowdray.storage.lock import Lock, process_id
 
 FORK = multiprocessing.get_context("fork")
 FIX = "choose another --name"
@@ -35,13 +36,13 @@ def acquired(uri: str) -> Lock:
 
 
 def expire(lock: Lock) -> None:
-    """Make the lock look as if its holder had been suspended for longer than the timeout."""
+    """Make the lock look as if its holder had been killed."""
     content = json.loads(storage.read_bytes(lock.uri))
-    storage.write_bytes(lock.uri, json.dumps(content | {"expires": time.time() - 1}).encode())
+    storage.write_bytes(lock.uri, json.dumps(content | {"process": f"{content['process']}0"}).encode())
 
 
-def expiry(lock: Lock) -> float:
-    return float(json.loads(storage.read_bytes(lock.uri))["expires"])
+def heartbeats(lock: Lock) -> int:
+    return int(json.loads(storage.read_bytes(lock.uri))["heartbeats"])
 
 
 def lock_files(uri: str) -> list[str]:
@@ -54,7 +55,7 @@ def test_lock_has_one_holder_until_released(uri: str) -> None:
         assert not make_lock(uri).try_acquire()
         with make_lock(f"{uri}-2"), make_lock(f"{uri[:-1]}"):
             assert len(lock_files(uri)) == 3, "locks with similar names are independent"
-        assert expiry(lock) == pytest.approx(time.time() + lock_module.TIMEOUT_S, abs=5)
+        assert heartbeats(lock) == 1
     assert not lock.held and not lock.renew() and lock_files(uri) == []
     lock.release()
     acquired(uri).release()
@@ -113,23 +114,36 @@ def test_acquire_yields_after_sleeping_through_a_takeover(uri: str, monkeypatch:
     new[0].release()
 
 
-def test_lock_file_without_content_expires_by_its_age(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.write_bytes(f"{uri}.000001.json", b"")
-    assert not make_lock(uri).try_acquire()
-    monkeypatch.setattr(lock_module, "TIMEOUT_S", 0.01)
-    time.sleep(0.05)
-    lock = acquired(uri)
-    assert lock.uri.endswith("driver.000002.json")
-    lock.release()
+@pytest.mark.parametrize(
+    "content", [b"", b"{", json.dumps({"owner": "gone", "token": "t", "expires": time.time() + 86400}).encode()]
+)
+def test_lock_file_that_never_changes_is_taken_over(uri: str, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    storage.write_bytes(f"{uri}.000001.json", content)
+    monkeypatch.setattr(lock_module, "TIMEOUT_S", 0.2)
+    with make_lock(uri) as lock:
+        assert lock.uri.endswith("driver.000002.json") and len(lock_files(uri)) == 1
+
+
+@pytest.mark.parametrize("clock", [-1e6, 1e6])
+def test_lock_of_a_running_holder_with_a_wrong_clock_is_kept(
+    uri: str, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    monkeypatch.setattr(lock_module, "process_id", lambda pid: "another machine 1 1")
+    monkeypatch.setattr(lock_module, "TIMEOUT_S", 1.0)
+    with make_lock(uri) as lock:
+        monkeypatch.setattr(time, "time", lambda: clock)
+        with pytest.raises(UserError, match="in use by"):
+            make_lock(uri).__enter__()
+        assert lock.held
 
 
 def test_heartbeat_renews_until_release(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "TIMEOUT_S", 0.2)
     with make_lock(uri) as lock:
-        first, deadline = expiry(lock), time.time() + 10
-        while expiry(lock) < first + 2 * lock_module.TIMEOUT_S and time.time() < deadline:
+        deadline = time.monotonic() + 10
+        while heartbeats(lock) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert expiry(lock) >= first + 2 * lock_module.TIMEOUT_S and lock.held
+        assert heartbeats(lock) >= 3 and lock.held
     assert lock_files(uri) == []
 
 
@@ -161,12 +175,13 @@ def test_acquire_rejects_a_running_holder_and_replaces_a_dead_one(uri: str, monk
     messages: list[str] = []
     with make_lock(uri) as lock, pytest.raises(UserError, match=rf"the study is in use by {lock.owner}; {FIX}"):
         make_lock(uri, messages).__enter__()
-    content = {"owner": "a killed process", "token": "", "expires": time.time() + 0.5}
+    assert not messages, "a process of this machine is known to run"
+    content = {"owner": "a killed process", "token": "", "process": "elsewhere 1 1"}
     storage.write_bytes(f"{uri}.000007.json", json.dumps(content).encode())
+    monkeypatch.setattr(lock_module, "TIMEOUT_S", 0.4)
     with make_lock(uri, messages):
         assert lock_files(uri) == ["driver.000008.json"]
-    owners = (lock.owner, "a killed process")
-    assert [f"waiting up to 2 s: {owner} may still be using the study" for owner in owners] == messages
+    assert messages == ["waiting up to 0 s: a killed process may still be using the study"]
 
 
 def _race(folder: str, start: Any, done: Any, wins: Any) -> None:
@@ -184,7 +199,7 @@ def test_acquire_from_many_processes_has_exactly_one_winner(tmp_path: Path, expi
     folder, racers = str(tmp_path), 4
     if expired:
         for number in range(20):
-            content = {"owner": "dead", "token": "dead", "expires": time.time() - 1}
+            content = {"owner": "dead", "token": "dead", "process": f"{process_id(os.getpid())}0"}
             (tmp_path / f"lock-{number}.000001.json").write_text(json.dumps(content))
     start, done, wins = FORK.Barrier(racers), FORK.Barrier(racers), FORK.Queue()
     processes = [FORK.Process(target=_race, args=(folder, start, done, wins)) for _ in range(racers)]

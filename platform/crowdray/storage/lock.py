@@ -1,11 +1,11 @@
-"""An exclusive lock for processes on any machines, on a folder or an object store, that expires when its holder dies.
+"""An exclusive lock for processes on any machines, on a folder or an object store, taken over when its holder dies.
 
-    <uri>.000001.json      owner, token and expiry; rewritten by the holder's heartbeat
-    <uri>.000002.json      the next generation, created by a process that found the first one expired
+    <uri>.000001.json      owner, token, process and number of heartbeats; rewritten at each heartbeat
+    <uri>.000002.json      the next generation, created by a process that found the first one dead
 
-The lock protects from duplicate work, not from wrong results: a holder that was suspended for longer than the timeout
-notices the loss at its next heartbeat. Expiries are wall-clock times, so clocks may differ by up to TIMEOUT_S minus one
-heartbeat interval.
+A holder is dead if its process has ended on this machine, or if its file has not changed for TIMEOUT_S by the clock of
+the observer: clocks of different machines are never compared. The lock protects from duplicate work, not from wrong
+results: a holder that was suspended for longer than the timeout notices the loss at its next heartbeat.
 """
 
 import json
@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +27,7 @@ from crowdray.documents import parse_json
 from crowdray.errors import UserError
 
 TIMEOUT_S = 30.0
-"""Seconds after its last heartbeat at which a lock expires."""
+"""Seconds without a heartbeat after which a holder is dead."""
 
 HEARTBEATS = 4
 """Heartbeats per timeout: this many minus one may fail in a row."""
@@ -53,7 +54,10 @@ class Lock:
         self._folder, _, self._name = storage.resolve(uri).rpartition("/")
         self._resource, self._fix, self._on_status = resource, fix, on_status
         self._token = uuid.uuid4().hex
-        self._generation = 0
+        self._process = process_id(os.getpid())
+        self._generation = self._heartbeats = 0
+        self._changed: dict[str, tuple[bytes, float]] = {}
+        """Content of each lock file, and when this process first saw it, by its monotonic clock."""
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -63,18 +67,15 @@ class Lock:
         return storage.join(self._folder, f"{self._name}.{self._generation:06d}.json")
 
     def __enter__(self) -> Self:
-        """Acquire the lock, after the timeout of a dead holder; raise UserError when a running process has it.
-
-        A holder whose expiry advances while this method waits is running.
-        """
+        """Acquire the lock, after the timeout of a dead holder; raise UserError when a running process has it."""
         first: _LockFile | None = None
         while not self.try_acquire():
-            holder = next((file for file in self._files() if file.alive), None)
+            holder = next((file for file in self._files() if not self._is_dead(file)), None)
+            if holder is not None and (holder.ended is False or (first and holder.content != first.content)):
+                raise UserError(f"{self._resource} is in use by {holder.owner}; {self._fix}")
             if first is None and holder is not None:
                 self._on_status(f"waiting up to {TIMEOUT_S:.0f} s: {holder.owner} may still be using {self._resource}")
                 first = holder
-            elif first is not None and holder is not None and holder != first:
-                raise UserError(f"{self._resource} is in use by {holder.owner}; {self._fix}")
             time.sleep(TIMEOUT_S / HEARTBEATS / 4)
         return self
 
@@ -84,19 +85,19 @@ class Lock:
     def try_acquire(self) -> bool:
         """Acquire the lock if no running process has it, and start its heartbeat.
 
-        An expired file cannot be replaced atomically: of two processes that try, the slower would overwrite the
+        A dead holder's file cannot be replaced atomically: of two processes that try, the slower would overwrite the
         faster. So each creates, exclusively, the file of the next generation; the highest generation is valid and
         removes the lower ones. When all files vanish, generations restart at 1, so the creator of a file looks again
         and yields to any other live one.
         """
         files = self._files()
-        if any(file.alive for file in files):
+        if not all(map(self._is_dead, files)):
             return False
         self._generation = 1 + max((file.generation for file in files), default=0)
         if not self._create():
             return False
         others = [file for file in self._files() if file.generation != self._generation]
-        if any(file.alive for file in others):
+        if not all(map(self._is_dead, others)):
             storage.remove(self.uri)
             return False
         for file in others:
@@ -108,9 +109,10 @@ class Lock:
         return True
 
     def renew(self) -> bool:
-        """Extend the lock by TIMEOUT_S now; False once it is lost or released."""
+        """Make a heartbeat now; False once the lock is lost or released."""
         with self._mutex:
             if self.held and self._is_ours():
+                self._heartbeats += 1
                 storage.write_bytes(self.uri, self._content())
                 # A process that took over between the check and the write has a higher generation, and keeps the lock.
                 if all(file.generation <= self._generation for file in self._files()):
@@ -120,7 +122,7 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Stop the heartbeat and remove the lock file; a file that cannot be removed expires."""
+        """Stop the heartbeat and remove the lock file; a file that cannot be removed is later taken for a dead holder's."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -130,7 +132,7 @@ class Lock:
             if held and self._is_ours():
                 storage.remove(self.uri)
         except UserError as error:
-            _log.warning("%s stays until it expires: %s", self.uri, error)
+            _log.warning("%s was not removed: %s", self.uri, error)
 
     def _heartbeat(self) -> None:
         while not self._stop.wait(TIMEOUT_S / HEARTBEATS):
@@ -138,7 +140,7 @@ class Lock:
                 if not self.renew():
                     _log.warning("the lock %s was lost to another process", self.uri)
                     return
-            except Exception as error:  # retried at the next heartbeat; without one the lock expires
+            except Exception as error:  # retried at the next heartbeat
                 _log.warning("%s was not renewed: %s", self.uri, error)
 
     def _create(self) -> bool:
@@ -151,8 +153,16 @@ class Lock:
             return True
 
     def _content(self) -> bytes:
-        content = {"owner": self.owner, "token": self._token, "expires": time.time() + TIMEOUT_S}
+        content = {"owner": self.owner, "token": self._token, "process": self._process, "heartbeats": self._heartbeats}
         return json.dumps(content).encode()
+
+    def _is_dead(self, file: "_LockFile") -> bool:
+        now = time.monotonic()
+        content, since = self._changed.get(file.uri, (b"", now))
+        if content != file.content:
+            since = now
+        self._changed[file.uri] = file.content, since
+        return file.ended or now - since >= TIMEOUT_S
 
     def _is_ours(self) -> bool:
         content = storage.read_bytes_or_none(self.uri)
@@ -167,8 +177,27 @@ class Lock:
                 continue
             uri = storage.join(self._folder, file.name)
             if (content := storage.read_bytes_or_none(uri)) is not None:
-                files.append(_LockFile.parse(uri, content, int(generation), file.modified))
+                files.append(_LockFile.parse(uri, content, int(generation)))
         return files
+
+
+def process_id(pid: int) -> str:
+    """Identify a running process among those of all machines and times; empty if it has ended, or without /proc."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    started = fields[18]
+    return "" if state in "ZX" or not _machine() else f"{_machine()} {pid} {started}"
+
+
+def _machine() -> str:
+    """Identify this start of this machine, and this container's view of its processes; empty without /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -177,18 +206,23 @@ class _LockFile:
 
     uri: str
     generation: int
+    content: bytes
     owner: str
-    expires: float
+    process: str
 
     @property
-    def alive(self) -> bool:
-        return time.time() < self.expires
+    def ended(self) -> bool | None:
+        """Whether the holder's process has ended; None for one that this machine does not know."""
+        machine, _, pid = self.process.rpartition(" ")[0].rpartition(" ")
+        if not pid.isdecimal() or machine != _machine():
+            return None
+        return process_id(int(pid)) != self.process
 
     @classmethod
-    def parse(cls, uri: str, content: bytes, generation: int, modified: float) -> Self:
-        """Parse a lock file; a file without content is being written or its writer died, and expires by its age."""
+    def parse(cls, uri: str, content: bytes, generation: int) -> Self:
+        """Parse a lock file; a file without content is being written, or its writer died."""
         try:
-            fields = parse_json(content)
-            return cls(uri, generation, str(fields["owner"]), float(fields["expires"]))
-        except (ValueError, KeyError, TypeError):
-            return cls(uri, generation, "a process that is starting", modified + TIMEOUT_S)
+            fields = json.loads(content)
+            return cls(uri, generation, content, str(fields["owner"]), str(fields.get("process", "")))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return cls(uri, generation, content, "a process that is starting", "")
