@@ -73,7 +73,7 @@ _JSON = TypeAdapter(SliceResult)
 def lock_destination(dest: str, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of a destination; UserError if another running process converts into it.
 
-    `log` receives a message while it waits for a heartbeat of an earlier process.
+    `log` receives a message while it waits for a sign of an earlier process.
     """
     folder = storage.join(dest, FOLDER)
     fix = "wait until it finishes, or choose another --dest"

@@ -122,7 +122,7 @@ class Lock:
             return False
 
     def release(self) -> None:
-        """Stop the heartbeat and remove the lock file; a file that cannot be removed is later taken for a dead holder's."""
+        """Stop the heartbeat and remove the lock file; one that cannot be removed looks like a dead holder's."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -222,7 +222,7 @@ class _LockFile:
     def parse(cls, uri: str, content: bytes, generation: int) -> Self:
         """Parse a lock file; a file without content is being written, or its writer died."""
         try:
-            fields = json.loads(content)
+            fields = parse_json(content)
             return cls(uri, generation, content, str(fields["owner"]), str(fields.get("process", "")))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return cls(uri, generation, content, "a process that is starting", "")
