@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from crowdray.data.decoding import decode_image
+from crowdray.data.decoding import content_size, decode_image
 from crowdray.data.sample import decode_roi
 from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
+from crowdray.datasets.sources.annotations.images import upright
 from crowdray.errors import DataError
 
 from ...support.annotation_builders import (
@@ -36,7 +37,7 @@ from ...support.annotation_builders import (
     write_images,
     write_json,
 )
-from ...support.builders import HEIGHT, WIDTH, jpeg
+from ...support.builders import HEIGHT, WIDTH, encode, jpeg
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -190,10 +191,52 @@ def test_upright_applies_exif_orientation(tmp_path: Path, orientation: int) -> N
     expected = np.asarray(ImageOps.exif_transpose(Image.open(buffer)), dtype=int)
     assert sample.points.tolist() == [[1, 2]] and (sample.height, sample.width) == expected.shape[:2]
     assert np.abs(decode_image(sample.image).astype(int) - expected).mean() < 2
-    if orientation > 4:  # an annotation with the stored size refers to the stored pixels
-        content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}]}
-        write_json(tmp_path / "market" / "a.json", content | {"annotations": [], "categories": []})
-        assert load("coco", tmp_path / "market")["a.jpg"].image == buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "head", "outcome"),
+    [
+        ((48, 64), None, "stored"),
+        ((48, 64), (60, 40), "stored"),
+        ((48, 64), (40, 60), "upright"),
+        ((48, 64), (48, 48), "lie inside it in both ways"),
+        ((48, 64), (60, 60), "lie inside it in neither way"),
+        ((64, 48), (48, 48), "upright"),
+        ((64, 48), (60, 40), "upright"),
+        (None, None, "upright"),
+        (None, (48, 48), "upright"),
+        (None, (60, 60), "upright"),
+        (None, (60, 40), "lie inside it only as stored"),
+        ((48, 48), (1, 1), "it is 48x64, but was annotated at 48x48"),
+    ],
+)
+def test_upright_lets_heads_decide_between_orientation_and_size(
+    size: tuple[int, int] | None, head: tuple[int, int] | None, outcome: str
+) -> None:
+    """A photo stored at 48x64 (HxW) whose tag turns it to 64x48."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = encode(Image.new("RGB", (64, 48)), "JPEG", exif=exif)
+    try:
+        turned = upright(content, size, np.array([head] if head else [], dtype=np.float64).reshape(-1, 2), "a.json")
+    except DataError as error:
+        assert outcome in str(error) and "a.json" in str(error)
+    else:
+        assert outcome == ("stored" if turned == content else "upright")
+        assert content_size(turned) == ((48, 64) if outcome == "stored" else (64, 48))
+
+
+def test_load_of_stored_size_and_upright_heads_turns_the_photo(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "market").mkdir()
+    (tmp_path / "market" / "a.jpg").write_bytes(encode(Image.new("RGB", (64, 48)), "JPEG", exif=exif))
+    content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}], "categories": []}
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [39, 59, 2, 2]}]
+    content["categories"] = [{"id": 1, "name": "head"}]
+    write_json(tmp_path / "market" / "a.json", content)
+    sample = load("coco", tmp_path / "market", boxes="centre")["a.jpg"]
+    assert (sample.height, sample.width) == (64, 48) and sample.points.tolist() == [[40, 60]]
 
 
 def test_convert_csv_keeps_scenes_and_counts(tmp_path: Path) -> None:
@@ -307,7 +350,7 @@ def test_coco_unnamed_keypoint_loads_and_crowd_region_skips_image(tmp_path: Path
         (["images", 1, "id"], 397133, "images[1] has the same id 397133 as"),
         (["images", 1, "file_name"], "a.jpg", "a.jpg is annotated twice"),
         (["images", 1, "file_name"], 3, "images[1].file_name is 3: Input should be a valid string"),
-        (["images", 0, "width"], 64, "a.jpg is 32x24, but was annotated at 64x24"),
+        (["images", 0, "width"], 64, "a.jpg: it is 32x24, but was annotated at 64x24"),
         (["images"], {}, "images is {}: Input should be a valid list"),
         (["categories"], None, "categories is None: Input should be a valid list"),
     ],

@@ -99,18 +99,14 @@ class AnnotatedFolder(AnnotatedImages):
         return np.array(self._annotation_of(item).heads, dtype=np.float64).reshape(-1, 2)
 
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
-        """Return the upright image, to which its annotation refers."""
-        return upright(self._content(item), self._annotation_of(item).size), heads
+        """Return the image to which its annotation refers, which is upright."""
+        annotation = self._annotation_of(item)
+        return upright(self._content(item), annotation.size, heads, annotation.location), heads
 
     def region(self, item: Item, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-        """Return the region of interest; DataError if the image was annotated at another size."""
-        annotation, (height, width) = self._annotation_of(item), size
-        if annotation.size and annotation.size != size:
-            annotated = f"{annotation.size[1]}x{annotation.size[0]} ({annotation.location})"
-            raise DataError(
-                f"{item.image} is {width}x{height}, but was annotated at {annotated}; replace it by the annotated image"
-            )
-        return roi_mask(annotation.roi_polygons, height, width) if annotation.roi_polygons else None
+        """Return the region of interest."""
+        polygons = self._annotation_of(item).roi_polygons
+        return roi_mask(polygons, *size) if polygons else None
 
     def size(self, item: Item) -> tuple[int, int]:
         """Return the size (H, W) of the upright image, without decoding it."""

@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import PurePosixPath
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
 from crowdray.data.decoding import SIDEWAYS, content_size, decode_image, orientation, turn_upright
+from crowdray.data.sample import points_outside
 from crowdray.datasets.sources.layout import IMAGES
 from crowdray.errors import DataError
 
@@ -70,19 +73,41 @@ def split_and_scene(path: str) -> tuple[str, str]:
     return splits[0] if splits else "", "/".join(scenes)
 
 
-def upright(content: bytes, size: tuple[int, int] | None) -> bytes:
-    """Apply the EXIF orientation to an encoded image, as annotation tools do; upright images keep their bytes.
+def upright(content: bytes, size: tuple[int, int] | None, heads: NDArray[np.float64], location: str) -> bytes:
+    """Turn an encoded image as its annotation sees it; an image that stays as stored keeps its bytes.
 
-    If `size` (H, W), at which the image was annotated, equals the stored size, the image is not rotated.
+    Tools show images upright, as an EXIF orientation asks, but some write the stored size next to upright coordinates,
+    and others annotate stored pixels: where the size contradicts the orientation, all heads must lie inside the image
+    in exactly one of the two ways.
+
+    Args:
+        content: The encoded image.
+        size: Size (H, W) in the annotation; None if it is unknown.
+        heads: (N, 2) annotated x y.
+        location: Position of the annotation in its file, for messages.
 
     Raises:
-        DataError: The image cannot be decoded.
+        DataError: The image cannot be decoded, has another size, or cannot be reconciled with its annotation.
     """
-    turn = orientation(content)
+    turn, stored = orientation(content), content_size(content)
+    turned = stored[::-1] if turn in SIDEWAYS else stored
+    if size and size not in (stored, turned):
+        raise DataError(
+            f"it is {turned[1]}x{turned[0]}, but was annotated at {size[1]}x{size[0]} ({location}); "
+            "replace it by the annotated image"
+        )
+    if stored != turned and size != turned:
+        possible = [way for way in (stored, turned) if not points_outside(heads.astype(np.float32), *way)]
+        if size and (len(heads) == 0 or possible == [stored]):
+            return content
+        if possible == [stored] or (size and possible != [turned]):
+            ways = {0: "in neither way", 1: "only as stored", 2: "in both ways"}[len(possible)]
+            raise DataError(
+                f"its annotation ({location}) contradicts its EXIF orientation, which turns {stored[1]}x{stored[0]} "
+                f"pixels to {turned[1]}x{turned[0]}: the heads lie inside it {ways}; turn the photo upright, remove "
+                "the tag and correct the annotation"
+            )
     if turn == 1:
-        return content
-    height, width = content_size(content)
-    if turn in SIDEWAYS and height != width and size == (height, width):
         return content
     rotated = turn_upright(decode_image(content), turn)
     encoded: bytes = simplejpeg.encode_jpeg(rotated, quality=JPEG_QUALITY, colorsubsampling="444")
