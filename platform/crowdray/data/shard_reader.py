@@ -40,7 +40,7 @@ class Shard:
         try:
             for batch in batches:
                 batch.validate(full=True)  # offsets that leave their buffer would read other memory
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
         self.uri = uri
         self._batches = batches
@@ -90,7 +90,7 @@ class MappedShard(Shard):
         try:
             reader = pa.ipc.open_file(pa.memory_map(path, "r"))
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
         super().__init__(uri, batches, reader.schema, rows)
 
@@ -109,7 +109,7 @@ class RemoteShard(Shard):
             for number in range(reader.num_record_batches):
                 batches.append(batch := reader.get_batch(number))
                 self._file.load(self._small_buffers(batch))
-        except (pa.ArrowException, EOFError) as error:
+        except (pa.ArrowException, OSError, EOFError) as error:
             problem = f"damaged, or not the file of {size} bytes that its index names"
             raise DataError(f"{uri} is {problem} ({error}); copy it again or convert again") from error
         super().__init__(uri, batches, reader.schema, rows)
