@@ -14,7 +14,8 @@ import pytest
 from crowdray import storage
 from crowdray.errors import UserError
 from crowdray.storage import lock as lock_module
-from crowdray.storage.lock import Lock, process_id
+from crowdray.storage.lock import Lock
+from crowdray.storage.process import process_id
 
 FORK = multiprocessing.get_context("fork")
 FIX = "choose another --name"

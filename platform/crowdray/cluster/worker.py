@@ -1,6 +1,5 @@
 """One worker of a training run: trains one rank and reports every epoch to Ray Train."""
 
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,13 +77,13 @@ def _train(task: WorkerTask) -> None:
         first = False
         with (
             disk_full_as_user_error(f"a checkpoint under {run.uri}", _RETRY),
-            tempfile.TemporaryDirectory(prefix="crowdray-checkpoint-") as folder,
+            storage.scratch_folder("checkpoint") as folder,
         ):
             checkpoint = None
             if world.rank == 0:
                 session.save(trainer, save)
                 if not run.study_file:  # the states of a trial are in the stage cache alone
-                    save(Path(folder))
+                    save(folder)
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(
                 {ROWS: rows},
@@ -105,14 +104,14 @@ def _publish(run: Run, trainer: Trainer) -> None:
     """Evaluate the finished run on all ranks, and publish its weights and result from rank 0."""
     result = final_result(trainer)
     if trainer.state.world.rank == 0 and not run.is_trained:
-        with tempfile.TemporaryDirectory(prefix="crowdray-trained-") as folder:
+        with storage.scratch_folder("trained") as folder:
             weights = trainer.state.counter.state_dict()
             checkpoint = Checkpoint(
                 run.identity.config, trainer.state.progress, weights, best_weights=trainer.state.best_weights
             )
-            save_checkpoint(checkpoint, Path(folder))
-            (Path(folder) / RESULT).write_text(result.to_json())
-            storage.publish_directory(Path(folder), run.trained, last=RESULT)
+            save_checkpoint(checkpoint, folder)
+            (folder / RESULT).write_text(result.to_json())
+            storage.publish_directory(folder, run.trained, last=RESULT)
 
 
 def upload(run: str, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:

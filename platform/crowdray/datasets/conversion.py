@@ -139,7 +139,7 @@ def open_conversion(
 ) -> Iterator[Conversion]:
     """Lock `dest` and yield its conversion, with the results of an interrupted run of the same conversion.
 
-    Finished slices are kept if the block fails. `log` receives a message while it waits for a sign of an earlier process.
+    Finished slices are kept if the block fails. `log` receives a message while it waits for another process.
     UserError if `dest` contains other files or a dataset, or another process converts into it.
     """
     dest = storage.resolve(dest)

@@ -1,6 +1,5 @@
 """Publication of a finished training run: packaged counter, registered version, figures."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,8 +72,8 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
     tracker.sync_history(metric_rows(checkpoint.progress.history))
     tracker.log_summary(_final_metrics(result), checkpoint.progress.epochs)
     epoch = result.stages[result.best_stage].best.epoch
-    with tempfile.TemporaryDirectory(prefix="crowdray-publish-") as scratch:
-        package = _package(run, checkpoint, result, dataset, Path(scratch) / "model")
+    with storage.scratch_folder("publish") as scratch:
+        package = _package(run, checkpoint, result, dataset, scratch / "model")
         tracker.log_summary({f"best/{name}": value for name, value in package.metrics.items()}, epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
@@ -82,7 +81,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         if tracking_uri is not None and tracker.run_id is not None:
             name = f"crowdray-{dataset.index.name}"
             version = register(package, name, tracker.run_id, epoch, tracking_uri)
-        figures = _draw(checkpoint, result, dataset, Path(scratch))
+        figures = _draw(checkpoint, result, dataset, scratch)
         for figure in figures:
             tracker.log_file(figure, "figures")
         overview = storage.join(run.uri, figures[0].name)

@@ -7,7 +7,6 @@ Shape legend: B batch, H W image, h w density (H and W divided by the side of a 
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path, PurePosixPath
@@ -112,11 +111,11 @@ def load_counter(
     Raises:
         UserError: The model does not exist, or is not a packaged counter.
     """
-    with tempfile.TemporaryDirectory(prefix="crowdray-model-") as scratch:
+    with storage.scratch_folder("model") as scratch:
         if urlsplit(uri).scheme in ("models", "runs"):
-            fetch = _from_mlflow(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(scratch), timeout_s)
+            fetch = _from_mlflow(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), scratch, timeout_s)
         else:
-            fetch = _from_folder(uri, Path(scratch))
+            fetch = _from_folder(uri, scratch)
         try:
             metadata, geometry = _read_description(fetch(DESCRIPTION))
             graph = load_program(fetch(GRAPH))

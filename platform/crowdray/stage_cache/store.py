@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import re
-import tempfile
 import time
 import uuid
 from collections import defaultdict
@@ -129,14 +128,14 @@ class StageStore:
         if storage.exists(storage.join(uri, MANIFEST)):
             return
         with (
-            tempfile.TemporaryDirectory(prefix="crowdray-state-") as scratch,
+            storage.scratch_folder("state") as scratch,
             disk_full_as_user_error(f"the state {uri}", _FIX),
         ):
-            files = Path(scratch, uuid.uuid4().hex)
+            files = scratch / uuid.uuid4().hex
             files.mkdir()
             save(files)
-            Path(scratch, MANIFEST).write_text(_manifest_of(files))
-            _publish(Path(scratch), uri)
+            (scratch / MANIFEST).write_text(_manifest_of(files))
+            _publish(scratch, uri)
         self._evict(key.key, _folder(epoch))
 
     def touch(self, key: StageKey, epoch: int) -> None:

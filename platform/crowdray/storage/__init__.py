@@ -22,3 +22,4 @@ from crowdray.storage.files import (
     write_bytes,
 )
 from crowdray.storage.paths import PARTIAL, is_local, is_transient, join, resolve
+from crowdray.storage.scratch import scratch_folder

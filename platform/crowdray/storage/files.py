@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import fsspec
 
 from crowdray.errors import DataError, UserError
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve, retry, translated_errors
+from crowdray.storage.scratch import scratch_folder
 
 _COMPANIONS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 """Files and folders that file managers add to others."""
@@ -137,18 +137,18 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
 
     def copy(file: FileInfo) -> None:
-        fs.get_file(join(path, file.name), str(Path(folder, file.name)))
-        if Path(folder, file.name).stat().st_size != file.size:
+        fs.get_file(join(path, file.name), str(folder / file.name))
+        if (folder / file.name).stat().st_size != file.size:
             raise DataError(f"{join(uri, file.name)} was cut off while it was copied; run the command again")
 
-    with tempfile.TemporaryDirectory(prefix="crowdray-copy-") as folder:
+    with scratch_folder("copy") as folder:
         with translated_errors("copy", f"{uri} to {folder} (set TMPDIR to use another folder)"):
             fs, path = filesystem(uri)
             if not (found := find_files(uri, depth=1)):
                 raise FileNotFoundError(uri)
             for file in found:
                 retry(functools.partial(copy, file))
-        yield Path(folder)
+        yield folder
 
 
 class ExclusiveCreateUnsupportedError(UserError):
@@ -219,9 +219,12 @@ def staging_file(uri: str) -> Iterator[Path]:
     A file that is still there at the end is removed; a full disk is a UserError that names the URI.
     """
     with translated_errors("write", uri):
-        target = Path(resolve(uri)) if is_local(uri) else Path(tempfile.gettempdir()) / Path(uri).name
-        with _partial_sibling(target) as partial:
-            yield partial
+        if is_local(uri):
+            with _partial_sibling(Path(resolve(uri))) as partial:
+                yield partial
+        else:
+            with scratch_folder("upload") as folder:
+                yield folder / Path(uri).name
 
 
 def remove(uri: str) -> None:

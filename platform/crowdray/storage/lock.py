@@ -18,13 +18,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from crowdray import storage
 from crowdray.documents import parse_json
 from crowdray.errors import UserError
+from crowdray.storage.process import machine_id, process_id
 
 TIMEOUT_S = 30.0
 """Seconds without a heartbeat after which a holder is dead."""
@@ -181,25 +181,6 @@ class Lock:
         return files
 
 
-def process_id(pid: int) -> str:
-    """Identify a running process among those of all machines and times; empty if it has ended, or without /proc."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    started = fields[18]
-    return "" if state in "ZX" or not _machine() else f"{_machine()} {pid} {started}"
-
-
-def _machine() -> str:
-    """Identify this start of this machine, and this container's view of its processes; empty without /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
 @dataclass(frozen=True)
 class _LockFile:
     """The content of a lock file."""
@@ -214,7 +195,7 @@ class _LockFile:
     def ended(self) -> bool | None:
         """Whether the holder's process has ended; None for one that this machine does not know."""
         machine, _, pid = self.process.rpartition(" ")[0].rpartition(" ")
-        if not pid.isdecimal() or machine != _machine():
+        if not pid.isdecimal() or machine != machine_id():
             return None
         return process_id(int(pid)) != self.process
 

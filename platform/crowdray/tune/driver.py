@@ -1,11 +1,9 @@
 """The driver of a study: sample with Optuna, run trials on Ray Tune, publish the best one."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from crowdray import storage
@@ -225,7 +223,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
     if not single:  # its workers reserve their own; the trial itself only waits for them
         resources = {"memory": 1.0}
     # Tune's thread may still write there after an interrupt.
-    with tempfile.TemporaryDirectory(prefix="crowdray-tune-", ignore_cleanup_errors=True) as scratch:
+    with storage.scratch_folder("tune") as scratch:
         tuner = ray_tune.Tuner(
             ray_tune.with_resources(partial(run_trial, task), resources),
             tune_config=ray_tune.TuneConfig(
@@ -237,7 +235,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
             ),
             run_config=ray_tune.RunConfig(
                 name=study.identity.name,
-                storage_path=scratch,
+                storage_path=str(scratch),
                 failure_config=ray_tune.FailureConfig(max_failures=MAX_RETRIES),
                 verbose=0,
             ),
@@ -262,9 +260,9 @@ def _best(record: StudyRecord, study: Study) -> TrialRecord:
 def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...]:
     """Draw the search, and store its record next to the figures."""
     uris = []
-    with tempfile.TemporaryDirectory(prefix="crowdray-figures-") as folder:
+    with storage.scratch_folder("figures") as folder:
         names = ("optimization", "importance", "slices", "stage-tree")
-        paths = [Path(folder) / f"{name}.png" for name in names]
+        paths = [folder / f"{name}.png" for name in names]
         draw_optimization(record, paths[0])
         draw_importance(record, importances(record), paths[1])
         draw_slices(record, paths[2])

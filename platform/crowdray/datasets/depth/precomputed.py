@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import tempfile
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
@@ -83,11 +82,10 @@ def _npy(content: bytes, uri: str) -> NDArray[Any]:
 
 def _exr(content: bytes, uri: str) -> NDArray[Any]:
     library = import_extra("OpenEXR", "exr")
-    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # the library only reads files
-        file.write(content)
-        file.flush()
+    with storage.scratch_folder("exr") as folder:  # the library only reads files
+        (file := folder / "depth.exr").write_bytes(content)
         try:
-            channels = library.File(file.name, separate_channels=True).channels()
+            channels = library.File(str(file), separate_channels=True).channels()
         except RuntimeError as error:
             raise DataError(f"{uri} cannot be read as EXR; write it again") from error
     candidates = ("Z", "Y") if len(channels) > 1 else tuple(channels)
