@@ -53,7 +53,7 @@ NAMES = {
     r"Findings|Soundness|judge_findings": "DatasetStats, ValidationReport, validate",
     r"Marks|Node(?=\()": "ImageAnnotation, the JSON reader",
     r"pinned|load_published": "pin_weights, load_pretrained",
-    r"explained|bounded|calm": "translated_errors, request_timeout, silence_mlflow",
+    r"explained|bounded|calm": "translated_errors, call_mlflow, silence_mlflow",
     r"SettingsError|MISTAKEN": "InfeasibleConfigError, EXIT_USAGE",
 }
 PATTERNS = [(re.compile(rf"\b(?:{words})\b", re.I), term) for words, term in PROSE.items()]

@@ -3,11 +3,16 @@
 import re
 import unicodedata
 
+from crowdray.credentials import redacted
+
 RESUME_HINT = "run the same command again to resume"
 
 
 class UserError(ValueError):
     """Invalid input from the user; the message shows the value, its location and the fix (exit status 2)."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 class InfeasibleConfigError(UserError):
@@ -20,6 +25,9 @@ class DataError(UserError):
 
 class JobFailed(RuntimeError):
     """A job that could not finish although its input was valid (exit status 1)."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 def first_line(error: BaseException) -> str:

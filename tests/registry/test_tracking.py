@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from crowdray.errors import UserError
 from crowdray.registry import tracking
-from crowdray.registry.connection import connect, request_timeout, sqlite_path
+from crowdray.registry.connection import call_mlflow, connect, sqlite_path
 from crowdray.registry.tracking import MlflowTracker, flatten, open_tracker
 
 pytestmark = pytest.mark.slow
@@ -176,8 +176,8 @@ def test_open_tracker_without_an_answer_raises_within_the_timeout(
         ("./mlruns", r"plain folder.*sqlite:///\./mlruns/mlflow\.db"),
         ("file:///a/b", r"plain folder.*sqlite:////a/b/mlflow\.db"),
         ("foo://x", "cannot use .*foo"),
-        ("sqlite:////proc/none/m.db", "cannot open the MLflow database /proc/none/m.db"),
-        ("postgresql://me:secret@127.0.0.1:9/db", "127.0.0.1:9 does not answer"),
+        ("sqlite:////proc/none/m.db", "/proc/none/m.db: .*make the file and its folder writable"),
+        ("postgresql+psycopg2://me:secret@127.0.0.1:9/db", "pip install psycopg2-binary"),
     ],
 )
 def test_connect_to_an_invalid_uri_raises_with_the_fix(uri: str, message: str) -> None:
@@ -192,11 +192,10 @@ def test_connect_to_a_text_file_raises(tmp_path: Path) -> None:
         connect(f"sqlite:///{tmp_path}/m.db", timeout_s=2)
 
 
-def test_request_timeout_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_mlflow_restores_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with request_timeout(3, retries=0):
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+    assert call_mlflow("http://x", 3, lambda: os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == "3"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crowdray import credentials
 from crowdray.cluster.ray_internals import cluster_limits, reload_settings
 from crowdray.config import Device
 from crowdray.errors import UserError
@@ -74,11 +75,15 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         raise UserError("this process is connected to Ray already; call ray.shutdown() first")
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    runtime_env: dict[str, Any] = {"py_modules": [str(PACKAGE)], "env_vars": _WORKER_ENV}
+    if hidden := dict(credentials.hidden):
+        # Ray keeps a hook in memory, and writes other parts of a runtime environment into logs.
+        runtime_env["worker_process_setup_hook"] = lambda: credentials.hidden.update(hidden)
     own: dict[str, Any] = {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES} if local else {}
     try:
         ray.init(
             address or "local",
-            runtime_env={"py_modules": [str(PACKAGE)], "env_vars": _WORKER_ENV},
+            runtime_env=runtime_env,
             log_to_driver=False,  # workers answer with reports and exceptions
             logging_level=logging.ERROR,
             **own,

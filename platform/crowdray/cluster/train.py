@@ -185,8 +185,7 @@ def _ray_storage(uri: str) -> tuple[str, Any]:
     """Path and file system for Ray: local paths as they are, everything else through fsspec."""
     if storage.is_local(uri):
         return uri, None
-    import fsspec
     import pyarrow.fs
 
-    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem, path = storage.filesystem(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))

@@ -14,6 +14,7 @@ import torch
 from crowdray import storage
 from crowdray.cluster.runtime import node_resources
 from crowdray.config import Config
+from crowdray.credentials import redacted
 from crowdray.errors import RESUME_HINT, UserError
 from crowdray.pipeline.identity import open_verified
 from crowdray.pipeline.run import RESULT, Run
@@ -54,7 +55,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         _train(task)
     except Exception as error:
         # Ray passes on the exception without its traceback.
-        error.add_note(traceback.format_exc())
+        error.add_note(redacted(traceback.format_exc()))
         raise
 
 

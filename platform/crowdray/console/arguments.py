@@ -16,6 +16,7 @@ from rich.console import Console
 
 from crowdray import storage
 from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_json
+from crowdray.credentials import hide_credentials
 from crowdray.errors import UserError
 from crowdray.presets import preset
 
@@ -73,10 +74,10 @@ def load_preset(name: str) -> Config:
 
 
 def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, else mlflow.db at the root of the repository or in the working directory."""
+    """Return MLFLOW_TRACKING_URI without credentials, else mlflow.db in the repository or the working directory."""
     root = Path(__file__).resolve().parents[3]
     folder = root if (root / "pyproject.toml").is_file() else Path.cwd()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    return hide_credentials(os.environ.get("MLFLOW_TRACKING_URI") or "") or f"sqlite:///{folder / 'mlflow.db'}"
 
 
 def write_json(uri: str | None, content: Mapping[str, Any]) -> None:

@@ -5,11 +5,14 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from crowdray import __version__
 from crowdray.console import terminal
+from crowdray.credentials import hide_credentials, redacted
 from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -44,21 +47,26 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     """Call a job with its arguments; exit if it fails.
 
     UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
-    traceback.
+    traceback. Nothing that is printed contains the credentials of a URI.
     """
     if logging.lastResort:
         logging.lastResort.setFormatter(terminal.OneLineFormatter())
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged image is reported with its name and a fix
     warnings.filterwarnings("ignore", module=r"PIL\b")
+    sys.excepthook = _print_traceback
     sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
     try:
-        job(list(arguments))
+        job([hide_credentials(argument) for argument in arguments])
     except UserError as error:
         sys.exit(_print_error(error, EXIT_USAGE))
     except JobFailed as error:
         sys.exit(_print_error(error, EXIT_FAILED))
     except KeyboardInterrupt:
         sys.exit(_print_error(f"interrupted; {RESUME_HINT}", EXIT_INTERRUPTED))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
 
 
 def _print_error(message: object, status: int) -> int:

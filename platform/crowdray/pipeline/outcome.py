@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from crowdray import storage
+from crowdray.credentials import redacted
 from crowdray.documents import parse_as, parse_document, to_document
 from crowdray.errors import DataError
 from crowdray.pipeline.run import Run
@@ -44,7 +45,10 @@ class Outcome:
         if not storage.exists(run.outcome):
             return None
         outcome = cls.from_json(storage.read_bytes(run.outcome), run.outcome)
-        return replace(outcome, alias=None) if outcome.tracking_uri == tracking_uri else None
+        # A previous version recorded credentials too.
+        recorded, url = (uri and redacted(uri) for uri in (outcome.tracking_uri, outcome.run_url))
+        same = recorded == (tracking_uri and redacted(tracking_uri))
+        return replace(outcome, alias=None, tracking_uri=recorded, run_url=url) if same else None
 
     def to_json(self) -> str:
         """Return the outcome as JSON text."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from crowdray import storage
+from crowdray.credentials import redacted
 from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
@@ -93,7 +94,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         figure=overview,
         registered=version.uri if version else None,
         alias=version.alias if version else None,
-        tracking_uri=tracking_uri,
+        tracking_uri=tracking_uri and redacted(tracking_uri),
         run_id=tracker.run_id,
         run_url=tracker.url,
     )

@@ -1,31 +1,98 @@
-"""Connection to an MLflow server or database, with a timeout on every request.
+"""Connection to an MLflow server or database, with a limit on the time of every call.
 
 MLflow itself retries an unreachable server for minutes, and a database for hours.
 """
 
 import contextlib
+import ctypes
 import logging
 import math
 import os
-import socket
+import re
 import sqlite3
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from crowdray.credentials import redacted, with_credentials
 from crowdray.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+T = TypeVar("T")
+
 _ARTIFACT_CLIENTS = ("boto3", "botocore", "s3transfer", "google", "azure")
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_FIX = (
-    "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to a "
-    "running server, or to sqlite:////a/folder/mlflow.db for a file that needs no server"
+_CALL_LIMIT = 4
+"""Time of a call with several requests, in units of the timeout of one."""
+_MIN_BYTES_PER_S = 2**18
+"""Slowest transfer of artifacts that is waited for."""
+_DISTRIBUTIONS = {
+    "azure": "azure-storage-blob azure-identity",
+    "google": "google-cloud-storage",
+    "MySQLdb": "mysqlclient",
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+}
+"""Packages whose distribution has another name."""
+_LOG_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+_OTHER_PROGRAM = "something other than MLflow answers, such as a login page"
+_FIXES = (
+    (r"Invalid Host header", "", "start the server with --allowed-hosts and the name in the URI"),
+    (r"status 401|UNAUTHENTICATED", "", f"give or correct the login: {_LOG_IN}"),
+    (r"status 403|PERMISSION_DENIED", "", f"this user lacks the permission: ask the server's owner, or {_LOG_IN}"),
+    (
+        r"status 40[45]|ENDPOINT_NOT_FOUND",
+        "",
+        "correct the path in the URI; if it is correct, the server is older than MLflow 3: upgrade it",
+    ),
+    (r"status 429", "", "the server limits requests: run the same command again later"),
+    (r"status 5", "", "the server or the proxy before it fails: see its log, then run the same command again"),
+    (
+        r"status 3|valid JSON format|Exceeded \d+ redirects|no experiments",
+        _OTHER_PROGRAM,
+        "correct the address, or log in as the server requires (MLFLOW_TRACKING_TOKEN)",
+    ),
+    (
+        r"CERTIFICATE_VERIFY_FAILED",
+        "",
+        "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority, or correct the host name",
+    ),
+    (r"WRONG_VERSION_NUMBER|SSL", "", "the server does not speak TLS: write http:// instead of https://"),
+    (r"[Pp]roxy", "", "check HTTP_PROXY and HTTPS_PROXY, or add the host to NO_PROXY"),
+    (
+        r"not known|No address|name resolution|Invalid url",
+        "",
+        "correct the host name and the port, or check the network",
+    ),
+    (
+        r"closed connection|aborted|reset by peer",
+        "it closes the connection",
+        "write https:// if it speaks TLS, or see its log",
+    ),
+    (r"load plugin", "unknown scheme", "use http://, https://, sqlite:/// or the URI of another database"),
+    (r"[Tt]imed? ?out|timeout", "", "check that the server is not overloaded and no firewall drops its packets"),
+    (r"refused", "", "{start}"),
+    (r"out-of-date database schema", "its schema is of another version", "{upgrade}"),
+    (r"database is locked", "", "end the process that holds it, or use a server (mlflow server) for several writers"),
+    (
+        r"readonly|Read-only|unable to open|Permission denied|No such file",
+        "",
+        "make the file and its folder writable, or use another path",
+    ),
+    (r"not a database|malformed", "", "the file is damaged or no MLflow database: restore it, or use another path"),
+    (r"password|[Aa]ccess denied|[Aa]uthentication", "", "correct the user and the password in the URI"),
 )
+"""Symptom, what to say instead of the library's text, and the fix; the first that matches applies."""
+_START = (
+    "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to a running server, "
+    "or to sqlite:////a/folder/mlflow.db for a file that needs no server"
+)
+_UPGRADE = "back it up and run `mlflow db upgrade` with this URI, or install the newer MLflow that wrote it"
+_STATUS = re.compile(r"error code (\d{3})|too many (\d{3}) error|(\d{3}) (?:Client|Server) Error")
 
 
 def connect(uri: str, timeout_s: float) -> "MlflowClient":
@@ -44,17 +111,29 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
             f"the tracking URI {uri!r} is a plain folder, which MLflow no longer supports; "
             f"use a database file in it instead: sqlite:///{folder}/mlflow.db"
         )
-    if scheme == "sqlite":
-        _check_sqlite(sqlite_path(uri), uri)
-    elif scheme in _PORTS:
-        _check_port(uri, _PORTS[scheme], timeout_s)
     configure_mlflow()
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient, MlflowException
 
-    with translated_errors(uri), request_timeout(timeout_s, retries=0):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
+    def open_client() -> MlflowClient:
+        full = with_credentials(uri)
+        if scheme not in ("http", "https"):
+            _check_database(full, timeout_s)
+        client = MlflowClient(tracking_uri=full, registry_uri=full)
+        if not client.search_experiments(max_results=1) and not _has_experiment(client):
+            raise MlflowException("no experiments")
         return client
+
+    return call_mlflow(uri, timeout_s, open_client, retries=0)
+
+
+def _has_experiment(client: "MlflowClient") -> bool:
+    """Whether MLflow's default experiment exists, deleted or not; any JSON object passes for an empty list."""
+    from mlflow.exceptions import RestException
+
+    try:
+        return bool(client.get_experiment("0").experiment_id)
+    except RestException:  # only MLflow answers so
+        return True
 
 
 def configure_mlflow() -> None:
@@ -65,33 +144,62 @@ def configure_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def redacted(uri: str) -> str:
-    """Return a URI without its password, for messages."""
-    parts = urlsplit(uri)
-    return uri.replace(f":{parts.password}@", ":***@") if parts.password else uri
-
-
 def sqlite_path(uri: str) -> Path:
     """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db."""
     return Path(urlsplit(uri).path.removeprefix("/")).absolute()
 
 
+def call_mlflow(uri: str, timeout_s: float, call: Callable[[], T], *, retries: int = 1, payload_bytes: int = 0) -> T:
+    """Call MLflow: at most `timeout_s` per request, a few times that in total, and errors as one UserError.
+
+    Args:
+        uri: Tracking URI, for messages.
+        call: Sends any number of requests. After the limit it is abandoned, and ends with its current request.
+        retries: Retries of each request.
+        payload_bytes: Size of the artifacts that are sent and received, which take time in addition.
+
+    Raises:
+        UserError: The call fails, or takes too long.
+    """
+    limit = _CALL_LIMIT * timeout_s + payload_bytes / _MIN_BYTES_PER_S
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    # A request ends late if its answer trickles, and neither databases nor artifact stores have one timeout for all.
+    thread = threading.Thread(target=run, name="crowdray-mlflow", daemon=True)
+    with _translated_errors(uri), _request_timeout(timeout_s, retries):
+        thread.start()
+        thread.join(limit)
+        if thread.is_alive():
+            assert thread.ident is not None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            raise TimeoutError(f"timed out after {limit:.0f} s")
+        if errors:
+            raise errors[0]
+        return results[0]
+
+
 @contextlib.contextmanager
-def request_timeout(timeout_s: float, retries: int) -> Iterator[None]:
-    """Limit each MLflow request in the block to `timeout_s` seconds and `retries` retries."""
+def _request_timeout(timeout_s: float, retries: int) -> Iterator[None]:
     # MLflow reads these variables at each request; it has no arguments for them.
     variables = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.floor(timeout_s))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    with environment(variables):
+    with _environment(variables):
         yield
 
 
 @contextlib.contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the duration of the block."""
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -119,24 +227,28 @@ def silence_mlflow() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated_errors(uri: str) -> Iterator[None]:
+def _translated_errors(uri: str) -> Iterator[None]:
     """Turn errors of MLflow, its database, its artifact store and the network into one UserError."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    store = f"cannot use the MLflow tracking URI {uri}"
     try:
         yield
     except UserError:
         raise
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise UserError(f"cannot use the MLflow tracking URI {redacted(uri)}: {_reason(error)}; {_FIX}") from error
+    except ImportError as error:
+        name = (error.name or str(error)).partition(".")[0]
+        raise UserError(f"{store}: it needs a package: pip install {_DISTRIBUTIONS.get(name, name)}") from error
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise UserError(f"{store}: {_explain(_reason(error), str(error))}") from error
     except Exception as error:
         # Clients of artifact stores have no common base class of their errors.
-        if not isinstance(error, ImportError) and not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
+        if not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
             raise
         raise UserError(
-            f"cannot use the artifact store of the MLflow tracking URI {redacted(uri)}: {_reason(error)}; check the "
-            "credentials, and that the client is installed (for s3://: pip install 'crowdray[aws]')"
+            f"cannot use the artifact store of the MLflow tracking URI {uri}: {_reason(error)}; check the credentials "
+            "and the address of the store"
         ) from error
 
 
@@ -146,26 +258,31 @@ def _reason(error: BaseException) -> str:
     while (cause := innermost.__cause__ or innermost.__context__) is not None:
         innermost = cause
     source = innermost if isinstance(innermost, OSError) else error
-    text = str(source).strip().splitlines() or [type(source).__name__]
-    return text[0][:300].rstrip(" .;")
+    text = redacted(str(source)).strip()
+    if status := _STATUS.search(text):
+        answer = re.search(r"Response body: '([^<\n]+)'", text)
+        return f"it answers with status {next(filter(None, status.groups()))}" + (f" ({answer[1]})" if answer else "")
+    return (text.splitlines() or [type(source).__name__])[0][:300].rstrip(" .;")
 
 
-def _check_sqlite(path: Path, uri: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path, timeout=5)) as database:
-            database.execute("pragma schema_version").fetchone()
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(
-            f"cannot open the MLflow database {path} (tracking URI {uri}): {error}; "
-            "check that its folder is writable and the file is an MLflow database, or use another path"
-        ) from error
+def _explain(reason: str, text: str) -> str:
+    """Return a reason with the fix for it, which the whole text of the error may decide."""
+    for symptom, better, fix in _FIXES:
+        if re.search(symptom, f"{reason} {text}"):
+            return f"{better or reason}; {fix.format(start=_START, upgrade=_UPGRADE)}"
+    return f"{reason}; check MLFLOW_TRACKING_URI"
 
 
-def _check_port(uri: str, default_port: int, timeout_s: float) -> None:
-    parts = urlsplit(uri)
-    address = parts.hostname or "localhost", parts.port or default_port
-    try:
-        socket.create_connection(address, timeout=timeout_s).close()
-    except OSError as error:
-        raise UserError(f"the MLflow database at {address[0]}:{address[1]} does not answer: {error}; {_FIX}") from error
+def _check_database(uri: str, timeout_s: float) -> None:
+    """Connect once: MLflow repeats a failed attempt for hours."""
+    import sqlalchemy
+
+    options: dict[str, object] = {}
+    if uri.startswith("sqlite"):
+        sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
+        options["timeout"] = timeout_s  # for a lock
+    engine = sqlalchemy.create_engine(uri, connect_args=options)
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.execute(sqlalchemy.text("pragma schema_version"))
+    engine.dispose()

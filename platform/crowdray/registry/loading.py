@@ -18,16 +18,10 @@ import yaml
 from torch import Tensor, nn
 
 from crowdray import storage
+from crowdray.credentials import hide_credentials, with_credentials
 from crowdray.errors import UserError
 from crowdray.models.export import Geometry
-from crowdray.registry.connection import (
-    configure_mlflow,
-    connect,
-    environment,
-    redacted,
-    request_timeout,
-    translated_errors,
-)
+from crowdray.registry.connection import call_mlflow, configure_mlflow, connect
 from crowdray.registry.program import ProgramError, load_program
 
 if TYPE_CHECKING:
@@ -42,7 +36,6 @@ DESCRIPTION = "MLmodel"
 """File written last: pass it to storage.publish_directory as `last`."""
 
 _MAX_DESCRIPTION_BYTES = 2**18
-_NO_BAR = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 
 class LoadedCounter:
@@ -167,28 +160,41 @@ def _from_folder(uri: str, scratch: Path) -> Callable[[str], Path]:
 def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: float) -> Callable[[str], Path]:
     """Return a function from the name of a file of a registered package to a local path with its content."""
     configure_mlflow()
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts, list_artifacts
     from mlflow.exceptions import MlflowException
 
     if tracking_uri is None:
         raise UserError(f"the tracking URI of {uri} is unknown; set MLFLOW_TRACKING_URI")
-    client = connect(tracking_uri, timeout_s)
-    try:
-        with request_timeout(timeout_s, retries=2):
-            location = _artifact_location(client, uri)
-    except (MlflowException, ValueError) as error:
+    tracking_uri = hide_credentials(tracking_uri)
+    client, full = connect(tracking_uri, timeout_s), with_credentials(tracking_uri)
+
+    def find() -> str:
+        try:
+            return _artifact_location(client, uri)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            reason = str(error)
+        except ValueError as error:
+            reason = str(error)
         raise UserError(
-            f"there is no model {uri} at {redacted(tracking_uri)}: {error}; list the models with `make ui`, and "
+            f"there is no model {uri} at {tracking_uri}: {reason}; list the models with `make ui`, and "
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
-        ) from error
+        )
+
+    location = call_mlflow(tracking_uri, timeout_s, find).rstrip("/")
 
     def fetch(name: str) -> Path:
-        with translated_errors(tracking_uri), environment(_NO_BAR):
-            return Path(
-                download_artifacts(
-                    artifact_uri=f"{location.rstrip('/')}/{name}", dst_path=str(scratch), tracking_uri=tracking_uri
-                )
-            )
+        artifact, size = f"{location}/{name}", 0
+        if name != DESCRIPTION:
+            folder = artifact.rpartition("/")[0]
+            listed = call_mlflow(tracking_uri, timeout_s, lambda: list_artifacts(folder, tracking_uri=full))
+            size = max((file.file_size or 0 for file in listed), default=0)
+
+        def download() -> str:
+            return str(download_artifacts(artifact, dst_path=str(scratch), tracking_uri=full))
+
+        return Path(call_mlflow(tracking_uri, timeout_s, download, payload_bytes=size))
 
     return fetch
 

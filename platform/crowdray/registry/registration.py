@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from crowdray.credentials import redacted
 from crowdray.errors import UserError
-from crowdray.registry.connection import connect, translated_errors
+from crowdray.registry.connection import call_mlflow, connect
 from crowdray.registry.loading import DESCRIPTION, MODEL_NAME, load_counter
 from crowdray.registry.packaging import Package, same_density
 
@@ -52,7 +53,8 @@ def register(
         UserError: The server does not answer, the run does not exist, or the name is invalid.
     """
     client = connect(tracking_uri, timeout_s)
-    with translated_errors(tracking_uri):
+
+    def find_or_create() -> RegisteredVersion:
         run = client.get_run(run_id)
         found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         version = next((version for version in found if version.tags.get(WEIGHTS) == package.weights), None)
@@ -60,7 +62,8 @@ def register(
             version = _create_version(client, name, _logged_model(client, run, package, epoch), package)
         number = int(version.version)
         uri = f"models:/{name}/{number}"
-        if not same_density(load_counter(uri, tracking_uri=tracking_uri)(package.example), package.density):
+        counter = load_counter(uri, tracking_uri=tracking_uri, timeout_s=timeout_s)
+        if not same_density(counter(package.example), package.density):
             raise UserError(
                 f"{uri} does not return the density of the packaged counter; delete that version and run the same "
                 "command again"
@@ -70,7 +73,10 @@ def register(
             client.set_registered_model_alias(name, CANDIDATE, str(number))
             holder = number
         client.set_tag(run_id, MODEL, uri)
-    return RegisteredVersion(uri, CANDIDATE if holder == number else None)
+        return RegisteredVersion(uri, CANDIDATE if holder == number else None)
+
+    size = sum(file.stat().st_size for file in package.path.rglob("*") if file.is_file())
+    return call_mlflow(tracking_uri, timeout_s, find_or_create, payload_bytes=2 * size)  # sent, and received again
 
 
 def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: int) -> "LoggedModel":
@@ -93,7 +99,7 @@ def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: i
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=epoch)])
     description = Model.load(str(package.path))
     description.run_id, description.model_id = run.info.run_id, model.model_id
-    description.artifact_path = model.artifact_location
+    description.artifact_path = redacted(model.artifact_location)
     description.save(str(package.path / DESCRIPTION))
     client.log_model_artifacts(model.model_id, str(package.path))
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

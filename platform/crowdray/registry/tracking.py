@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+from crowdray.credentials import redacted
 from crowdray.errors import UserError
-from crowdray.registry.connection import connect, request_timeout, sqlite_path, translated_errors
+from crowdray.registry.connection import call_mlflow, connect, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,14 +87,16 @@ def open_tracker(
     if uri is None:
         return Tracker()
     client = connect(uri, timeout_s)
-    with translated_errors(uri), request_timeout(timeout_s, retries=1):
+
+    def open_run() -> "Run":
         experiment_id = _experiment_id(client, uri, experiment)
         run = _find_run(client, experiment_id, run_key)
         if run is None:
-            run = _create_run(client, experiment_id, run_name, run_key, parent)
-        else:
-            client.update_run(run.info.run_id, status="RUNNING")
-    return MlflowTracker(client, uri, run, timeout_s)
+            return _create_run(client, experiment_id, run_name, run_key, parent)
+        client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+    return MlflowTracker(client, uri, call_mlflow(uri, timeout_s, open_run), timeout_s)
 
 
 @contextmanager
@@ -116,7 +119,7 @@ class MlflowTracker(Tracker):
     def __init__(self, client: "MlflowClient", uri: str, run: "Run", timeout_s: float) -> None:
         self.run_id = run.info.run_id
         if urlsplit(uri).scheme in ("http", "https"):
-            self.url = f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+            self.url = f"{redacted(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self._id: str = run.info.run_id
         self._started: int = run.info.start_time
         self.client = client
@@ -135,15 +138,19 @@ class MlflowTracker(Tracker):
         all_tags = dict(tags)
         if GIT_REVISION in tags:
             all_tags["mlflow.source.git.commit"] = tags[GIT_REVISION]
-        with translated_errors(self._uri), request_timeout(self.timeout_s, retries=2):
+
+        def send() -> None:
             for start in range(0, len(new), _PARAMS_PER_BATCH):
                 self.client.log_batch(self._id, params=new[start : start + _PARAMS_PER_BATCH])
             self.client.log_dict(self._id, dict(params), "config.json")
             self._send_tags(all_tags)
+
+        call_mlflow(self._uri, self.timeout_s, send, retries=2)
         self._params.update({param.key: param.value for param in new})
 
     def log_dataset(self, name: str, uri: str, digest: str) -> None:
         """See Tracker.log_dataset."""
+        uri = redacted(uri)
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # MLflow allows 36 characters of digest; the tag contains all of them.
@@ -174,16 +181,18 @@ class MlflowTracker(Tracker):
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """See Tracker.log_file."""
-        self._attempt(lambda: self.client.log_artifact(self._id, str(path), folder or None), f"the file {path.name}")
+        size = path.stat().st_size
+        self._attempt(
+            lambda: self.client.log_artifact(self._id, str(path), folder or None), f"the file {path.name}", size
+        )
 
     def finish(self, status: Status) -> None:
         """See Tracker.finish."""
         self._attempt(lambda: self.client.set_terminated(self._id, status), f"the status {status}")
 
-    def _attempt(self, send: Callable[[], object], what: str) -> None:
+    def _attempt(self, send: Callable[[], object], what: str, payload_bytes: int = 0) -> None:
         try:
-            with translated_errors(self._uri), request_timeout(self.timeout_s, retries=1):
-                send()
+            call_mlflow(self._uri, self.timeout_s, send, payload_bytes=payload_bytes)
         except UserError as error:
             _log.warning("%s not tracked, training continues: %s", what, error)
 

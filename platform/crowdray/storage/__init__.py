@@ -21,5 +21,5 @@ from crowdray.storage.files import (
     unpublish_directory,
     write_bytes,
 )
-from crowdray.storage.paths import PARTIAL, is_local, is_transient, join, resolve
+from crowdray.storage.paths import PARTIAL, filesystem, is_local, is_transient, join, resolve
 from crowdray.storage.scratch import scratch_folder

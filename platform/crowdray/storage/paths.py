@@ -10,6 +10,7 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from crowdray.credentials import hide_credentials, with_credentials
 from crowdray.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def resolve(uri: str | os.PathLike[str]) -> str:
-    """Normalize a URI: local files to an absolute path, others without a trailing slash.
+    """Normalize a URI: local files to an absolute path, others without credentials and trailing slash.
 
     Raises:
         UserError: The URI is empty, or its scheme is unknown or needs a package that is not installed.
@@ -44,6 +45,7 @@ def resolve(uri: str | os.PathLike[str]) -> str:
         text = text.split("://", 1)[1]
     if "://" not in text:
         return os.path.abspath(os.path.expanduser(text))
+    text = hide_credentials(text)
     scheme, _, rest = text.partition("://")
     try:
         fsspec.get_filesystem_class(scheme)
@@ -71,7 +73,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     resolved = resolve(uri)
     if "://" not in resolved:
         return LocalFileSystem(), resolved
-    fs, path = fsspec.core.url_to_fs(resolved)
+    fs, path = fsspec.core.url_to_fs(with_credentials(resolved))
     return fs, path
 
 

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from crowdray import storage
+from crowdray.credentials import with_credentials
 from crowdray.errors import UserError
 from crowdray.tune.study import Study
 
@@ -38,7 +39,7 @@ def open_optuna_storage(study: Study) -> BaseStorage:
     """Open the storage of a study's trials; raises UserError where it cannot be opened."""
     if study.options.database is not None:
         try:
-            return RDBStorage(study.options.database)
+            return RDBStorage(with_credentials(study.options.database))
         except (ImportError, SQLAlchemyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(

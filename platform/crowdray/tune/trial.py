@@ -12,6 +12,7 @@ from crowdray.cluster.failures import is_worker_loss
 from crowdray.cluster.runtime import Resources
 from crowdray.cluster.train import run_training
 from crowdray.config import Device
+from crowdray.credentials import redacted
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.pipeline.identity import open_verified
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
@@ -55,7 +56,7 @@ def run_trial(task: TrialTask, tune_config: Mapping[str, Any]) -> None:
         if is_worker_loss(error):
             raise
         kind = "" if isinstance(error, DivergedError) else f"{type(error).__name__}: "
-        _send(TrialReport("failed", f"{kind}{error}"))
+        _send(TrialReport("failed", redacted(f"{kind}{error}")))
 
 
 def _send(report: TrialReport) -> None:
