@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from safetensors.torch import save
 
 from crowdray import storage
 from crowdray.config import Config, from_json, to_json
@@ -19,15 +20,20 @@ from crowdray.data.sample import decode_depth, decode_roi, encode_depth, encode_
 from crowdray.data.shards import INDEX, Dataset, Index
 from crowdray.documents import parse_document
 from crowdray.errors import UserError
+from crowdray.models.build import build_counter
+from crowdray.models.pretrained import load_pretrained
 from crowdray.pipeline.outcome import Outcome
+from crowdray.presets import preset
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import package_counter
 from crowdray.training.checkpoint import load_checkpoint, save_checkpoint
 from crowdray.training.result import TrainingResult
+from crowdray.tune.optuna_study import open_optuna_study
 
 from .builders import encode, samples, write_dataset
 from .counters import exported_counter, photo
 from .states import checkpoint, same
+from .studies import make_study
 
 Files = Mapping[str, bytes]
 """Contents by path."""
@@ -224,6 +230,42 @@ def check_archive(files: Files, folder: Path) -> None:
         torch.testing.assert_close(load_counter(str(folder))(image), exported_counter()(image))
 
 
+def weights(folder: Path) -> Files:
+    encoder = build_counter(preset("debug"), 1.0).encoder
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    pickled = io.BytesIO()
+    torch.save(tensors, pickled)
+    return {"weights.pth": pickled.getvalue(), "weights.safetensors": save(tensors)}
+
+
+def check_weights(files: Files, folder: Path) -> None:
+    write(files, folder)
+    config = preset("debug")
+    for name in files:
+        load_pretrained(
+            build_counter(config, 1.0), replace(config, model=replace(config.model, weights=str(folder / name)))
+        )
+
+
+def study(folder: Path) -> Files:
+    """The records of a search: its identity, and the journal of two trials."""
+    made = make_study(folder)
+    made.create_or_verify()
+    trials = open_optuna_study(made)
+    for loss in (2.0, 1.0):
+        trial = trials.ask()
+        trial.suggest_float("loss.depth", 0.01, 100.0, log=True)
+        trials.tell(trial, loss)
+    return {path.name: path.read_bytes() for path in Path(made.uri).iterdir() if path.is_file()}
+
+
+def check_study(files: Files, folder: Path) -> None:
+    made = make_study(folder)
+    write(files, Path(made.uri))
+    made.create_or_verify()
+    assert len(open_optuna_study(made).trials) <= 3
+
+
 TARGETS: dict[str, Target] = {
     "images": Target(images, check_images, 30.0),
     "masks": Target(masks, check_masks, 5.0),
@@ -233,6 +275,8 @@ TARGETS: dict[str, Target] = {
     "checkpoint": Target(saved_checkpoint, check_checkpoint, 3.0),
     "older checkpoint": Target(unhashed_checkpoint, check_unhashed_checkpoint, 5.0),
     "documents": Target(documents, check_documents, 5.0),
+    "weights": Target(weights, check_weights, 5.0),
+    "study": Target(study, check_study, 3.0),
     "package": Target(package, check_package, 2.0),
     "archive": Target(archive, check_archive, 1.0),
 }

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from crowdray import storage
 from crowdray.credentials import with_credentials
+from crowdray.documents import parse_json
 from crowdray.errors import UserError
 from crowdray.tune.study import Study
 
@@ -56,6 +57,9 @@ def open_optuna_storage(study: Study) -> BaseStorage:
     if journal.exists() and (content := journal.read_bytes()) and not content.endswith(b"\n"):
         os.truncate(journal, content.rfind(b"\n") + 1)  # half a line after a power cut
     try:
+        if journal.exists():
+            for line in journal.read_bytes().splitlines():
+                parse_json(line)  # Optuna notices an invalid last line only when it reads the next one
         return JournalStorage(_WholeLineJournal(journal))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise UserError(
