@@ -38,6 +38,13 @@ def tiff(order: str, *, size: tuple[int, int] = (256, 1), data: bytes, **tags: i
     return head + data + struct.pack(order + "H", len(fields)) + entries + struct.pack(order + "I", 0)
 
 
+def webp(height: int, width: int) -> bytes:
+    """A lossless WebP of one colour, with another size in its header."""
+    content = encode(Image.new("RGB", (1, 1)), "WEBP", lossless=True)
+    start = content.index(b"VP8L") + 9
+    return content[:start] + struct.pack("<I", (height - 1) << 14 | width - 1) + content[start + 4 :]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
 def test_decode_image_equals_pillow_for_png(mode: str) -> None:
     image = Image.fromarray(PIXELS).convert(mode)
@@ -202,9 +209,29 @@ def declared_jpeg(height: int, width: int, size: int = 0) -> bytes:
     return bytes(content) + bytes(max(0, size - len(content)))
 
 
-def test_decode_image_rejects_more_pixels_than_a_jpeg_can_encode() -> None:
-    with pytest.raises(DataError, match="bytes cannot encode 16000x9000 pixels"):
-        decode_image(declared_jpeg(9000, 16000))
+@pytest.mark.parametrize(
+    "content",
+    [
+        declared_jpeg(9000, 16000),
+        png(16000, 9000, 1, 0, b""),
+        webp(9000, 16000),
+        tiff("<", data=b"", t102=8, t142=16000, t143=9000),
+    ],
+    ids=["jpeg", "png", "webp", "tile of tiff"],
+)
+def test_decode_image_refuses_large_images_in_few_bytes(content: bytes) -> None:
+    with pytest.raises(DataError, match=r"16000x9000 pixels in [\d,]+ bytes"):
+        decode_image(content)
+
+
+def test_decode_image_takes_empty_images_of_16_megapixels() -> None:
+    assert decode_image(encode(Image.new("1", (4096, 4096)))).shape == (4096, 4096, 3)
+
+
+def test_decode_image_refuses_a_jpeg_of_many_scans() -> None:
+    content = declared_jpeg(16000, 16000, 300_000)
+    with pytest.raises(DataError, match="it has 101 scans of 16000x16000 pixels"):
+        decode_image(content + b"\xff\xda" * 100)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +255,7 @@ def test_decode_image_refuses_too_many_pixels_before_decoding(content: bytes, mo
 
 def test_decode_image_starts_to_decode_photos_of_200_megapixels() -> None:
     with pytest.raises(DataError, match="image file is truncated"):  # beyond Pillow's own limit
-        decode_image(png(16320, 12240, 1, 0, b""))
+        decode_image(png(16320, 12240, 1, 0, b"", b"iTXt" + bytes(200_000)))
 
 
 @pytest.mark.parametrize("value", [None, *range(1, 10)])

@@ -35,7 +35,7 @@ SUFFIXES = (
 """Suffixes of files that are taken for images, in any case; the content decides on the format."""
 
 MAX_PIXELS = 2**28
-"""Limit on an image's height times width, as in 16384x16384: 805 MB of RGB."""
+"""Limit on an image's height times width, as in 16384x16384: 0.8 GB of RGB, and up to 4 GB while WebP is decoded."""
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked for all decoders
 
 SIDEWAYS = (5, 6, 7, 8)
@@ -60,7 +60,10 @@ _REFUSED_SIGNATURES = {
 """First bytes of formats that are not decoded, for messages."""
 _SIGNATURE_BYTES = 16
 _MAX_PIXELS_PER_BYTE = 1024
-"""Limit for JPEG: a block of 8x8 pixels takes at least one bit."""
+"""Limit for photos of more than `_SMALL` pixels; those of cameras have fewer than 100, empty images many more."""
+_SMALL = 2**24
+_MAX_SCAN_PIXELS = 2**34
+"""Limit on the pixels of a JPEG times its scans, which a progressive one takes few bytes to repeat: about a minute."""
 _TIFF_SAMPLE_FORMATS = {2: "signed integers", 3: "floats", 5: "complex numbers", 6: "complex numbers"}
 _TIFF_WHITE_IS_ZERO = 0
 _MIN_BRIGHTEST = 16
@@ -149,6 +152,8 @@ def orientation(content: Encoded | IO[bytes]) -> int:
 
 def turn_upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn pixels (H, W, 3) as an EXIF orientation asks."""
+    if orientation == 1:
+        return pixels  # without three copies
     image = Image.fromarray(pixels)
     image.getexif()[ExifTags.Base.Orientation] = orientation
     return np.array(ImageOps.exif_transpose(image))
@@ -218,27 +223,40 @@ def _check_size(height: int, width: int) -> None:
         raise DataError(f"it has {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}; resize or tile it")
 
 
+def _check_photo_size(height: int, width: int, size: int) -> None:
+    """Raise DataError if a photo of `size` bytes is too large, or has so few bytes that only its memory is large."""
+    _check_size(height, width)
+    if height * width > max(_SMALL, size * _MAX_PIXELS_PER_BYTE):
+        raise DataError(
+            f"it has {width}x{height} pixels in {size:,} bytes, more than {_MAX_PIXELS_PER_BYTE} for each; "
+            "resize it or replace the file"
+        )
+
+
 def _decoded(content: Encoded, jpeg_colours: Literal["RGB", "GRAY"]) -> NDArray[np.uint8]:
     """RGB pixels, or those of a JPEG in `jpeg_colours`: luma reads all bytes with a fifth less work."""
     name = _image_format(bytes(content[:_SIGNATURE_BYTES]))
     if name == "JPEG":
         with _decoder_errors(name):
             height, width, colours = simplejpeg.decode_jpeg_header(content)[:3]
-            _check_size(height, width)
-            if height * width > _MAX_PIXELS_PER_BYTE * len(content):
-                raise ValueError(f"{len(content)} bytes cannot encode {width}x{height} pixels")
+            _check_photo_size(height, width, len(content))
+            if height * width * len(content) > 8 * _MAX_SCAN_PIXELS:  # so that it may have too many
+                scans = bytes(content).count(b"\xff\xda")
+                if height * width * scans > _MAX_SCAN_PIXELS:
+                    raise ValueError(f"it has {scans} scans of {width}x{height} pixels")
             if colours not in ("CMYK", "YCCK"):
                 pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colorspace=jpeg_colours)
                 return pixels
     with open_image(content) as image:
+        _check_photo_size(image.height, image.width, len(content))
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image, len(content))
         return _to_rgb(image)
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a JPEG with previews is one photo
         raise DataError("it contains several images, as an animation or a document does; save each one as a file")
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        _check_tiff(image)
     is_16_bit = any(";16" in str(tile.args) for tile in image.tile)
     if image.mode.startswith("I"):  # PGM has mode I, scaled to 16 bits
         grey = (np.asarray(image) >> 8).astype(np.uint8)
@@ -253,9 +271,10 @@ def _to_rgb(image: ImageFile.ImageFile) -> NDArray[np.uint8]:
     return pixels
 
 
-def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Raise DataError for pixels that Pillow would decode to other brightnesses."""
+def _check_tiff(image: TiffImagePlugin.TiffImageFile, size: int) -> None:
+    """Raise DataError for tiles that are too large, and for pixels that Pillow would decode to other brightnesses."""
     tags = image.tag_v2
+    _check_photo_size(tags.get(TiffImagePlugin.TILELENGTH, 0), tags.get(TiffImagePlugin.TILEWIDTH, 0), size)
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
     for sample_format in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
         if sample_format in _TIFF_SAMPLE_FORMATS:

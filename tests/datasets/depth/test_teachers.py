@@ -270,6 +270,11 @@ def test_precomputed_maps_are_read_as_written(ending: str, tmp_path: Path) -> No
     np.testing.assert_allclose(flat, integer_map(84, 112).reshape(42, 2, 56, 2).mean(axis=(1, 3)), rtol=1e-6)
 
 
+NPY_OF_A_PETABYTE = b"\x93NUMPY\x01\x00\x76\x00" + (
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (16000000, 16000000), }".ljust(117) + b"\n"
+)
+
+
 def test_precomputed_invalid_map_raises(tmp_path: Path) -> None:
     fits, sky = integer_map(42, 56), integer_map(42, 56)
     sky[:4] = np.inf
@@ -284,6 +289,7 @@ def test_precomputed_invalid_map_raises(tmp_path: Path) -> None:
         "cropped.npy": (fits[:, :50], "42x50 .*its image 42x56"),
         "eight.png": (Image.fromarray(fits.astype(np.uint8)), "mode L, expected 16-bit grey PNG"),
         "coloured.png": (Image.fromarray(pixels()), "mode RGB, expected"),
+        "huge.npy": (NPY_OF_A_PETABYTE, "huge.npy is not an array of numbers"),
         "broken.png": (b"nothing", "broken.png: not an image"),
         "damaged.exr": (b"nothing", "damaged.exr cannot be read"),
         "colours.exr": ({"R": fits, "G": fits, "B": fits}, "channels B, G, R; write depth alone"),

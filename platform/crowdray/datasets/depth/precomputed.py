@@ -16,7 +16,7 @@ from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.datasets.extras import import_extra
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError, UserError, first_line
 
 OPTIONS = {"inverse": "", "range": f"{RANGE:g}", "flat": ""}
 
@@ -73,8 +73,9 @@ def _png(content: bytes, uri: str) -> NDArray[Any]:
 def _npy(content: bytes, uri: str) -> NDArray[Any]:
     try:
         values = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{uri} is not an array of numbers ({error}); write it again with numpy.save") from error
+    except Exception as error:  # numpy does not document which ones a damaged header raises
+        reason = first_line(error)
+        raise DataError(f"{uri} is not an array of numbers ({reason}); write it again with numpy.save") from error
     if values.ndim != 2 or values.dtype.kind != "f":
         raise DataError(f"{uri} contains {values.dtype} of shape {values.shape}, expected floats (height, width)")
     return np.asarray(values)
@@ -86,7 +87,7 @@ def _exr(content: bytes, uri: str) -> NDArray[Any]:
         (file := folder / "depth.exr").write_bytes(content)
         try:
             channels = library.File(str(file), separate_channels=True).channels()
-        except RuntimeError as error:
+        except Exception as error:
             raise DataError(f"{uri} cannot be read as EXR; write it again") from error
     candidates = ("Z", "Y") if len(channels) > 1 else tuple(channels)
     chosen = next((name for name in candidates if name in channels), None)
