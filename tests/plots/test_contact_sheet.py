@@ -52,6 +52,11 @@ def colour_at(page: NDArray[np.uint8], axes: Axes, x: float, y: float) -> NDArra
     return colour
 
 
+def test_save_figure_takes_no_text_for_a_formula_or_a_control_character(drawn: list[Figure]) -> None:
+    style.text_figure("market $_$", "cost \x1b[31m", URI)
+    assert [text.get_text() for text in drawn[0].texts] == ["market $_$", r"cost \x1b[31m"]
+
+
 @pytest.mark.parametrize("size", [(90, 120), (120, 90), (600, 3000)])
 def test_contact_sheet_heads_and_maps_align_with_photo(size: tuple[int, int], drawn: list[Figure]) -> None:
     height, width = size

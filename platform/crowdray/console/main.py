@@ -53,6 +53,7 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
         logging.lastResort.setFormatter(terminal.OneLineFormatter())
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a damaged image is reported with its name and a fix
     warnings.filterwarnings("ignore", module=r"PIL\b")
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in figures
     sys.excepthook = _print_traceback
     sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
     try:

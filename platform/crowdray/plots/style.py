@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crowdray import storage
+from crowdray.errors import escaped
 
 DPI = 160
 INK, FAINT, PAPER = "#24292f", "#6e7781", "#d8dee4"
@@ -31,7 +32,10 @@ GAMMA = 0.7
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Render a figure to a PNG at a path or URI."""
+    """Render a figure to a PNG at a path or URI; formulas and control characters in its texts are shown as they are."""
+    for text in [*figure.texts, *(text for axes in figure.axes for text in (axes.title, *axes.texts))]:
+        text.set_parse_math(False)  # names of datasets and photos may contain two dollar signs
+        text.set_text("\n".join(map(escaped, text.get_text().split("\n"))))
     canvas: Any = FigureCanvasAgg(figure)
     with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         canvas.draw()
