@@ -28,11 +28,10 @@ from crowdray.errors import DataError, UserError, first_line
 Encoded = bytes | memoryview
 """Encoded content: bytes, or a read-only view into a mapped shard."""
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
-    *(".heic", ".heif"),  # not decoded, but an error is better than a photo that is skipped in silence
-)
-"""Suffixes of files that are taken for images, in any case; the content decides on the format."""
+DECODED_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+"""Suffixes of images, in any case; the content decides on the format."""
+SUFFIXES = (*DECODED_SUFFIXES, ".heic", ".heif")
+"""The same, with those of photos that are reported as not decoded instead of being skipped in silence."""
 
 MAX_PIXELS = 2**28
 """Limit on an image's height times width, as in 16384x16384: 0.8 GB of RGB, and up to 4 GB while WebP is decoded."""

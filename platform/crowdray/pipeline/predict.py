@@ -22,7 +22,7 @@ from torch import Tensor
 
 from crowdray import storage
 from crowdray.config import Device
-from crowdray.data.decoding import SUFFIXES, decode_upright
+from crowdray.data.decoding import DECODED_SUFFIXES, SUFFIXES, decode_upright
 from crowdray.errors import JobFailed, UserError, escaped, first_line
 from crowdray.evaluation.inference import image_to_tensor, tiled_density
 from crowdray.plots.overlay import draw_overlay
@@ -96,7 +96,7 @@ def find_images(location: str, output: str) -> list[str]:
     else:
         images = storage.list_files(resolved, SUFFIXES)
     if not images:
-        raise UserError(f"there is no image in {location}; give a file or a folder with {', '.join(SUFFIXES)}")
+        raise UserError(f"there is no image in {location}; give a file or a folder with {', '.join(DECODED_SUFFIXES)}")
     if images[0].rpartition("/")[0] == storage.resolve(output):
         raise UserError(f"the images are in --output {output}; give another folder")
     return images

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.decoding import upright_size
+from crowdray.data.decoding import SUFFIXES, upright_size
 from crowdray.data.sample import Sample
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
 from crowdray.datasets.sources.annotations.images import (
-    ENDINGS,
     ImageIndex,
     split_and_scene,
     split_in_path,
@@ -196,7 +195,7 @@ class AnnotatedFolder(AnnotatedImages):
 
     @property
     def _images(self) -> list[str]:
-        return [path for path in self._files if path.lower().endswith(ENDINGS)]
+        return [path for path in self._files if path.lower().endswith(SUFFIXES)]
 
     @property
     def _annotations(self) -> list[ImageAnnotation]:

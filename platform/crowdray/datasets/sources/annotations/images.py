@@ -9,13 +9,9 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from crowdray.data.decoding import SIDEWAYS, content_size, decode_image, orientation, turn_upright
+from crowdray.data.decoding import SIDEWAYS, SUFFIXES, content_size, decode_image, orientation, turn_upright
 from crowdray.data.sample import points_outside
-from crowdray.datasets.sources.layout import IMAGES
 from crowdray.errors import DataError
-
-ENDINGS = (*IMAGES, ".webp", ".tif", ".tiff")
-"""Suffixes of image files, in any case."""
 
 JPEG_QUALITY = 95
 """Quality of rotated images; all others keep their original bytes."""
@@ -41,7 +37,7 @@ class ImageIndex:
         if not parts:
             return None
         found = self._by_name.get(parts[-1], [])
-        if not found and not parts[-1].lower().endswith(ENDINGS):
+        if not found and not parts[-1].lower().endswith(SUFFIXES):
             found = self._by_stem.get(parts[-1], [])
         if "/".join(parts) in found:
             return "/".join(parts)

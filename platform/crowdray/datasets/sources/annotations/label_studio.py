@@ -11,9 +11,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import AliasChoices, BaseModel, Field
 
+from crowdray.data.decoding import SUFFIXES
 from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.images import ENDINGS
 from crowdray.datasets.sources.annotations.json_reader import Id, Number, Point, Text, location, read_json, validate
 from crowdray.errors import DataError
 
@@ -138,7 +138,7 @@ def _image_path(data: dict[str, Any], where: str) -> str:
     texts = {key: value for key, value in data.items() if isinstance(value, str) and value}
     if "image" in texts:
         return _path(texts["image"], where)
-    paths = [path for text in texts.values() if (path := _path(text, where)).lower().endswith(ENDINGS)]
+    paths = [path for text in texts.values() if (path := _path(text, where)).lower().endswith(SUFFIXES)]
     if len(paths) != 1:
         raise DataError(f"{where} names {len(paths)} images, expected one, preferably called 'image'")
     return paths[0]
