@@ -109,7 +109,7 @@ def check_destination(dest: str, *, overwrite: bool = False) -> None:
     if not storage.exists(dest):
         return
     names = [PurePosixPath(uri).name for uri in storage.list_files(dest)]
-    foreign = [name for name in names if not _is_dataset_file(name) and not name.startswith(".")]
+    foreign = [name for name in names if not _is_dataset_file(name) and not storage.is_hidden(name)]
     if foreign:
         raise UserError(f"{dest} contains other files, such as {foreign[0]}; choose another --dest")
     if INDEX in names and not overwrite:

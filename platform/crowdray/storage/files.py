@@ -17,8 +17,11 @@ from crowdray.errors import DataError, UserError
 from crowdray.storage.paths import PARTIAL, filesystem, is_local, join, resolve, retry, translated_errors
 from crowdray.storage.scratch import scratch_folder
 
-_COMPANIONS = ("__MACOSX", "Thumbs.db", "desktop.ini")
-"""Files and folders that file managers add to others."""
+_COMPANIONS = (
+    *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("@eadir", "#recycle"),  # of Synology's file servers: thumbnails of photos, and removed ones
+)
+"""Files and folders that file managers and servers add to others, in lower case."""
 _NAME_END = 32
 """Characters of a target's name at the end of its partial's name, which must not be too long for a file system."""
 
@@ -99,7 +102,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 
 def is_hidden(path: str) -> bool:
     """Whether a part of a path is hidden or made by a file manager, as ._a.jpg, .DS_Store, __MACOSX and Thumbs.db."""
-    return any(part.startswith(".") or part in _COMPANIONS for part in path.split("/"))
+    return any(part.startswith(".") or part.lower() in _COMPANIONS for part in path.split("/"))
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,24 @@ class FileInfo:
 
 
 def find_files(uri: str, depth: int | None = None) -> list[FileInfo]:
-    """List all files below a folder, at most `depth` levels deep; empty if the folder does not exist."""
+    """List all files below a folder, at most `depth` levels deep; empty if the folder does not exist.
+
+    Without `depth`, links to local folders are followed, except to one that contains the link.
+    """
     with translated_errors("list", uri):
         fs, path = filesystem(uri)
         fs.invalidate_cache()
         entries = retry(lambda: fs.find(path, maxdepth=depth, detail=True))
-    found = [FileInfo(name.removeprefix(path).strip("/"), e["size"], _modified(e)) for name, e in entries.items()]
-    return [file for file in found if file.name]
+    found = []
+    for full, entry in entries.items():
+        name = full.removeprefix(path).strip("/")
+        if depth is None and entry.get("islink") and os.path.isdir(full):
+            if not Path(full).parent.resolve().is_relative_to(Path(full).resolve()):
+                inner = find_files(full)
+                found += [FileInfo(f"{name}/{file.name}", file.size, file.modified) for file in inner]
+        elif name:
+            found.append(FileInfo(name, entry["size"], _modified(entry)))
+    return found
 
 
 @contextlib.contextmanager

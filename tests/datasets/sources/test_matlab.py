@@ -2,8 +2,10 @@
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
 from scipy.io import savemat
 
-from crowdray.datasets.sources.matlab import read_matlab, read_points
+from crowdray.datasets.sources.matlab import as_points, read_matlab, read_points, struct_field
 from crowdray.datasets.sources.region import polygon_mask
 from crowdray.errors import DataError
 
@@ -46,13 +48,74 @@ def test_read_matlab_both_formats_return_equal_variables() -> None:
         assert second.size == 0
 
 
-def test_read_points_shifts_by_base_and_drops_extra_columns() -> None:
-    for write in (mat, hdf5):
-        uri = f"{in_bucket({'a.mat': write(p=np.array([[1.0, 2.0, 9.0]]), c=np.ones((2, 1)))})}/a.mat"
-        np.testing.assert_array_equal(read_points(uri, "p", 1.0), [[0.5, 1.5]])
-        np.testing.assert_array_equal(read_points(uri, "p", 0.0), [[1.5, 2.5]])
-        with pytest.raises(DataError, match=r"a\.mat does not contain `c` with x and y .*\(2, 1\).*copy it again"):
-            read_points(uri, "c", 1.0)
+@pytest.mark.parametrize("write", [mat, hdf5])
+def test_read_points_shifts_by_base(write: Callable[..., bytes]) -> None:
+    uri = f"{in_bucket({'a.mat': write(p=np.array([[1.0, 2.0]]), c=np.ones((2, 3)))})}/a.mat"
+    np.testing.assert_array_equal(read_points(uri, "p", 1.0), [[0.5, 1.5]])
+    np.testing.assert_array_equal(read_points(uri, "p", 0.0), [[1.5, 2.5]])
+    with pytest.raises(DataError, match=r"a\.mat does not contain `c` with x and y .*\(2, 3\).*copy it again"):
+        read_points(uri, "c", 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int64", "float32", "float64"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 50])
+def test_as_points_any_orientation_type_and_nesting_is_the_same_list(count: int, dtype: str) -> None:
+    rows = np.random.default_rng(count).integers(0, 255, (count, 2)).astype(dtype)
+    expected = rows.astype(float) - 0.5
+    stored = ("number", np.array([[count]], dtype=np.uint16))
+    cell = np.empty((1, 1), dtype=object)
+    cell[0, 0] = rows
+    for values in (rows, cell, rows[0] if count == 1 else rows):
+        np.testing.assert_array_equal(as_points(values, 1.0), expected)
+        np.testing.assert_array_equal(as_points(values, 1.0, count=stored), expected)
+    if count != 2:
+        np.testing.assert_array_equal(as_points(rows.T, 1.0, count=stored), expected)
+        if count == 3:  # or two heads with a third number each
+            with pytest.raises(ValueError, match=r"heads of shape \(2, 3\)"):
+                as_points(rows.T, 1.0)
+        else:
+            np.testing.assert_array_equal(as_points(rows.T, 1.0), expected)
+    with pytest.raises(DataError, match=f"`number` is {count + 5}, but there are {count} heads"):
+        as_points(rows, 1.0, count=("number", count + 5))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (5, 1), (5, 3), (3, 50), (2, 4), (1, 3), (2, 2, 2)])
+def test_as_points_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="heads of shape"):
+        as_points(np.ones(shape), 1.0)
+
+
+def test_as_points_surplus_columns_are_dropped_only_where_published() -> None:
+    rows = np.random.default_rng(0).uniform(0, 9, (9, 3))
+    for values in (rows, rows.T, rows[:2]):
+        np.testing.assert_array_equal(as_points(values, 0.5, columns=3), rows[: 2 if len(values) == 2 else 9, :2])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_read_matlab_version_4_loads_matrices(order: str) -> None:
+    rows = np.arange(6.0).reshape(3, 2)
+    header = struct.pack(f"{order}5i", 1000 * (order == ">"), 3, 2, 0, 2) + b"p\0"
+    content = header + rows.T.astype(f"{order}f8").tobytes()
+    assert list(variables(content)) == ["p"]
+    np.testing.assert_array_equal(variables(content)["p"], rows)
+    buffer = io.BytesIO()
+    savemat(buffer, {"p": rows.astype(np.int16), "text": "abc", "q": rows}, format="4")
+    found = variables(buffer.getvalue())
+    np.testing.assert_array_equal(found["p"], rows)
+    np.testing.assert_array_equal(found["q"], rows)
+    for damaged in (content[:-1], content[:30], struct.pack(f"{order}5i", 0, -1, 2, 0, 2) + content[20:]):
+        with pytest.raises(DataError, match="does not contain anything"):
+            variables(damaged)
+
+
+def test_read_matlab_hdf5_of_other_software_is_not_transposed() -> None:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file["p"] = np.arange(6.0).reshape(3, 2)
+        file["info/location"] = np.arange(8.0).reshape(4, 2)
+    found = variables(buffer.getvalue())
+    np.testing.assert_array_equal(found["p"], np.arange(6.0).reshape(3, 2))
+    np.testing.assert_array_equal(struct_field(found["info"], "location"), np.arange(8.0).reshape(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ CELL = np.empty((1, 2), dtype=object)
 CELL[0, :] = [{"loc": np.ones((3, 2))}, {"loc": np.ones((4, 2))}]
 FAULTS = [
     ("worldexpo", LABEL, mat(point_position=np.ones((2, 2)), point_num=3), "`point_num` is"),
-    ("worldexpo", LABEL, mat(point_position=np.ones((2, 1)), point_num=2), r"\(2, 1\)"),
+    ("worldexpo", LABEL, mat(point_position=np.ones((3, 5)), point_num=3), r"\(3, 5\)"),
     ("worldexpo", "train_label/100156/roi.mat", mat(maskVerticesXCoordinates=[1.0]), "maskVerticesYCoordinates"),
     ("worldexpo", "train_perspective/100156.mat", mat(pMap=np.ones((3, 4))), r"\(24, 32\).*\(3, 4\)"),
     ("worldexpo", "train_perspective/100156.mat", mat(pMap=np.full((HEIGHT, WIDTH), np.nan)), "not finite"),
@@ -243,10 +243,22 @@ FAULTS = [
     ("jhu", "train/gt/0002.txt", b"3 4 5 6 1 0\n", "contains 1 heads, image_labels.txt says 2"),
     ("jhu", "train/gt/0002.txt", b"\xff\xfe", "is not a text file"),
     ("jhu", "train/image_labels.txt", b"0001,many,street,0,0\n", "line 1 is '0001,many"),
-    ("mall", "mall_gt.mat", mat(frame=CELL, count=np.array([[3], [5]])), r"`count` disagrees.*\[2\]"),
+    (
+        "mall",
+        "mall_gt.mat",
+        mat(frame=CELL, count=np.array([[3], [5]])),
+        "frame 2: `count` is 5, but there are 4 heads",
+    ),
+    ("mall", "mall_gt.mat", mat(frame=CELL, count=np.array([[3]])), "`frame` has 2 frames, but `count` 1"),
     ("shanghaitech", "train_data/ground_truth/GT_IMG_2.mat", mat(something=1.0), "does not contain `image_info`"),
+    (
+        "shanghaitech",
+        "train_data/ground_truth/GT_IMG_2.mat",
+        mat(image_info={"location": np.ones((3, 2)), "number": 4}),
+        "`number` is 4, but there are 3 heads",
+    ),
     ("shanghaitech", "train_data/ground_truth/GT_IMG_2.mat", b"MATLAB 5.0 but not really", "contain `image_info`"),
-    ("nwpu", "jsons/0003.json", b'{"human_num": 2, "points": [[1, 2]]}', "`human_num` is 2, but there are 1 points"),
+    ("nwpu", "jsons/0003.json", b'{"human_num": 2, "points": [[1, 2]]}', "`human_num` is 2, but there are 1 heads"),
     ("nwpu", "jsons/0003.json", b'{"points": [[1, 2]]', "does not contain `human_num` and `points`"),
     ("nwpu", "train.txt", b"0099 1 1\n", "1 images of train.txt and their annotations are missing, such as 0099"),
 ]

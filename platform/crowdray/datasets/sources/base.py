@@ -15,7 +15,7 @@ from crowdray.datasets.depth import open_teacher
 from crowdray.datasets.depth.analytic import PointSpacingDepth, SourceDepth, fit_head_scale
 from crowdray.datasets.depth.teacher import DepthInput
 from crowdray.datasets.sources import Item
-from crowdray.datasets.sources.layout import chosen_splits, natural_key
+from crowdray.datasets.sources.layout import chosen_splits, natural_key, paired
 from crowdray.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -53,8 +53,11 @@ class AnnotatedImages:
     fixed_cameras = False
     """Whether images of one scene come from one fixed camera."""
 
-    def __init__(self, root: str, splits: Sequence[str], depth: str, *, perspective: bool = False) -> None:
+    def __init__(
+        self, root: str, splits: Sequence[str], depth: str, *, files: Sequence[str] = (), perspective: bool = False
+    ) -> None:
         self._root = root
+        self._visible_files = files
         self._splits = tuple(splits)
         self.teacher = open_teacher(depth, ("perspective", "points", "none") if perspective else ("points", "none"))
         self._cache: dict[str, Any] = {}
@@ -122,8 +125,8 @@ class AnnotatedImages:
         return [f"this copy has no {split} split" for split in self.official_splits if split not in self._splits]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers read the files that they need; cached ones are too large to send.
-        return {**self.__dict__, "_cache": {}}
+        # Workers read the files that they need; cached ones and the list of all are too large to send.
+        return {**self.__dict__, "_cache": {}, "_visible_files": ()}
 
     def cached(self, key: str, read: Callable[[str], T]) -> T:
         """Result of `read` for a key, such as the URI of a file; the last MAX_CACHED results stay in memory."""
@@ -203,5 +206,6 @@ def pair_items(
     split: str, images: dict[str, str], annotations: dict[str, str], scene: Callable[[str], str] = lambda name: ""
 ) -> list[Item]:
     """Items of a split in natural order, from URIs of images and annotations by name; `scene` maps a name."""
+    annotations = paired(images, annotations)
     names = sorted(images.keys() | annotations.keys(), key=natural_key)
     return [Item(split, name, images.get(name, ""), annotations.get(name, ""), scene=scene(name)) for name in names]

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, files_by_name, find_splits, text_lines
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, find_root, text_lines
 from crowdray.datasets.sources.matlab import as_points
 from crowdray.errors import DataError
 
@@ -35,13 +34,17 @@ class Jhu(AnnotatedImages):
     official_splits = SPLITS
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        super().__init__(*find_splits(source, {split: f"{split}/images" for split in SPLITS}, "JHU-CROWD++"), depth)
+        root, files = find_root(source, "JHU-CROWD++", "train/images/0001.jpg", IMAGE, "(?:train|val|test)", "images")
+        available = [split for split in SPLITS if files_by_name(files, IMAGE, split, "images")]
+        super().__init__(root, available, depth, files=files)
+        labels = {split: files_by_name(files, r"(?P<name>image_labels)\.txt", split) for split in available}
+        self._labels = {split: uri for split, found in labels.items() for uri in found.values()}
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""
-        images = files_by_name(storage.join(self._root, split, "images"), IMAGES)
-        annotations = files_by_name(storage.join(self._root, split, "gt"), (".txt",))
-        labels = self.cached(self._label_file(split), _read_labels)
+        images = files_by_name(self._visible_files, IMAGE, split, "images")
+        annotations = files_by_name(self._visible_files, r"(?P<name>[^/]+)\.txt", split, "gt")
+        labels = self.cached(self._labels.get(split, ""), _read_labels)
         return pair_items(split, images, annotations, scene=lambda name: labels[name][1] if name in labels else "")
 
     def heads(self, item: Item) -> Heads:
@@ -50,11 +53,11 @@ class Jhu(AnnotatedImages):
         try:
             if wrong := [row for row in rows if len(row) != HEAD_FIELDS]:
                 raise ValueError(f"a line has {len(wrong[0])} fields")
-            heads = as_points(np.array(rows, dtype=np.float64), COORDINATE_BASE)
+            heads = as_points(np.array(rows, dtype=np.float64), COORDINATE_BASE, columns=HEAD_FIELDS)
         except ValueError as error:
             expected = "`cx cy w h occlusion blur` in each line"
             raise DataError(f"{item.annotation} does not contain {expected} ({error}); copy it again") from error
-        labels = self.cached(self._label_file(item.split), _read_labels)
+        labels = self.cached(self._labels.get(item.split, ""), _read_labels)
         if item.name in labels and labels[item.name][0] != len(heads):
             raise DataError(
                 f"{item.annotation} contains {len(heads)} heads, {LABELS} says {labels[item.name][0]}; copy both again"
@@ -63,17 +66,14 @@ class Jhu(AnnotatedImages):
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Missing splits, and missing labels."""
-        missing = [split for split in self._splits if not storage.exists(self._label_file(split))]
+        missing = [split for split in self._splits if split not in self._labels]
         notes = [f"{split}/{LABELS} is missing: each image is a scene of its own" for split in missing]
         return [*super().notes(splits), *notes]
-
-    def _label_file(self, split: str) -> str:
-        return storage.join(self._root, split, LABELS)
 
 
 def _read_labels(uri: str) -> dict[str, tuple[int, str]]:
     """Count and scene of each image by its id; empty without file. Only scenes may contain commas."""
-    if not storage.exists(uri):
+    if not uri:
         return {}
     labels = {}
     for number, line in enumerate(text_lines(uri), 1):

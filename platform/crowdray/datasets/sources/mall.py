@@ -4,6 +4,7 @@ Layout: frames/seq_000001.jpg .. seq_002000.jpg, mall_gt.mat, perspective_roi.ma
 perspective map. The first 800 frames are for training.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,17 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads
-from crowdray.datasets.sources.layout import files_by_name
-from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
-from crowdray.errors import DataError, UserError
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, find_root
+from crowdray.datasets.sources.matlab import (
+    as_frames,
+    as_map,
+    as_sizes,
+    frame_heads,
+    read_matlab,
+    struct_field,
+    unwrapped,
+)
+from crowdray.errors import DataError
 
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes: x_continuous = x - base + 0.5.
@@ -26,6 +35,7 @@ TRAIN_FRAMES = 800
 """Frames 1 to 800 are for training, the rest for testing, as in the dataset's paper and all later ones."""
 
 SPLITS = ("train", "test")
+MAPS = r"(?P<name>{})\.mat"
 
 
 class Mall(AnnotatedImages):
@@ -36,16 +46,19 @@ class Mall(AnnotatedImages):
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        super().__init__(_find_root(storage.resolve(source)), SPLITS, depth, perspective=True)
-        self._ground_truth = storage.join(self._root, "mall_gt.mat")
+        root, files = find_root(source, "the Mall dataset", "mall_dataset/mall_gt.mat", MAPS.format("mall_gt"))
+        super().__init__(root, SPLITS, depth, files=files, perspective=True)
+        self._ground_truth = files_by_name(files, MAPS.format("mall_gt"))["mall_gt"]
+        maps = files_by_name(files, MAPS.format("perspective_roi"))
+        self._map_file = maps.get("perspective_roi", storage.join(root, "perspective_roi.mat"))
 
     def split_items(self, split: str) -> list[Item]:
         """Frames in the order of their numbers."""
-        files = files_by_name(storage.join(self._root, "frames"), (".jpg",), prefix="seq_")
-        if unexpected := [uri for digits, uri in files.items() if not digits.isdecimal()]:
+        files = files_by_name(self._visible_files, IMAGE, "frames")
+        if unexpected := [uri for name, uri in files.items() if not re.fullmatch(r"seq_\d+", name)]:
             raise DataError(f"{unexpected[0]} is not named like seq_000001.jpg; move it out of frames/")
-        frames = {int(digits) - 1: uri for digits, uri in files.items()}
-        annotated = len(self.cached(self._ground_truth, _read_heads))
+        frames = {int(name.removeprefix("seq_")) - 1: uri for name, uri in files.items()}
+        annotated = len(self.cached(self._ground_truth, _read_frames))
         found = []
         for number in sorted(frames.keys() | set(range(annotated))):
             if split == SPLITS[number >= TRAIN_FRAMES]:
@@ -55,36 +68,28 @@ class Mall(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Heads of one frame of mall_gt.mat."""
-        return self.cached(self._ground_truth, _read_heads)[item.number]
+        return frame_heads(item.annotation, self.cached(item.annotation, _read_frames), item.number)
 
     def camera(self, item: Item) -> Camera:
         """Region of interest, and depth from the perspective map."""
-        return self.cached(storage.join(self._root, "perspective_roi.mat"), self._read_camera)
+        return self.cached(self._map_file, self._read_camera)
 
     def _read_camera(self, uri: str) -> Camera:
         def extract(variables: dict[str, Any]) -> Camera:
             # pMapN weights a pixel by the inverse of a person's area: it is largest at the top, far away, and
             # 1 / sqrt(pMapN) is linear in the row to 1e-8, like a person's height on a ground plane.
             depth = np.sqrt(as_sizes(variables["pMapN"])) if self.uses_perspective else None
-            return Camera(uri, as_map(variables["roi"]["mask"][0, 0]) > 0, depth)
+            return Camera(uri, as_map(struct_field(variables["roi"], "mask")) > 0, depth)
 
         return read_matlab(uri, extract, "`roi` with `mask`, and `pMapN`")
 
 
-def _read_heads(uri: str) -> list[Heads]:
-    def extract(variables: dict[str, Any]) -> list[Heads]:
-        heads = [as_points(frame["loc"][0, 0], COORDINATE_BASE) for frame in variables["frame"][0]]
-        counts = variables["count"].ravel()
-        wrong = [n + 1 for n, (points, count) in enumerate(zip(heads, counts, strict=False)) if len(points) != count]
-        if wrong or len(heads) != len(counts):
-            raise DataError(f"{uri}: `count` disagrees with `frame` at frames {wrong[:5]}; copy it again")
-        return heads
+def _read_frames(uri: str) -> list[Heads | str]:
+    def extract(variables: dict[str, Any]) -> list[Heads | str]:
+        counts = np.ravel(unwrapped(variables["count"]))
+        frames = as_frames(variables["frame"], COORDINATE_BASE, counts=counts)
+        if len(frames) != len(counts):
+            raise DataError(f"`frame` has {len(frames)} frames, but `count` {len(counts)}")
+        return frames
 
     return read_matlab(uri, extract, "`frame` with `loc` for each frame, and `count`")
-
-
-def _find_root(source: str) -> str:
-    for root in (source, storage.join(source, "mall_dataset")):
-        if storage.exists(storage.join(root, "mall_gt.mat")):
-            return root
-    raise UserError(f"{source} is not the Mall dataset: mall_gt.mat is missing; give the folder that contains it")

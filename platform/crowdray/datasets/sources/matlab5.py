@@ -32,7 +32,7 @@ Element = tuple[int, memoryview]
 def check_matlab5(content: bytes) -> None:
     """Raise ValueError unless all matrices of the file are complete text, numbers, cells or structs."""
     order = ORDERS.get(content[124:HEADER])
-    if order is None or 0 in content[:4]:
+    if order is None:
         raise ValueError("it has no MATLAB header")
     for kind, data in _elements(memoryview(content)[HEADER:], order):
         inner = _elements(memoryview(_inflated(data)), order) if kind == COMPRESSED else [(kind, data)]

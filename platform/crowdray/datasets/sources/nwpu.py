@@ -1,7 +1,8 @@
 """NWPU-Crowd: photos of crowds of every size, some without people.
 
-Layout: images/0001.jpg, its heads in jsons/0001.json or mats/0001.mat or both, and the lists train.txt, val.txt
-and test.txt, which define the splits, with `id illumination level` per line. Labels of the test split are not public.
+Layout: images/0001.jpg, or as unpacked images_part1 to images_part5, its heads in jsons/0001.json or mats/0001.mat or
+both, and the lists train.txt, val.txt and test.txt, which define the splits, with `id illumination level` per line.
+Labels of the test split are not public.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, files_by_name, find_splits, text_lines
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, find_root, text_lines
 from crowdray.datasets.sources.matlab import as_points, read_points
 from crowdray.errors import DataError
 
@@ -31,17 +32,20 @@ class Nwpu(AnnotatedImages):
     official_splits = SPLITS
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        super().__init__(*find_splits(source, {split: f"{split}.txt" for split in SPLITS}, "NWPU-Crowd"), depth)
+        root, files = find_root(source, "NWPU-Crowd", "train.txt", r"(?:train|val)\.txt")
+        self._lists = files_by_name(files, r"(?P<name>train|val|test)\.txt")
+        super().__init__(root, [split for split in SPLITS if split in self._lists], depth, files=files)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the split's list."""
         listed = self._listed(split)
-        images = self._files("images", IMAGES)
-        annotations = self._files("mats", (".mat",)) | self._files("jsons", (".json",))
+        images = files_by_name(self._visible_files, IMAGE, r"images(?:_part\d+)?")
+        annotations = files_by_name(self._visible_files, r"(?P<name>[^/]+)\.mat", "mats")
+        annotations |= files_by_name(self._visible_files, r"(?P<name>[^/]+)\.json", "jsons")
         if missing := [name for name in listed if name not in images and name not in annotations]:
             raise DataError(
                 f"{len(missing)} images of {split}.txt and their annotations are missing, such as {missing[0]}; "
-                f"copy them again, or remove them from {storage.join(self._root, f'{split}.txt')}"
+                f"copy them again, or remove them from {self._lists[split]}"
             )
         items, wanted = pair_items(split, images, annotations), set(listed)
         return [item for item in items if item.name in wanted]
@@ -55,27 +59,20 @@ class Nwpu(AnnotatedImages):
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Missing splits, and the unlabelled test split."""
         notes = super().notes(splits)
-        if storage.exists(storage.join(self._root, "test.txt")):
+        if "test" in self._lists:
             notes.append(f"the {len(self._listed('test'))} images of test.txt are left out: they have no labels")
         return notes
 
     def _listed(self, split: str) -> list[str]:
-        lines = text_lines(storage.join(self._root, f"{split}.txt"))
-        return list(dict.fromkeys(line.split()[0] for line in lines))
-
-    def _files(self, folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-        """URIs of a folder's files by name; empty if the folder does not exist."""
-
-        uri = storage.join(self._root, folder)
-        return self.cached(uri, lambda uri: files_by_name(uri, suffixes) if storage.exists(uri) else {})
+        return list(dict.fromkeys(line.split()[0] for line in text_lines(self._lists[split])))
 
 
 def _read_json(uri: str) -> Heads:
     try:
         content: Any = json.loads(storage.read_bytes(uri))
-        heads = as_points(np.array(content["points"]), COORDINATE_BASE)
-        if not len(heads) == len(content["points"]) == content["human_num"]:
-            raise ValueError(f"`human_num` is {content['human_num']}, but there are {len(heads)} points")
+        heads = as_points(np.array(content["points"]), COORDINATE_BASE, count=("human_num", content["human_num"]))
+    except DataError as error:
+        raise DataError(f"{uri}: {error}; copy it again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise DataError(f"{uri} does not contain `human_num` and `points` ({problem}); copy it again") from error

@@ -9,7 +9,7 @@ from typing import Annotated
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import files_by_name
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, not_found, visible_files
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
@@ -38,15 +38,15 @@ class UcfCc50(AnnotatedImages):
             raise UserError(f"--fold {fold}: ucf-cc-50 has folds 1 to {FOLDS}; choose one of them")
         self._fold = fold
         self.name = f"ucf-cc-50-fold{fold}"
-        root = storage.resolve(source)
-        self._images = files_by_name(root, (".jpg",))
-        self._annotations = files_by_name(root, ("_ann.mat",), suffix="_ann")
+        files = visible_files(source)
+        self._images = files_by_name(files, IMAGE)
+        self._annotations = files_by_name(files, r"(?P<name>[^/]+)_ann\.mat")
         if unexpected := [name for name in self._images | self._annotations if not name.isdecimal()]:
             raise UserError(f"{source} contains {unexpected[0]}, but UCF_CC_50 has images such as 1.jpg; move it away")
         available = {self._split(name) for name in self._images}
         if not available:
-            raise UserError(f"{source} is not UCF_CC_50: it contains no image such as 1.jpg; check --source")
-        super().__init__(root, [split for split in SPLITS if split in available], depth)
+            raise not_found(source, "UCF_CC_50", "1.jpg", files)
+        super().__init__(storage.resolve(source), [split for split in SPLITS if split in available], depth)
 
     def split_items(self, split: str) -> list[Item]:
         """Images in the order of their numbers."""

@@ -9,18 +9,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from crowdray import storage
 from crowdray.data.decoding import content_size, decode_image
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Heads, pair_items
-from crowdray.datasets.sources.layout import files_by_name, find_splits
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, find_root
 from crowdray.datasets.sources.matlab import read_points
 from crowdray.errors import UserError
 
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1). Assumed, because the files are MATLAB's; not verified on a copy."""
 
-FOLDERS = {"train": "Train", "test": "Test"}
+SPLITS = ("train", "test")
 
 MAX_SIDE = 1536
 """Maximum longer side in pixels, as in PET (Liu et al., ICCV 2023). Photos reach 6,000 x 9,000."""
@@ -32,7 +31,7 @@ class UcfQnrf(AnnotatedImages):
     """UCF-QNRF, with larger photos reduced to a size suitable for training."""
 
     name = "ucf-qnrf"
-    official_splits = tuple(FOLDERS)
+    official_splits = SPLITS
 
     def __init__(
         self,
@@ -44,13 +43,13 @@ class UcfQnrf(AnnotatedImages):
         if longest != 0 and longest < 64:
             raise UserError(f"--longest {longest}: give at least 64 pixels, or 0 to keep photos unchanged")
         self._longest = longest
-        super().__init__(*find_splits(source, FOLDERS, "UCF-QNRF"), depth)
+        root, files = find_root(source, "UCF-QNRF", "Train/img_0001.jpg", IMAGE, "(?:train|test)")
+        super().__init__(root, [split for split in SPLITS if files_by_name(files, IMAGE, split)], depth, files=files)
 
     def split_items(self, split: str) -> list[Item]:
         """Photos in the order of their numbers."""
-        folder = storage.join(self._root, FOLDERS[split])
-        annotations = files_by_name(folder, ("_ann.mat",), suffix="_ann")
-        return pair_items(split, files_by_name(folder, (".jpg",)), annotations)
+        annotations = files_by_name(self._visible_files, r"(?P<name>[^/]+)_ann\.mat", split)
+        return pair_items(split, files_by_name(self._visible_files, IMAGE, split), annotations)
 
     def heads(self, item: Item) -> Heads:
         """Heads of one img_n_ann.mat, in pixels of the original photo."""

@@ -5,18 +5,15 @@ same with test_, whose frames lie in folders of their scenes. The five test scen
 """
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from crowdray import storage
 from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.base import AnnotatedImages, Camera, Heads, pair_items
-from crowdray.datasets.sources.layout import IMAGES, find_splits
+from crowdray.datasets.sources.layout import IMAGE, files_by_name, find_root
 from crowdray.datasets.sources.matlab import as_map, as_points, as_sizes, read_matlab
 from crowdray.datasets.sources.region import polygon_mask
-from crowdray.errors import DataError
 
 COORDINATE_BASE = 1.0
 """The centre of the first pixel is (1, 1), as on MATLAB's axes, for heads and for the corners of a region.
@@ -29,6 +26,9 @@ SIZE = (576, 720)
 """Height and width of every frame."""
 
 SPLITS = ("train", "test")
+BELOW = "(?:[^/]+/)*"
+"""Pattern of folders: of scenes, or none."""
+MATLAB, LABEL = r"(?P<name>[^/]+)\.mat", r"(?P<name>(?!roi\.)[^/]+)\.mat"
 
 TEST_SCENES = {"104207": "S1", "200608": "S2", "200702": "S3", "202201": "S4", "500717": "S5"}
 """Scenes of the test split by their names in published tables."""
@@ -55,15 +55,17 @@ class WorldExpo(AnnotatedImages):
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        root, available = find_splits(source, {split: f"{split}_frame" for split in SPLITS}, "WorldExpo'10")
-        mapped = all(storage.exists(storage.join(root, f"{split}_perspective")) for split in available)
-        super().__init__(root, available, depth, perspective=mapped)
+        example = f"train_frame/{_BAD_CAMERA}_4_clip1_2.jpg"
+        root, files = find_root(source, "WorldExpo'10", example, BELOW + IMAGE, "(?:train|test)_frame")
+        available = [split for split in SPLITS if files_by_name(files, BELOW + IMAGE, f"{split}_frame")]
+        maps = {split: files_by_name(files, BELOW + MATLAB, f"{split}_perspective") for split in available}
+        self._perspective = {split: uri.rpartition("/")[0] for split, found in maps.items() for uri in found.values()}
+        super().__init__(root, available, depth, files=files, perspective=len(self._perspective) == len(available))
 
     def split_items(self, split: str) -> list[Item]:
         """Frames by name, which groups them by scene; known bad ones are left out."""
-        images = self._files(f"{split}_frame", IMAGES)
-        labels = self._files(f"{split}_label", (".mat",))
-        labels = {name: uri for name, uri in labels.items() if name != "roi"}
+        images = files_by_name(self._visible_files, BELOW + IMAGE, f"{split}_frame")
+        labels = files_by_name(self._visible_files, BELOW + LABEL, f"{split}_label")
         items = pair_items(split, images, labels, scene=lambda name: TEST_SCENES.get(name[:6], name[:6]))
         return [item for item in items if item.name not in BAD]
 
@@ -71,20 +73,14 @@ class WorldExpo(AnnotatedImages):
         """All labelled heads, including those outside the region of interest, which evaluation ignores."""
 
         def extract(variables: dict[str, Any]) -> Heads:
-            heads = as_points(variables["point_position"], COORDINATE_BASE)
-            number = np.asarray(variables["point_num"]).ravel().tolist()
-            if number != [len(heads)]:
-                raise DataError(
-                    f"{item.annotation}: `point_num` is {number}, but there are {len(heads)} points; copy it again"
-                )
-            return heads
+            count = ("point_num", variables["point_num"])
+            return as_points(variables["point_position"], COORDINATE_BASE, count=count)
 
         return read_matlab(item.annotation, extract, "`point_position` and `point_num`")
 
     def camera(self, item: Item) -> Camera:
         """Region of interest of the scene, and the inverse of its pixels per metre as depth."""
-        path = storage.join(self._root, f"{item.split}_label", item.name[:6], "roi.mat")
-        return self.cached(path, lambda uri: self._read_camera(uri, item))
+        return self.cached(f"camera {item.name[:6]}", lambda _: self._read_camera(item))
 
     def notes(self, splits: Sequence[str] = ()) -> list[str]:
         """Missing splits and perspective maps, and known bad frames."""
@@ -92,20 +88,17 @@ class WorldExpo(AnnotatedImages):
         notes += [
             f"{split}_perspective is missing: depth comes from the annotated heads"
             for split in self._splits
-            if not storage.exists(storage.join(self._root, f"{split}_perspective"))
+            if split not in self._perspective
         ]
-        bad = sorted({name for split in self._splits for name in self._files(f"{split}_frame", IMAGES)} & BAD)
+        images = (files_by_name(self._visible_files, BELOW + IMAGE, f"{split}_frame") for split in self._splits)
+        bad = sorted(BAD.intersection(*[chain(*images)]))
         if bad:
             notes.append(f"{len(bad)} frames with labels known to be bad are left out: {', '.join(bad)}")
         return notes
 
-    def _files(self, folder: str, suffixes: Sequence[str]) -> dict[str, str]:
-        """URIs of the files below a folder, in any depth, by name."""
-        uri = storage.join(self._root, folder)
-        paths = [PurePosixPath(file.name) for file in storage.find_files(uri) if not storage.is_hidden(file.name)]
-        return {path.stem: storage.join(uri, str(path)) for path in paths if path.suffix.lower() in suffixes}
+    def _read_camera(self, item: Item) -> Camera:
+        uri = _map_file(item.annotation.rpartition("/")[0], "roi.mat")
 
-    def _read_camera(self, uri: str, item: Item) -> Camera:
         def roi(variables: dict[str, Any]) -> Any:
             x, y = (as_map(variables[f"maskVertices{axis}Coordinates"]) for axis in "XY")
             return polygon_mask(x - COORDINATE_BASE + 0.5, y - COORDINATE_BASE + 0.5, *SIZE)
@@ -113,6 +106,11 @@ class WorldExpo(AnnotatedImages):
         mask = read_matlab(uri, roi, "`maskVerticesXCoordinates` and `maskVerticesYCoordinates` of a polygon")
         if not self.uses_perspective:
             return Camera(uri, mask)
-        perspective = storage.join(self._root, f"{item.split}_perspective", f"{item.name[:6]}.mat")
+        perspective = _map_file(self._perspective[item.split], f"{item.name[:6]}.mat")
         depth = read_matlab(perspective, lambda variables: 1.0 / as_sizes(variables["pMap"]), "`pMap`")
         return Camera(f"{uri} or {perspective}", mask, depth)
+
+
+def _map_file(folder: str, name: str) -> str:
+    """URI of a camera's file, whose name may differ in case."""
+    return next(iter(storage.list_files(folder, [name])), storage.join(folder, name))
