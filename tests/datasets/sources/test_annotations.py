@@ -4,6 +4,7 @@ import base64
 import io
 import pickle
 import re
+import unicodedata
 import uuid
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,58 @@ def test_image_index_prefers_full_path_then_longest_suffix(tmp_path: Path) -> No
     assert heads("csv", folder) == {name: [(n, n)] for n, name in enumerate(expected, 1)}
     (folder / "1.jpg").unlink()
     assert "line 4: './1.jpg' matches both x/1.jpg and y/1.jpg" in conversion_error("csv", folder)
+
+
+def spelled(*names: str) -> list[str]:
+    """Names of which the first vowel with an umlaut is decomposed, as macOS writes it."""
+    return [unicodedata.normalize("NFD", name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("written", "images", "found"),
+    [
+        ("Zürich.jpg", spelled("Zürich.jpg"), spelled("Zürich.jpg")),
+        (*spelled("Zürich.jpg"), ["Zürich.jpg"], ["Zürich.jpg"]),
+        ("photo.jpg", ["Photo.JPG"], ["Photo.JPG"]),
+        ("photo", ["Photo.JPG"], ["Photo.JPG"]),
+        ("ZÜRICH/a.jpg", spelled("zürich/A.JPG", "b/a.jpg"), spelled("zürich/A.JPG")),
+        ("train/a.jpg", ["Train/a.jpg", "test/a.jpg"], ["Train/a.jpg"]),
+        ("Train/a.jpg", ["Train/A.JPG", "Test/a.jpg"], ["Train/A.JPG"]),
+        ("a.jpg", ["A.jpg", "a.jpg"], ["a.jpg"]),
+        ("Zürich.jpg", ["Zürich.jpg", *spelled("Zürich.jpg")], ["Zürich.jpg"]),
+        ("Zürich.jpg", ["ZÜRICH.jpg", *spelled("Zürich.jpg")], spelled("Zürich.jpg")),
+    ],
+)
+def test_image_index_finds_another_form_or_case_where_one_fits(
+    tmp_path: Path, written: str, images: list[str], found: list[str]
+) -> None:
+    folder = csv_folder(tmp_path / "market", f"image,x,y\n{written},1,1\n", images)
+    assert [*heads("csv", folder)] == found
+
+
+def test_image_index_shows_the_difference_of_names_that_look_alike(tmp_path: Path) -> None:
+    folder = csv_folder(tmp_path / "market", "image,x,y\nZÜRICH.jpg,1,1\nat 9 AM.jpg,1,1\n", ["at 9\u202fAM.jpg"])
+    error = conversion_error("csv", write_images(folder, ["Zürich.jpg", *spelled("Zürich.jpg")]))
+    assert r"'Z\xdcRICH.jpg' matches both Zu\u0308rich.jpg and Z\xfcrich.jpg" in error.replace("\\\\", "\\")
+    assert r"no image 'at 9 AM.jpg' below" in error and r", but at 9\u202fAM.jpg" in error
+
+
+def test_cvat_subsets_name_the_folders_of_a_project(tmp_path: Path) -> None:
+    write_images(tmp_path / "market", [f"images/{subset}/a.jpg" for subset in ("Train", "Test", "default")])
+    subsets = {"Train": [(1, 1), (2, 2)], "Test": [(3, 3)], "default": []}
+    images = [
+        cvat_image("a.jpg", cvat_points(points) if points else "", f'subset="{s}"') for s, points in subsets.items()
+    ]
+    (tmp_path / "market" / "annotations.xml").write_text(cvat_xml("".join(images)))
+    found = load("cvat", tmp_path / "market")
+    assert {name: (s.split, len(s.points)) for name, s in found.items()} == {
+        "images/Train/a.jpg": ("train", 2),
+        "images/default/a.jpg": ("train", 0),
+        "images/Test/a.jpg": ("test", 1),
+    }
+    (tmp_path / "market/images/Train/a.jpg").unlink()
+    (tmp_path / "market/images/default/a.jpg").unlink()
+    assert conversion_error("cvat", tmp_path / "market").count("images/Test/a.jpg is annotated twice") == 3
 
 
 def test_splits_and_scenes_columns_override_folders(tmp_path: Path) -> None:

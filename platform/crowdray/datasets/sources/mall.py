@@ -89,7 +89,7 @@ def _read_frames(uri: str) -> list[Heads | str]:
         counts = np.ravel(unwrapped(variables["count"]))
         frames = as_frames(variables["frame"], COORDINATE_BASE, counts=counts)
         if len(frames) != len(counts):
-            raise DataError(f"`frame` has {len(frames)} frames, but `count` {len(counts)}")
+            raise DataError(f"`frame` has {len(frames)} frames, but `count` {len(counts)}; copy it again")
         return frames
 
     return read_matlab(uri, extract, "`frame` with `loc` for each frame, and `count`")

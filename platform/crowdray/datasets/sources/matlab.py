@@ -38,7 +38,7 @@ def read_matlab(uri: str, extract: Callable[[dict[str, Any]], T], layout: str) -
     try:
         return extract(_variables(content))
     except DataError as error:
-        raise DataError(f"{uri}: {error}; copy it again") from error
+        raise DataError(f"{uri}: {error}") from error
     except Exception as error:  # scipy and HDF5 raise many types for a damaged file
         raise DataError(f"{uri} does not contain {layout} ({type(error).__name__}: {error}); copy it again") from error
 
@@ -53,19 +53,19 @@ def as_points(
 ) -> NDArray[np.float64]:
     """Convert a list of heads to continuous pixels (N, 2).
 
-    A row is a head, so two rows and two columns are two heads. A column is a head if nothing else can be meant: if
-    the count says so, or if there are more than MAX_COLUMNS columns, or one. An empty array of any shape means no
-    heads.
+        A row is a head, so two rows and two columns are two heads. A column is a head if nothing else can be meant: if
+            the count says so, or if there are more than MAX_COLUMNS columns, or one. An empty array of any shape means no
+        heads.
+    
+        Args:
+            values: Numbers (N, 2), or (2, N) as above, also in a cell.
+            base: Coordinate of the first pixel's centre.
+            count: Name and value of the number of heads that is stored with the list, if any.
+            columns: Most columns; those after x and y are dropped.
 
-    Args:
-        values: Numbers (N, 2), or (2, N) as above, also in a cell.
-        base: Coordinate of the first pixel's centre.
-        count: Name and value of the number of heads that is stored with the list, if any.
-        columns: Most columns; those after x and y are dropped.
-
-    Raises:
-        DataError: The stored count is another one.
-        ValueError: The list has another shape or type.
+        Raises:
+            DataError: The stored count is another one, or the list may have as many heads as rows or as columns.
+            ValueError: The list has another shape or type.
     """
     points = np.asarray(unwrapped(values))
     if points.size == 0:
@@ -75,9 +75,11 @@ def as_points(
     stored = None if count is None else np.asarray(unwrapped(count[1])).squeeze().tolist()
     heads = next((matrix for matrix in oriented if stored in (None, len(matrix))), None)
     if heads is None and oriented and count is not None:
-        raise DataError(f"`{count[0]}` is {stored}, but there are {len(oriented[0])} heads")
-    surplus = stored is None and len(points) < points.shape[1] <= MAX_COLUMNS and heads is not points
-    if heads is None or surplus or points.dtype.kind not in "iuf":
+        raise DataError(f"`{count[0]}` is {stored}, but there are {len(oriented[0])} heads; copy it again")
+    if heads is not None and heads is not points and stored is None and len(points) < points.shape[1] <= MAX_COLUMNS:
+        rows, others = points.shape
+        raise DataError(f"a list of {rows} x {others} numbers may be {rows} or {others} heads; write a row for each")
+    if heads is None or points.dtype.kind not in "iuf":
         raise ValueError(f"heads of shape {points.shape} and type {points.dtype}, expected (heads, 2) numbers")
     return heads[:, :2].astype(np.float64) - base + 0.5
 
@@ -104,7 +106,7 @@ def as_frames(frames: Any, base: float, *, counts: Any = None, columns: int = 2)
 def frame_heads(uri: str, frames: Sequence[NDArray[np.float64] | str], index: int) -> NDArray[np.float64]:
     """Heads of one frame of `as_frames`; DataError if something is wrong with them."""
     if isinstance(heads := frames[index], str):
-        raise DataError(f"{uri}, {heads}; copy it again")
+        raise DataError(f"{uri}, {heads}")
     return heads
 
 

@@ -72,7 +72,7 @@ def _read_json(uri: str) -> Heads:
         content: Any = json.loads(storage.read_bytes(uri))
         heads = as_points(np.array(content["points"]), COORDINATE_BASE, count=("human_num", content["human_num"]))
     except DataError as error:
-        raise DataError(f"{uri}: {error}; copy it again") from error
+        raise DataError(f"{uri}: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise DataError(f"{uri} does not contain `human_num` and `points` ({problem}); copy it again") from error

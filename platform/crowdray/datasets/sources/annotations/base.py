@@ -209,9 +209,9 @@ class AnnotatedFolder(AnnotatedImages):
             with annotation.capture_error():
                 path = self._find_image(annotation, index)
                 if not annotation.skip_reason and (other := first.setdefault(path, annotation)) is not annotation:
-                    raise DataError(
-                        f"{path} is annotated twice: {other.location} and {annotation.location}; keep one of them"
-                    )
+                    twice = f"{path} is annotated twice: {other.location} and {annotation.location}; keep one of them"
+                    other.problem = other.problem or twice
+                    raise DataError(twice)
                 annotation.path = path
             folders, _ = split_and_scene(annotation.path)
             annotation.split = annotation.split or folders or self._split_of(annotation.uri) or "train"
@@ -232,7 +232,8 @@ class AnnotatedFolder(AnnotatedImages):
         if annotation.embedded:
             return self._below(annotation.uri)
         raise DataError(
-            f"{where}: there is no image {annotation.image!r} below {self._root}; add it, or remove its annotation"
+            f"{where}: there is no image {annotation.image!r} below {self._root}{index.similar(annotation.image)}; "
+            "add it, or remove its annotation"
         )
 
 

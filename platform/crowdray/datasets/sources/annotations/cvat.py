@@ -40,8 +40,9 @@ class Cvat(AnnotatedFolder):
         name = element.get("name")
         if not name:
             raise DataError(f"{uri}: image {number} has no name; {EXPORT}")
-        where = f"{uri}: image {name!r}"
-        image = ImageAnnotation(uri, where, name, split=parse_split(element.get("subset", "")))
+        where, subset = f"{uri}: image {name!r}", element.get("subset", "")
+        # A project's export has a folder for each subset, in which names may recur.
+        image = ImageAnnotation(uri, where, f"{subset}/{name}" if subset else name, split=parse_split(subset))
         with image.capture_error():
             height, width = (parse_number(element.get(side, "0"), f"{where}: {side}") for side in ("height", "width"))
             image.size = known_size(height, width)

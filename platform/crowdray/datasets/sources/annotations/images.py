@@ -1,9 +1,11 @@
 """Images of a folder: lookup by the names that annotations use, and EXIF orientation."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from crowdray.data.decoding import SIDEWAYS, SUFFIXES, content_size, decode_image, orientation, turn_upright
 from crowdray.data.sample import points_outside
+from crowdray.datasets.sources.layout import NAME_FORMS
 from crowdray.errors import DataError
 
 JPEG_QUALITY = 95
@@ -22,32 +25,56 @@ _GENERIC_FOLDERS = ("images",)
 
 
 class ImageIndex:
-    """Image paths below a folder, found by a full path, the end of a path, or a name without suffix."""
+    """Image paths below a folder, found by a full path, the end of a path, or a name without suffix.
+
+    Names may be spelled in another Unicode form or another case, see NAME_FORMS.
+    """
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._by_name: dict[str, list[str]] = {}
         self._by_stem: dict[str, list[str]] = {}
+        self._by_letters: dict[str, list[str]] = {}
         for path in paths:
-            self._by_name.setdefault(PurePosixPath(path).name, []).append(path)
-            self._by_stem.setdefault(PurePosixPath(path).stem, []).append(path)
+            name = PurePosixPath(path)
+            self._by_name.setdefault(NAME_FORMS[-1](name.name), []).append(path)
+            self._by_stem.setdefault(NAME_FORMS[-1](name.stem), []).append(path)
+            self._by_letters.setdefault(_letters(name.name), []).append(path)
 
     def find(self, name: str, location: str) -> str | None:
-        """Return the path with the longest common end with `name`, if any; DataError if several match equally well."""
-        parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
+        """Return the path with the longest common end with `name`, if any; DataError if several match equally well.
+
+        A name as written comes before one in another form.
+        """
+        parts = _parts(name)
         if not parts:
             return None
-        found = self._by_name.get(parts[-1], [])
-        if not found and not parts[-1].lower().endswith(SUFFIXES):
-            found = self._by_stem.get(parts[-1], [])
-        if "/".join(parts) in found:
-            return "/".join(parts)
-        shared = [_common_suffix(parts[:-1], PurePosixPath(path).parts[:-1]) for path in found]
-        best = [path for path, length in zip(found, shared, strict=True) if length == max(shared)]
+        by_name, part = self._by_name, "name"
+        if (last := NAME_FORMS[-1](parts[-1])) not in by_name and not last.endswith(SUFFIXES):
+            by_name, part = self._by_stem, "stem"
+
+        def rank(path: str) -> list[Any]:
+            folders, same_name = PurePosixPath(path).parts[:-1], getattr(PurePosixPath(path), part)
+            full = [form(path) == form("/".join(parts)) for form in NAME_FORMS]
+            ends = [
+                (form(same_name) == form(parts[-1]), _common_suffix([*map(form, parts[:-1])], [*map(form, folders)]))
+                for form in NAME_FORMS
+            ]
+            return [*full, *ends]
+
+        ranks = {path: rank(path) for path in by_name.get(last, [])}
+        best = [path for path in ranks if ranks[path] == max(ranks.values())]
         if len(best) > 1:
+            wanted, *others = _distinct(name, *best[:2])
             raise DataError(
-                f"{location}: {name!r} matches both {best[0]} and {best[1]}; include its folder, or rename one of them"
+                f"{location}: {wanted!r} matches both {' and '.join(others)}; include its folder, or rename one of them"
             )
         return best[0] if best else None
+
+    def similar(self, name: str) -> str:
+        """Return a remark on an image whose name has the same letters and digits as `name`; "" if there is none."""
+        parts = _parts(name)
+        found = self._by_letters.get(_letters(parts[-1]), []) if parts else []
+        return f", but {_distinct(found[0], name)[0]}" if found else ""
 
 
 def parse_split(word: str) -> str:
@@ -108,6 +135,21 @@ def upright(content: bytes, size: tuple[int, int] | None, heads: NDArray[np.floa
     rotated = turn_upright(decode_image(content), turn)
     encoded: bytes = simplejpeg.encode_jpeg(rotated, quality=JPEG_QUALITY, colorsubsampling="444")
     return encoded
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
+
+
+def _letters(name: str) -> str:
+    """Return what a reader sees of a name: its letters and digits, without case and in one form."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", name).casefold()))
+
+
+def _distinct(*names: str) -> list[str]:
+    """Return names for a message, with escaped code points where they would look alike."""
+    alike = len({_letters(name) for name in names}) < len(names)
+    return [name.encode("ascii", "backslashreplace").decode() if alike else name for name in names]
 
 
 def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
