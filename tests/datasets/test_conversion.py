@@ -326,5 +326,6 @@ def test_convert_notes_repeated_images_in_one_line(tmp_path: Path) -> None:
 
 
 def test_convert_without_images_raises_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file such as part_B_final"):
-        conversion.convert(open_part(make_shanghaitech(tmp_path / "part_B", count=0)), str(tmp_path / "made"))
+    (tmp_path / "train.txt").touch()
+    with pytest.raises(UserError, match="nothing to convert"):
+        conversion.convert(open_source("nwpu", str(tmp_path)), str(tmp_path / "made"))

@@ -10,12 +10,10 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from crowdray import storage
+from crowdray.data.decoding import SUFFIXES
 from crowdray.errors import DataError, UserError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp")
-"""Suffixes of image files, case-insensitive."""
-
-IMAGE = rf"(?P<name>[^/]+)(?:{'|'.join(map(re.escape, IMAGES))})"
+IMAGE = rf"(?P<name>[^/]+)(?:{'|'.join(map(re.escape, SUFFIXES))})"
 """Pattern of an image file and its name."""
 
 _ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz")

@@ -53,19 +53,18 @@ def as_points(
 ) -> NDArray[np.float64]:
     """Convert a list of heads to continuous pixels (N, 2).
 
-        A row is a head, so two rows and two columns are two heads. A column is a head if nothing else can be meant: if
-            the count says so, or if there are more than MAX_COLUMNS columns, or one. An empty array of any shape means no
-        heads.
-    
-        Args:
-            values: Numbers (N, 2), or (2, N) as above, also in a cell.
-            base: Coordinate of the first pixel's centre.
-            count: Name and value of the number of heads that is stored with the list, if any.
-            columns: Most columns; those after x and y are dropped.
+    A row is a head, so two rows and two columns are two heads. A column is a head if nothing else can be meant: if the
+    count says so, or if there are more than MAX_COLUMNS columns, or one. An empty array of any shape means no heads.
 
-        Raises:
-            DataError: The stored count is another one, or the list may have as many heads as rows or as columns.
-            ValueError: The list has another shape or type.
+    Args:
+        values: Numbers (N, 2), or (2, N) as above, also in a cell.
+        base: Coordinate of the first pixel's centre.
+        count: Name and value of the number of heads that is stored with the list, if any.
+        columns: Most columns; those after x and y are dropped.
+
+    Raises:
+        DataError: The stored count is another one, or the list may have as many heads as rows or as columns.
+        ValueError: The list has another shape or type.
     """
     points = np.asarray(unwrapped(values))
     if points.size == 0:
