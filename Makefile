@@ -11,9 +11,11 @@ SHELL := /bin/bash
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
+# The scripts of tools in .venv/bin start with the path of the interpreter, which may contain a quote.
+PYTHON_M := $(BIN)/python -m
 # Two test files at a time: end-to-end tests mostly wait for processes to start.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-PIP := $(BIN)/python -m pip --quiet install --no-compile --constraint constraints.txt
+PIP := $(PYTHON_M) pip --quiet install --no-compile --constraint constraints.txt
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -24,16 +26,16 @@ train: .venv/.run data/demo/index.json ## render the demo dataset, train, regist
 	$(BIN)/python jobs/train.py --preset demo --data data/demo --workers $(WORKERS)
 
 test: .venv/.dev ## run all tests, including those that start Ray and MLflow
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(PYTHON_M) pytest $(PARALLEL)
 
 quick: .venv/.dev ## run the tests that need neither Ray nor minutes
-	$(BIN)/python -m pytest $(PARALLEL) -m "not end_to_end and not slow"
+	$(PYTHON_M) pytest $(PARALLEL) -m "not end_to_end and not slow"
 
 lint: .venv/.dev ## check style, format, types and imports
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	PYTHONPATH=platform $(BIN)/lint-imports
+	$(PYTHON_M) ruff check .
+	$(PYTHON_M) ruff format --check .
+	$(PYTHON_M) mypy
+	PYTHONPATH=platform $(BIN)/python -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
@@ -42,11 +44,11 @@ bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
 ui: .venv/.run ## open runs, curves, figures and models at http://127.0.0.1:5000 (another port: PORT=5001)
 	@store="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; \
 	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a server already: open $$store"; exit 0;; esac; \
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PYTHON_M) mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$$store"
 
 docs: .venv/.dev ## serve the documentation at http://127.0.0.1:8000
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_M) mkdocs serve --strict --dev-addr 127.0.0.1:8000
 
 clean: ## remove .venv, caches and the demo dataset; keep runs and models
 	rm -rf .venv data/demo build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis platform/*.egg-info
