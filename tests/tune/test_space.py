@@ -92,30 +92,6 @@ def test_parameters_of_a_configuration_reproduce_it() -> None:
         again.tell(trial, 1.0)
 
 
-def test_suggest_of_a_finished_trial_returns_its_point() -> None:
-    base = preset("demo")
-    space = load_space(None, WIDE, base)
-    study = random_study()
-    points = []
-    for number in range(20):
-        trial = study.ask()
-        points.append(space.suggest(trial))
-        study.tell(trial, float(number))
-    assert [space.suggest(trial) for trial in study.trials] == points
-    with_switches = points[0] | study.trials[0].params
-    assert space.configure(base, with_switches) == space.configure(base, points[0])
-
-
-def test_tpe_samples_the_space_without_warnings_and_finds_a_minimum() -> None:
-    base = preset("demo")
-    space = load_space(None, WIDE, base)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=5))
-    study.optimize(lambda trial: space.configure(base, space.suggest(trial)).target.sigma, n_trials=40)
-    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 40
-    random, tpe = ([trial.params["target.sigma"] for trial in part] for part in (study.trials[:5], study.trials[-10:]))
-    assert sum(tpe) / 10 < sum(random) / 5
-
-
 def test_random_samples_contain_each_subset_of_tasks_equally_often() -> None:
     space = default_space(preset("demo"))
     study = random_study(seed=3)
@@ -232,7 +208,7 @@ MISTAKES = [
     *((f"{name}=[1, 2]", f"{name} in --vary cannot vary: {reason}") for name, reason in FIXED.items()),
     ("zzz=[1, 2]", "zzz in --vary is not a field; see --help"),
     ("loss.depth", "--vary 'loss.depth' has no =; write --vary 'loss.depth={\"low\": 0.06, \"high\": 6}'"),
-    ("loss.depth={low: 1}", "--vary loss.depth is not JSON: Expecting property name enclosed in double quotes"),
+    ("loss.depth={low: 1}", "--vary loss.depth is not JSON: key must be a string"),
     ("loss.depth=0.6", "loss.depth in --vary is 0.6; give a range"),
     ('loss.depth={"lo": 1, "high": 2}', "lo of loss.depth in --vary is not a key; is it low?"),
     ('loss.depth={"0": 1}', "0 of loss.depth in --vary is not a key; give low, high, log, zero, step"),
@@ -246,52 +222,25 @@ MISTAKES = [
     ('loss.depth={"low": true, "high": 2}', "low of loss.depth in --vary is True: input should be a valid number"),
     ('loss.depth={"low": [1], "high": 2}', "low of loss.depth in --vary is [1]: input should be a valid number"),
     ('loss.depth={"low": 1, "high": NaN}', "high of loss.depth in --vary is nan; give at least 0.0"),
-    (
-        'loss.depth={"low": 0, "high": 2, "log": true}',
-        'is 0.0, but a log scale has no 0; raise low and add "zero": true',
-    ),
+    ('loss.depth={"low": 0, "high": 2, "log": true}', 'is 0.0, but a log scale has no 0; raise low and add "zero"'),
     ('loss.depth={"low": 1, "high": 2, "log": 1}', "log of loss.depth in --vary is 1: input should be a valid boolean"),
-    (
-        'loss.depth={"low": 1, "high": 2, "zero": "no"}',
-        "zero of loss.depth in --vary is 'no': input should be a valid boolean",
-    ),
-    (
-        'loss.depth={"low": 1, "high": 2, "step": 1}',
-        "step of loss.depth in --vary is 1; only integers on a linear scale",
-    ),
+    ('loss.depth={"low": 1, "high": 2, "zero": "no"}', "zero of loss.depth in --vary is 'no': input should be a"),
+    ('loss.depth={"low": 1, "high": 2, "step": 1}', "step of loss.depth in --vary is 1; only integers on a linear"),
     ('optimizer.name={"low": 1, "high": 2}', "optimizer.name in --vary is a range, but the field is not a number"),
-    (
-        'sampling.batch={"low": 2, "high": 8, "step": 2, "log": true}',
-        "step of sampling.batch in --vary is 2; only integers",
-    ),
-    (
-        'sampling.batch={"low": 2, "high": 8, "step": 0}',
-        "step of sampling.batch in --vary is 0: input should be greater",
-    ),
-    (
-        'sampling.batch={"low": 2, "high": 8, "step": "2"}',
-        "step of sampling.batch in --vary is '2': input should be a valid integer",
-    ),
+    ('sampling.batch={"low": 2, "high": 8, "step": 2, "log": true}', "step of sampling.batch in --vary is 2; only int"),
+    ('sampling.batch={"low": 2, "high": 8, "step": 0}', "step of sampling.batch in --vary is 0: input should be"),
+    ('sampling.batch={"low": 2, "high": 8, "step": "2"}', "step of sampling.batch in --vary is '2': input should be"),
     ('sampling.batch={"low": 2, "high": 9, "step": 4}', "is 4 and does not lead from 2 to 9; give high 6"),
     ('sampling.batch={"low": 2, "high": 4, "step": 8}', "is 8 and does not lead from 2 to 4; give high 10"),
     ("loss.depth=[]", "choices of loss.depth in --vary are empty; give at least one value"),
     ("loss.depth=[1, 2, 1.0]", "choices of loss.depth in --vary contain 1.0 twice; give each value once"),
-    (
-        "stages.joint.epochs=[2, 2.5]",
-        "a choice of stages.joint.epochs in --vary is 2.5: input should be a valid integer",
-    ),
+    ("stages.joint.epochs=[2, 2.5]", "a choice of stages.joint.epochs in --vary is 2.5: input should be a valid"),
     ("stages.joint.epochs=[2, true]", "a choice of stages.joint.epochs in --vary is True: input should be a valid"),
-    (
-        'optimizer.name=["sgd", "adam"]',
-        "a choice of optimizer.name in --vary is 'adam': input should be 'sgd', 'adamw'",
-    ),
+    ('optimizer.name=["sgd", "adam"]', "a choice of optimizer.name in --vary is 'adam': input should be 'sgd', "),
     ('loss.depth={"low": -1, "high": 1}', "low of loss.depth in --vary is -1.0; give at least 0.0"),
     ("target.sigma=[4, 65]", "a choice of target.sigma in --vary is 65.0; give a number from 0.25 to 64.0"),
     ('target.sigma={"low": 2, "high": 6, "zero": true}', "zero of target.sigma in --vary allows 0.0; give a number"),
-    (
-        'stages.baseline.epochs={"low": 2, "high": 6, "zero": true}',
-        "zero of stages.baseline.epochs in --vary allows 0;",
-    ),
+    ('stages.baseline.epochs={"low": 2, "high": 6, "zero": true}', "zero of stages.baseline.epochs in --vary allows 0"),
     ('sampling.crop={"low": 32, "high": 64}', "step of sampling.crop in --vary leads to 33; the model's stride of 4"),
     ("stages.decoders.epochs=[0, 1]", "in --vary is 0; stages.decoders.epochs is 0 but stages.joint.epochs is not"),
 ]

@@ -41,9 +41,10 @@ def peak_matmul_flops(device: torch.device, dtype: torch.dtype, threads: int) ->
 def flops_per_window(counter: Counter, tasks: Collection[str], size: Sequence[int], *, frozen_encoder: bool) -> int:
     """Count the FLOPs of the forward and backward pass of one window; a multiply-add is two.
 
-    A backward pass counts as twice its forward pass (Chowdhery et al. 2022, appendix B), recomputed activations do
-    not count: torch's own counter takes the backward pass of a grouped convolution for that of a full one. Leaves the
-    counter in evaluation mode.
+    The encoder's backward pass counts as twice its forward pass (Chowdhery et al. 2022, appendix B), recomputed
+    activations do not count: torch takes the backward pass of a grouped convolution for that of a full one. Decoders
+    have none; with a frozen encoder, their first layers need no gradient of their inputs. Leaves the counter in
+    evaluation mode, and gradients untouched.
 
     Args:
         size: (H, W) of the window in pixels.
@@ -53,9 +54,13 @@ def flops_per_window(counter: Counter, tasks: Collection[str], size: Sequence[in
     # Its methods are never the compiled call, which hides its operations.
     with torch.no_grad(), FlopCounterMode(display=False) as encoder:
         features = counter.features(image)
-    with torch.no_grad(), FlopCounterMode(display=False) as decoders:
-        counter.decode(features, tasks, size)
-    return int((1 if frozen_encoder else 3) * encoder.get_total_flops() + 3 * decoders.get_total_flops())
+    features.requires_grad_(not frozen_encoder)
+    differentiated = [tensor for tensor in (features, *counter.decoders.parameters()) if tensor.requires_grad]
+    with FlopCounterMode(display=False) as decoders:
+        outputs = counter.decode(features.clone(), tasks, size)  # torch's counter rejects a leaf
+        total = torch.stack([output.sum() for output in outputs.values()]).sum()
+        torch.autograd.grad(total, differentiated, allow_unused=True)
+    return int((1 if frozen_encoder else 3) * encoder.get_total_flops() + decoders.get_total_flops())
 
 
 def peak_memory(device: torch.device) -> int:

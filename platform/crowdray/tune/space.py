@@ -89,9 +89,6 @@ class Choice(_Dimension):
     choices: Annotated[tuple[_Value, ...], AfterValidator(lambda values: tuple(sorted(values)))]
     """Its values, ascending."""
 
-    def __str__(self) -> str:
-        return "one of " + ", ".join(map(str, self.choices))
-
     def nearest(self, value: Any) -> Any:
         """The nearest choice to a number; for other values the first one."""
         if value in self.choices:
@@ -130,10 +127,6 @@ class Range(_Dimension):
     """Whether 0 is possible as well: it drops a task."""
     step: Annotated[StrictInt, Field(ge=1)] | None = None
     """Distance between neighbors of an integer range; 1 if left out."""
-
-    def __str__(self) -> str:
-        step, log = f" by {self.step}" if self.step else "", " on a log scale" if self.log else ""
-        return f"{self.low} to {self.high}{step}{log}{', or 0' if self.zero else ''}"
 
     def nearest(self, value: Any) -> Any:
         """The nearest value of the range."""
@@ -202,7 +195,7 @@ class Space:
         object.__setattr__(self, "dimensions", ordered)
 
     def suggest(self, trial: "BaseTrial") -> dict[str, Any]:
-        """Ask Optuna for a point; returns values by dotted field name. A finished trial returns its own point."""
+        """Ask Optuna for a point; returns values by dotted field name. A resumed trial returns its own point."""
         return {name: item.suggest(trial, name, FIELDS[name]) for name, item in self.dimensions.items()}
 
     def configure(self, base: Config, values: Mapping[str, Any]) -> Config:
