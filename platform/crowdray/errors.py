@@ -30,6 +30,14 @@ class JobFailed(RuntimeError):
         super().__init__(redacted(str(message)))
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal asked the process to end; everything is cleaned up as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type; the same in every process, so without addresses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -19,7 +19,7 @@ def test_find_batch_size_measures_once_per_run(discs: Dataset, tmp_path: Path, m
         return plan_run(preset("debug"), discs.uri, 2, str(tmp_path), None, "debug", auto_batch=True)
 
     measured = iter([12])
-    monkeypatch.setattr(batch_size, "measure_on_cluster", lambda run, device: next(measured))
+    monkeypatch.setattr(batch_size, "measure_on_cluster", lambda run, device, on_status: next(measured))
     messages: list[str] = []
     first = find_batch_size(planned(), messages.append)
     first.create_or_verify()

@@ -1,10 +1,21 @@
-"""Choice of devices for the resources of a cluster."""
+"""Start of a local Ray, and what a job does with the resources of a cluster."""
+
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from crowdray.cluster.runtime import Resources, choose_gpu
+from crowdray.cluster import runtime
+from crowdray.cluster.runtime import Resources, choose_gpu, connect, wait_for_workers
 from crowdray.config import Device
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
+
+from ..conftest import ODD_FOLDER
 
 
 @pytest.mark.parametrize(
@@ -37,3 +48,46 @@ def test_choose_gpu_with_too_many_workers_raises_with_the_fix(
 ) -> None:
     with pytest.raises(UserError, match=fix):
         choose_gpu(resources, workers, device)
+
+
+@pytest.mark.parametrize("folder", ["/usr/bin", f"/home/{ODD_FOLDER}/bin"])
+def test_connect_to_a_local_ray_is_private_and_quotes_the_interpreter(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if "RAY_" not in key})
+    monkeypatch.setattr(sys, "executable", f"{folder}/python")
+    monkeypatch.setattr("ray.init", lambda address, **options: started.update(options))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.nodes", list)
+    monkeypatch.setattr(runtime, "shut_down", lambda: None)
+    with connect():
+        ray_folder = Path(started["_temp_dir"])
+        assert ray_folder.is_dir() and ray_folder.parent.stat().st_mode & 0o077 == 0
+        assert len(str(ray_folder)) < 45, "the paths of Ray's sockets may have 107 bytes"
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0", "it would listen on all interfaces"
+    assert not ray_folder.exists()
+    command = started["runtime_env"].get("py_executable", sys.executable)
+    assert shlex.split(command) == [f"{folder}/python"]
+
+
+def test_wait_for_workers_says_what_it_waits_for_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[object] = []
+    group = SimpleNamespace(ready=lambda: "ready")
+    module = importlib.import_module("ray.util.placement_group")  # hidden by the function of the same name
+    monkeypatch.setattr(module, "placement_group", lambda bundles: group)
+    monkeypatch.setattr(module, "remove_placement_group", removed.append)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.get", lambda ready: None)
+    clock = iter(range(0, 9000, 1800))
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: ([], refs))
+    messages: list[str] = []
+    needs = "2 workers with 1 CPU and 1 GPU each"
+    state = "the cluster has 8 CPU and 2 GPU, free are 1 CPU and 0 GPU"
+    with pytest.raises(JobFailed, match=f"{needs} did not start within 60 min: {state}; free some, add nodes"):
+        wait_for_workers(Resources(8, 2, False), 2, {"CPU": 1, "GPU": 1}, messages.append)
+    assert messages == [f"waiting 1800 s for {needs}: {state}; giving up after 60 min"] and removed == [group]
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs, []))
+    wait_for_workers(Resources(8, 2, False), 2, {"CPU": 1, "GPU": 0}, messages.append)
+    assert len(messages) == 1 and removed == [group, group]

@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch._dynamo.exc import BackendCompilerFailed
 
+from crowdray import storage
 from crowdray.cluster.failures import TrainingStopped, is_worker_loss, translated_error
 from crowdray.cluster.runtime import Resources
-from crowdray.cluster.train import run_training
+from crowdray.cluster.train import run_training, train
 from crowdray.cluster.worker import upload
 from crowdray.config import NumericsConfig
 from crowdray.errors import RESUME_HINT, InfeasibleConfigError, UserError
 from crowdray.pipeline.run import Run
 from crowdray.stage_cache.session import StageCacheConfig
+from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
 from crowdray.training.errors import DivergedError
 
@@ -28,6 +31,12 @@ def test_run_training_with_too_few_cpus_raises(run: Run) -> None:
     with pytest.raises(UserError, match="3 workers need a CPU each, the Ray cluster has 2 CPUs"):
         elastic = replace(run, identity=replace(run.identity, workers=(3, 8)))
         run_training(elastic, Resources(2, 0, False), stage_cache=StageCacheConfig("memory://stages", 0))
+
+
+def test_train_of_a_run_that_another_process_trains_raises(run: Run) -> None:
+    callback = SimpleNamespace(on_status=print, on_history=print)
+    with Lock(storage.join(run.uri, "driver"), "", ""), pytest.raises(UserError, match=f"run {run.uri} is in use by"):
+        train(run, callback, tracking_uri=None, stage_cache=StageCacheConfig("memory://stages", 0))
 
 
 def test_run_training_of_a_trial_reserves_a_cpu_per_thread(
@@ -48,6 +57,11 @@ def test_run_training_of_a_trial_reserves_a_cpu_per_thread(
         run_training(replace(four, study_file="study.json"), resources, stage_cache=stage_cache)
     with pytest.raises(Requested, match=r"^1"):
         run_training(four, resources, stage_cache=stage_cache)
+
+
+def test_translated_error_of_workers_that_never_start_says_what_is_missing(run: Run) -> None:
+    error = translated_error(ControllerError(WorkerGroupStartupTimeoutError(2)), run)
+    assert isinstance(error, TrainingStopped) and "\n" not in str(error) and "add nodes or give fewer" in str(error)
 
 
 def test_translated_error_of_out_of_memory_is_infeasible_config(run: Run) -> None:

@@ -1,5 +1,6 @@
 """The crowdray command, and the exit status and message of a job by the kind of its error."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def test_run_job_on_an_expected_error_prints_one_line_and_exits(
     assert exit_.value.code == status
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_run_job_on_a_signal_cleans_up_and_prints_one_line(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[str] = []
+
+    def job(arguments: list[str]) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:  # as code that cleans up after Ctrl-C
+            signal.raise_signal(number)
+            ended.append("cleaned up")
+            raise
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as exit_:
+        run_job(job, [])
+    assert exit_.value.code == 128 + number and ended == ["cleaned up"]
+    assert capsys.readouterr().err == f"error: terminated by {number.name}; run the same command again to resume\n"
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from crowdray.cluster.runtime import choose_gpu, connect, node_resources
+from crowdray.cluster.runtime import choose_gpu, connect, node_resources, wait_for_workers
 from crowdray.config import Device
 from crowdray.errors import UserError
 from crowdray.pipeline.run import Run
@@ -25,13 +25,13 @@ def find_batch_size(run: Run, on_status: Callable[[str], None], *, device: Devic
         )
     if (batch := run.recorded_batch()) is None:
         on_status("starting Ray to measure the batch size")
-        batch = measure_on_cluster(run, device)
+        batch = measure_on_cluster(run, device, on_status)
         workers = identity.max_workers
         on_status(f"batch size {batch}: {batch // workers} crops for each of {workers} workers")
     return run.with_config(replace(identity.config, sampling=replace(identity.config.sampling, batch=batch)))
 
 
-def measure_on_cluster(run: Run, device: Device) -> int:
+def measure_on_cluster(run: Run, device: Device, on_status: Callable[[str], None]) -> int:
     """Measure the batch size in a process of a Ray cluster, alone on its node."""
     with connect() as resources:
         import ray
@@ -39,6 +39,7 @@ def measure_on_cluster(run: Run, device: Device) -> int:
 
         workers = run.identity.max_workers
         gpus = int(choose_gpu(resources, workers, device))
+        wait_for_workers(resources, 1, {"CPU": 1, "GPU": gpus}, on_status)
         measure = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=1)(_measure)
         try:
             batch: int = ray.get(measure.remote(run, bool(gpus)))

@@ -2,7 +2,7 @@
 
 from ray.exceptions import RayError
 
-from crowdray.cluster.ray_internals import ray_train_error
+from crowdray.cluster.ray_internals import ray_train_error, start_timeout_error
 from crowdray.errors import RESUME_HINT, InfeasibleConfigError, JobFailed, UserError
 from crowdray.pipeline.run import Run
 from crowdray.training.errors import DivergedError, is_out_of_memory
@@ -41,6 +41,11 @@ def translated_error(error: BaseException, run: Run) -> BaseException:
         return InfeasibleConfigError(
             f"the run {run.uri} does not fit into memory ({str(deepest).splitlines()[0]}); lower --sampling.batch, "
             "--sampling.crop or --sampling.gpu-cache-gib, or use fewer workers per node"
+        )
+    if isinstance(deepest, start_timeout_error()):
+        return TrainingStopped(
+            f"the workers of {run.uri} did not start again, as the cluster is busy or lost nodes: end other jobs, add "
+            f"nodes or give fewer --workers, then {RESUME_HINT}"
         )
     if not is_worker_loss(deepest):
         return deepest

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from crowdray.cluster.runtime import MAX_RETRIES, connect
+from crowdray.cluster.runtime import MAX_RETRIES, connect, wait_for_workers
 from crowdray.datasets.sources import Item, Source
 from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
@@ -82,6 +83,7 @@ def _map_on_cluster(
             raise UserError(f"--depth {source.teacher.name} needs a GPU, and Ray has none; remove the option cuda")
         import ray
 
+        wait_for_workers(resources, 1, {"CPU": 1, "GPU": int(source.teacher.gpu)}, partial(print, flush=True))
         task: Any = ray.remote(num_gpus=int(source.teacher.gpu), max_retries=MAX_RETRIES)(work)
         shared = ray.put(source)
         waiting = list(slices)[::-1]

@@ -1,6 +1,9 @@
 """Everything without a public name in Ray; pyproject.toml pins the minor version that was tested."""
 
+from contextlib import suppress
 from dataclasses import dataclass
+
+_KILL_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,38 @@ def reload_settings() -> None:
     Config.initialize("")
 
 
+def shut_down() -> None:
+    """Disconnect, and end all processes of a node that this process started; Ray lets workers outlive it by seconds."""
+    import psutil  # Ray has it
+    import ray
+    from ray._private import worker
+
+    node = worker._global_node
+    servers: list[int] = [info.process.pid for infos in node.all_processes.values() for info in infos] if node else []
+    processes = []
+    for pid in servers:
+        with suppress(psutil.NoSuchProcess):
+            processes += psutil.Process(pid).children(recursive=True)
+    ray.shutdown(wait_for_processes=True)
+    _, running = psutil.wait_procs(processes, timeout=0)
+    for process in running:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(running, timeout=_KILL_TIMEOUT_S)
+
+
 def ray_train_error() -> type[Exception]:
     """Base class of Ray Train's errors, those that it does not export among them."""
     from ray.train.v2._internal.exceptions import RayTrainError
 
     return RayTrainError
+
+
+def start_timeout_error() -> type[Exception]:
+    """Error of a group of workers that could not start for lack of resources."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return WorkerGroupStartupTimeoutError
 
 
 def _node_limit(count: int) -> int:

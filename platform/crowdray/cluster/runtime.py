@@ -3,23 +3,37 @@
 import logging
 import os
 import secrets
+import shlex
+import signal
+import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crowdray import credentials
-from crowdray.cluster.ray_internals import cluster_limits, reload_settings
+from crowdray import credentials, storage
+from crowdray.cluster.ray_internals import cluster_limits, reload_settings, shut_down
 from crowdray.config import Device
-from crowdray.errors import UserError
+from crowdray.errors import RESUME_HINT, JobFailed, Terminated, UserError, first_line
+from crowdray.storage.scratch import PARENT
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """Folder of the package; Ray copies it to the workers, which need only its dependencies."""
 
 MAX_RETRIES = 3
 """Restarts of a task, a worker group or a trial that lost a process or a node."""
+
+START_LIMIT_S = {True: 600.0, False: 3600.0}
+"""Seconds to wait for workers to start, by whether the cluster is local: a shared one may be busy, or still growing."""
+_START_REPORT_S = 30.0
+"""Seconds between two messages about what is waited for."""
+
+_MAX_TEMP_BYTES = 20
+"""Longest path above Ray's folder: its sockets' paths, 85 bytes longer, may have 107."""
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Object store of a local cluster: our objects are small, Ray's default is a third of the memory."""
@@ -29,6 +43,9 @@ _DRIVER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's future default; the current one warns at every start
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call from a thread would start a new cluster after shutdown
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray polls reports this often; its 2 s would delay short epochs
+}
+_LOCAL_ENV = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # elsewhere too, Ray then listens on the loopback interface only
 }
 _WORKER_ENV = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial still running after this loses its slot for good; Ray's is 2 s
@@ -63,10 +80,10 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
     Raises:
         UserError: The connection fails, or this process is connected already.
     """
-    for name, value in _DRIVER_ENV.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "")
     local = address in ("", "local")
+    for name, value in (_DRIVER_ENV | (_LOCAL_ENV if local else {})).items():
+        os.environ.setdefault(name, value)
     if local:
         _enable_token_auth()
     import ray
@@ -75,28 +92,93 @@ def connect(dashboard: bool = False) -> Iterator[Resources]:
         raise UserError("this process is connected to Ray already; call ray.shutdown() first")
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    runtime_env: dict[str, Any] = {"py_modules": [str(PACKAGE)], "env_vars": _WORKER_ENV}
-    if hidden := dict(credentials.hidden):
-        # Ray keeps a hook in memory, and writes other parts of a runtime environment into logs.
-        runtime_env["worker_process_setup_hook"] = lambda: credentials.hidden.update(hidden)
-    own: dict[str, Any] = {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES} if local else {}
+    with ExitStack() as folders:
+        environment, options = dict(_WORKER_ENV), dict[str, Any]()
+        runtime_env: dict[str, Any] = {"py_modules": [str(PACKAGE)], "env_vars": environment}
+        if hidden := dict(credentials.hidden):
+            # Ray keeps a hook in memory, and writes other parts of a runtime environment into logs.
+            runtime_env["worker_process_setup_hook"] = lambda: credentials.hidden.update(hidden)
+        if local:
+            # Ray lets everybody write into its folders, which hold the code that workers run; this one is private.
+            options["_temp_dir"] = str(folders.enter_context(storage.scratch_folder("ray", _parent_of_ray_folder())))
+            options |= {"include_dashboard": dashboard, "object_store_memory": _OBJECT_STORE_BYTES}
+            environment[PARENT] = str(folders.enter_context(storage.scratch_folder("workers")))
+            if sys.platform == "linux":
+                environment["GLOO_SOCKET_IFNAME"] = environment["NCCL_SOCKET_IFNAME"] = "lo"
+            if (quoted := shlex.quote(sys.executable)) != sys.executable:
+                runtime_env["py_executable"] = quoted  # Ray passes it to a shell as it is (ray-project/ray#5288)
+        try:
+            _init(address or "local", runtime_env=runtime_env, **options)
+            yield _resources(local)
+        finally:
+            shut_down()
+
+
+def wait_for_workers(
+    resources: Resources,
+    workers: int,
+    per_worker: Mapping[str, float],
+    on_status: Callable[[str], None],
+) -> None:
+    """Wait until all workers can run at once and the process of one has started.
+
+    Args:
+        per_worker: Resources that each worker reserves.
+        on_status: Receives messages about what is waited for.
+
+    Raises:
+        JobFailed: The workers cannot start, or not within START_LIMIT_S.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    demand = {name: number for name, number in per_worker.items() if number}
+    started, limit = time.monotonic(), START_LIMIT_S[resources.local]
+    group = placement_group([demand] * workers)
     try:
-        ray.init(
-            address or "local",
-            runtime_env=runtime_env,
-            log_to_driver=False,  # workers answer with reports and exceptions
-            logging_level=logging.ERROR,
-            **own,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        action = "start Ray on this machine" if local else f"connect to the Ray cluster at RAY_ADDRESS={address}"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "" if local else "; start it, correct the address, or unset RAY_ADDRESS to run on this machine"
-        raise UserError(f"cannot {action}: {reason}{fix}") from error
-    try:
-        yield _resources(local)
+        ready = group.ready()
+        while not ray.wait([ready], timeout=min(_START_REPORT_S, limit))[0]:
+            wanted = f"{workers} worker{'s' * (workers > 1)} with {_listed(demand)}{' each' * (workers > 1)}"
+            free = _listed(ray.available_resources())  # type: ignore[no-untyped-call]
+            state = f"the cluster has {resources.cpus} CPU and {resources.gpus} GPU, free are {free}"
+            if (waited := time.monotonic() - started) >= limit:
+                fix = "end other programs" if resources.local else "free some, add nodes or give fewer --workers"
+                late = f"{wanted} did not start within {limit / 60:.0f} min"
+                raise JobFailed(f"{late}: {state}; {fix}, then {RESUME_HINT}")
+            on_status(f"waiting {waited:.0f} s for {wanted}: {state}; giving up after {limit / 60:.0f} min")
+        ray.get(ready)
+    except ray.exceptions.RayError as error:
+        raise JobFailed(f"no worker can be started: {first_line(error)}; {RESUME_HINT}") from error
     finally:
-        ray.shutdown()
+        remove_placement_group(group)
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _init(address: str, **options: Any) -> None:
+    """Call ray.init, which replaces the handler of SIGTERM by one that exits."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)  # workers answer with reports
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        local = address == "local"
+        action = "start Ray on this machine" if local else f"connect to the Ray cluster at RAY_ADDRESS={address}"
+        fix = "" if local else "; start it, correct the address, or unset RAY_ADDRESS to run on this machine"
+        raise UserError(f"cannot {action}: {first_line(error)}{fix}") from error
+    except SystemExit:
+        raise Terminated(signal.SIGTERM) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _parent_of_ray_folder() -> str:
+    temporary = tempfile.gettempdir()
+    return temporary if len(os.fsencode(temporary)) <= _MAX_TEMP_BYTES else "/tmp"
 
 
 def node_resources() -> dict[str, float]:

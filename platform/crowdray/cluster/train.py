@@ -6,7 +6,16 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from crowdray import storage
-from crowdray.cluster.runtime import MAX_RETRIES, Resources, choose_gpu, connect, deletion_warning, run_in_thread
+from crowdray.cluster.runtime import (
+    MAX_RETRIES,
+    START_LIMIT_S,
+    Resources,
+    choose_gpu,
+    connect,
+    deletion_warning,
+    run_in_thread,
+    wait_for_workers,
+)
 from crowdray.config import Device
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
@@ -15,6 +24,7 @@ from crowdray.pipeline.publish import metric_rows, open_run, publish_run
 from crowdray.pipeline.run import Run
 from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.session import StageCacheConfig
+from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.result import describe_workers
 
@@ -24,9 +34,10 @@ ELASTIC_RETRIES = 100
 RESIZE_CHECK_S = 60.0
 """Seconds between two checks whether the cluster has capacity for another number of workers."""
 
-_GROUP_START_TIMEOUT_S = "5"
-"""Seconds that Ray Train waits for capacity where fewer workers suffice. Its default of 60 would pass after each loss
-of a node, which Ray notices only within 20."""
+_GROUP_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_GROUP_START_TIMEOUT_S, _ELASTIC_START_TIMEOUT_S = 60, 5
+"""Seconds after which Ray Train tries again to start a group of workers: by default, and where fewer workers suffice,
+since 60 would pass after each loss of a node, which Ray notices only within 20."""
 
 HistoryCallback = Callable[[Sequence[EpochMetrics]], None]
 """Receives the whole history of a run after each epoch."""
@@ -60,13 +71,29 @@ def train(
     identity = run.identity
     dataset = Dataset.open(identity.data)
     split_rows(identity.config, dataset, identity.max_workers)  # fails before any folder is created
-    run.create_or_verify()
-    if outcome := Outcome.of_finished(run, tracking_uri):
-        callback.on_status(f"run {run.uri} is already finished; showing its results")
-        return outcome
+    if storage.exists(run.outcome):
+        run.create_or_verify()
+        if outcome := Outcome.of_finished(run, tracking_uri):
+            callback.on_status(f"run {run.uri} is already finished; showing its results")
+            return outcome
     if warning := deletion_warning(run.uri):
         callback.on_status(warning)
-    with finish_on_exit(open_run(identity, dataset.index.name, tracking_uri)) as tracker:
+    fix = "wait for it, or give another --name"
+    with Lock(storage.join(run.uri, "driver"), f"the run {run.uri}", fix, callback.on_status):
+        run.create_or_verify()
+        return _train_and_publish(run, callback, dataset.index.name, tracking_uri, stage_cache, device)
+
+
+def _train_and_publish(
+    run: Run,
+    callback: TrainingCallback,
+    dataset: str,
+    tracking_uri: str | None,
+    stage_cache: StageCacheConfig,
+    device: Device,
+) -> Outcome:
+    identity = run.identity
+    with finish_on_exit(open_run(identity, dataset, tracking_uri)) as tracker:
         if not run.is_trained:
             callback.on_status("starting Ray")
             with connect() as resources:
@@ -74,6 +101,8 @@ def train(
                 callback.on_status(
                     f"starting {f'{identity.min_workers} to {most}' if identity.is_elastic else most} workers"
                 )
+                per_worker = {"CPU": 1, "GPU": int(choose_gpu(resources, identity.min_workers, device))}
+                wait_for_workers(resources, identity.min_workers, per_worker, callback.on_status)
                 on_history = _tracked(callback, tracker)
                 run_training(run, resources, device=device, stage_cache=stage_cache, on_history=on_history)
         callback.on_status("packaging and registering the model")
@@ -116,10 +145,11 @@ def run_training(
 
     from crowdray.cluster.failures import translated_error
 
+    use_gpu = choose_gpu(resources, run.identity.min_workers, device)
     # On the driver's node: an actor without demands may be placed on a node that has just died, and never start.
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
-    trainer = _torch_trainer(run, rows, stage_cache, choose_gpu(resources, run.identity.min_workers, device))
+    trainer = _torch_trainer(run, rows, stage_cache, use_gpu, local=resources.local)
 
     def fit() -> None:
         try:
@@ -140,7 +170,7 @@ def run_training(
     ray.kill(rows.actor)
 
 
-def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: bool) -> Any:
+def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: bool, *, local: bool) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -149,7 +179,8 @@ def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: 
 
     identity = run.identity
     if identity.is_elastic:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _GROUP_START_TIMEOUT_S)
+        os.environ.setdefault(_GROUP_START_TIMEOUT, str(_ELASTIC_START_TIMEOUT_S))
+    start_timeout_s = float(os.environ.get(_GROUP_START_TIMEOUT, _GROUP_START_TIMEOUT_S))
     path, filesystem = _ray_storage(identity.storage)
     # The workers of a trial reserve what the search counted per trial.
     per_worker = {"CPU": float(identity.config.numerics.threads), "GPU": float(use_gpu)} if run.study_file else None
@@ -166,7 +197,10 @@ def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: 
             name=identity.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=ELASTIC_RETRIES if identity.is_elastic else MAX_RETRIES),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=ELASTIC_RETRIES if identity.is_elastic else MAX_RETRIES,
+                controller_failure_limit=int(START_LIMIT_S[local] / start_timeout_s),
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[ReportCallback(rows)],  # type: ignore[list-item]
         ),
@@ -182,10 +216,10 @@ def _read_rows(queue: Any, on_history: HistoryCallback) -> None:
 
 
 def _ray_storage(uri: str) -> tuple[str, Any]:
-    """Path and file system for Ray: local paths as they are, everything else through fsspec."""
-    if storage.is_local(uri):
-        return uri, None
+    """Path and file system for Ray: local paths as they are, which Ray would parse, everything else through fsspec."""
     import pyarrow.fs
 
+    if storage.is_local(uri):
+        return storage.resolve(uri), pyarrow.fs.LocalFileSystem()
     filesystem, path = storage.filesystem(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))

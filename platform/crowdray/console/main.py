@@ -4,19 +4,22 @@ import difflib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 from crowdray import __version__
 from crowdray.console import terminal
 from crowdray.credentials import hide_credentials, redacted
-from crowdray.errors import RESUME_HINT, JobFailed, UserError
+from crowdray.errors import RESUME_HINT, JobFailed, Terminated, UserError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-"""Exit status of a job: done, failed, invalid input, Ctrl-C."""
+"""Exit status of a job: done, failed, invalid input, Ctrl-C; 128 and its number after another signal."""
 
 COMMANDS = {
     "convert": "convert a dataset into shards, or check its annotations",
@@ -36,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"crowdray {__version__}")
     elif name in COMMANDS:
-        module = importlib.import_module(f"crowdray.console.commands.{name}")  # late: --help stays fast
-        run_job(module.main, rest)
+        # Imported late: --help stays fast, and a signal meanwhile ends the job as any later one does.
+        run_job(lambda rest: importlib.import_module(f"crowdray.console.commands.{name}").main(rest), rest)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1) or [", ".join(COMMANDS)]
         sys.exit(_print_error(f"unknown command {name!r}; use {close[0]}", EXIT_USAGE))
@@ -46,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     """Call a job with its arguments; exit if it fails.
 
-    UserError, JobFailed and KeyboardInterrupt are printed as one message. Every other exception is a bug and keeps its
-    traceback. Nothing that is printed contains the credentials of a URI.
+    UserError, JobFailed, Ctrl-C, SIGTERM and SIGHUP are printed as one message. Every other exception is a bug and
+    keeps its traceback. Nothing that is printed contains the credentials of a URI.
     """
     if logging.lastResort:
         logging.lastResort.setFormatter(terminal.OneLineFormatter())
@@ -57,17 +60,40 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     sys.excepthook = _print_traceback
     sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
     try:
-        job([hide_credentials(argument) for argument in arguments])
+        with _signals_raise():
+            job([hide_credentials(argument) for argument in arguments])
     except UserError as error:
         sys.exit(_print_error(error, EXIT_USAGE))
     except JobFailed as error:
         sys.exit(_print_error(error, EXIT_FAILED))
+    except Terminated as error:
+        name = signal.Signals(error.number).name
+        sys.exit(_print_error(f"terminated by {name}; {RESUME_HINT}", 128 + error.number))
     except KeyboardInterrupt:
         sys.exit(_print_error(f"interrupted; {RESUME_HINT}", EXIT_INTERRUPTED))
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Raise Terminated in the block at the first SIGTERM or SIGHUP, unless they are handled or ignored already."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the cleaning up
+        raise Terminated(number)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if in_main and not signal.getsignal(number)]
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _print_error(message: object, status: int) -> int:

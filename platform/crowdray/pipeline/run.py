@@ -100,8 +100,9 @@ class Run:
         """
         if not storage.is_local(self.uri):
             return None
-        for partial in Path(self.uri).glob(f"{storage.PARTIAL}*-checkpoint-*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for partial in Path(self.uri).glob(f"{storage.PARTIAL}*"):
+            if partial.is_dir():  # a file may belong to the lock of this very process
+                shutil.rmtree(partial, ignore_errors=True)
         checkpoints = storage.join(self.uri, RAY_CHECKPOINT_LIST)
         if not storage.exists(checkpoints):
             return None

@@ -7,7 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from crowdray import storage
-from crowdray.cluster.runtime import MAX_RETRIES, Resources, choose_gpu, connect, deletion_warning, run_in_thread
+from crowdray.cluster.runtime import (
+    MAX_RETRIES,
+    Resources,
+    choose_gpu,
+    connect,
+    deletion_warning,
+    run_in_thread,
+    wait_for_workers,
+)
 from crowdray.cluster.train import run_training
 from crowdray.config import Config, Device
 from crowdray.data.shards import Dataset
@@ -135,6 +143,8 @@ class _Driver:
                 from crowdray.tune.trial import TrialTask
 
                 slots, use_gpu = trial_slots(study, resources, min(concurrent or trials, trials), self.device)
+                per_worker = {"CPU": study.config.numerics.threads, "GPU": int(use_gpu)}
+                wait_for_workers(resources, identity.max_workers, per_worker, self.callback.on_status)
                 at_once = "1 trial" if slots == 1 else f"{slots} trials"
                 self.callback.on_status(f"searching: {at_once} at once, {trials} in total")
                 search = StageTreeSearch(
@@ -213,6 +223,7 @@ def _trial_numerics(config: Config, use_gpu: bool) -> dict[str, str | int]:
 
 def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> None:
     """Run the trials that the search suggests until it ends."""
+    from pyarrow.fs import LocalFileSystem
     from ray import tune as ray_tune
 
     from crowdray.tune.search import StudyScheduler
@@ -236,6 +247,7 @@ def _run_trials(study: Study, search: "StageTreeSearch", task: "TrialTask") -> N
             run_config=ray_tune.RunConfig(
                 name=study.identity.name,
                 storage_path=str(scratch),
+                storage_filesystem=LocalFileSystem(),
                 failure_config=ray_tune.FailureConfig(max_failures=MAX_RETRIES),
                 verbose=0,
             ),
