@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 HEIGHT, WIDTH = 64, 96
 
+ODD_FOLDER = 'my C# 100%25 Müller\'s "[x]"?'
+"""A folder name with characters that mean something in URIs, patterns, shells and SQL."""
+
 torch.set_num_threads(1)  # test processes share the cores, and waiting threads would spin
 
 
@@ -39,10 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["local", "memory"])
 def root_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A URI at which nothing exists yet: a local folder, or fsspec's memory in place of an object store."""
+    """A URI at which nothing exists yet: an oddly named folder, or fsspec's memory in place of an object store."""
     monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
     if request.param == "local":
-        yield str(tmp_path / "root")
+        yield str(tmp_path / ODD_FOLDER / "root")
         return
     root = f"memory://{uuid.uuid4().hex}"
     yield root

@@ -12,7 +12,7 @@ from crowdray.config import Config, to_json
 from crowdray.console.arguments import load_preset
 from crowdray.documents import parse_document
 from crowdray.errors import UserError
-from crowdray.pipeline.identity import Workers, default_name, open_verified, parse_workers
+from crowdray.pipeline.identity import Workers, check_name, default_name, open_verified, parse_workers
 from crowdray.pipeline.run import RAY_CHECKPOINT_LIST, Run
 from crowdray.training.checkpoint import Checkpoint, Progress, save_checkpoint
 
@@ -69,6 +69,17 @@ def test_repair_of_a_truncated_checkpoint_list_returns_the_newest_complete_check
     assert not listed.exists() and not partial.parent.exists()
     listed.write_text(json.dumps({}))
     assert run.repair() is None and listed.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "a\n", "a\x1b[2J", "-a", ".partial-a", "ü" * 101])
+def test_check_name_of_no_folder_name_raises(name: str) -> None:
+    with pytest.raises(UserError, match=r"--name (is|has) "):
+        check_name(name)
+
+
+@pytest.mark.parametrize("preset", ["debug", "/a/my C#?.json", "s3://b/..json", "-x" * 99])
+def test_default_name_of_any_preset_is_a_folder_name(preset: str) -> None:
+    check_name(default_name(preset, "computed"))
 
 
 @pytest.mark.parametrize(("text", "workers"), [(2, 2), ("1:4", (1, 4)), ("3:3", 3)])

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from mlflow import MlflowClient
 
 from crowdray.errors import UserError
 from crowdray.registry import tracking
-from crowdray.registry.connection import call_mlflow, connect, sqlite_path
+from crowdray.registry.connection import call_mlflow, connect, sqlite_path, sqlite_uri
 from crowdray.registry.tracking import MlflowTracker, flatten, open_tracker
+
+from ..conftest import ODD_FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -49,12 +52,13 @@ def test_sync_history_after_a_restart_logs_each_epoch_once(store: str) -> None:
 
 
 def test_open_tracker_of_a_finished_run_reopens_it_by_its_key(store: str) -> None:
-    first = _open(store, "it's again")
+    key = 'it\'s a "key" with C# 50%\\ ?'
+    first = _open(store, key)
     first.finish("KILLED")
     client = MlflowClient(store, store)
     assert client.get_run(str(first.run_id)).info.status == "KILLED"
     assert _open(store, "other").run_id != first.run_id
-    second = _open(store, "it's again")
+    second = _open(store, key)
     assert second.run_id == first.run_id
     assert client.get_run(str(first.run_id)).info.status == "RUNNING"
 
@@ -158,6 +162,20 @@ def test_log_file_stores_artifacts_next_to_the_database(
     assert list(tmp_path.iterdir()) == [figure]
     root = sqlite_path(store).parent / "mlartifacts" / "tracking" / str(tracker.run_id)
     assert (root / "artifacts/figures/epoch-001/figure.png").read_bytes() == b"png"
+
+
+def test_sqlite_uri_is_opened_by_mlflow_as_exactly_that_file(store: str, tmp_path: Path) -> None:
+    folder = tmp_path / ODD_FOLDER
+    folder.mkdir()
+    uri = sqlite_uri(Path(shutil.copy(sqlite_path(store), folder)))
+    tracker = open_tracker(uri, "exact", "a run", "exact")
+    tracker.log_config({"a": 1}, {})
+    assert sqlite_path(uri) == folder / "mlflow.db" and os.listdir(tmp_path) == [ODD_FOLDER]
+    assert (folder / "mlartifacts" / "exact" / str(tracker.run_id) / "artifacts" / "config.json").is_file()
+    assert sqlite_path("sqlite:///a%20b.db") == Path("a b.db").absolute()
+    for unnamed in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:a.db?uri=true"):
+        with pytest.raises(UserError, match="names no file; use sqlite:////"):
+            sqlite_path(unnamed)
 
 
 @pytest.mark.parametrize(("server", "problem"), [("closed_port", "refused"), ("silent_server", "timed out")])

@@ -17,6 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from crowdray import storage
 from crowdray.errors import UserError
 
+from ..conftest import ODD_FOLDER
+
 
 def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -30,6 +32,13 @@ def test_resolve_makes_local_paths_absolute_and_keeps_remote_uris(
     assert storage.resolve(f"file://{tmp_path}/b/") == str(tmp_path / "b")
     assert storage.resolve("memory://bucket/c/") == "memory://bucket/c"
     assert storage.resolve(storage.resolve("a")) == storage.resolve("a")
+
+
+def test_resolve_takes_paths_literally_and_decodes_file_uris(tmp_path: Path) -> None:
+    path = tmp_path / ODD_FOLDER / "a:" / "b"
+    for uri in (str(path), path.as_uri(), path.as_uri().replace("//", "//localhost", 1), f"local://{path}"):
+        assert storage.resolve(uri) == str(path) and storage.is_local(uri)
+    assert storage.resolve(f"{tmp_path}/a://b") == f"{tmp_path}/a:/b"
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/x", ""])

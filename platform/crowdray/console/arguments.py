@@ -19,6 +19,7 @@ from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_js
 from crowdray.credentials import hide_credentials
 from crowdray.errors import UserError
 from crowdray.presets import preset
+from crowdray.registry.connection import sqlite_uri
 
 Job = TypeVar("Job")
 
@@ -77,7 +78,7 @@ def tracking_uri() -> str:
     """Return MLFLOW_TRACKING_URI without credentials, else mlflow.db in the repository or the working directory."""
     root = Path(__file__).resolve().parents[3]
     folder = root if (root / "pyproject.toml").is_file() else Path.cwd()
-    return hide_credentials(os.environ.get("MLFLOW_TRACKING_URI") or "") or f"sqlite:///{folder / 'mlflow.db'}"
+    return hide_credentials(os.environ.get("MLFLOW_TRACKING_URI") or "") or sqlite_uri(folder / "mlflow.db")
 
 
 def write_json(uri: str | None, content: Mapping[str, Any]) -> None:

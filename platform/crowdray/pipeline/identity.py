@@ -20,6 +20,9 @@ from crowdray.errors import UserError
 Workers = int | tuple[int, int]
 """Number of workers as Ray Train takes it: fixed, or the minimum and maximum of an elastic group."""
 
+_MAX_NAME_BYTES = 200
+"""File systems allow 255, of which unfinished folders need some for their prefix."""
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -132,9 +135,11 @@ def parse_workers(value: int | str) -> Workers:
 
 
 def check_name(name: str | None) -> None:
-    """Raise UserError for a name that cannot name a folder."""
-    if name is not None and not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--name is {name!r}; use letters, digits, - _ and .")
+    """Raise UserError for a name that cannot name a folder inside another one."""
+    if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"--name is {name!r}; use letters, digits, - _ and ., a letter or digit first")
+    if name is not None and len(name.encode()) > _MAX_NAME_BYTES:
+        raise UserError(f"--name has {len(name.encode())} bytes; use at most {_MAX_NAME_BYTES}")
 
 
 def default_name(preset: str, *computed: str | Workers) -> str:
@@ -143,7 +148,7 @@ def default_name(preset: str, *computed: str | Workers) -> str:
     The same command therefore gets the same name, and resumes.
     """
     key = json.dumps(computed).encode()
-    stem = preset.rsplit("/", 1)[-1].removesuffix(".json")
+    stem = re.sub(r"[^\w.-]+", "-", preset.rsplit("/", 1)[-1].removesuffix(".json"))[:50].lstrip("-.") or "run"
     return f"{stem}-{hashlib.sha256(key).hexdigest()[:8]}"
 
 

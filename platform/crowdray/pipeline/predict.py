@@ -90,7 +90,7 @@ def find_images(location: str, output: str) -> list[str]:
     folder, _, last = resolved.rpartition("/")
     if PurePosixPath(last).suffix.lower() in SUFFIXES and storage.exists(resolved):
         return [resolved]
-    if any(character in last for character in "*?["):
+    if any(character in last for character in "*?[") and not storage.exists(resolved):
         listed = storage.list_files(folder, SUFFIXES)
         images = [uri for uri in listed if fnmatch.fnmatchcase(uri.rpartition("/")[2], last)]
     else:

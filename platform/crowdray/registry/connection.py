@@ -116,6 +116,8 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
 
     def open_client() -> MlflowClient:
         full = with_credentials(uri)
+        if scheme == "sqlite" and "?" not in full:
+            full = sqlite_uri(sqlite_path(full))
         if scheme not in ("http", "https"):
             _check_database(full, timeout_s)
         client = MlflowClient(tracking_uri=full, registry_uri=full)
@@ -145,8 +147,29 @@ def configure_mlflow() -> None:
 
 
 def sqlite_path(uri: str) -> Path:
-    """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db."""
-    return Path(urlsplit(uri).path.removeprefix("/")).absolute()
+    """Return the absolute path of the file of sqlite:///relative.db or sqlite:////absolute.db, as MLflow opens it.
+
+    Raises:
+        UserError: The URI names no file.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        database = make_url(uri).database
+    except ArgumentError:
+        database = None
+    if not database or database.startswith((":memory:", "file:")):
+        raise UserError(f"the tracking URI {uri!r} names no file; use sqlite:////a/folder/mlflow.db")
+    return Path(database).absolute()
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI for which SQLAlchemy and MLflow open exactly this file."""
+    text = str(path.absolute())
+    escaped = text.replace("%", "%25").replace("?", "%3F")
+    # MLflow would create folders with the escaped name, but knows only the short form of the scheme there.
+    return f"sqlite{'' if escaped == text else '+pysqlite'}:///{escaped}"
 
 
 def call_mlflow(uri: str, timeout_s: float, call: Callable[[], T], *, retries: int = 1, payload_bytes: int = 0) -> T:

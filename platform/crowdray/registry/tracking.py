@@ -260,7 +260,7 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
 def _find_run(client: "MlflowClient", experiment_id: str, run_key: str) -> "Run | None":
     found = client.search_runs(
         [experiment_id],
-        filter_string=f'tags.`{RUN_KEY}` = "{run_key}"',
+        filter_string=f'tags.`{RUN_KEY}` = "{_tag_value(run_key)}"',
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
         max_results=1,
     )
@@ -268,13 +268,18 @@ def _find_run(client: "MlflowClient", experiment_id: str, run_key: str) -> "Run 
 
 
 def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, run_key: str, parent: str | None) -> "Run":
-    tags = {RUN_KEY: run_key} | ({_PARENT: parent} if parent else {})
+    tags = {RUN_KEY: _tag_value(run_key)} | ({_PARENT: parent} if parent else {})
     created = client.create_run(experiment_id, run_name=run_name, tags=tags)
     # Two first starts at the same moment both create a run; both then agree on the older one.
     first = _find_run(client, experiment_id, run_key) or created
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)
     return first
+
+
+def _tag_value(run_key: str) -> str:
+    """The key without the quote that would end it in a filter, which has no way to escape one."""
+    return run_key.replace('"', "%22")
 
 
 def _artifact_root(uri: str, experiment: str) -> str | None:

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -29,11 +31,17 @@ _TRANSIENT = {
     *("ClientPayloadError", "ClientConnectionError"),  # aiohttp
 }
 """Client errors that may not recur: a timeout, a lost connection, an incomplete response."""
+_SCHEME = re.compile(r"[A-Za-z][\w+.:-]*://")
+"""Start of a URI; folders may contain :// elsewhere."""
+_FILE = re.compile(r"file:(//(localhost)?)?(?=/)")
 _CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
 
 
 def resolve(uri: str | os.PathLike[str]) -> str:
     """Normalize a URI: local files to an absolute path, others without credentials and trailing slash.
+
+    A path is taken as it is, whatever characters it has. In file:// URIs, %20 stands for a space, as `Path.as_uri`
+    writes it.
 
     Raises:
         UserError: The URI is empty, or its scheme is unknown or needs a package that is not installed.
@@ -41,9 +49,10 @@ def resolve(uri: str | os.PathLike[str]) -> str:
     text = os.fspath(uri)
     if not text:
         raise UserError("the path is empty; give a folder, a file or a URI such as s3://bucket/folder")
-    if text.startswith(("file://", "local://")):
-        text = text.split("://", 1)[1]
-    if "://" not in text:
+    if file := _FILE.match(text):
+        return os.path.abspath(unquote(text[file.end() :]))
+    text = text.removeprefix("local://")
+    if not _SCHEME.match(text):
         return os.path.abspath(os.path.expanduser(text))
     text = hide_credentials(text)
     scheme, _, rest = text.partition("://")
@@ -65,13 +74,13 @@ def join(uri: str, *parts: str) -> str:
 
 def is_local(uri: str) -> bool:
     """Whether a URI is a path in this machine's file system."""
-    return "://" not in resolve(uri)
+    return not _SCHEME.match(resolve(uri))
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec file system of a URI, and its path there."""
     resolved = resolve(uri)
-    if "://" not in resolved:
+    if not _SCHEME.match(resolved):
         return LocalFileSystem(), resolved
     fs, path = fsspec.core.url_to_fs(with_credentials(resolved))
     return fs, path
