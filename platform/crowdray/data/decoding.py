@@ -179,10 +179,10 @@ def open_image(content: Encoded | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
     Raises:
         DataError: For content that is not an image, is too large or is damaged, also from within the block.
     """
-    file = io.BytesIO(content) if isinstance(content, (bytes, memoryview)) else content
+    file = io.BytesIO(content) if isinstance(content, bytes | memoryview) else content
     name = _image_format(file.read(_SIGNATURE_BYTES))
     file.seek(0)
-    with _decoder_errors(name), Image.open(file, formats=[name]) as image:
+    with _decoder_errors(name, file is content), Image.open(file, formats=[name]) as image:
         _check_size(image.height, image.width)
         yield image
 
@@ -200,8 +200,11 @@ def _image_format(start: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _decoder_errors(name: str) -> Iterator[None]:
-    """Translate every exception of a decoder: which ones it raises for damaged content is not documented."""
+def _decoder_errors(name: str, is_file: bool = False) -> Iterator[None]:
+    """Translate every exception of a decoder: which ones it raises for damaged content is not documented.
+
+    Exceptions of the storage of a file pass.
+    """
     try:
         yield
     except UserError:
@@ -210,8 +213,8 @@ def _decoder_errors(name: str) -> Iterator[None]:
         reason = "its header is damaged, or describes pixels of an unknown type"
         raise DataError(f"the {name} image cannot be decoded: {reason}; save it again as JPEG or PNG") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # of storage, not of the decoder
+        if is_file and isinstance(error, OSError) and error.errno is not None:
+            raise
         raise DataError(
             f"the {name} image cannot be decoded: {first_line(error)}; replace or remove the file"
         ) from error

@@ -35,8 +35,8 @@ DENSITY, OVERLAY = ".density.npy", ".overlay.png"
 
 _MAX_STEM_BYTES = 220
 """Limit on the stem of a result's name: file systems allow 255 bytes, with its suffix and a number."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""First characters of a cell that spreadsheets may run as a formula."""
+_FORMULA = (*"=+-@", *"\uff1d\uff0b\uff0d\uff20", "\t", "\r", "\n")
+"""First characters of a cell that spreadsheets may run as a formula, of half and full width."""
 
 
 class PredictionError(JobFailed):
