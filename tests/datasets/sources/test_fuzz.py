@@ -8,6 +8,7 @@ import base64
 import csv
 import io
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -27,8 +28,8 @@ from scipy.io import loadmat
 from crowdray.datasets.sources import SOURCES, Item, open_source
 from crowdray.errors import UserError
 
-from ...support import published
-from ...support.annotation_builders import HEADS, WRITERS, labelme, write_csv, write_json, write_labelme
+from ...support import annotation_builders, published
+from ...support.annotation_builders import HEADS, labelme, write_csv, write_json, write_labelme
 from ...support.builders import jpeg
 from ...support.mutations import mutated
 from ...support.published import HDF5_START, LAYOUTS, Files, below, files_below, in_bucket
@@ -56,6 +57,8 @@ class Format:
     """Reads the expected heads."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the source."""
+    source: str = ""
+    """Source that reads it, if it is not its name."""
 
 
 def matrix(content: bytes, name: str) -> Array:
@@ -146,6 +149,88 @@ def labelme_heads(files: Contents, item: Item) -> Array:
     return named_heads(item, item.name, [point for shape in shapes for point in shape["points"]])
 
 
+def label_studio_record_heads(files: Contents, item: Item) -> Array:
+    """Read JSON-MIN or the CSV export, whose records are one for each image."""
+    text = files[below(item.annotation)].decode("utf-8-sig")
+    is_csv = item.annotation.endswith(".csv")
+    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""))) if is_csv else json.loads(text)
+    fields = [json.loads(v) if is_csv and v.startswith("[{") else v for v in rows[item.number].values()]
+    shapes = [one for value in fields if isinstance(value, list) for one in value]
+    points = [(one["x"] * one["original_width"] / 100, one["y"] * one["original_height"] / 100) for one in shapes]
+    (name,) = [value for value in fields if isinstance(value, str) and value.endswith(".jpg")]
+    return named_heads(item, name, points)
+
+
+def via_heads(files: Contents, item: Item) -> Array:
+    text = files[below(item.annotation)].decode("utf-8-sig")
+    if item.annotation.endswith(".csv"):
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        keys = [row["filename"] + row["file_size"] for row in rows]
+        key = list(dict.fromkeys(keys))[item.number]
+        shapes = [json.loads(row["region_shape_attributes"]) for row, of in zip(rows, keys, strict=True) if of == key]
+        name = rows[keys.index(key)]["filename"]
+    else:
+        content = json.loads(text)
+        photo = list(content.get("_via_img_metadata", content).values())[item.number]
+        regions = photo.get("regions", [])
+        shapes = [one["shape_attributes"] for one in (regions.values() if isinstance(regions, dict) else regions)]
+        name = photo["filename"]
+    return named_heads(item, name, [(shape["cx"], shape["cy"]) for shape in shapes if shape])
+
+
+def text_heads(files: Contents, item: Item) -> Array:
+    rows = files[below(item.annotation)].decode("utf-8-sig").replace(",", " ").replace(";", " ").split()
+    return named_heads(item, item.name, np.array(rows, dtype=float))
+
+
+def yolo_heads(files: Contents, item: Item) -> Array:
+    rows = np.array(files[below(item.annotation)].decode("utf-8-sig").split(), dtype=float).reshape(-1, 5)
+    return named_heads(item, item.name, rows[:, 1:3] * Image.open(io.BytesIO(files[below(item.image)])).size)
+
+
+def voc_heads(files: Contents, item: Item) -> Array:
+    boxes = ElementTree.fromstring(files[below(item.annotation)]).findall("object/bndbox")
+    sides = [[float(box.findtext(side) or "") for side in ("xmin", "xmax", "ymin", "ymax")] for box in boxes]
+    centres: Array = np.array(sides).reshape(-1, 2, 2).mean(axis=2)
+    return centres
+
+
+def cclabeler_heads(files: Contents, item: Item) -> Array:
+    points = json.loads(files[below(item.annotation)])["points"]
+    return np.reshape([[p["x"], p["y"]] if isinstance(p, dict) else p for p in points], (-1, 2)).astype(float)
+
+
+def supervisely_heads(files: Contents, item: Item) -> Array:
+    objects = json.loads(files[below(item.annotation)])["objects"]
+    return np.reshape([one["points"]["exterior"] for one in objects], (-1, 2)).astype(float) + 0.5
+
+
+def cvat_video(path: Path) -> Files:
+    """The frames of a video, with a track for each head of the first."""
+    path.mkdir(parents=True)
+    for number in range(3):
+        (path / f"frame_{number:06d}.jpg").write_bytes(jpeg(number))
+    tracks = "".join(
+        f'<track id="{n}" label="head">'
+        f'<points frame="0" keyframe="1" outside="0" points="{x},{y}"></points>'
+        f'<points frame="1" keyframe="0" outside="0" points="{x},{y + 1}"></points>'
+        f'<points frame="2" keyframe="1" outside="1" points="{x},{y}"></points></track>'
+        for n, (x, y) in enumerate(HEADS["a.jpg"])
+    )
+    meta = "<meta><task><start_frame>0</start_frame><stop_frame>2</stop_frame></task></meta>"
+    (path / "annotations.xml").write_text(f"<annotations>{meta}{tracks}</annotations>")
+    return files_below(path)
+
+
+def cvat_video_heads(files: Contents, item: Item) -> Array:
+    shapes = ElementTree.fromstring(files[below(item.annotation)]).findall("track/points")
+    frame = int(re.findall(r"\d+", item.name)[-1])
+    found = [shape for shape in shapes if int(shape.attrib["frame"]) == frame and shape.get("outside", "0") == "0"]
+    return np.array(
+        [pair.split(",") for shape in found for pair in shape.attrib["points"].split(";")], dtype=float
+    ).reshape(-1, 2)
+
+
 def named_heads(item: Item, name: str, points: Any) -> Array:
     """Return the points as an array; `name` in the file must match the item."""
     assert PurePosixPath(name).stem.endswith(PurePosixPath(item.name).stem), (name, item)
@@ -174,7 +259,7 @@ def labelme_with_embedded_photo(path: Path) -> Files:
 
 
 def written(kind: str) -> Callable[[Path], Files]:
-    return lambda path: files_below(WRITERS[kind](path))
+    return lambda path: files_below(annotation_builders.FORMATS[kind].write(path))
 
 
 FORMATS = {
@@ -191,6 +276,17 @@ FORMATS = {
     "label-studio": Format(written("label-studio"), label_studio_heads),
     "cvat": Format(written("cvat"), cvat_heads),
     "labelme": Format(labelme_with_embedded_photo, labelme_heads),
+    "label-studio JSON-MIN": Format(written("label-studio JSON-MIN"), label_studio_record_heads, source="label-studio"),
+    "label-studio CSV": Format(written("label-studio CSV"), label_studio_record_heads, source="label-studio"),
+    "cvat video": Format(cvat_video, cvat_video_heads, source="cvat"),
+    "text": Format(written("text"), text_heads),
+    "via": Format(written("via"), via_heads),
+    "via project": Format(written("via project"), via_heads, source="via"),
+    "via CSV": Format(written("via CSV"), via_heads, source="via"),
+    "yolo": Format(written("yolo"), yolo_heads, {"boxes": "centre"}),
+    "voc": Format(written("voc"), voc_heads, {"boxes": "centre"}),
+    "cclabeler": Format(written("cclabeler"), cclabeler_heads),
+    "supervisely": Format(written("supervisely"), supervisely_heads),
 }
 """Sources of annotated image files, by name."""
 
@@ -199,7 +295,7 @@ def check(name: str, files: Contents, depth: str) -> int:
     """Return how many items load; each must raise a UserError or equal the reference reader."""
     form, root, loaded = FORMATS[name], in_bucket(files), 0
     try:
-        source = open_source(name, root, depth=depth, **form.options)
+        source = open_source(form.source or name, root, depth=depth, **form.options)
         for item in source.items():
             try:
                 sample = source.load(item)
@@ -241,4 +337,4 @@ def test_load_damaged_file_raises_or_equals_reference(
 
 
 def test_formats_cover_every_source_of_annotated_images() -> None:
-    assert FORMATS.keys() == SOURCES.keys() - {"synthetic", "crowdray"}
+    assert {form.source or name for name, form in FORMATS.items()} == SOURCES.keys() - {"synthetic", "crowdray"}

@@ -78,11 +78,19 @@ SOURCES = {
     "ucf-qnrf": SourceEntry("ucf_qnrf:UcfQnrf", "UCF-QNRF: 1,535 large photos"),
     "jhu": SourceEntry("jhu:Jhu", "JHU-CROWD++: 4,372 photos in all weather conditions"),
     "nwpu": SourceEntry("nwpu:Nwpu", "NWPU-Crowd: 3,609 labelled photos, some without people"),
-    "csv": SourceEntry("annotations.csv_points:CsvTable", "your own photos, with a table of heads"),
+    "csv": SourceEntry("annotations.csv_points:CsvTable", "your own photos, with a table of heads or boxes"),
+    "text": SourceEntry("annotations.text:TextPoints", "your own photos, with a text file of heads for each"),
     "coco": SourceEntry("annotations.coco:Coco", "your own photos, with keypoints in COCO JSON"),
     "label-studio": SourceEntry("annotations.label_studio:LabelStudio", "your own photos, annotated with Label Studio"),
     "cvat": SourceEntry("annotations.cvat:Cvat", "your own photos, annotated with CVAT"),
     "labelme": SourceEntry("annotations.labelme:LabelMe", "your own photos, annotated with LabelMe"),
+    "via": SourceEntry("annotations.via:Via", "your own photos, annotated with the VGG Image Annotator"),
+    "yolo": SourceEntry("annotations.yolo:Yolo", "your own photos, with boxes in YOLO's text files"),
+    "voc": SourceEntry("annotations.voc:Voc", "your own photos, with boxes in Pascal VOC's XML"),
+    "cclabeler": SourceEntry(
+        "annotations.cclabeler:CcLabeler", "your own photos, with JSON of cclabeler or NWPU's style"
+    ),
+    "supervisely": SourceEntry("annotations.supervisely:Supervisely", "your own photos, annotated with Supervisely"),
     "crowdray": SourceEntry("converted:Converted", "a converted dataset: to --check it, or to take some splits"),
 }
 """Sources by their names on the command line; a new source is one line here, and its signature is its options."""

@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crowdray.data.sample import MAX_DISTANCE
+from crowdray.datasets.sources.annotations.shapes import Corner
 from crowdray.datasets.sources.region import MAX_VERTICES, polygon_mask
 from crowdray.errors import DataError
 
-Corner = tuple[float, float]
-
 ROI_LABEL = "roi"
 """Label, in any case, of polygons inside which heads are annotated."""
+
+WITH_EXTENT = ("box", "circle", "ellipse", "polygon")
+"""Kinds of shapes around a person, of which `--boxes` counts one point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class HeadRules:
     labels: tuple[str, ...] = ()
     """Labels that mark heads; other shapes are ignored. Empty: every shape is a head."""
     boxes: str | None = None
-    """`centre` makes the centre of each box a head; None rejects boxes."""
+    """Point that is the head: `centre` of the upright box around a shape, or middle of its `top`; None rejects them."""
 
     def accepts(self, label: str) -> bool:
         """Return whether shapes with this label are heads."""
@@ -52,6 +54,10 @@ class ImageAnnotation:
     """Path of the image below the dataset's root; "" if it is missing."""
     embedded: bool = False
     """Whether the file contains the image itself."""
+    relative: bool = False
+    """Whether coordinates are fractions of the image's width and height."""
+    video_frame: bool = False
+    """Whether it is a frame of a video, which may have been left out when images were extracted."""
     size: tuple[int, int] | None = None
     """Size (H, W) of the image when it was annotated; None if unknown."""
     split: str = ""
@@ -74,11 +80,14 @@ class ImageAnnotation:
     def add_shape(self, rules: HeadRules, kind: str, label: str, corners: Sequence[Corner], location: str) -> None:
         """Add a shape to the heads, the regions of interest or the ignored shapes.
 
-        Each of `points` is a head, and with `--boxes centre` the centre of a `box`; a `polygon` may be a region.
+        Each of `points` is a head, and with `--boxes` one point of a shape in WITH_EXTENT, whose corners or those of
+        the box around it are given; a `polygon` may be a region.
 
         Raises:
             DataError: for coordinates far outside the image, or a shape that `rules` accept but that is not a point.
         """
+        if kind == "points" and not corners:
+            raise DataError(f"{location} has no coordinates; correct it")
         for x, y in corners:
             if not (abs(x) <= MAX_DISTANCE and abs(y) <= MAX_DISTANCE):
                 raise DataError(f"{location}: ({x:g}, {y:g}) is far outside any image; correct it")
@@ -92,10 +101,11 @@ class ImageAnnotation:
         if not rules.accepts(label):
             self.ignored[f"shapes labelled {label!r}"] += 1
             return
-        if kind == "box" and rules.boxes == "centre":
-            corners = [(sum(x for x, _ in corners) / len(corners), sum(y for _, y in corners) / len(corners))]
+        if kind in WITH_EXTENT and rules.boxes and corners:
+            (left, *_, right), (top, *_, bottom) = (sorted(axis) for axis in zip(*corners, corners[0], strict=True))
+            corners = [((left + right) / 2, top if rules.boxes == "top" else (top + bottom) / 2)]
         elif kind != "points":
-            fix = "use --boxes centre to count the centres of boxes, or select" if kind == "box" else "select"
+            fix = "use --boxes centre or --boxes top to count it, or select" if kind in WITH_EXTENT else "select"
             raise DataError(
                 f"{location}: a {kind} labelled {label!r} is not a point; {fix} the labels of heads with --label"
             )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from crowdray import storage
 from crowdray.data.decoding import SUFFIXES, upright_size
 from crowdray.data.sample import Sample
-from crowdray.datasets.sources import Item
+from crowdray.datasets.sources import SOURCES, Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
 from crowdray.datasets.sources.annotations.images import (
     ImageIndex,
@@ -25,6 +25,7 @@ from crowdray.datasets.sources.annotations.images import (
     split_in_path,
     upright,
 )
+from crowdray.datasets.sources.annotations.tools import recognise
 from crowdray.datasets.sources.base import AnnotatedImages, Heads
 from crowdray.datasets.sources.layout import natural_key
 from crowdray.errors import DataError, UserError
@@ -32,6 +33,12 @@ from crowdray.errors import DataError, UserError
 SPLITS = ("train", "val", "test")
 MAX_LISTED = 3
 """Number of names that a message lists as examples."""
+OTHER_FILES = (
+    *("classes.txt", "labels.txt", "predefined_classes.txt", "train.txt", "val.txt", "test.txt", "trainval.txt"),
+    *("readme.txt", "readme.dataset.txt", "readme.roboflow.txt", "license.txt", "notes.json"),
+    *("meta.json", "key_id_map.json", "obj_class_to_machine_color.json"),
+)
+"""Names, in lower case, of files that tools write next to annotations: names of classes, lists of images, notes."""
 _ALL = ""
 """Key of all annotations among the cached files."""
 
@@ -56,7 +63,8 @@ class AnnotatedFolder(AnnotatedImages):
         ] = (),
         label: Annotated[tuple[str, ...], "labels or categories that mark heads; required if there are several"] = (),
         boxes: Annotated[
-            Literal["centre"] | None, "count the centre of each box as a head; default: boxes are rejected"
+            Literal["centre", "top"] | None,
+            "count each box as a head at its centre, or at the middle of its top; default: boxes are rejected",
         ] = None,
         test_fraction: Annotated[float, "fraction of the images for the test split, chosen by name"] = 0.0,
         depth: str = "auto",
@@ -75,7 +83,9 @@ class AnnotatedFolder(AnnotatedImages):
         self._splits = tuple(split for split in SPLITS if split in available)
         self._check_labels()
         if not self._splits:
-            raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image; export it again")
+            reasons = sorted({annotation.skip_reason for annotation in self._annotations})
+            found = f", only {' and '.join(reasons)}" if reasons else ""
+            raise DataError(f"{_listed(self._annotation_files)} has no usable annotated image{found}; export it again")
 
     def split_items(self, split: str) -> list[Item]:
         """Return the annotated images of a split; the column or else the folder names the scene."""
@@ -95,7 +105,9 @@ class AnnotatedFolder(AnnotatedImages):
 
     def heads(self, item: Item) -> Heads:
         """Return the annotated heads of an image."""
-        return np.array(self._annotation_of(item).heads, dtype=np.float64).reshape(-1, 2)
+        annotation = self._annotation_of(item)
+        heads = np.array(annotation.heads, dtype=np.float64).reshape(-1, 2)
+        return heads * self.size(item)[::-1] if annotation.relative and len(heads) else heads
 
     def image(self, item: Item, heads: Heads) -> tuple[bytes, Heads]:
         """Return the image to which its annotation refers, which is upright."""
@@ -129,6 +141,33 @@ class AnnotatedFolder(AnnotatedImages):
         """Parse one annotation file, image by image; DataError if the whole file is unusable."""
         raise NotImplementedError
 
+    def _annotation_named_after(self, uri: str) -> ImageAnnotation:
+        """Return an empty annotation of the image that a file is named after, as 1.txt or 1.jpg.txt."""
+        return ImageAnnotation(uri, uri, str(PurePosixPath(self._below(uri)).with_suffix("")))
+
+    def _read_file(self, uri: str) -> list[ImageAnnotation]:
+        """Parse one annotation file; errors in a file of another tool say which source to use."""
+        try:
+            annotations = list(self._read(uri))
+        except DataError as error:
+            raise DataError(self._other_tool(uri) or str(error)) from error
+        broken = [annotation for annotation in annotations if annotation.problem]
+        message = self._other_tool(uri) if broken else ""
+        for annotation in broken:
+            annotation.problem = message or annotation.problem
+        return annotations
+
+    def _other_tool(self, uri: str) -> str:
+        """Return a message that names the source for a file of another tool; "" for a file of this one."""
+        source, author = recognise(uri)
+        if not source or SOURCES[source].path.endswith(f":{type(self).__name__}"):
+            return ""
+        return f"{uri} was written by {author}; convert it with the source {source!r}"
+
+    def _any_other_tool(self, paths: Sequence[str]) -> str:
+        """Return the message of the first of some files that another tool wrote; "" if there is none."""
+        return next(filter(None, (self._other_tool(storage.join(self._root, path)) for path in paths[:MAX_LISTED])), "")
+
     def _split_of(self, file: str) -> str:
         """Return the split in the name of an annotation file, if there are several files."""
         several = len(self._annotation_files) > 1 and not self.per_image
@@ -140,7 +179,7 @@ class AnnotatedFolder(AnnotatedImages):
 
     def _annotation_of(self, item: Item) -> ImageAnnotation:
         if self.per_image and item.image and _ALL not in self._cache:  # a worker reads only its own images' files
-            return self.cached(item.annotation, lambda uri: list(self._read(uri)))[0]
+            return self.cached(item.annotation, self._read_file)[0]
         return self._annotations[item.number]
 
     def _content(self, item: Item) -> bytes:
@@ -150,18 +189,25 @@ class AnnotatedFolder(AnnotatedImages):
         """Return URIs of the given annotation files, else of the only one below the root, or of all if per image."""
         if given:
             return [self._resolve_annotation(path) for path in given]
-        found = [path for path in self._files if path.lower().endswith(self.endings)]
+        found = self._annotation_like(self.endings)
         nearest = [path for path in found if PurePosixPath(path).parent.as_posix() in (".", "annotations")] or found
         if not nearest:
-            raise UserError(f"{self._root} contains no {self.endings[0]} file; set its path with --annotations")
+            others = self._annotation_like((".json", ".csv", ".xml", ".txt"))
+            fix = self._any_other_tool(others) or "set its path with --annotations"
+            raise UserError(f"{self._root} contains no {' or '.join(self.endings)} file; {fix}")
         if self.per_image:
             return [storage.join(self._root, path) for path in found]
         if len(nearest) > 1:
+            fix = self._any_other_tool(nearest) or "select one or more with --annotations"
             raise UserError(
-                f"{self._root} contains several {self.endings[0]} files: {_listed(nearest)}; "
-                "select one or more with --annotations"
+                f"{self._root} contains several {' or '.join(self.endings)} files: {_listed(nearest)}; {fix}"
             )
         return [storage.join(self._root, nearest[0])]
+
+    def _annotation_like(self, endings: tuple[str, ...]) -> list[str]:
+        """Return the files below the root with one of the suffixes, without those that are known to be others."""
+        found = [path for path in self._files if path.lower().endswith(endings)]
+        return [path for path in found if PurePosixPath(path).name.lower() not in OTHER_FILES]
 
     def _resolve_annotation(self, path: str) -> str:
         """Resolve a file from the command line: relative to the source, else a path or URI."""
@@ -203,11 +249,13 @@ class AnnotatedFolder(AnnotatedImages):
 
     def _read_all(self) -> list[ImageAnnotation]:
         """All annotations with their images and splits; problems of one are raised when it is loaded."""
-        annotations = [annotation for uri in self._annotation_files for annotation in self._read(uri)]
+        annotations = [annotation for uri in self._annotation_files for annotation in self._read_file(uri)]
         index, first = ImageIndex(self._images), dict[str, ImageAnnotation]()
         for annotation in annotations:
             with annotation.capture_error():
                 path = self._find_image(annotation, index)
+                if not path:
+                    annotation.skip_reason = "frames of the video without an image"
                 if not annotation.skip_reason and (other := first.setdefault(path, annotation)) is not annotation:
                     twice = f"{path} is annotated twice: {other.location} and {annotation.location}; keep one of them"
                     other.problem = other.problem or twice
@@ -231,6 +279,8 @@ class AnnotatedFolder(AnnotatedImages):
             return path
         if annotation.embedded:
             return self._below(annotation.uri)
+        if annotation.video_frame:
+            return ""
         raise DataError(
             f"{where}: there is no image {annotation.image!r} below {self._root}{index.similar(annotation.image)}; "
             "add it, or remove its annotation"

@@ -1,26 +1,33 @@
-"""CSV with one head per row: image,x,y and optionally label, split and scene.
+"""CSV with one head or box per row: image,x,y or image,x1,y1,x2,y2, and optionally label, split and scene.
 
-A row with an image and neither x nor y marks an empty scene.
+A row with an image and no coordinate marks an empty scene.
 """
 
-import csv
-import io
-from collections.abc import Iterator
+import re
 from typing import Annotated, Any
 
-from crowdray import storage
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, parse_number
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
+from crowdray.datasets.sources.annotations.csv_reader import read_table
 from crowdray.datasets.sources.annotations.images import parse_split
+from crowdray.datasets.sources.annotations.shapes import box
 from crowdray.errors import DataError
 
-IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "image_name", "path")
-"""Accepted names of the image column, in any case; the first match is used."""
+COLUMNS = {
+    "image": ("image", "file", "filename", "file_name", "image_name", "path"),
+    "label": ("label", "label_name", "class"),
+    "split": ("split",),
+    "scene": ("scene",),
+}
+"""Accepted names of columns, in any case; the first match is used. Only the image is required."""
 
-OTHER_COLUMNS = ("x", "y", "label", "split", "scene")
-"""x and y are required; other columns are ignored."""
-
-SEPARATORS = ",;\t"
+COORDINATES = (
+    ("x", "y"),
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("bbox_x", "bbox_y", "bbox_width", "bbox_height"),
+)
+"""Columns of coordinates; the first group of which all are present is read."""
 
 
 class CsvTable(AnnotatedFolder):
@@ -39,61 +46,60 @@ class CsvTable(AnnotatedFolder):
         super().__init__(source, **options)
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
+        separator, rows = read_table(uri)
+        _, header = next(rows, (uri, []))
+        columns, axes = _columns([name.lower() for name in header], uri)
         images: dict[str, ImageAnnotation] = {}
-        for where, row in _rows(uri):
+        for where, cells in rows:
+            if len(cells) <= max(columns[name] for name in ("image", *axes)):
+                raise DataError(f"{where} has {len(cells)} cells, the header has {len(header)}; correct it")
+            row = {name: cells[column] for name, column in columns.items() if column < len(cells)}
             name = row["image"]
             if not name:
                 raise DataError(f"{where}: the image is missing; write image,x,y")
             image = images.setdefault(name, ImageAnnotation(uri, where, name))
             with image.capture_error():
                 _set_split_and_scene(image, row, where)
-                if row["x"] or row["y"]:
-                    x, y = (parse_number(row[axis], f"{where}: {axis}") + self._shift for axis in ("x", "y"))
-                    image.add_shape(self._rules, "points", row["label"], [(x, y)], where)
+                if any(row[axis] for axis in axes):
+                    numbers = [_parse_decimal(row[axis], f"{where}: {axis}", separator) for axis in axes]
+                    self._add(image, axes, numbers, row.get("label", ""), where)
         return list(images.values())
 
-
-def _rows(uri: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the location and the cells by column name of each row; missing columns are ""."""
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri} is not UTF-8 ({error}); save it with that encoding") from error
-    lines = text.splitlines()
-    separator = max(SEPARATORS, key=lines[0].count) if lines else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        columns = _columns(header, uri)
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if not any(cells):
-                continue
-            where = f"{uri}, line {reader.line_num}"
-            if len(cells) != len(header):
-                raise DataError(f"{where} has {len(cells)} cells, the header has {len(header)}; correct it")
-            found = {name: cells[column] if column is not None else "" for name, column in columns.items()}
-            if separator != ",":  # locales with a decimal comma
-                found |= {name: found[name].replace(",", ".") for name in ("x", "y")}
-            yield where, found
-    except csv.Error as error:
-        raise DataError(f"{uri}, line {reader.line_num}: {error}; correct it") from error
+    def _add(self, image: ImageAnnotation, axes: tuple[str, ...], numbers: list[float], label: str, where: str) -> None:
+        x, y = numbers[0] + self._shift, numbers[1] + self._shift
+        if len(axes) == 2:
+            image.add_shape(self._rules, "points", label, [(x, y)], where)
+            return
+        width, height = numbers[2:] if "bbox_width" in axes else (numbers[2] - numbers[0], numbers[3] - numbers[1])
+        image.add_shape(self._rules, "box", label, box(x, y, width, height), where)
 
 
-def _columns(header: list[str], uri: str) -> dict[str, int | None]:
-    image = next((name for name in IMAGE_COLUMNS if name in header), "image")
-    for name in (image, *OTHER_COLUMNS):
-        if header.count(name) != 1 and (name in (image, "x", "y") or name in header):
-            raise DataError(f"{uri}: the header {header} has {header.count(name)} columns {name!r}; write image,x,y")
-    return {"image": header.index(image)} | {n: header.index(n) if n in header else None for n in OTHER_COLUMNS}
+def _columns(header: list[str], uri: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the position of each column that is read, and the names of those with coordinates."""
+    axes = next((group for group in COORDINATES if set(group) <= set(header)), COORDINATES[0])
+    accepted = COLUMNS | {axis: (axis,) for axis in axes}
+    found = {name: next((one for one in names if one in header), names[0]) for name, names in accepted.items()}
+    for name, column in found.items():
+        if header.count(column) > 1 or (column not in header and name in ("image", *axes)):
+            raise DataError(
+                f"{uri}: the header {header} has {header.count(column)} columns {column!r}; write image,x,y"
+            )
+    return {name: header.index(column) for name, column in found.items() if column in header}, axes
+
+
+def _parse_decimal(text: str, where: str, separator: str) -> float:
+    """Parse a number that may have a decimal comma; between commas, 1,234 may also be a thousand."""
+    if separator == "," and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
+        raise DataError(f"{where}: {text!r} may be a thousand or a decimal comma; write a decimal point")
+    return parse_number(text.replace(",", "."), where)
 
 
 def _set_split_and_scene(image: ImageAnnotation, row: dict[str, str], where: str) -> None:
     """Set the split and the scene from a row; all rows of an image must agree."""
-    split = parse_split(row["split"])
-    if row["split"] and not split:
+    split = parse_split(row.get("split", ""))
+    if row.get("split") and not split:
         raise DataError(f"{where}: unknown split {row['split']!r}; write train, val or test")
-    for field, value in (("split", split), ("scene", row["scene"])):
+    for field, value in (("split", split), ("scene", row.get("scene", ""))):
         known = getattr(image, field)
         if value and known and value != known:
             raise DataError(f"{where}: {image.image!r} has the {field} {value!r}, but {known!r} in an earlier row")

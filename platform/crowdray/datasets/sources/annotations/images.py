@@ -43,7 +43,8 @@ class ImageIndex:
     def find(self, name: str, location: str) -> str | None:
         """Return the path with the longest common end with `name`, if any; DataError if several match equally well.
 
-        A name as written comes before one in another form.
+        A name as written comes before one in another form. Of paths with equally long common ends, such as
+        a/images/1.jpg and b/images/1.jpg for a/labels/1, the one with the longest common start is chosen.
         """
         parts = _parts(name)
         if not parts:
@@ -56,7 +57,7 @@ class ImageIndex:
             folders, same_name = PurePosixPath(path).parts[:-1], getattr(PurePosixPath(path), part)
             full = [form(path) == form("/".join(parts)) for form in NAME_FORMS]
             ends = [
-                (form(same_name) == form(parts[-1]), _common_suffix([*map(form, parts[:-1])], [*map(form, folders)]))
+                (form(same_name) == form(parts[-1]), _common_ends([*map(form, parts[:-1])], [*map(form, folders)]))
                 for form in NAME_FORMS
             ]
             return [*full, *ends]
@@ -152,6 +153,10 @@ def _distinct(*names: str) -> list[str]:
     return [name.encode("ascii", "backslashreplace").decode() if alike else name for name in names]
 
 
-def _common_suffix(left: Sequence[str], right: Sequence[str]) -> int:
-    pairs = zip(reversed(left), reversed(right), strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+def _common_ends(left: Sequence[str], right: Sequence[str]) -> tuple[int, int]:
+    """Return the lengths of the common end and of the common start."""
+
+    def length(pairs: Iterable[tuple[str, str]]) -> int:
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    return length(zip(reversed(left), reversed(right), strict=False)), length(zip(left, right, strict=False))

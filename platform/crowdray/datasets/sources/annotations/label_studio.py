@@ -1,10 +1,11 @@
-"""Label Studio's JSON export: points as percentages of the image size, one task per image.
+"""Label Studio's exports JSON, JSON-MIN and CSV: points as percentages of the image size, one task per image.
 
 If a task has several annotations, the ground truth counts, else the latest. A task submitted without a shape is an
-empty scene; one that was skipped, or only predicted, is left out.
+empty scene; one that was skipped, or only predicted, is left out. JSON-MIN and CSV have a record per annotation, with
+the shapes of each control under its name (github.com/HumanSignal/label-studio-converter: converter.py, csv2.py).
 """
 
-import math
+import json
 import re
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -12,9 +13,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from pydantic import AliasChoices, BaseModel, Field
 
 from crowdray.data.decoding import SUFFIXES
-from crowdray.datasets.sources.annotations.annotation import Corner, ImageAnnotation, known_size
+from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
+from crowdray.datasets.sources.annotations.csv_reader import read_records
 from crowdray.datasets.sources.annotations.json_reader import Id, Number, Point, Text, location, read_json, validate
+from crowdray.datasets.sources.annotations.shapes import Corner, box, ellipse, rotate
 from crowdray.errors import DataError
 
 SHAPES = {
@@ -23,11 +26,17 @@ SHAPES = {
     "rectanglelabels": "box",
     "rectangle": "box",
     "polygonlabels": "polygon",
+    "polygon": "polygon",
+    "ellipselabels": "ellipse",
+    "ellipse": "ellipse",
 }
 """Our kinds of shapes by the type of a result; other types keep their name."""
 
 NOT_SHAPES = ("labels", "choices", "taxonomy", "textarea", "number", "rating", "datetime", "pairwise", "relation")
 """Types of results that describe the image or another result."""
+
+NOT_DONE = "tasks that were skipped or not annotated"
+SUPERSEDED = "annotations of tasks with a later one or a ground truth"
 
 
 class Task(BaseModel):
@@ -78,23 +87,53 @@ class BoxValue(PointValue):
     rotation: Number | None = None
 
 
-class LabelStudio(AnnotatedFolder):
-    """An export in the format JSON; JSON-MIN does not say which tasks are done."""
+class EllipseValue(PointValue):
+    """An ellipse, in percent."""
 
-    endings = (".json",)
+    radiusX: Number
+    radiusY: Number
+    rotation: Number | None = None
+
+
+class LabelStudio(AnnotatedFolder):
+    """An export in the format JSON, JSON-MIN or CSV."""
+
+    endings = (".json", ".csv")
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
+        if uri.lower().endswith(".csv"):
+            rows = [(where, _parse_cells(row, where)) for where, row in read_records(uri)]
+            return self._read_records(uri, rows)
         tasks = validate(list[Any], read_json(uri), uri)
+        if tasks and all(isinstance(task, dict) and "data" not in task for task in tasks):
+            return self._read_records(uri, [(location(uri, index), task) for index, task in enumerate(tasks)])
         return [self._read_task(uri, index, task) for index, task in enumerate(tasks)]
 
+    def _read_records(self, uri: str, records: list[tuple[str, dict[str, Any]]]) -> list[ImageAnnotation]:
+        """Return the images of JSON-MIN or CSV, whose records of one task follow in any order."""
+        tasks: dict[Any, list[tuple[str, dict[str, Any]]]] = {}
+        for where, record in records:
+            tasks.setdefault(repr(record.get("id", where)), []).append((where, record))
+        images = []
+        for of_task in tasks.values():
+            images.append(image := _new_image(uri, of_task[0][1], *(of_task[0][0],) * 2))
+            with image.capture_error():
+                done = [(where, record) for where, record in of_task if _is_done(record, where)]
+                if not done:
+                    image.skip_reason = NOT_DONE
+                    continue
+                where, record = max(done, key=lambda pair: str(pair[1].get("updated_at") or ""))
+                for key, shapes in record.items():
+                    for number, value in enumerate(shapes if _are_shapes(shapes) else ()):
+                        result = _as_result(value, location(where, key, number))
+                        self._add_shape(image, result, {}, (where, key, number))
+                if len(done) > 1:
+                    image.ignored[SUPERSEDED] = len(done) - 1
+        return images
+
     def _read_task(self, uri: str, index: int, entry: Any) -> ImageAnnotation:
-        if isinstance(entry, dict) and entry.get("data") is None:
-            raise DataError(f"{location(uri, index)} has no 'data'; export the project as JSON, not as JSON-MIN")
         task = validate(Task, entry, uri, index)
-        name = _image_path(task.data, location(uri, index, "data"))
-        # Label Studio puts a hash before the name of an uploaded file.
-        alias = re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name)
-        image = ImageAnnotation(uri, location(uri, index), name, alias)
+        image = _new_image(uri, task.data, location(uri, index), location(uri, index, "data"))
         with image.capture_error():
             done = []
             for number, one in enumerate(task.annotations or ()):
@@ -103,11 +142,11 @@ class LabelStudio(AnnotatedFolder):
                 if not annotation.was_cancelled:
                     done.append((annotation, path))
             if not done:
-                image.skip_reason = "tasks that were skipped or not annotated"
+                image.skip_reason = NOT_DONE
                 return image
             self._add_shapes(image, *max(done, key=lambda pair: pair[0].precedence))
             if len(done) > 1:
-                image.ignored["annotations of tasks with a later one or a ground truth"] = len(done) - 1
+                image.ignored[SUPERSEDED] = len(done) - 1
         return image
 
     def _add_shapes(self, image: ImageAnnotation, annotation: TaskAnnotation, path: tuple[str | int, ...]) -> None:
@@ -115,22 +154,73 @@ class LabelStudio(AnnotatedFolder):
         results = [(validate(Result, entry, image.uri, *at), at) for entry, at in entries]
         labels = {result.id: self._label(result, image.uri, *at) for result, at in results if result.type == "labels"}
         for result, at in results:
-            if result.type in NOT_SHAPES:
-                continue
-            where = location(image.uri, *at)
-            kind, size = SHAPES.get(result.type, result.type), _image_size(result, where)
-            if image.size not in (None, size):
-                raise DataError(f"{where}: the image's size differs from that of other shapes; export it again")
-            image.size = size
-            label = self._label(result, image.uri, *at) or labels.get(result.id, "")
-            corners = _corners(result.value, kind, size, image.uri, *at, "value")
-            image.add_shape(self._rules, kind, label, corners, where)
+            if result.type not in NOT_SHAPES:
+                self._add_shape(image, result, labels, (image.uri, *at))
+
+    def _add_shape(
+        self, image: ImageAnnotation, result: Result, labels: dict[int | str | None, str], path: tuple[Any, ...]
+    ) -> None:
+        where = location(*path)
+        kind, size = SHAPES.get(result.type, result.type), _image_size(result, where)
+        if image.size not in (None, size):
+            raise DataError(f"{where}: the image's size differs from that of other shapes; export it again")
+        image.size = size
+        label = self._label(result, *path) or labels.get(result.id, "")
+        image.add_shape(self._rules, kind, label, _corners(result.value, kind, size, *path, "value"), where)
 
     def _label(self, result: Result, uri: str, *path: str | int) -> str:
         """Return the label in a result; of several, prefer one that marks heads."""
         given = result.value.get(result.type)
         labels = validate(list[Text], given, uri, *path, "value", result.type) if given else [""]
         return next((label for label in labels if self._rules.accepts(label)), labels[0])
+
+
+def _new_image(uri: str, data: dict[str, Any], where: str, data_at: str) -> ImageAnnotation:
+    """Return the empty annotation of a task's image; Label Studio puts a hash before the name of an uploaded file."""
+    name = _image_path(data, data_at)
+    return ImageAnnotation(uri, where, name, alias=re.sub(r"(^|/)[0-9a-f]{8}-([^/]+)$", r"\1\2", name))
+
+
+def _parse_cells(row: dict[str, str], where: str) -> dict[str, Any]:
+    """Return a row of a CSV export as a record of JSON-MIN: cells of shapes are JSON."""
+    record: dict[str, Any] = {**row}
+    for key, cell in row.items():
+        if cell.startswith("[{") or '"original_' in cell:
+            try:
+                record[key] = validate(list[Any], json.loads(cell), where, key)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: {key} is not valid JSON ({error}); export it again") from error
+    return record
+
+
+def _are_shapes(value: Any) -> bool:
+    """Return whether a field of a record lists shapes, not choices or text."""
+    descriptions = {*NOT_SHAPES}
+    return isinstance(value, list) and any(
+        isinstance(one, dict) and (one.keys() & {"x", "points"} or not one.keys() & descriptions) for one in value
+    )
+
+
+def _is_done(record: dict[str, Any], where: str) -> bool:
+    """Return whether a record is an annotation: one without shapes has an id if it was submitted."""
+    if any(map(_are_shapes, record.values())):
+        return True
+    if "annotation_id" not in record:
+        raise DataError(f"{where} has neither shapes nor an annotation_id; export the project as JSON")
+    return bool(record["annotation_id"])
+
+
+def _as_result(value: Any, where: str) -> Result:
+    """Return a shape of a record, which has no type, as a result of an annotation."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: {value!r} is not a shape; export it again")
+    if any(key in value for key in NOT_SHAPES):
+        raise DataError(f"{where}: shapes and their labels are apart; export the project as JSON, which links them")
+    types = [key for key in SHAPES if key in value]
+    plain = {"points": "polygon", "radiusX": "ellipse", "height": "rectangle", "rle": "brush"}
+    types += [kind for key, kind in plain.items() if key in value]
+    kind = types[0] if types else "keypoint"
+    return validate(Result, {"type": kind, "value": value, **value}, where)
 
 
 def _image_path(data: dict[str, Any], where: str) -> str:
@@ -166,17 +256,19 @@ def _image_size(result: Result, where: str) -> tuple[int, int]:
 
 
 def _corners(value: dict[str, Any], kind: str, size: tuple[int, int], uri: str, *path: str | int) -> list[Corner]:
-    """Convert a point, two opposite corners of a box, or a polygon to pixels; other shapes to nothing."""
+    """Convert a point, or the corners of a box, an ellipse's box or a polygon, to pixels; other shapes to nothing."""
     height, width = size[0] / 100, size[1] / 100
     if kind == "polygon":
         return [(x * width, y * height) for x, y in validate(list[Point], value.get("points"), uri, *path, "points")]
     if kind == "points":
         point = validate(PointValue, value, uri, *path)
         return [(point.x * width, point.y * height)]
+    if kind == "ellipse":
+        found = validate(EllipseValue, value, uri, *path)
+        radii = found.radiusX * width, found.radiusY * height
+        return ellipse(found.x * width, found.y * height, *radii, found.rotation or 0.0)
     if kind != "box":
         return []
-    box = validate(BoxValue, value, uri, *path)
-    x, y, right, down = box.x * width, box.y * height, box.width * width, box.height * height
-    angle = math.radians(box.rotation or 0.0)
-    cos, sin = math.cos(angle), math.sin(angle)
-    return [(x, y), (x + right * cos - down * sin, y + right * sin + down * cos)]
+    given = validate(BoxValue, value, uri, *path)
+    corners = box(given.x * width, given.y * height, given.width * width, given.height * height)
+    return rotate(corners, given.rotation or 0.0, corners[0])

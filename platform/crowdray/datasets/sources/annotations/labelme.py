@@ -4,6 +4,7 @@ Coordinates are continuous pixels. A file without shapes is an empty scene.
 """
 
 import base64
+import math
 import posixpath
 from pathlib import PurePosixPath
 
@@ -13,6 +14,7 @@ from crowdray.datasets.sources import Item
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.json_reader import Number, Point, Text, location, read_json, validate
+from crowdray.datasets.sources.annotations.shapes import ellipse
 from crowdray.errors import DataError
 
 SHAPES = {"point": "points", "points": "points", "rectangle": "box"}
@@ -55,7 +57,11 @@ class LabelMe(AnnotatedFolder):
             for index, shape in enumerate(content.shapes):
                 kind = shape.shape_type or "polygon"
                 where = location(uri, "shapes", index)
-                image.add_shape(self._rules, SHAPES.get(kind, kind), shape.label or "", shape.points, where)
+                corners = shape.points
+                if kind == "circle" and len(corners) == 2:  # its centre and a point on it
+                    radius = math.dist(*corners)
+                    corners = ellipse(*corners[0], radius, radius)
+                image.add_shape(self._rules, SHAPES.get(kind, kind), shape.label or "", corners, where)
         return [image]
 
     def _content(self, item: Item) -> bytes:
