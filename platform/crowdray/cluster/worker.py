@@ -56,6 +56,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     except Exception as error:
         # Ray passes on the exception without its traceback.
         error.add_note(redacted(traceback.format_exc()))
+        error.__cause__ = error.__context__ = None  # Ray logs them, and they may quote a URI with credentials
         raise
 
 

@@ -5,6 +5,7 @@ import logging
 from rich.console import Console
 from rich.text import Text
 
+from crowdray.credentials import redacted
 from crowdray.errors import escaped
 
 
@@ -33,4 +34,4 @@ class OneLineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the escaped message."""
-        return escaped(super().formatMessage(record))
+        return escaped(redacted(super().formatMessage(record)))
