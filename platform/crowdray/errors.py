@@ -5,6 +5,15 @@ import unicodedata
 
 from crowdray.credentials import redacted
 
+_DISTRIBUTIONS = {
+    "azure": "azure-storage-blob azure-identity",
+    "google": "google-cloud-storage",
+    "MySQLdb": "mysqlclient",
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+}
+"""Packages whose distribution has another name."""
+
 RESUME_HINT = "run the same command again to resume"
 
 
@@ -36,6 +45,14 @@ class Terminated(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+
+def missing_package(error: ImportError) -> str:
+    """Return which package an import needs, and the command that installs it."""
+    if not error.name:
+        return first_line(error)
+    name = error.name.partition(".")[0]
+    return f"it needs the package {name}: pip install {_DISTRIBUTIONS.get(name, name)}"
 
 
 def first_line(error: BaseException) -> str:

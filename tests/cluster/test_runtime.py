@@ -3,7 +3,9 @@
 import importlib
 import os
 import shlex
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from crowdray.config import Device
 from crowdray.errors import JobFailed, UserError
 
 from ..conftest import ODD_FOLDER
+from ..support.processes import ROOT
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,19 @@ def test_wait_for_workers_says_what_it_waits_for_and_gives_up(monkeypatch: pytes
     monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs, []))
     wait_for_workers(Resources(8, 2, False), 2, {"CPU": 1, "GPU": 0}, messages.append)
     assert len(messages) == 1 and removed == [group, group]
+
+
+@pytest.mark.slow
+def test_working_directory_of_a_submitted_job_contains_no_secrets(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    folder, archive = tmp_path / "checkout", tmp_path / "sent.zip"
+    secrets = (".git/config", ".env", "a/prod.env", "a/.env", ".netrc", ".aws/credentials", ".ssh/id_rsa", "key.pem")
+    for name in (*secrets, "jobs/train.py", "a/environment.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    shutil.copy(ROOT / ".rayignore", folder)
+    create_package(str(folder), archive, include_gitignore=True)
+    with zipfile.ZipFile(archive) as sent:
+        files = {name for name in sent.namelist() if not name.endswith("/")}
+    assert files == {"jobs/train.py", "a/environment.py", ".rayignore"}

@@ -28,6 +28,15 @@ def config_of(backbone: str, crop: int = 160, count_decoder: str = "pooled", **m
     return Config(sampling=sampling, model=ModelConfig(backbone, count_decoder, **model))  # type: ignore[arg-type]
 
 
+def test_backbone_class_that_needs_a_missing_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_backbone.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="pip install no_such_package$"):
+        backbone_class(config_of("own_backbone:Backbone"))
+    with pytest.raises(ConfigError, match=r"give a class that Python can import"):
+        backbone_class(config_of("own_backbone_of_others:Backbone"))
+
+
 def test_csrnet_has_the_parameter_counts_of_table_1() -> None:
     counter = build_counter(config_of("csrnet", crop=224), 1.0)
     assert parameters(counter.encoder.get_submodule("features")) == 7_635_264

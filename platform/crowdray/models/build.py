@@ -5,6 +5,7 @@ import pkgutil
 import torch
 
 from crowdray.config import BACKBONES, Config, ConfigError, crop_problems
+from crowdray.errors import missing_package
 from crowdray.models.backbone import Backbone
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, Counter
 from crowdray.models.decoders import PooledCountDecoder
@@ -24,6 +25,8 @@ def backbone_class(config: Config) -> type[Backbone]:
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
+        if isinstance(error, ImportError) and error.name and not path.startswith(error.name):
+            raise ConfigError([f"{problem}: {missing_package(error)}"]) from error
         fix = "give a class that Python can import where the job runs, as package.module:Class"
         raise ConfigError([f"{problem}: {error}; {fix}"]) from error
     if not (isinstance(found, type) and issubclass(found, Backbone)):

@@ -7,14 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import ConvNextBackbone, ConvNextConfig
 
 from crowdray.models.backbone import Backbone
 from crowdray.models.decoders import apply_float32
-
-try:
-    from transformers import ConvNextBackbone, ConvNextConfig
-except ImportError as error:
-    raise ImportError("convnext needs transformers: pip install 'crowdray[convnext]'") from error
 
 
 class ConvNeXt(Backbone):

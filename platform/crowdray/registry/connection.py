@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from crowdray.credentials import redacted, with_credentials
-from crowdray.errors import UserError
+from crowdray.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,14 +30,6 @@ _CALL_LIMIT = 4
 """Time of a call with several requests, in units of the timeout of one."""
 _MIN_BYTES_PER_S = 2**18
 """Slowest transfer of artifacts that is waited for."""
-_DISTRIBUTIONS = {
-    "azure": "azure-storage-blob azure-identity",
-    "google": "google-cloud-storage",
-    "MySQLdb": "mysqlclient",
-    "psycopg": "'psycopg[binary]'",
-    "psycopg2": "psycopg2-binary",
-}
-"""Packages whose distribution has another name."""
 _LOG_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _OTHER_PROGRAM = "something other than MLflow answers, such as a login page"
 _FIXES = (
@@ -261,8 +253,7 @@ def _translated_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        name = (error.name or str(error)).partition(".")[0]
-        raise UserError(f"{store}: it needs a package: pip install {_DISTRIBUTIONS.get(name, name)}") from error
+        raise UserError(f"{store}: {missing_package(error)}") from error
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise UserError(f"{store}: {_explain(_reason(error), str(error))}") from error
     except Exception as error:

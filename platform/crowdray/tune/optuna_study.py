@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from crowdray import storage
 from crowdray.credentials import with_credentials
 from crowdray.documents import parse_json
-from crowdray.errors import UserError
+from crowdray.errors import UserError, missing_package
 from crowdray.tune.study import Study
 
 _FOLDER = "folder"
@@ -41,11 +41,15 @@ def open_optuna_storage(study: Study) -> BaseStorage:
     if study.options.database is not None:
         try:
             return RDBStorage(with_credentials(study.options.database))
-        except (ImportError, SQLAlchemyError) as error:
+        except ImportError as error:  # Optuna's own has no name
+            cause = error.__cause__ or error.__context__
+            raise UserError(
+                f"--database cannot be used: {missing_package(cause if isinstance(cause, ImportError) else error)}"
+            ) from error
+        except SQLAlchemyError as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"--database cannot be used: {reason}; give a URL such as postgresql://user@host/optuna, and install "
-                "the database's driver"
+                f"--database cannot be used: {reason}; give a URL such as postgresql://host/optuna"
             ) from error
     if not storage.is_local(study.uri):
         raise UserError(

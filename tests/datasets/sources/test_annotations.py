@@ -4,6 +4,7 @@ import base64
 import io
 import pickle
 import re
+import sys
 import unicodedata
 import uuid
 from pathlib import Path
@@ -20,7 +21,7 @@ from crowdray.data.shards import Dataset
 from crowdray.datasets import conversion
 from crowdray.datasets.sources import open_source
 from crowdray.datasets.sources.annotations.images import upright
-from crowdray.errors import DataError
+from crowdray.errors import DataError, UserError
 
 from ...support.annotation_builders import (
     FORMATS,
@@ -536,6 +537,13 @@ def cvat(folder: Path, shapes: str, **options: Any) -> list[tuple[float, ...]]:
     write_images(folder)
     (folder / "annotations.xml").write_text(cvat_xml(cvat_image("a.jpg", shapes)))
     return heads("cvat", folder, **options)["a.jpg"]
+
+
+def test_cvat_without_its_xml_parser_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "defusedxml.ElementTree", None)
+    with pytest.raises(UserError, match=r"XML cannot be used: it needs .*pip install defusedxml$") as caught:
+        cvat(tmp_path / "market", "")
+    assert not isinstance(caught.value, DataError)
 
 
 def test_cvat_shapes_load(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from crowdray.datasets.depth.inverse import RANGE, depth_map
 from crowdray.datasets.depth.options import IS_INVERSE, TeacherOptions
 from crowdray.datasets.depth.teacher import DepthInput, DepthTeacher
 from crowdray.datasets.extras import import_extra
-from crowdray.errors import DataError, UserError
+from crowdray.errors import DataError, UserError, missing_package
 
 OPTIONS = {"inverse": "", "metric": "", "range": f"{RANGE:g}", "cuda": ""}
 FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
@@ -65,6 +65,8 @@ class HuggingFaceDepth(DepthTeacher):
             with deterministic_inference():
                 tensors = processor(images=image, return_tensors="pt").to(network.device)
                 found = processor.post_process_depth_estimation(network(**tensors), **sizes)[0]["predicted_depth"]
+        except ImportError as error:
+            raise UserError(f"--depth {self.name} cannot be used: {missing_package(error)}") from error
         except Exception as error:  # a model's own code may raise anything
             raise DataError(f"{self.name} fails: {type(error).__name__}: {error}") from error
         values = found.float().cpu().numpy()
@@ -90,7 +92,9 @@ class HuggingFaceDepth(DepthTeacher):
             network, report = library.AutoModelForDepthEstimation.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except ImportError as error:
+            raise UserError(f"--depth {self.name} cannot be used: {missing_package(error)}") from error
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"transformers cannot load {self._model}: {error}") from error
         if report["missing_keys"]:
             raise UserError(f"{self._model} lacks weights, such as {min(report['missing_keys'])}; download it again")
@@ -110,7 +114,7 @@ class HuggingFaceDepth(DepthTeacher):
 
 
 def _transformers() -> Any:
-    library = import_extra("transformers", "hf")
+    library = import_extra("transformers", "--depth hf")
     library.utils.logging.disable_progress_bar()  # the conversion shows its own
     return library
 

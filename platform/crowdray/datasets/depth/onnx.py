@@ -102,7 +102,7 @@ class OnnxDepth(DepthTeacher):
         return self._open(cuda=self.gpu)
 
     def _open(self, *, cuda: bool) -> Any:
-        runtime = import_extra("onnxruntime", "onnx")
+        runtime = import_extra("onnxruntime", "--depth onnx")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # Ray runs one task per CPU
         options.use_deterministic_compute = True

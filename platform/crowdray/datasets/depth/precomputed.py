@@ -41,7 +41,7 @@ class PrecomputedDepth(DepthTeacher):
         if not listed:
             raise UserError(f"--depth precomputed: {self._folder} contains no file that ends with {', '.join(READERS)}")
         if any(file.name.endswith(".exr") for file in listed):
-            import_extra("OpenEXR", "exr")
+            import_extra("OpenEXR", "an .exr file")
         self._names = frozenset(file.name for file in listed)
         listing = sorted((file.name, file.size, file.modified) for file in listed)
         self.name = options.identity(1, hashlib.sha256(repr(listing).encode()).hexdigest())
@@ -82,7 +82,7 @@ def _npy(content: bytes, uri: str) -> NDArray[Any]:
 
 
 def _exr(content: bytes, uri: str) -> NDArray[Any]:
-    library = import_extra("OpenEXR", "exr")
+    library = import_extra("OpenEXR", "an .exr file")
     with storage.scratch_folder("exr") as folder:  # the library only reads files
         (file := folder / "depth.exr").write_bytes(content)
         try:

@@ -18,7 +18,7 @@ def read_elements(uri: str, root: str, fix: str) -> Iterator[Element]:
         fix: How to export the right file, for messages.
     """
     content = io.BytesIO(storage.read_bytes(uri))
-    parser = import_extra("defusedxml.ElementTree", "cvat")
+    parser = import_extra("defusedxml.ElementTree", "XML")
     depth = 0
     try:
         for event, element in parser.iterparse(content, events=("start", "end")):
