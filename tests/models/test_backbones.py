@@ -31,7 +31,7 @@ def config_of(backbone: str, crop: int = 160, count_decoder: str = "pooled", **m
 def test_backbone_class_that_needs_a_missing_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_backbone.py").write_text("import no_such_package")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="pip install no_such_package$"):
+    with pytest.raises(ConfigError, match=r"pip install no_such_package$"):
         backbone_class(config_of("own_backbone:Backbone"))
     with pytest.raises(ConfigError, match=r"give a class that Python can import"):
         backbone_class(config_of("own_backbone_of_others:Backbone"))
