@@ -8,7 +8,7 @@ import re
 from urllib.parse import parse_qsl, unquote
 
 _URI = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]{0,30})://"
+    r"(?<![\w/.+-])(?P<scheme>[a-z][a-z0-9+.-]{0,30})://"
     # The second form is a password with a slash, which database URLs allow; a port is none.
     r"(?:(?P<user>[^\s/?#]*|[^\s/:@]*:(?!:|\d+(?:[/?#]|$))[^\s\"'<>@]*)@)?"
     r"(?P<path>(?:(?!::)[^\s?\"'<>])*)"
