@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -106,6 +107,24 @@ def test_read_matlab_version_4_loads_matrices(order: str) -> None:
     for damaged in (content[:-1], content[:30], struct.pack(f"{order}5i", 0, -1, 2, 0, 2) + content[20:]):
         with pytest.raises(DataError, match="does not contain anything"):
             variables(damaged)
+
+
+@pytest.mark.parametrize("kind", ["link", "external", "virtual"])
+def test_read_matlab_hdf5_with_content_of_another_file_is_refused(kind: str, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "other.mat", "w") as file:
+        file["p"] = np.ones((3, 2))
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        if kind == "link":
+            file["p"] = h5py.ExternalLink(str(tmp_path / "other.mat"), "p")
+        elif kind == "external":
+            file.create_dataset("p", (3, 2), "f8", external=[(str(tmp_path / "other.mat"), 0, 48)])
+        else:
+            layout = h5py.VirtualLayout((3, 2), "f8")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "other.mat"), "p", (3, 2))
+            file.create_virtual_dataset("p", layout)
+    with pytest.raises(DataError, match=r"p (is a link to|has its content in) another file"):
+        variables(buffer.getvalue())
 
 
 def test_read_matlab_hdf5_of_other_software_is_not_transposed() -> None:

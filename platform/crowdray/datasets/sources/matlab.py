@@ -140,13 +140,13 @@ def as_sizes(values: Any) -> NDArray[np.float64]:
 
 
 def _variables(content: bytes) -> dict[str, Any]:
-    if 0 in content[:4]:
-        return _matrices(content)
     if HDF5_SIGNATURE not in (content[:8], content[512:520]):
+        if 0 in content[:4]:
+            return _matrices(content)
         check_matlab5(content)
         return dict(loadmat(io.BytesIO(content)))
     with h5py.File(io.BytesIO(content), "r") as file:
-        return {name: _value(file[name], file) for name in file if not name.startswith("#")}
+        return {name: _value(_member(file, name), file) for name in file if not name.startswith("#")}
 
 
 def _matrices(content: bytes) -> dict[str, NDArray[Any]]:
@@ -160,7 +160,7 @@ def _matrices(content: bytes) -> dict[str, NDArray[Any]]:
     while position < len(content):
         kind, rows, columns, imaginary, name_length = struct.unpack_from(f"{order}5i", content, position)
         machine, _, type_, is_text = (kind // unit % 10 for unit in (1000, 100, 10, 1))
-        if machine != (order == ">") or is_text > 1 or imaginary or min(kind, rows, columns, name_length) < 0:
+        if machine != (order == ">") or is_text > 1 or imaginary or min(kind, rows, columns, name_length - 1) < 0:
             raise ValueError(f"it has no MATLAB header, or matrix {len(found) + 1} is sparse, complex or damaged")
         start = position + 20 + name_length
         values = np.frombuffer(content, f"{order}{VERSION_4_TYPES[type_]}", rows * columns, start)
@@ -171,10 +171,20 @@ def _matrices(content: bytes) -> dict[str, NDArray[Any]]:
     return found
 
 
+def _member(group: Any, name: str) -> Any:
+    """Dataset or group in a group of a 7.3 file; ValueError for one whose content lies in another file."""
+    if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+        raise ValueError(f"{name} is a link to another file")
+    node = group[name]
+    if isinstance(node, h5py.Dataset) and (node.external or node.is_virtual):
+        raise ValueError(f"{name} has its content in another file")
+    return node
+
+
 def _value(node: Any, file: Any) -> Any:
     """Convert a dataset or group of a 7.3 file to the type that scipy returns."""
     if isinstance(node, h5py.Group):
-        return _struct({name: node[name] for name in node}, file)
+        return _struct({name: _member(node, name) for name in node}, file)
     if node.nbytes > MAX_ARRAY_BYTES:
         raise ValueError(f"{node.name} claims {node.nbytes} bytes")
     if node.attrs.get("MATLAB_empty", 0):  # the content is the shape
