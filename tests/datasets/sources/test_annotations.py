@@ -192,6 +192,17 @@ def test_cvat_subsets_name_the_folders_of_a_project(tmp_path: Path) -> None:
     assert conversion_error("cvat", tmp_path / "market").count("images/Test/a.jpg is annotated twice") == 3
 
 
+def test_load_both_annotations_of_one_image_are_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market")
+    for name in ("a.json", "other.json"):
+        write_json(folder / name, labelme("a.jpg", []))
+    source = pickle.loads(pickle.dumps(open_source("labelme", str(folder))))
+    assert [item.image for item in source.items()] == ["", ""]
+    for item in source.items():
+        with pytest.raises(DataError, match=r"a\.jpg is annotated twice: .*a\.json and .*other\.json"):
+            source.load(item)
+
+
 def test_splits_and_scenes_columns_override_folders(tmp_path: Path) -> None:
     images = ["train/images/p/1.jpg", "Validation/1.png", "test2017/2.jpg", "p/3.jpg", "q/4.jpg"]
     rows = "file,X,Y,split,scene\n3.jpg,1,1,Testing,hall\n3.jpg,2,2,,\n4.jpg,,,,\n"

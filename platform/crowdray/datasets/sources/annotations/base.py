@@ -258,7 +258,7 @@ class AnnotatedFolder(AnnotatedImages):
                     annotation.skip_reason = "frames of the video without an image"
                 if not annotation.skip_reason and (other := first.setdefault(path, annotation)) is not annotation:
                     twice = f"{path} is annotated twice: {other.location} and {annotation.location}; keep one of them"
-                    other.problem = other.problem or twice
+                    other.path, other.problem = "", other.problem or twice
                     raise DataError(twice)
                 annotation.path = path
             folders, _ = split_and_scene(annotation.path)
