@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
@@ -176,6 +177,14 @@ def test_sqlite_uri_is_opened_by_mlflow_as_exactly_that_file(store: str, tmp_pat
     for unnamed in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:a.db?uri=true"):
         with pytest.raises(UserError, match="names no file; use sqlite:////"):
             sqlite_path(unnamed)
+
+
+def test_open_tracker_of_mlflow_in_a_folder_with_a_percent_sign_says_so(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow, "__file__", "/home/100%/.venv/mlflow/__init__.py")
+    with pytest.raises(UserError, match=r"from /home/100%/\.venv/mlflow, where.*move the checkout to a folder without"):
+        _open(store, "any")
 
 
 @pytest.mark.parametrize(("server", "problem"), [("closed_port", "refused"), ("silent_server", "timed out")])

@@ -177,7 +177,7 @@ def _init(address: str, **options: Any) -> None:
 
 
 def _parent_of_ray_folder() -> str:
-    temporary = tempfile.gettempdir()
+    temporary = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     return temporary if len(os.fsencode(temporary)) <= _MAX_TEMP_BYTES else "/tmp"
 
 

@@ -289,8 +289,14 @@ def _explain(reason: str, text: str) -> str:
 
 def _check_database(uri: str, timeout_s: float) -> None:
     """Connect once: MLflow repeats a failed attempt for hours."""
+    import mlflow
     import sqlalchemy
 
+    if "%" in (folder := str(Path(mlflow.__file__).parent)):
+        raise UserError(
+            f"MLflow cannot create the tables of a database from {folder}, where it is installed, as it misreads the "
+            "%: move the checkout to a folder without %, or set MLFLOW_TRACKING_URI to a running server"
+        )
     options: dict[str, object] = {}
     if uri.startswith("sqlite"):
         sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
