@@ -275,8 +275,8 @@ TARGETS: dict[str, Target] = {
     "checkpoint": Target(saved_checkpoint, check_checkpoint, 3.0),
     "older checkpoint": Target(unhashed_checkpoint, check_unhashed_checkpoint, 5.0),
     "documents": Target(documents, check_documents, 5.0),
-    "weights": Target(weights, check_weights, 5.0),
+    "weights": Target(weights, check_weights, 1.5),
     "study": Target(study, check_study, 3.0),
-    "package": Target(package, check_package, 2.0),
-    "archive": Target(archive, check_archive, 1.0),
+    "package": Target(package, check_package, 0.5),
+    "archive": Target(archive, check_archive, 0.3),
 }
