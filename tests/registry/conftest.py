@@ -1,5 +1,6 @@
 """One SQLite store for all tests here, as creating one takes seconds; each test uses its own names."""
 
+import contextlib
 import socket
 from collections.abc import Iterator
 
@@ -18,8 +19,11 @@ from ..support.counters import METRICS, TAGS, exported_counter, photo
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Tracking URI of an existing store."""
     # MLflow's own loader, which a test calls, decodes paths of artifacts once too often.
-    uri = sqlite_uri(tmp_path_factory.mktemp("mlflow") / ODD_FOLDER.replace("%25", "%") / "mlflow.db")
-    connect(uri, timeout_s=60)
+    folder = tmp_path_factory.mktemp("mlflow") / ODD_FOLDER.replace("%25", "%")
+    folder.mkdir()
+    uri = sqlite_uri(folder / "mlflow.db")
+    with contextlib.chdir(folder):
+        connect(uri, timeout_s=60)
     return uri
 
 

@@ -1,4 +1,4 @@
-"""Temporary folders: private, removed at their end, and swept once their owner was killed."""
+"""Temporary folders: private, removed at their end, and removed once their owner was killed."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from crowdray.storage.scratch import scratch_folder, sweep
+from crowdray.storage.scratch import remove_orphans, scratch_folder
 
 FORK = multiprocessing.get_context("fork")
 
@@ -31,7 +31,7 @@ def test_scratch_folder_is_private_and_removed_on_any_end(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
-def test_sweep_removes_folders_of_killed_owners_only(tmp_path: Path) -> None:
+def test_remove_orphans_removes_folders_of_killed_owners_only(tmp_path: Path) -> None:
     other = tmp_path / "crowdray-download" / "model"
     other.mkdir(parents=True)
     (tmp_path / "crowdray-link").symlink_to(other.parent)
@@ -39,28 +39,28 @@ def test_sweep_removes_folders_of_killed_owners_only(tmp_path: Path) -> None:
     owner = FORK.Process(target=_own, args=(str(tmp_path), ready, end))
     owner.start()
     assert ready.wait(60)
-    sweep(tmp_path)
+    remove_orphans(tmp_path)
     assert len(list(tmp_path.glob("*/model/weights"))) == 1, "its owner is running"
     end.set()
     owner.join()
     with scratch_folder("state", str(tmp_path)) as mine:
-        sweep(tmp_path)
+        remove_orphans(tmp_path)
         assert mine.is_dir()
     assert sorted(os.listdir(tmp_path)) == ["crowdray-download", "crowdray-link"]
     assert other.is_dir()
 
 
-def test_scratch_folders_of_racing_processes_are_never_swept(tmp_path: Path) -> None:
-    sweeper = FORK.Process(target=_sweep_for_a_second, args=(tmp_path,))
-    sweeper.start()
-    while sweeper.is_alive():
+def test_scratch_folders_of_racing_processes_are_never_removed(tmp_path: Path) -> None:
+    remover = FORK.Process(target=_remove_for_a_while, args=(tmp_path,))
+    remover.start()
+    while remover.is_alive():
         with scratch_folder("state", str(tmp_path)) as folder:
             (folder / "file").write_bytes(b"")
             assert (folder / "file").exists()
-    assert sweeper.exitcode == 0
+    assert remover.exitcode == 0
 
 
-def _sweep_for_a_second(parent: Path) -> None:
+def _remove_for_a_while(parent: Path) -> None:
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
-        sweep(parent)
+        remove_orphans(parent)

@@ -112,6 +112,8 @@ def connect(uri: str, timeout_s: float) -> "MlflowClient":
             full = sqlite_uri(sqlite_path(full))
         if scheme not in ("http", "https"):
             _check_database(full, timeout_s)
+        if scheme == "sqlite":
+            _create_tables(full)
         client = MlflowClient(tracking_uri=full, registry_uri=full)
         if not client.search_experiments(max_results=1) and not _has_experiment(client):
             raise MlflowException("no experiments")
@@ -285,6 +287,15 @@ def _explain(reason: str, text: str) -> str:
         if re.search(symptom, f"{reason} {text}"):
             return f"{better or reason}; {fix.format(start=_START, upgrade=_UPGRADE)}"
     return f"{reason}; check MLFLOW_TRACKING_URI"
+
+
+def _create_tables(uri: str) -> None:
+    """Create the tables of a new SQLite file: MLflow itself would write the working directory into them, unescaped."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path = sqlite_path(uri)
+    if path.stat().st_size == 0:
+        SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
 
 
 def _check_database(uri: str, timeout_s: float) -> None:

@@ -34,7 +34,7 @@ def scratch_folder(purpose: str, parent: str | None = None) -> Iterator[Path]:
     The first one of a process in each parent folder also removes those of killed processes there.
     """
     above = Path(parent or os.environ.get(PARENT) or tempfile.gettempdir())
-    _sweep_once(above)
+    _clean_once(above)
     folder, owner = _create(above)
     try:
         (folder / purpose).mkdir()
@@ -44,7 +44,7 @@ def scratch_folder(purpose: str, parent: str | None = None) -> Iterator[Path]:
         os.close(owner)
 
 
-def sweep(parent: Path) -> None:
+def remove_orphans(parent: Path) -> None:
     """Remove this user's folders whose owner has ended."""
     for marker in parent.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError):  # another user's, removed meanwhile, or in use
@@ -58,7 +58,7 @@ def sweep(parent: Path) -> None:
                 os.close(owner)
 
 
-_sweep_once = functools.cache(sweep)
+_clean_once = functools.cache(remove_orphans)
 
 
 def _create(parent: Path) -> tuple[Path, int]:
@@ -66,9 +66,9 @@ def _create(parent: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))  # with mode 0700
         owner = os.open(folder / _OWNER, os.O_CREAT | os.O_RDWR, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody else can lock it either
+        with contextlib.suppress(OSError):  # a file system without locks, on which no folder is removed
             fcntl.flock(owner, fcntl.LOCK_EX)
-        if (folder / _OWNER).exists():  # else it was swept before it was locked
+        if (folder / _OWNER).exists():  # else it was removed before it was locked
             os.write(owner, f"{process_id(os.getpid()) or os.getpid()}\n".encode())
             return folder, owner
         os.close(owner)
