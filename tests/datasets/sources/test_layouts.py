@@ -127,6 +127,16 @@ VARIANTS: dict[str, Callable[[Files], Files]] = {
 }
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_source_in_upper_case_reads_the_same_samples(name: str, tmp_path: Path) -> None:
+    def lower(values: Any) -> list[Any]:
+        return [[value.lower() if isinstance(value, str) else value for value in fields] for fields in values]
+
+    files = small(name, tmp_path / "dataset")
+    upper = renamed(str.upper)(files)
+    assert lower(samples(name, in_bucket(upper))) == lower(samples(name, in_bucket(files)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_source_variant_of_layout_reads_the_same_samples(name: str, variant: str, tmp_path: Path) -> None:
@@ -185,8 +195,9 @@ def test_source_with_two_images_of_one_name_is_refused(tmp_path: Path) -> None:
 
 def test_source_of_packed_archives_says_to_unpack_them() -> None:
     root = in_bucket({"images_part1.zip": b"PK", "train.zip": b"PK"})
-    with pytest.raises(UserError, match=rf"train\.txt; unpack {root}/images_part1\.zip first"):
-        open_source("nwpu", root)
+    for source in (root, f"{root}/images_part1.zip"):
+        with pytest.raises(UserError, match=rf"train\.txt; unpack {root}/images_part1\.zip first"):
+            open_source("nwpu", source)
 
 
 def test_source_follows_links_to_folders(tmp_path: Path) -> None:

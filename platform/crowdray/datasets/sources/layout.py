@@ -64,24 +64,28 @@ def find_root(source: str, dataset: str, example: str, name: str, *folders: str)
     """The only root of `find_roots`, and its files; UserError if there are several."""
     roots = find_roots(source, dataset, example, name, *folders)
     if len(roots) > 1:
-        raise UserError(f"{source} contains {dataset} more than once, see {', '.join(roots)}; set --source to one")
+        raise UserError(
+            f"{source} contains {dataset} in several folders: {', '.join(roots)}; set --source to one, or, if they are "
+            "parts of one copy, move their content together"
+        )
     return next(iter(roots.items()))
 
 
 def not_found(source: str, dataset: str, example: str, files: Iterable[str]) -> UserError:
     """The error of a folder that does not contain a dataset."""
-    archives = [uri for uri in files if uri.lower().endswith(_ARCHIVES)]
+    archives = [uri for uri in (*files, source) if uri.lower().endswith(_ARCHIVES)]
     fix = f"unpack {archives[0]} first" if archives else "check --source"
     return UserError(f"{storage.resolve(source)} is not {dataset}: there is no file such as {example}; {fix}")
 
 
-def files_by_name(files: Iterable[str], name: str, *folders: str) -> dict[str, str]:
+def files_by_name(files: Iterable[str], name: str, *folders: str, lower: bool = False) -> dict[str, str]:
     """URIs of the files that patterns match, by the group `name` of the pattern.
 
     Args:
         name: Pattern of the end of a path.
         folders: Patterns of the folders above, each of which may be repeated, as where an archive is unpacked into a
             folder of its own name.
+        lower: Return the names in lower case, for files whose names are part of the layout.
 
     Raises:
         DataError: Two files have the same name.
@@ -89,8 +93,10 @@ def files_by_name(files: Iterable[str], name: str, *folders: str) -> dict[str, s
     found: dict[str, str] = {}
     pattern = _path_pattern(name, *folders)
     for uri in files:
-        if (match := pattern.search(uri)) and (other := found.setdefault(match["name"], uri)) != uri:
-            raise DataError(f"{other} and {uri} have the same name; remove one of them, or change --source")
+        if match := pattern.search(uri):
+            key = match["name"].lower() if lower else match["name"]
+            if found.setdefault(key, uri) != uri:
+                raise DataError(f"{found[key]} and {uri} have the same name; remove one of them, or change --source")
     return found
 
 

@@ -35,7 +35,8 @@ TRAIN_FRAMES = 800
 """Frames 1 to 800 are for training, the rest for testing, as in the dataset's paper and all later ones."""
 
 SPLITS = ("train", "test")
-MAPS = r"(?P<name>{})\.mat"
+GROUND_TRUTH, MAPS = "mall_gt", "perspective_roi"
+MATLAB_FILES = rf"(?P<name>{GROUND_TRUTH}|{MAPS})\.mat"
 
 
 class Mall(AnnotatedImages):
@@ -46,15 +47,15 @@ class Mall(AnnotatedImages):
     fixed_cameras = True
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
-        root, files = find_root(source, "the Mall dataset", "mall_dataset/mall_gt.mat", MAPS.format("mall_gt"))
+        root, files = find_root(source, "the Mall dataset", f"mall_dataset/{GROUND_TRUTH}.mat", rf"{GROUND_TRUTH}\.mat")
         super().__init__(root, SPLITS, depth, files=files, perspective=True)
-        self._ground_truth = files_by_name(files, MAPS.format("mall_gt"))["mall_gt"]
-        maps = files_by_name(files, MAPS.format("perspective_roi"))
-        self._map_file = maps.get("perspective_roi", storage.join(root, "perspective_roi.mat"))
+        found = files_by_name(files, MATLAB_FILES, lower=True)
+        self._ground_truth = found[GROUND_TRUTH]
+        self._map_file = found.get(MAPS, storage.join(root, f"{MAPS}.mat"))
 
     def split_items(self, split: str) -> list[Item]:
         """Frames in the order of their numbers."""
-        files = files_by_name(self._visible_files, IMAGE, "frames")
+        files = files_by_name(self._visible_files, IMAGE, "frames", lower=True)
         if unexpected := [uri for name, uri in files.items() if not re.fullmatch(r"seq_\d+", name)]:
             raise DataError(f"{unexpected[0]} is not named like seq_000001.jpg; move it out of frames/")
         frames = {int(name.removeprefix("seq_")) - 1: uri for name, uri in files.items()}

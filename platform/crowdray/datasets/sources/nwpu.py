@@ -33,7 +33,7 @@ class Nwpu(AnnotatedImages):
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         root, files = find_root(source, "NWPU-Crowd", "train.txt", r"(?:train|val)\.txt")
-        self._lists = files_by_name(files, r"(?P<name>train|val|test)\.txt")
+        self._lists = files_by_name(files, r"(?P<name>train|val|test)\.txt", lower=True)
         super().__init__(root, [split for split in SPLITS if split in self._lists], depth, files=files)
 
     def split_items(self, split: str) -> list[Item]:

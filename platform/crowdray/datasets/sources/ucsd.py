@@ -55,7 +55,7 @@ class Ucsd(AnnotatedImages):
 
     def __init__(self, source: str, *, depth: str = "auto") -> None:
         files = visible_files(source)
-        self._annotations = files_by_name(files, MATLAB_FILES)
+        self._annotations = files_by_name(files, MATLAB_FILES, lower=True)
         frames = {clip: files_by_name(files, IMAGE, rf"{_clip(clip)}\.y") for clip in range(CLIPS)}
         self._clips = [clip for clip in range(CLIPS) if frames[clip] and _frame_file(clip) in self._annotations]
         splits = {frame_split(clip * CLIP_FRAMES + frame) for clip in self._clips for frame in (1, CLIP_FRAMES)}
@@ -70,7 +70,7 @@ class Ucsd(AnnotatedImages):
         """Frames in the order of the video."""
         found = []
         for clip in self._clips:
-            files = files_by_name(self._visible_files, IMAGE, rf"{_clip(clip)}\.y")
+            files = files_by_name(self._visible_files, IMAGE, rf"{_clip(clip)}\.y", lower=True)
             names = {name: re.fullmatch(rf"{_clip(clip)}_f(\d+)", name) for name in files}
             images = {int(match[1]): files[name] for name, match in names.items() if match}
             uri = self._annotations[_frame_file(clip)]
