@@ -295,7 +295,7 @@ def _create_tables(uri: str) -> None:
 
     path = sqlite_path(uri)
     if path.stat().st_size == 0:
-        SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+        SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())  # type: ignore[no-untyped-call]
 
 
 def _check_database(uri: str, timeout_s: float) -> None:
