@@ -113,6 +113,12 @@ def test_cclabeler_number_decides_whether_boxes_are_further_heads(tmp_path: Path
     assert "boxes[0] has 2 numbers, expected 4" in conversion_error("cclabeler", folder)
 
 
+def test_via_image_may_be_a_url(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "market", ["a.jpg"])
+    (folder / "v.csv").write_text(VIA_ROW.format(1))
+    assert heads("via", folder, depth="none") == {"a.jpg": [(1, 2)]}
+
+
 def test_via_attribute_is_the_label(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "market", ["a.jpg"])
     attributes = {"type": {"head": True, "hat": False}, "note": "x"}
@@ -157,6 +163,11 @@ def test_text_separators_load(tmp_path: Path, text: str) -> None:
     assert heads("text", folder, depth="none") == {"a.jpg": [(1.5, 2)]}
 
 
+VIA_ROW = """filename,file_size,region_count,region_shape_attributes,region_attributes
+https://host/b/a.jpg?token=1,9,{},"{{""name"":""point"",""cx"":1,""cy"":2}}","{{}}"
+"""
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "content", "message"),
     [
@@ -176,6 +187,8 @@ def test_text_separators_load(tmp_path: Path, text: str) -> None:
         ("via", "v.json", {"a": {"filename": "a.jpg", "regions": [{}]}}, "regions[0] has no 'shape_attributes'"),
         ("via", "v.json", {"view": {}, "metadata": {}, "project": {}}, "is a project of VIA 3"),
         ("via", "v.csv", "filename,file_size\na.jpg,1\n", "line 2: region_shape_attributes is not valid JSON"),
+        ("via", "v.csv", VIA_ROW.format(2), "line 2: region_count is 2, but there are 1 regions"),
+        ("csv", "e.csv", "image,x,y,width,height\na.jpg,1,2,3,4\n", "height, width, x, y may be points or boxes"),
         ("label-studio", "e.csv", 'id,image,kp\n1,a.jpg,"[{"\n', "e.csv, line 2: kp is not valid JSON"),
     ],
 )

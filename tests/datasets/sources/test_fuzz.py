@@ -165,7 +165,7 @@ def via_heads(files: Contents, item: Item) -> Array:
     text = files[below(item.annotation)].decode("utf-8-sig")
     if item.annotation.endswith(".csv"):
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        keys = [row["filename"] + row["file_size"] for row in rows]
+        keys = [row["filename"] + row.get("file_size", "") for row in rows]
         key = list(dict.fromkeys(keys))[item.number]
         shapes = [json.loads(row["region_shape_attributes"]) for row, of in zip(rows, keys, strict=True) if of == key]
         name = rows[keys.index(key)]["filename"]

@@ -19,13 +19,13 @@ from crowdray.data.decoding import SUFFIXES, upright_size
 from crowdray.data.sample import Sample
 from crowdray.datasets.sources import SOURCES, Item
 from crowdray.datasets.sources.annotations.annotation import HeadRules, ImageAnnotation, roi_mask
+from crowdray.datasets.sources.annotations.fingerprints import recognise
 from crowdray.datasets.sources.annotations.images import (
     ImageIndex,
     split_and_scene,
     split_in_path,
     upright,
 )
-from crowdray.datasets.sources.annotations.tools import recognise
 from crowdray.datasets.sources.base import AnnotatedImages, Heads
 from crowdray.datasets.sources.layout import natural_key
 from crowdray.errors import DataError, UserError
@@ -159,10 +159,10 @@ class AnnotatedFolder(AnnotatedImages):
 
     def _other_tool(self, uri: str) -> str:
         """Return a message that names the source for a file of another tool; "" for a file of this one."""
-        source, author = recognise(uri)
+        source, kind = recognise(uri)
         if not source or SOURCES[source].path.endswith(f":{type(self).__name__}"):
             return ""
-        return f"{uri} was written by {author}; convert it with the source {source!r}"
+        return f"{uri} looks like {kind}; convert it with the source {source!r}"
 
     def _any_other_tool(self, paths: Sequence[str]) -> str:
         """Return the message of the first of some files that another tool wrote; "" if there is none."""

@@ -6,9 +6,9 @@ A row with an image and no coordinate marks an empty scene.
 import re
 from typing import Annotated, Any
 
-from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, parse_number
+from crowdray.datasets.sources.annotations.annotation import ImageAnnotation
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.csv_reader import read_table
+from crowdray.datasets.sources.annotations.csv_reader import parse_decimals, read_table
 from crowdray.datasets.sources.annotations.images import parse_split
 from crowdray.datasets.sources.annotations.shapes import box
 from crowdray.errors import DataError
@@ -27,6 +27,11 @@ COORDINATES = (
     ("xmin", "ymin", "xmax", "ymax"),
     ("bbox_x", "bbox_y", "bbox_width", "bbox_height"),
 )
+THOUSAND = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
+"""Numbers that, in a table separated by commas, may have a decimal comma or a thousands separator."""
+
+AMBIGUOUS = ({"x", "y", "w", "h"}, {"x", "y", "width", "height"})
+"""Columns of boxes, or of points and the size of something."""
 """Columns of coordinates; the first group of which all are present is read."""
 
 
@@ -61,7 +66,11 @@ class CsvTable(AnnotatedFolder):
             with image.capture_error():
                 _set_split_and_scene(image, row, where)
                 if any(row[axis] for axis in axes):
-                    numbers = [_parse_decimal(row[axis], f"{where}: {axis}", separator) for axis in axes]
+                    if separator == "," and (unclear := [row[axis] for axis in axes if THOUSAND.fullmatch(row[axis])]):
+                        raise DataError(
+                            f"{where}: {unclear[0]!r} may be a thousand or a decimal comma; write a decimal point"
+                        )
+                    numbers = parse_decimals([row[axis] for axis in axes], [f"{where}: {axis}" for axis in axes])
                     self._add(image, axes, numbers, row.get("label", ""), where)
         return list(images.values())
 
@@ -76,6 +85,9 @@ class CsvTable(AnnotatedFolder):
 
 def _columns(header: list[str], uri: str) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the position of each column that is read, and the names of those with coordinates."""
+    if unclear := next((group for group in AMBIGUOUS if group <= set(header)), None):
+        names = ", ".join(sorted(unclear))
+        raise DataError(f"{uri}: {names} may be points or boxes; rename them bbox_x ... bbox_height, or omit the sizes")
     axes = next((group for group in COORDINATES if set(group) <= set(header)), COORDINATES[0])
     accepted = COLUMNS | {axis: (axis,) for axis in axes}
     found = {name: next((one for one in names if one in header), names[0]) for name, names in accepted.items()}
@@ -85,13 +97,6 @@ def _columns(header: list[str], uri: str) -> tuple[dict[str, int], tuple[str, ..
                 f"{uri}: the header {header} has {header.count(column)} columns {column!r}; write image,x,y"
             )
     return {name: header.index(column) for name, column in found.items() if column in header}, axes
-
-
-def _parse_decimal(text: str, where: str, separator: str) -> float:
-    """Parse a number that may have a decimal comma; between commas, 1,234 may also be a thousand."""
-    if separator == "," and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", text):
-        raise DataError(f"{where}: {text!r} may be a thousand or a decimal comma; write a decimal point")
-    return parse_number(text.replace(",", "."), where)
 
 
 def _set_split_and_scene(image: ImageAnnotation, row: dict[str, str], where: str) -> None:

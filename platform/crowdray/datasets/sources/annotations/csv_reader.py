@@ -8,9 +8,10 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from crowdray import storage
+from crowdray.datasets.sources.annotations.annotation import parse_number
 from crowdray.errors import DataError
 
 SEPARATORS = ",;\t"
@@ -23,7 +24,7 @@ def read_text(uri: str) -> str:
     try:
         return content.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{uri} is not UTF-8 ({error}); save it with that encoding") from error
+        raise DataError(f"{uri} is not UTF-8 ({error}); save it with that encoding, in Excel 'CSV UTF-8'") from error
 
 
 def read_table(uri: str) -> tuple[str, Iterator[tuple[str, list[str]]]]:
@@ -60,6 +61,14 @@ def _rows(uri: str, text: str, separator: str, first: int) -> Iterator[tuple[str
             yield where, cells
     except csv.Error as error:
         raise DataError(f"{uri}, line {reader.line_num + first - 1}: {error}; correct it") from error
+
+
+def parse_decimals(cells: Sequence[str], locations: Sequence[str]) -> list[float]:
+    """Parse the numbers of a row, which may have decimal commas; DataError with the location of a wrong one."""
+    joined = " ".join(cells)
+    if "," in joined and "." in joined:
+        raise DataError(f"{locations[0]}: {joined[:60]!r} mixes decimal points and commas; use one of them")
+    return [parse_number(cell.replace(",", "."), where) for cell, where in zip(cells, locations, strict=True)]
 
 
 def read_records(uri: str) -> Iterator[tuple[str, dict[str, str]]]:

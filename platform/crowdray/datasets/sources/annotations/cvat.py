@@ -69,9 +69,10 @@ class Cvat(AnnotatedFolder):
             raise DataError(f"{uri} contains the videos of several tasks; export each task, not the project")
         listed = []
         for shape in track:
-            if (text := shape.get("frame")) is None:
-                continue  # attributes of the track
-            where = f"{uri}: track {track.get('id')}, frame {text}"
+            if shape.tag == "attribute":
+                continue
+            text = shape.get("frame", "")
+            where = f"{uri}: track {track.get('id')}, frame {text or '(none)'}"
             if not re.fullmatch(r"\d{1,9}", text):
                 raise DataError(f"{where} is not a number; {EXPORT}")
             image, outside = self._frame(uri, video, int(text)), shape.get("outside", "0") != "0"

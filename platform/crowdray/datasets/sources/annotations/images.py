@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import simplejpeg
@@ -76,6 +77,15 @@ class ImageIndex:
         parts = _parts(name)
         found = self._by_letters.get(_letters(parts[-1]), []) if parts else []
         return f", but {_distinct(found[0], name)[0]}" if found else ""
+
+
+def url_path(text: str, where: str) -> str:
+    """Extract the path of a URL: /data/upload/1/a.jpg, /data/local-files/?d=b/a.jpg, s3://bucket/b/a.jpg?X=1."""
+    try:
+        address = urlsplit(text)
+        return parse_qs(address.query).get("d", [unquote(address.path)])[0]
+    except ValueError as error:
+        raise DataError(f"{where}: {text!r} is not a valid URL ({error}); correct it") from error
 
 
 def parse_split(word: str) -> str:

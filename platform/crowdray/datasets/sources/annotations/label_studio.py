@@ -8,7 +8,6 @@ the shapes of each control under its name (github.com/HumanSignal/label-studio-c
 import json
 import re
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import AliasChoices, BaseModel, Field
 
@@ -16,6 +15,7 @@ from crowdray.data.decoding import SUFFIXES
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, known_size
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.csv_reader import read_records
+from crowdray.datasets.sources.annotations.images import url_path
 from crowdray.datasets.sources.annotations.json_reader import Id, Number, Point, Text, location, read_json, validate
 from crowdray.datasets.sources.annotations.shapes import Corner, box, ellipse, rotate
 from crowdray.errors import DataError
@@ -98,10 +98,10 @@ class EllipseValue(PointValue):
 class LabelStudio(AnnotatedFolder):
     """An export in the format JSON, JSON-MIN or CSV."""
 
-    endings = (".json", ".csv")
+    endings = (".json", ".csv", ".tsv")
 
     def _read(self, uri: str) -> list[ImageAnnotation]:
-        if uri.lower().endswith(".csv"):
+        if not uri.lower().endswith(".json"):
             rows = [(where, _parse_cells(row, where)) for where, row in read_records(uri)]
             return self._read_records(uri, rows)
         tasks = validate(list[Any], read_json(uri), uri)
@@ -227,20 +227,11 @@ def _image_path(data: dict[str, Any], where: str) -> str:
     """Return the path of a task's image: `image` in its data, or the only string that ends like an image."""
     texts = {key: value for key, value in data.items() if isinstance(value, str) and value}
     if "image" in texts:
-        return _path(texts["image"], where)
-    paths = [path for text in texts.values() if (path := _path(text, where)).lower().endswith(SUFFIXES)]
+        return url_path(texts["image"], where)
+    paths = [path for text in texts.values() if (path := url_path(text, where)).lower().endswith(SUFFIXES)]
     if len(paths) != 1:
         raise DataError(f"{where} names {len(paths)} images, expected one, preferably called 'image'")
     return paths[0]
-
-
-def _path(text: str, where: str) -> str:
-    """Extract the path of a URL: /data/upload/1/a.jpg, /data/local-files/?d=b/a.jpg, s3://bucket/b/a.jpg?X=1."""
-    try:
-        address = urlsplit(text)
-        return parse_qs(address.query).get("d", [unquote(address.path)])[0]
-    except ValueError as error:
-        raise DataError(f"{where}: {text!r} is not a valid URL ({error}); correct it") from error
 
 
 def _image_size(result: Result, where: str) -> tuple[int, int]:

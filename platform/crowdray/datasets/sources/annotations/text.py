@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from crowdray.datasets.sources.annotations.annotation import ImageAnnotation, parse_number
+from crowdray.datasets.sources.annotations.annotation import ImageAnnotation
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
-from crowdray.datasets.sources.annotations.csv_reader import read_text
+from crowdray.datasets.sources.annotations.csv_reader import parse_decimals, read_text
 from crowdray.errors import DataError
 
 
@@ -50,5 +50,5 @@ def number_lines(uri: str) -> Iterator[tuple[str, list[float]]]:
             continue
         where = f"{uri}, line {number}"
         fields = [field.removesuffix(",") for field in re.split(r"\s*;\s*|\s+", line.strip().rstrip(";"))]
-        fields = fields[0].split(",") if len(fields) == 1 else [field.replace(",", ".") for field in fields]
-        yield where, [parse_number(field, where) for field in fields]
+        fields = fields[0].split(",") if len(fields) == 1 else fields
+        yield where, parse_decimals(fields, [where] * len(fields))

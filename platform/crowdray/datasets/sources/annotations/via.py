@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from crowdray.datasets.sources.annotations.annotation import ImageAnnotation
 from crowdray.datasets.sources.annotations.base import AnnotatedFolder
 from crowdray.datasets.sources.annotations.csv_reader import read_records
+from crowdray.datasets.sources.annotations.images import url_path
 from crowdray.datasets.sources.annotations.json_reader import Number, Text, location, read_json, validate
 from crowdray.datasets.sources.annotations.shapes import Corner, box, ellipse
 from crowdray.errors import DataError
@@ -61,6 +62,7 @@ class Via(AnnotatedFolder):
         for where, key, name, regions in _csv_images(uri) if uri.lower().endswith(".csv") else _json_images(uri):
             image = images.setdefault(key, ImageAnnotation(uri, where, name))
             with image.capture_error():
+                image.alias = url_path(name, where) if "://" in name else ""
                 for path, region in regions:
                     self._add(image, validate(Region, region, *path), location(*path))
         return list(images.values())
@@ -118,14 +120,20 @@ def _json_images(uri: str) -> Iterator[tuple[str, str, str, Regions]]:
 
 
 def _csv_images(uri: str) -> Iterator[tuple[str, str, str, Regions]]:
-    """Yield location, key, name and the region of each row of a CSV export."""
+    """Yield location, key, name and regions of each image of a CSV export; DataError if rows are missing."""
+    found: dict[str, tuple[str, str, str, list[tuple[tuple[Any, ...], Any]]]] = {}
     for where, row in read_records(uri):
         name = row.get("filename") or row.get("#filename")
         if not name:
             raise DataError(f"{where} has no filename; export the annotations as CSV again")
         shape, attributes = (_cell(row, column, where) for column in ("region_shape_attributes", "region_attributes"))
         region = {"shape_attributes": shape, "region_attributes": attributes}
-        yield where, name + row.get("file_size", ""), name, iter([((where,), region)] if shape != {} else [])
+        *_, regions = found.setdefault(name + row.get("file_size", ""), (where, name, row.get("region_count", ""), []))
+        regions += [((where,), region)] if shape != {} else []
+    for key, (where, name, count, regions) in found.items():
+        if count and count != str(len(regions)):
+            raise DataError(f"{where}: region_count is {count}, but there are {len(regions)} regions; export it again")
+        yield where, key, name, iter(regions)
 
 
 def _cell(row: dict[str, str], column: str, where: str) -> Any:
