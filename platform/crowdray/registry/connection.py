@@ -5,6 +5,7 @@ MLflow itself retries an unreachable server for minutes, and a database for hour
 
 import contextlib
 import ctypes
+import importlib.util
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
@@ -202,6 +203,20 @@ def call_mlflow(uri: str, timeout_s: float, call: Callable[[], T], *, retries: i
         return results[0]
 
 
+def limit_artifact_store(location: str, timeout_s: float) -> None:
+    """Limit requests to artifacts on s3://, of which an abandoned one would delay the end of the process by minutes."""
+    if not location.startswith("s3:") or importlib.util.find_spec("boto3") is None:
+        return
+    import boto3
+    from botocore.config import Config
+    from botocore.session import get_session
+
+    session = get_session()
+    limits = Config(connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 2})
+    session.set_default_client_config(limits)
+    boto3.setup_default_session(botocore_session=session)  # MLflow's clients are made from it
+
+
 @contextlib.contextmanager
 def _request_timeout(timeout_s: float, retries: int) -> Iterator[None]:
     # MLflow reads these variables at each request; it has no arguments for them.
@@ -256,24 +271,30 @@ def _translated_errors(uri: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UserError(f"{store}: {missing_package(error)}") from error
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise UserError(f"{store}: {_explain(_reason(error), str(error))}") from error
     except Exception as error:
+        chain = list(_causes(error))
+        reason = _reason(chain)
         # Clients of artifact stores have no common base class of their errors.
-        if not type(error).__module__.startswith(_ARTIFACT_CLIENTS):
+        if any(type(cause).__module__.startswith(_ARTIFACT_CLIENTS) for cause in chain):
+            raise UserError(
+                f"cannot use the artifact store of the MLflow tracking URI {uri}: {reason}; check the credentials and "
+                "the address of the store"
+            ) from error
+        if not isinstance(error, (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)):
             raise
-        raise UserError(
-            f"cannot use the artifact store of the MLflow tracking URI {uri}: {_reason(error)}; check the credentials "
-            "and the address of the store"
-        ) from error
+        raise UserError(f"{store}: {_explain(reason, str(error))}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of the innermost cause: MLflow wraps network errors in long advice."""
-    innermost = error
-    while (cause := innermost.__cause__ or innermost.__context__) is not None:
-        innermost = cause
-    source = innermost if isinstance(innermost, OSError) else error
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it: MLflow wraps network errors in long advice."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(chain: Sequence[BaseException]) -> str:
+    """Return the first line of the innermost cause if that is of the system, else of the error itself."""
+    source = chain[-1] if isinstance(chain[-1], OSError) else chain[0]
     text = redacted(str(source)).strip()
     if status := _STATUS.search(text):
         answer = re.search(r"Response body: '([^<\n]+)'", text)

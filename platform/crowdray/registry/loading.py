@@ -21,7 +21,7 @@ from crowdray import storage
 from crowdray.credentials import hide_credentials, with_credentials
 from crowdray.errors import UserError
 from crowdray.models.export import Geometry
-from crowdray.registry.connection import call_mlflow, configure_mlflow, connect
+from crowdray.registry.connection import call_mlflow, configure_mlflow, connect, limit_artifact_store
 from crowdray.registry.program import ProgramError, load_program
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: f
         )
 
     location = call_mlflow(tracking_uri, timeout_s, find).rstrip("/")
+    limit_artifact_store(location, timeout_s)
 
     def fetch(name: str) -> Path:
         artifact, size = f"{location}/{name}", 0

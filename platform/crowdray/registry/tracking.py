@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from crowdray.credentials import redacted
 from crowdray.errors import UserError
-from crowdray.registry.connection import call_mlflow, connect, sqlite_path
+from crowdray.registry.connection import call_mlflow, connect, limit_artifact_store, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,7 +96,9 @@ def open_tracker(
         client.update_run(run.info.run_id, status="RUNNING")
         return run
 
-    return MlflowTracker(client, uri, call_mlflow(uri, timeout_s, open_run), timeout_s)
+    run = call_mlflow(uri, timeout_s, open_run)
+    limit_artifact_store(run.info.artifact_uri, timeout_s)
+    return MlflowTracker(client, uri, run, timeout_s)
 
 
 @contextmanager
