@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -212,7 +211,7 @@ def test_load_counter_of_an_attacked_program_from_a_registry_or_a_remote_folder_
     outputs = client.get_run(tracker.run_id).outputs
     assert outputs is not None
     model = client.get_logged_model(outputs.model_outputs[0].model_id)
-    registered = Path(urlsplit(model.artifact_location).path)
+    registered = Path(storage.resolve(model.artifact_location))
     shutil.copy(folder / "data/model.pt2", registered / "data/model.pt2")
     for uri in (remote, version.uri):
         with pytest.raises(UserError, match="cannot be loaded"):

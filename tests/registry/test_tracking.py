@@ -187,12 +187,12 @@ def test_open_tracker_of_mlflow_in_a_folder_with_a_percent_sign_says_so(
         _open(store, "any")
 
 
-@pytest.mark.parametrize(("server", "problem"), [("closed_port", "refused"), ("silent_server", "timed out")])
+@pytest.mark.parametrize(("server", "problem"), [("closed_port", "refused.*start it"), ("silent_server", "timed out")])
 def test_open_tracker_without_an_answer_raises_within_the_timeout(
     request: pytest.FixtureRequest, server: str, problem: str
 ) -> None:
     address, started = request.getfixturevalue(server), time.monotonic()
-    with pytest.raises(UserError, match=f"{address}.*{problem}.*set MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=f"{address}.*{problem}"):
         open_tracker(address, "any", "any", "any", timeout_s=1)
     assert time.monotonic() - started < 4
 
