@@ -83,9 +83,9 @@ def test_hide_credentials_of_two_queries_at_one_path_keeps_both_apart() -> None:
 
 
 def test_redacted_masks_hidden_secrets_outside_uris() -> None:
-    hide_credentials("postgresql://dude:s3%2Fcret@host/db")
-    message = "FATAL: password authentication failed for user \"dude\" with s3/cret ('dude'@'host')"
-    assert redacted(message) == "FATAL: password authentication failed for user *** with *** (***@'host')"
+    hide_credentials("postgresql://dude:s3cr%2Fet-word@host/db")
+    message = "FATAL: password authentication failed for user \"dude\" with s3cr/et-word (user 'dude'@'host')"
+    assert redacted(message) == "FATAL: password authentication failed for user *** with *** (user ***@'host')"
 
 
 @pytest.mark.parametrize("kind", [UserError, DataError, JobFailed])

@@ -20,8 +20,8 @@ _NOT_A_USER = {"abfs", "abfss", "wasb", "wasbs", "github", "git"}
 _QUERY_SCHEMES = re.compile(r"https?|(?:postgres|mysql|mariadb|mssql|oracle|sqlite).*", re.IGNORECASE)
 """Schemes in which every ? starts a query; in object stores it may be part of a name or a pattern."""
 _MASK = "***"
-_MIN_PASSWORD, _MIN_TOKEN = 4, 12
-"""Lengths from which a password and the value of a query are masked outside URIs too."""
+_MIN_PASSWORD, _MIN_TOKEN = 8, 12
+"""Lengths from which a password and the value of a query are masked outside URIs too; shorter ones may be words."""
 
 hidden: dict[str, tuple[str, str]] = {}
 """User information and query by the URI without them; workers receive a copy."""
@@ -29,14 +29,16 @@ hidden: dict[str, tuple[str, str]] = {}
 
 def redacted(text: str) -> str:
     """Return a text without the user names, passwords and queries of the URIs in it."""
-    text = _URI.sub(_redacted_uri, text)
+    if "://" in text:
+        text = _URI.sub(_redacted_uri, text)
     for user, query in list(hidden.values()):
         name, _, password = user.partition(":")
         secrets = [text for text in (password, unquote(password)) if len(text) >= _MIN_PASSWORD]
         secrets += [value for _, value in parse_qsl(query) if len(value) >= _MIN_TOKEN]
-        secrets += [quote + unquote(name) + quote for quote in ("'", '"') if name]  # as database servers name a user
         for secret in secrets:
             text = text.replace(secret, _MASK)
+        if name:  # as database servers quote it
+            text = re.sub(rf"\b(user|role) (['\"]){re.escape(unquote(name))}\2", rf"\1 {_MASK}", text)
     return text
 
 

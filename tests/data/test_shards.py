@@ -3,16 +3,18 @@
 import hashlib
 import json
 import pickle
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from crowdray import storage
+from crowdray import credentials, storage
 from crowdray.data import shards
 from crowdray.data.sample import SCHEMA
-from crowdray.data.shards import INDEX, Index
+from crowdray.data.shards import INDEX, Dataset, Index
 from crowdray.errors import UserError
 
 from ..support.builders import mixed_samples, sample_fields, samples, write_dataset
@@ -111,3 +113,23 @@ def test_dataset_with_unknown_split_or_row_raises_user_error(tmp_path: Path) -> 
     for row in (-1, len(dataset)):
         with pytest.raises(UserError, match=f"row {row} is outside"):
             dataset.sample(row)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+
+def test_open_behind_a_login_raises_with_the_status_and_without_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "hidden", {})
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(UserError, match=r"index\.json: 401.*check the address and your credentials") as caught:
+            Dataset.open(f"http://user:pass-word@127.0.0.1:{server.server_port}/data")
+        server.shutdown()
+    assert "pass-word" not in str(caught.value)

@@ -196,12 +196,13 @@ class Dataset:
         """
         root = storage.resolve(uri)
         index_uri = storage.join(root, INDEX)
-        if not storage.exists(index_uri):
+        content = storage.read_bytes_or_none(index_uri)
+        if content is None:
             raise DataError(
                 f"{root} has no {INDEX}: it is not a dataset, or its conversion is unfinished; "
                 f"run jobs/convert.py with --dest {root}"
             )
-        dataset = cls(root, Index.from_json(storage.read_bytes(index_uri), index_uri))
+        dataset = cls(root, Index.from_json(content, index_uri))
         if storage.is_local(root):
             for shard in dataset.index.shards:
                 storage.check_local_file(storage.join(root, shard.path), shard.bytes)
