@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["local", "memory"])
 def root_uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A URI at which nothing exists yet: an oddly named folder, or fsspec's memory in place of an object store."""
-    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CROWDRAY_CACHE", str(tmp_path / ODD_FOLDER / "cache"))
     if request.param == "local":
         yield str(tmp_path / ODD_FOLDER / "root")
         return

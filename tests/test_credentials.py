@@ -61,7 +61,7 @@ def test_redacted_text_contains_no_secret(uri: str, hidden: bool) -> None:
     [
         "s3://bucket/a@b.jpg", "http://host:5000/a@b.jpg", "models:/NAME@candidate", "s3://bucket/photos/img-?.jpg",
         "abfss://container@account.dfs.core.windows.net/runs", "/a/b?c=1", "/a/http://me@b?c=1",
-        "is it http://host:5000? see me@host", "sqlite:////a/mlflow.db", "memory://a/b",
+        "is it http://host:5000? see me@host", "sqlite:////a/mlflow.db", "memory://a/b", "file:///a/u:p@b?c=d/e",
     ],
 )  # fmt: skip
 def test_redacted_text_without_credentials_is_unchanged(text: str) -> None:

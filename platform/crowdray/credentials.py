@@ -19,6 +19,8 @@ _NOT_A_USER = {"abfs", "abfss", "wasb", "wasbs", "github", "git"}
 """Schemes in which a container or a repository stands before the @."""
 _QUERY_SCHEMES = re.compile(r"https?|(?:postgres|mysql|mariadb|mssql|oracle|sqlite).*", re.IGNORECASE)
 """Schemes in which every ? starts a query; in object stores it may be part of a name or a pattern."""
+_LOCAL = {"file", "local"}
+"""Schemes of paths, in which @ and ? mean nothing."""
 _MASK = "***"
 _MIN_PASSWORD, _MIN_TOKEN = 8, 12
 """Lengths from which a password and the value of a query are masked outside URIs too; shorter ones may be words."""
@@ -55,6 +57,8 @@ def with_credentials(uri: str) -> str:
 def _parts(match: re.Match[str]) -> tuple[str, str, str]:
     """Return user information, URI without credentials, and query."""
     scheme, user, path, query = match["scheme"], match["user"], match["path"], match["query"]
+    if scheme.lower() in _LOCAL:
+        return "", match[0], ""
     if user is not None and scheme.lower() in _NOT_A_USER:
         user, path = None, f"{user}@{path}"
     if query is not None and not (_QUERY_SCHEMES.fullmatch(scheme) or re.match(r"[\w.~%-]+=", query)):

@@ -15,7 +15,7 @@ from crowdray.registry.loading import load_counter
 from crowdray.training.checkpoint import MEASURED_METRICS
 
 from ..support.cluster import Cluster, kill
-from ..support.processes import ROOT, Job, descendants, named, until
+from ..support.processes import ROOT, Job, alive, descendants, named, until
 from .conftest import LENGTH, Workspace
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
@@ -47,7 +47,7 @@ def test_train_submitted_registers_loadable_counter(workspace: Workspace, cluste
         assert figure.format == "PNG"
 
 
-def test_train_after_kills_equals_uninterrupted_run(workspace: Workspace, reference_run: Job) -> None:
+def test_train_after_kills_and_a_signal_equals_uninterrupted_run(workspace: Workspace, reference_run: Job) -> None:
     job = workspace.train("interrupted")
     job.wait_for("decoders 2/")
     job.kill()
@@ -58,8 +58,17 @@ def test_train_after_kills_equals_uninterrupted_run(workspace: Workspace, refere
     workers = named(descendants(resumed.pid), "ray::RayTrainWorker")
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    assert resumed.end() == 0, resumed.output
+    second = workspace.train("interrupted")
+    assert second.end() == 2 and f"is in use by process {resumed.pid} " in second.lines[-1], second.output
+    below = descendants(resumed.pid)
+    os.kill(resumed.pid, signal.SIGTERM)
+    assert resumed.end() == 128 + signal.SIGTERM, resumed.output
+    assert resumed.lines[-1] == "error: terminated by SIGTERM; run the same command again to resume"
+    assert not any(map(alive, below))
+    assert workspace.query("select status from runs where name = 'interrupted'") == [("KILLED",)]
 
+    last = workspace.train("interrupted")
+    assert last.end() == 0, last.output
     assert computed(workspace.outcome("interrupted")) == computed(workspace.outcome("reference"))
     workspace.assert_tracked_once("interrupted", EPOCHS)
 
