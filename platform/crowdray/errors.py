@@ -39,14 +39,6 @@ class JobFailed(RuntimeError):
         super().__init__(redacted(str(message)))
 
 
-class Terminated(KeyboardInterrupt):
-    """A signal asked the process to end; everything is cleaned up as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def missing_package(error: ImportError) -> str:
     """Return which package an import needs, and the command that installs it."""
     if not error.name:

@@ -18,7 +18,7 @@ from typing import Any
 from crowdray import credentials, storage
 from crowdray.cluster.ray_internals import cluster_limits, reload_settings, shut_down
 from crowdray.config import Device
-from crowdray.errors import RESUME_HINT, JobFailed, Terminated, UserError, first_line
+from crowdray.errors import RESUME_HINT, JobFailed, UserError, first_line
 from crowdray.storage.scratch import PARENT
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -161,7 +161,7 @@ def _init(address: str, **options: Any) -> None:
     """Call ray.init, which replaces the handler of SIGTERM by one that exits."""
     import ray
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, terminated = signal.getsignal(signal.SIGTERM), False
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)  # workers answer with reports
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -170,10 +170,12 @@ def _init(address: str, **options: Any) -> None:
         fix = "" if local else "; start it, correct the address, or unset RAY_ADDRESS to run on this machine"
         raise UserError(f"cannot {action}: {first_line(error)}{fix}") from error
     except SystemExit:
-        raise Terminated(signal.SIGTERM) from None
+        terminated = True
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _parent_of_ray_folder() -> str:

@@ -16,10 +16,10 @@ from types import FrameType, TracebackType
 from crowdray import __version__
 from crowdray.console import terminal
 from crowdray.credentials import hide_credentials, redacted
-from crowdray.errors import RESUME_HINT, JobFailed, Terminated, UserError
+from crowdray.errors import RESUME_HINT, JobFailed, UserError
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-"""Exit status of a job: done, failed, invalid input, Ctrl-C; 128 and its number after another signal."""
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+"""Exit status of a job: done, failed, invalid input; 128 and its number after a signal."""
 
 COMMANDS = {
     "convert": "convert a dataset into shards, or check its annotations",
@@ -59,18 +59,17 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in figures
     sys.excepthook = _print_traceback
     sys.path.append(os.getcwd())  # custom backbones are imported from here; Ray's workers search it too
+    signals: list[int] = []
     try:
-        with _signals_raise():
+        with _signals_raise(signals):
             job([hide_credentials(argument) for argument in arguments])
     except UserError as error:
         sys.exit(_print_error(error, EXIT_USAGE))
     except JobFailed as error:
         sys.exit(_print_error(error, EXIT_FAILED))
-    except Terminated as error:
-        name = signal.Signals(error.number).name
-        sys.exit(_print_error(f"terminated by {name}; {RESUME_HINT}", 128 + error.number))
     except KeyboardInterrupt:
-        sys.exit(_print_error(f"interrupted; {RESUME_HINT}", EXIT_INTERRUPTED))
+        reason = f"terminated by {signal.Signals(signals[0]).name}" if signals else "interrupted"
+        sys.exit(_print_error(f"{reason}; {RESUME_HINT}", 128 + (signals or [signal.SIGINT])[0]))
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -78,12 +77,16 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Raise Terminated in the block at the first SIGTERM or SIGHUP, unless they are handled or ignored already."""
+def _signals_raise(received: list[int]) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block at the first SIGTERM or SIGHUP, unless it is handled or ignored already.
+
+    The number of the signal goes into a list: Ray replaces an exception that a handler raises during its calls.
+    """
 
     def end(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second one does not interrupt the cleaning up
-        raise Terminated(number)
+        received.append(number)
+        raise KeyboardInterrupt
 
     in_main = threading.current_thread() is threading.main_thread()
     handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if in_main and not signal.getsignal(number)]
