@@ -91,8 +91,8 @@ JSON, HTML = "application/json", "text/html"
         (502, HTML, "<h1>Bad gateway</h1>", "status 502; the server or the proxy"),
         (200, HTML, "<form>password</form>", "login page; correct the address"),
         (302, HTML, "", "login page; correct the address"),
-        (200, JSON, '{"hello": 1}', "other than MLflow"),
-        (200, JSON, "[]", "other than MLflow"),
+        (200, JSON, '{"hello": 1}', "another program answers"),
+        (200, JSON, "[]", "another program answers"),
         (400, JSON, '{"error_code": "X", "message": "Invalid Host header"}', "--allowed-hosts"),
     ],
 )

@@ -32,59 +32,41 @@ _CALL_LIMIT = 4
 _MIN_BYTES_PER_S = 2**18
 """Slowest transfer of artifacts that is waited for."""
 _LOG_IN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-_OTHER_PROGRAM = "something other than MLflow answers, such as a login page"
-_FIXES = (
-    (r"Invalid Host header", "", "start the server with --allowed-hosts and the name in the URI"),
-    (r"status 401|UNAUTHENTICATED", "", f"give or correct the login: {_LOG_IN}"),
-    (r"status 403|PERMISSION_DENIED", "", f"this user lacks the permission: ask the server's owner, or {_LOG_IN}"),
-    (
-        r"status 40[45]|ENDPOINT_NOT_FOUND",
-        "",
-        "correct the path in the URI; if it is correct, the server is older than MLflow 3: upgrade it",
-    ),
-    (r"status 429", "", "the server limits requests: run the same command again later"),
-    (r"status 5", "", "the server or the proxy before it fails: see its log, then run the same command again"),
-    (
-        r"status 3|valid JSON format|Exceeded \d+ redirects|no experiments",
-        _OTHER_PROGRAM,
-        "correct the address, or log in as the server requires (MLFLOW_TRACKING_TOKEN)",
-    ),
-    (
-        r"CERTIFICATE_VERIFY_FAILED",
-        "",
-        "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority, or correct the host name",
-    ),
-    (r"WRONG_VERSION_NUMBER|SSL", "", "the server does not speak TLS: write http:// instead of https://"),
-    (r"[Pp]roxy", "", "check HTTP_PROXY and HTTPS_PROXY, or add the host to NO_PROXY"),
-    (
-        r"not known|No address|name resolution|Invalid url",
-        "",
-        "correct the host name and the port, or check the network",
-    ),
-    (
-        r"closed connection|aborted|reset by peer",
-        "it closes the connection",
-        "write https:// if it speaks TLS, or see its log",
-    ),
-    (r"load plugin", "unknown scheme", "use http://, https://, sqlite:/// or the URI of another database"),
-    (r"[Tt]imed? ?out|timeout", "", "check that the server is not overloaded and no firewall drops its packets"),
-    (r"refused", "", "{start}"),
-    (r"out-of-date database schema", "its schema is of another version", "{upgrade}"),
-    (r"database is locked", "", "end the process that holds it, or use a server (mlflow server) for several writers"),
-    (
-        r"readonly|Read-only|unable to open|Permission denied|No such file",
-        "",
-        "make the file and its folder writable, or use another path",
-    ),
-    (r"not a database|malformed", "", "the file is damaged or no MLflow database: restore it, or use another path"),
-    (r"password|[Aa]ccess denied|[Aa]uthentication", "", "correct the user and the password in the URI"),
-)
-"""Symptom, what to say instead of the library's text, and the fix; the first that matches applies."""
-_START = (
-    "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to a running server, "
-    "or to sqlite:////a/folder/mlflow.db for a file that needs no server"
-)
-_UPGRADE = "back it up and run `mlflow db upgrade` with this URI, or install the newer MLflow that wrote it"
+_REASONS = {
+    r"status 3|valid JSON format|Exceeded \d+ redirects|no experiments": "another program answers, or a login page",
+    r"closed connection|aborted|reset by peer": "it closes the connection",
+    r"load plugin": "unknown scheme",
+    r"out-of-date database schema": "its schema is of another version",
+}
+"""What to say instead of a library's text, by symptom."""
+_FIXES = {
+    r"Invalid Host header": "start the server with --allowed-hosts and the name in the URI",
+    r"status 401|UNAUTHENTICATED": f"give or correct the login: {_LOG_IN}",
+    r"status 403|PERMISSION_DENIED": f"this user lacks the permission: ask the server's owner, or {_LOG_IN}",
+    r"status 40[45]|ENDPOINT_NOT_FOUND": "correct the path in the URI; if it is correct, the server is older than "
+    "MLflow 3: upgrade it",
+    r"status 429": "the server limits requests: run the same command again later",
+    r"status 5": "the server or the proxy before it fails: see its log, then run the same command again",
+    r"login page": "correct the address, or log in as the server requires (MLFLOW_TRACKING_TOKEN)",
+    r"CERTIFICATE_VERIFY_FAILED": "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the server's authority, "
+    "or correct the host name",
+    r"WRONG_VERSION_NUMBER|SSL": "the server does not speak TLS: write http:// instead of https://",
+    r"[Pp]roxy": "check HTTP_PROXY and HTTPS_PROXY, or add the host to NO_PROXY",
+    r"not known|No address|name resolution|Invalid url": "correct the host name and the port, or check the network",
+    r"closes the connection": "write https:// if it speaks TLS, or see its log",
+    r"unknown scheme": "use http://, https://, sqlite:/// or the URI of another database",
+    r"[Tt]imed? ?out|timeout": "check that the server is not overloaded and no firewall drops its packets",
+    r"refused": "start it (mlflow server --backend-store-uri sqlite:///mlflow.db), or set MLFLOW_TRACKING_URI to a "
+    "running server, or to sqlite:////a/folder/mlflow.db for a file that needs no server",
+    r"schema is of another version": "back it up and run `mlflow db upgrade` with this URI, or install the newer "
+    "MLflow that wrote it",
+    r"database is locked": "end the process that holds it, or use a server (mlflow server) for several writers",
+    r"readonly|Read-only|unable to open|Permission denied|No such file": "make the file and its folder writable, or "
+    "use another path",
+    r"not a database|malformed": "the file is damaged or no MLflow database: restore it, or use another path",
+    r"password|[Aa]ccess denied|[Aa]uthentication": "correct the user and the password in the URI",
+}
+"""Fixes by symptom; the first that matches applies."""
 _STATUS = re.compile(r"error code (\d{3})|too many (\d{3}) error|(\d{3}) (?:Client|Server) Error")
 
 
@@ -304,10 +286,11 @@ def _reason(chain: Sequence[BaseException]) -> str:
 
 def _explain(reason: str, text: str) -> str:
     """Return a reason with the fix for it, which the whole text of the error may decide."""
-    for symptom, better, fix in _FIXES:
-        if re.search(symptom, f"{reason} {text}"):
-            return f"{better or reason}; {fix.format(start=_START, upgrade=_UPGRADE)}"
-    return f"{reason}; check MLFLOW_TRACKING_URI"
+    text = f"{reason} {text}"
+    reason = next((better for symptom, better in _REASONS.items() if re.search(symptom, text)), reason)
+    text = f"{reason} {text}"
+    fix = next((fix for symptom, fix in _FIXES.items() if re.search(symptom, text)), "check MLFLOW_TRACKING_URI")
+    return f"{reason}; {fix}"
 
 
 def _create_tables(uri: str) -> None:
