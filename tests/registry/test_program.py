@@ -1,6 +1,7 @@
 """Nothing in a package runs when it is loaded, wherever it was put and wherever the package comes from."""
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -67,6 +68,32 @@ def rename(graph: Any, name: str) -> None:
     graph.update(json.loads(text))
 
 
+def add_node(target: str, **arguments: Any) -> Callable[[Members], None]:
+    """An attack that calls an operator on the image, with arguments by name, before all others."""
+
+    def insert(graph: Any) -> None:
+        inputs = [{"name": name, "arg": value, "kind": 1} for name, value in arguments.items()]
+        graph["nodes"].insert(0, {**graph["nodes"][0], "target": target, "inputs": inputs, "name": "attack"})
+
+    return on_graph(insert)
+
+
+IMAGE = {"as_tensor": {"name": "image"}}
+
+
+def product_of_products(graph: Any) -> None:
+    """Square a size eight times."""
+    node, last = graph["nodes"][0], graph["nodes"][0]["name"]
+    for number in range(8):
+        factors = [{"name": name, "arg": {"as_sym_int": {"as_name": last}}, "kind": 1} for name in ("a", "b")]
+        last = f"square_{number}"
+        output = [{"as_sym_int": {"as_name": last}}]
+        graph["nodes"].insert(
+            1 + number,
+            {**node, "target": "_operator.mul", "inputs": factors, "outputs": output, "name": last},
+        )
+
+
 def call_signature(program: Any) -> Any:
     return program["graph_module"]["module_call_graph"][0]["signature"]
 
@@ -120,6 +147,29 @@ ATTACKS = {
         WEIGHTS,
         lambda config: next(iter(config["config"].values()))["tensor_meta"]["sizes"][0].update(as_int=2**39),
     ),
+    "stored values used twice": edited(
+        WEIGHTS,
+        lambda config: next(iter(config["config"].values()))["tensor_meta"].update(
+            sizes=[{"as_int": 2**10}] * 4, strides=[{"as_int": 0}] * 4
+        ),
+    ),
+    "operator that writes out of bounds": add_node(
+        "torch.ops.aten.repeat_interleave.self_Tensor", self=IMAGE, repeats=IMAGE
+    ),
+    "operator that divides by zero": add_node("torch.ops.aten.remainder.int", a={"as_int": 4}, b={"as_int": 0}),
+    "operator that writes its result": add_node("torch.ops.aten.max.dim_max", self=IMAGE, dim={"as_int": 0}),
+    "memory format as a number": add_node("torch.ops.aten.clone.default", self=IMAGE, memory_format={"as_int": 4}),
+    "memory format under another name": add_node("torch.ops.aten.clone.default", self=IMAGE, x={"as_int": 4}),
+    "sizes that overflow": add_node("torch.ops.aten.pad.default", self=IMAGE, pad={"as_ints": [2**62] * 4}),
+    "resizing to a fraction": add_node(
+        "torch.ops.aten.upsample_nearest2d.default",
+        input=IMAGE,
+        output_size={"as_ints": [9, 9]},
+        scales_h={"as_float": 1e-30},
+        scales_w={"as_float": 1e-30},
+    ),
+    "arithmetic on text": add_node("_operator.mul", a={"as_string": "x"}, b={"as_int": 2**20}),
+    "product of products": on_graph(product_of_products),
     "deep nesting": lambda members: members.update({PROGRAM: b"[" * 200_000}),
 }
 
@@ -181,7 +231,16 @@ def test_load_counter_with_code_beside_the_program_raises_and_imports_nothing(
 
 @pytest.mark.parametrize(
     "description",
-    ["a: [", "[" * 100_000, "flavors: 1", "a: !!python/object/apply:os.system [touch canary]", "x" * 300_000],
+    [
+        "a: [",
+        "[" * 100_000,
+        "a: &a [1]\nb: [*a]",
+        "x: !!int ''",
+        "flavors: {pytorch: abc}",
+        "flavors: 1",
+        "a: !!python/object/apply:os.system [touch canary]",
+        "x" * 300_000,
+    ],
 )
 def test_load_counter_with_an_invalid_description_raises(
     description: str, package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,6 +285,27 @@ def test_load_counter_returns_the_exported_density(package: Package) -> None:
         assert torch.equal(loaded(image), exported(image))
 
 
+@pytest.mark.parametrize("name", ["MLmodel", "data/model.pt2"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_load_counter_of_another_kind_of_file_raises(package: Package, tmp_path: Path, name: str, kind: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(package.path, folder)
+    path = folder / name
+    path.unlink()
+    {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_counter(str(folder))
+
+
+def test_loaded_counter_of_a_program_that_changes_its_input_keeps_the_image(package: Package, tmp_path: Path) -> None:
+    zero = add_node("torch.ops.aten.mul_.Scalar", self=IMAGE, other={"as_int": 0})
+    counter = load_counter(str(attacked(package, tmp_path / "model", zero)))
+    image = photo(1, 50, 97)
+    with torch.inference_mode():
+        assert not torch.equal(counter(image), load_counter(str(package.path))(image))
+    assert torch.equal(image, photo(1, 50, 97))
+
+
 S = "Symbol('s6', positive=True, integer=True)"
 
 
@@ -239,13 +319,12 @@ def test_check_size_accepts_integer_arithmetic(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        CODE, "s6", "3", "Integer('3')", "Integer(x)", "Symbol(S)", "Symbol('__import__')", f"Add(*[{S}])",
-        f"Symbol('s6', positive={CODE})", f"Add({S}, evaluate={CODE})", "Lambda(x, x)", "Add.mro()", "(Add)(print)(1)",
-        f"Add({S}", "", "Integer(" + "9" * 30_000 + ")", "-" * 10_000 + "1", "Pow(Integer(9), Integer(9))",
+        CODE, "Symbol(S)", "Symbol('__import__')", f"Add(*[{S}])", f"Symbol('s6', positive={CODE})", "Lambda(x, x)",
+        "Add.mro()", "(Add)(print)(1)", "", "Integer(" + "9" * 30_000 + ")", f"Add({S}, evaluate=False)", "f'{1}'",
     ],
 )  # fmt: skip
 def test_check_size_rejects_anything_else(text: str) -> None:
-    with pytest.raises(ValueError, match=r"shape is not allowed|is not an expression|characters"):
+    with pytest.raises(ValueError, match="in a shape is not allowed"):
         check_size(text)
 
 
@@ -262,7 +341,7 @@ def test_check_guard_accepts_comparisons_of_sizes(text: str) -> None:
     "text",
     [
         CODE, f"L['image'].size()[2] > 0 or {CODE}", "L['image'].storage()", "L['x'].size()[2]", "args[0]", "2 ** 9",
-        "L['image'].size()[2] >= 5.0", "'a'", "f'{1}'", "(lambda: 1)()", "[x for x in (1,)]", "max(1, key=print)",
+        "L['image'].size()[2] >= 5.0", "'a'", "f'{1}'", "(lambda: 1)()", "[x for x in (1,)]", "max(1, key=print)", "max()",
         "max(*L)", "1 if 1 else 2", "1\n  import os", "1) or (1", "{}", "...", "print",
     ],
 )  # fmt: skip

@@ -8,7 +8,6 @@ Shape legend: B batch, H W image, h w density (H and W divided by the side of a 
 import contextlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.credentials import hide_credentials, with_credentials
-from crowdray.errors import UserError
+from crowdray.errors import UserError, first_line
 from crowdray.models.export import Geometry
 from crowdray.registry.connection import call_mlflow, configure_mlflow, connect, limit_artifact_store
-from crowdray.registry.program import ProgramError, load_program
+from crowdray.registry.program import ProgramError, load_program, open_regular
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,18 +66,23 @@ class LoadedCounter:
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.numel() == 0:
             raise UserError(f"the image has shape {tuple(image.shape)}; pass RGB images (B, 3, H, W)")
-        image = image.to(self.device) if image.dtype == torch.uint8 else image.to(self.device, torch.float32)
+        dtype = torch.uint8 if image.dtype == torch.uint8 else torch.float32
+        image = image.to(self.device, dtype, copy=True)  # a program may change its input
         try:
             in_bf16 = self.precision == "bf16"
             cast = torch.autocast(self.device.type, torch.bfloat16) if in_bf16 else contextlib.nullcontext()
             # By default torch lets cuDNN round the inputs of fp32 convolutions to TF32.
             with torch.inference_mode(), cast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 density: Tensor = self.graph(image).float()
-        except AssertionError as error:
-            if "Guard failed" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the program is data: whatever it raises is about it
             height, width = image.shape[2:]
-            raise UserError(f"an image of {height}x{width} pixels is too small for this counter; enlarge it") from error
+            if isinstance(error, AssertionError) and "Guard failed" in str(error):
+                message = f"an image of {height}x{width} pixels is too small for this counter; enlarge it"
+            else:
+                message = f"the model cannot count an image of {height}x{width} pixels: {first_line(error)}"
+            raise UserError(message) from error
         if density.ndim != 4 or density.shape[:2] != (image.shape[0], 1):
             raise UserError(
                 f"the model returns shape {tuple(density.shape)}, not a density (B, 1, h, w); use another one"
@@ -111,31 +115,36 @@ def load_counter(
             fetch = _from_folder(uri, scratch)
         try:
             metadata, geometry = _read_description(fetch(DESCRIPTION))
-            graph = load_program(fetch(GRAPH))
+            counter = LoadedCounter(load_program(fetch(GRAPH)), torch.device(device), metadata, geometry, precision)
         except FileNotFoundError as error:
             raise UserError(
                 f"the model {uri} is not a counter packaged by crowdray: {GRAPH} is missing; use another one"
             ) from error
         except ProgramError as error:
             raise UserError(f"the model {uri} cannot be loaded: {error}; package it again") from error
-    return LoadedCounter(graph, torch.device(device), metadata, geometry, precision)
+    return counter
 
 
 def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:
     """Return the counter's metadata and geometry of an MLmodel file, of which nothing else is used."""
     try:
-        if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
-            raise ProgramError(f"{DESCRIPTION} is larger than {_MAX_DESCRIPTION_BYTES} bytes")
-        description = yaml.safe_load(path.read_bytes())  # libyaml's loader crashes on deep nesting
-        flavor = description["flavors"]["pytorch"]
+        with open_regular(path, _MAX_DESCRIPTION_BYTES) as file:
+            content = file.read()
+        # Not libyaml, which crashes on deep nesting; and without aliases, which multiply.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+            raise ValueError("it has an alias")
+        description = yaml.safe_load(content)
         metadata = description["metadata"]["crowdray"]
         geometry = Geometry(**metadata["geometry"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        code = description["flavors"]["pytorch"].get("code")
+    except (FileNotFoundError, ProgramError):
+        raise
+    except Exception as error:  # the file is data: whatever its parser raises is about it
         raise ProgramError(f"{DESCRIPTION} does not describe a counter") from error
-    if flavor.get("code") is not None:
+    if code is not None:
         raise ProgramError(f"{DESCRIPTION} names Python code; a counter needs none")
-    if not all(type(side) is int and 0 < side < 2**20 for side in astuple(geometry)):
-        raise ProgramError(f"{DESCRIPTION} has the invalid {geometry}")
+    if not all(type(side) is int and 0 < side < 2**20 for side in vars(geometry).values()):
+        raise ProgramError(f"{DESCRIPTION} has an invalid geometry")
     return metadata, geometry
 
 

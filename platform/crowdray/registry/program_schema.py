@@ -9,11 +9,12 @@ import ast
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 _OPERATORS = """
 _operator.add _operator.eq _operator.floordiv _operator.ge _operator.gt _operator.le _operator.lt _operator.mod
-_operator.mul _operator.ne _operator.neg _operator.pow _operator.sub _operator.truediv math.ceil math.floor math.trunc
+_operator.mul _operator.ne _operator.neg _operator.sub _operator.truediv math.ceil math.floor math.trunc
 torch.sym_float torch.sym_int torch.sym_ite torch.sym_max torch.sym_min torch.sym_not
 """
 _ATEN_OPERATORS = """
@@ -31,8 +32,8 @@ rms_norm scaled_dot_product_attention upsample_bicubic2d upsample_bilinear2d ups
 
 all amax amin any argmax argmin cat channel_shuffle chunk clone col2im constant_pad_nd contiguous cumsum expand
 expand_as flatten flip gather im2col index index_select masked_fill max mean min movedim narrow pad permute
-pixel_shuffle pixel_unshuffle prod reflection_pad2d repeat repeat_interleave replication_pad2d reshape roll select
-slice split split_with_sizes squeeze stack std sum t tile topk transpose tril triu unbind unflatten unfold unsqueeze
+pixel_shuffle pixel_unshuffle prod reflection_pad2d repeat replication_pad2d reshape roll select
+slice split split_with_sizes squeeze stack std sum t tile transpose tril triu unbind unflatten unfold unsqueeze
 var var_mean view
 
 _assert_scalar _assert_tensor_metadata _to_copy alias arange detach dropout dropout_ full full_like linspace new_full
@@ -42,14 +43,27 @@ sym_constrain_range_for_size sym_numel sym_size sym_stride to type_as zeros zero
 OPERATORS = frozenset(_OPERATORS.split())
 """Operators on sizes."""
 ATEN_OPERATORS = frozenset(_ATEN_OPERATORS.split())
-"""Operators on tensors, in any overload but those that write into an `out` argument: torch.ops.aten.NAME.OVERLOAD."""
+"""Operators on tensors: torch.ops.aten.NAME.OVERLOAD. Some others crash torch for certain arguments."""
+WITHOUT_TENSORS = frozenset("arange full linspace ones promote_types scalar_tensor zeros".split())  # noqa: SIM905
+"""Those that take no tensor; other overloads without one are TorchScript's, for numbers and strings."""
 
 MAX_EXPRESSION = 20_000
 """Characters of a shape expression or guard."""
+MAX_INTEGER = 2**24
+"""Largest integer argument, so that no product of three sides overflows."""
+_TO_THE_END = 2**63 - 1
+MAX_DEGREE = 64
+"""Sizes of the image that one size may be a product of."""
+MAX_SCALE = 64.0
+"""Largest factor of a resizing, and the inverse of the smallest."""
 
-_SIZE_FUNCTIONS = frozenset(["Add", "CeilDiv", "FloorDiv", "Integer", "Max", "Min", "Mod", "Mul", "PythonMod"])
-_SYMBOL_ASSUMPTIONS = frozenset(["integer", "nonnegative", "positive"])
-_SYMBOL = re.compile(r"[a-z]{1,4}[0-9]{1,6}")
+_SIZE_WORDS = frozenset(
+    "Add CeilDiv CeilToInt CleanDiv FloatTrueDiv FloorDiv FloorToInt Identity IntTrueDiv Integer Max Min Mod"  # noqa: SIM905
+    " ModularIndexing Mul Pow PowByNatural PythonMod Rational RoundToInt Symbol ToFloat True TruncToInt Where integer"
+    " nonnegative positive".split()
+)
+_SYMBOL_NAME = r"[a-z]{1,4}[0-9]{1,6}"
+_SYMBOL = re.compile(rf"Symbol\('{_SYMBOL_NAME}'(?:, (?:integer|nonnegative|positive)=True){{0,3}}\)")
 _GUARD_NODES = (
     ast.BoolOp, ast.And, ast.Or, ast.Not, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
     ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.UnaryOp, ast.USub,
@@ -57,9 +71,31 @@ _GUARD_NODES = (
 _GUARD_SIZE = re.compile(r"L\['image'\]\.size\(\)\[[0-3]\]")
 
 
+def check_size(text: str) -> str:
+    """Return a shape expression as sympy's `srepr` prints it, if it contains only arithmetic of integers and symbols.
+
+    Raises:
+        ValueError: It contains anything else.
+    """
+    words = re.findall(r"[A-Za-z_]\w*", text, re.ASCII)
+    known = all(word in _SIZE_WORDS or re.fullmatch(_SYMBOL_NAME, word) for word in words)
+    if not known or len(text) > MAX_EXPRESSION or not re.fullmatch(r"[\w(),'= -]+", text, re.ASCII):
+        raise ValueError(f"{text[:80]!r} in a shape is not allowed")
+    return text
+
+
+def _without_derived_size(size: Any) -> Any:
+    """Replace a size that is not a symbol: programs run without it, and sympy may take forever to simplify it."""
+    expression = size.get("as_expr") if isinstance(size, dict) else None
+    text = expression.get("expr_str") if isinstance(expression, dict) else None
+    if isinstance(text, str) and not _SYMBOL.fullmatch(check_size(text)):
+        return {"as_int": 2}
+    return size
+
+
 def _parsed(text: str) -> ast.expr:
     if len(text) > MAX_EXPRESSION or not text.isascii() or not text.isprintable():
-        raise ValueError(f"an expression of {len(text)} characters is too long or not plain text")
+        raise ValueError(f"a guard of {len(text)} characters is too long or not plain text")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
@@ -67,38 +103,7 @@ def _parsed(text: str) -> ast.expr:
 
 
 def _is_integer(node: ast.expr) -> bool:
-    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
-    constant = node.operand if isinstance(node, ast.UnaryOp) and negated else node
-    return isinstance(constant, ast.Constant) and type(constant.value) is int and constant.value < 2**63
-
-
-def check_size(text: str) -> str:
-    """Return a shape expression as sympy's `srepr` prints it, if it contains only integers, symbols and arithmetic.
-
-    Raises:
-        ValueError: It contains anything else.
-    """
-    pending = [_parsed(text)]
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-            raise ValueError(f"{ast.unparse(node)[:80]!r} in a shape is not allowed")
-        name, arguments = node.func.id, node.args
-        if name == "Symbol":
-            symbol = arguments[0].value if len(arguments) == 1 and isinstance(arguments[0], ast.Constant) else None
-            valid = isinstance(symbol, str) and bool(_SYMBOL.fullmatch(symbol))
-            valid &= all(
-                keyword.arg in _SYMBOL_ASSUMPTIONS and isinstance(keyword.value, ast.Constant)
-                for keyword in node.keywords
-            )
-        elif name == "Integer":
-            valid = len(arguments) == 1 and _is_integer(arguments[0]) and not node.keywords
-        else:
-            valid = name in _SIZE_FUNCTIONS and not node.keywords
-            pending += arguments
-        if not valid:
-            raise ValueError(f"{ast.unparse(node)[:80]!r} in a shape is not allowed")
-    return text
+    return isinstance(node, ast.Constant) and type(node.value) is int and node.value < 2**63
 
 
 def check_guard(text: str) -> str:
@@ -113,6 +118,7 @@ def check_guard(text: str) -> str:
         node = pending.pop()
         if isinstance(node, ast.Call):
             valid = isinstance(node.func, ast.Name) and node.func.id in ("max", "min") and not node.keywords
+            valid &= len(node.args) > 1
             pending += node.args
         elif isinstance(node, ast.Constant):
             valid = _is_integer(node) or isinstance(node.value, bool)
@@ -121,19 +127,34 @@ def check_guard(text: str) -> str:
             pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
             valid &= all(isinstance(child, (ast.expr, *_GUARD_NODES)) for child in ast.iter_child_nodes(node))
         if not valid:
-            raise ValueError(f"{ast.unparse(node)[:80]!r} in a guard is not allowed")
+            raise ValueError(f"{text[:80]!r} in a guard is not allowed")
     return text
 
 
-def _check_operator(target: str) -> str:
-    aten = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.([A-Za-z]\w*)", target, re.ASCII)
-    allowed = aten[1] in ATEN_OPERATORS and not f"_{aten[2]}".endswith("_out") if aten else target in OPERATORS
-    if not allowed:
-        raise ValueError(f"the operator {target[:80]} is not allowed in a package")
-    return target
+def _aten_schema(target: str) -> torch.FunctionSchema | None:
+    """Return the schema of an allowed operator on tensors; None for one on sizes. Raises ValueError for others."""
+    if target in OPERATORS:
+        return None
+    match = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.([A-Za-z]\w*)", target, re.ASCII)
+    if match and match[1] in ATEN_OPERATORS and "mode" not in match[2]:
+        overload = getattr(getattr(torch.ops.aten, match[1]), match[2], None)
+        schema: torch.FunctionSchema | None = getattr(overload, "_schema", None)
+        arguments = schema.arguments if schema else []
+        takes_tensor = any("Tensor" in str(argument.type) for argument in arguments)
+        writes = any(argument.is_out for argument in arguments)
+        if schema and not writes and (takes_tensor or match[1] in WITHOUT_TENSORS):
+            return schema
+    raise ValueError(f"the operator {target[:80]} is not allowed in a package")
 
 
-Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+def _check_integer(value: int) -> int:
+    if abs(value) > MAX_INTEGER and value != _TO_THE_END:
+        raise ValueError(f"the integer {str(value)[:30]} is beyond the limit of {MAX_INTEGER}")
+    return value
+
+
+Integer = Annotated[int, AfterValidator(_check_integer)]
+Bound = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,199}$")]
 Path = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*$", max_length=500)]
 Text = Annotated[str, StringConstraints(pattern=r"^[ -~]*$", max_length=1000)]
@@ -166,17 +187,20 @@ class Device(Part):
 
 
 class Hint(Union):
-    as_int: Integer = _UNSET
+    as_int: Bound = _UNSET
 
 
 class SizeExpression(Part):
-    expr_str: Annotated[str, AfterValidator(check_size)]
+    expr_str: str
     hint: Hint | None = None
 
 
-class Size(Union):
+class SizeOrSymbol(Union):
     as_expr: SizeExpression = _UNSET
-    as_int: Integer = _UNSET
+    as_int: Bound = _UNSET
+
+
+Size = Annotated[SizeOrSymbol, BeforeValidator(_without_derived_size)]
 
 
 class Constant(Union):
@@ -240,19 +264,63 @@ class Argument(Union):
     as_device: Device = _UNSET
 
 
+_KINDS = {
+    "memory_format": {"as_memory_format", "as_none"},
+    "layout": {"as_layout", "as_none"},
+    "dtype": {"as_scalar_type", "as_none"},
+    "type1": {"as_scalar_type"},
+    "type2": {"as_scalar_type"},
+    "enable_gqa": set[str](),
+}
+"""Kinds of the arguments that torch also takes as other numbers, without a check."""
+_SCALAR_KINDS = {"as_sym_int", "as_int", "as_sym_float", "as_float", "as_sym_bool", "as_bool"}
+
+
 class NamedArgument(Part):
     name: Name
     arg: Argument
-    kind: Literal[0, 1, 2] | None = None
+    kind: Literal[1, 2]
+
+    @model_validator(mode="after")
+    def _is_of_its_kind(self) -> Self:
+        if not self.arg.model_fields_set <= _KINDS.get(self.name, self.arg.model_fields_set):
+            raise ValueError(f"the argument {self.name} is not allowed like this")
+        if self.name.startswith("scale"):
+            factors = [factor for factor in (self.arg.as_float, *(self.arg.as_floats or ())) if factor is not None]
+            if not all(1 / MAX_SCALE <= factor <= MAX_SCALE for factor in factors):
+                raise ValueError(f"{self.name} is beyond a factor of {MAX_SCALE:g}")
+        return self
 
 
 class GraphNode(Part):
-    target: Annotated[str, AfterValidator(_check_operator)]
-    inputs: list[NamedArgument]
-    outputs: list[Argument]
+    target: str
+    inputs: Annotated[list[NamedArgument], Field(max_length=64)]
+    outputs: Annotated[list[Argument], Field(max_length=64)]
     metadata: dict[str, str]
     is_hop_single_tensor_return: None = None
     name: Name | None = None
+
+    @model_validator(mode="after")
+    def _calls_an_allowed_operator(self) -> Self:
+        schema = _aten_schema(self.target)
+        if schema is None:
+            if not all(argument.arg.model_fields_set <= _SCALAR_KINDS for argument in self.inputs):
+                raise ValueError(f"{self.target} takes numbers only")
+            return self
+        # torch passes positional arguments whatever their names, on which the checks of arguments rely.
+        names = [argument.name for argument in schema.arguments]
+        given = [argument.name for argument in sorted(self.inputs, key=lambda argument: argument.kind)]
+        positional = sum(argument.kind == 1 for argument in self.inputs)
+        keywords = given[positional:]
+        if given[:positional] != names[:positional] or not set(keywords) <= set(names[positional:]):
+            raise ValueError(f"{self.target} has no arguments {given}")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Names under which other nodes use its size."""
+        outputs = [output.as_sym_int.as_name for output in self.outputs if output.as_sym_int]
+        return [name for name in (self.name, *outputs) if name]
 
 
 class SymFloat(Union):
@@ -266,13 +334,26 @@ class SymBool(Union):
 class Graph(Part):
     inputs: list[Argument]
     outputs: Annotated[list[Argument], Field(min_length=1, max_length=1)]
-    nodes: Annotated[list[GraphNode], Field(max_length=20_000)]
+    nodes: Annotated[list[GraphNode], Field(max_length=20_000, fail_fast=True)]
     tensor_values: dict[Name, TensorMeta]
     sym_int_values: dict[Name, Size]
     sym_bool_values: dict[Name, SymBool]
     is_single_tensor_return: bool = False
     custom_obj_values: Annotated[dict[str, None], Field(max_length=0)] = {}
     sym_float_values: dict[Name, SymFloat] = {}
+
+    @model_validator(mode="after")
+    def _has_sizes_of_limited_degree(self) -> Self:
+        degrees: dict[str, int] = {}
+        for node in self.nodes:
+            if node.target in OPERATORS:
+                used = [argument.arg.as_sym_int for argument in node.inputs]
+                factors = [degrees.get(size.as_name or "", 1) for size in used if size]
+                degree = sum(factors) if node.target == "_operator.mul" else max(factors, default=1)
+                if degree > MAX_DEGREE:
+                    raise ValueError(f"a size is a product of more than {MAX_DEGREE} sizes")
+                degrees.update({name: max(degree, degrees.get(name, 1)) for name in node.names})
+        return self
 
 
 class UserInput(Part):
@@ -337,8 +418,8 @@ class GraphModule(Part):
 
 
 class Range(Part):
-    min_val: Integer | None
-    max_val: Integer | None
+    min_val: Bound | None
+    max_val: Bound | None
 
 
 class SchemaVersion(Part):
@@ -351,11 +432,11 @@ class Program(Part):
 
     graph_module: GraphModule
     opset_version: dict[Literal["aten"], int]
-    range_constraints: dict[Annotated[str, StringConstraints(pattern=r"^[a-z]{1,4}[0-9]{1,6}$")], Range]
+    range_constraints: dict[Annotated[str, StringConstraints(pattern=rf"^{_SYMBOL_NAME}$")], Range]
     schema_version: SchemaVersion
     verifiers: list[Literal["TRAINING", "ATEN"]]
     torch_version: Text
-    guards_code: list[Annotated[str, AfterValidator(check_guard)]]
+    guards_code: Annotated[list[Annotated[str, AfterValidator(check_guard)]], Field(max_length=2_000, fail_fast=True)]
 
 
 class StoredTensorMeta(TensorMeta):
