@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
+from crowdray.errors import escaped
+
 MAX_BYTES = 256 * 2**20
 """Largest document. pydantic_core refuses more than 200 nested arrays and objects by itself."""
 
@@ -35,8 +37,8 @@ def parse_as(kind: type[T], content: object) -> T:
 def first_problem(error: ValidationError) -> str:
     """Return the first problem of a validation in one line: where it is, and what was expected."""
     problem = error.errors(include_url=False, include_context=False)[0]
-    position = ".".join(str(part) for part in problem["loc"][-4:])
-    return f"{position}: {problem['msg'].removeprefix('Value error, ')}, not {str(problem['input'])[:80]!r}"
+    position = ".".join(str(part)[:80] for part in problem["loc"][-4:])
+    return escaped(f"{position}: {problem['msg'].removeprefix('Value error, ')}, not {str(problem['input'])[:80]!r}")
 
 
 def to_document(content: Mapping[str, Any], *, indent: int | None = None) -> str:

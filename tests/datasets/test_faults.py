@@ -97,6 +97,26 @@ def test_sample_of_shard_with_a_lost_row_raises(made: Path) -> None:
         Dataset.open(str(made)).sample(0)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("image", pa.array([b""] * 5, pa.large_binary())),
+        ("height", pa.array([0] * 5, pa.int32())),
+        ("name", pa.array([None] * 5, pa.string())),
+        ("points", pa.array([[1.0]] * 5, SCHEMA.field("points").type)),
+    ],
+)
+def test_sample_of_shard_with_impossible_values_raises(made: Path, column: str, values: pa.Array) -> None:
+    def edit(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+        (batch,) = batches
+        columns = [values if name == column else batch.column(name) for name in SCHEMA.names]
+        return [pa.RecordBatch.from_arrays(columns, schema=SCHEMA)]
+
+    rewrite(made, edit, SCHEMA)
+    with pytest.raises(DataError, match="without an image, a size or whole points"):
+        Dataset.open(str(made)).sample(0)
+
+
 def test_sample_of_shard_with_damaged_footer_raises(made: Path) -> None:
     content = bytearray(shard(made).read_bytes())
     content[-10:-6] = b"\xff\xff\xff\x7f"

@@ -168,3 +168,22 @@ def test_loaded_counter_disables_tf32_during_the_call_only() -> None:
     before = torch.backends.cudnn.allow_tf32
     LoadedCounter(Spy(), torch.device("cpu"), {}, Geometry(1, 1, 4, 35))(torch.zeros(1, 3, 8, 8))
     assert seen == [(True, False)] and torch.backends.cudnn.allow_tf32 == before
+
+
+def test_loaded_counter_whose_program_changes_its_input_keeps_the_image() -> None:
+    class Zero(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.mul_(0)[:, :1].float()
+
+    image = photo(1, 8, 8)
+    assert not LoadedCounter(Zero(), torch.device("cpu"), {}, Geometry(1, 1, 4, 35))(image).any()
+    assert torch.equal(image, photo(1, 8, 8))
+
+
+def test_loaded_counter_whose_program_fails_raises_user_error() -> None:
+    class Failing(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image / (1 // 0)
+
+    with pytest.raises(UserError, match="cannot count an image of 8x9 pixels: integer division"):
+        LoadedCounter(Failing(), torch.device("cpu"), {}, Geometry(1, 1, 4, 35))(photo(1, 8, 9))

@@ -292,18 +292,14 @@ def test_load_counter_of_another_kind_of_file_raises(package: Package, tmp_path:
     shutil.copytree(package.path, folder)
     path = folder / name
     path.unlink()
-    {"device": lambda: path.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
     with pytest.raises(UserError, match="cannot be loaded"):
         load_counter(str(folder))
-
-
-def test_loaded_counter_of_a_program_that_changes_its_input_keeps_the_image(package: Package, tmp_path: Path) -> None:
-    zero = add_node("torch.ops.aten.mul_.Scalar", self=IMAGE, other={"as_int": 0})
-    counter = load_counter(str(attacked(package, tmp_path / "model", zero)))
-    image = photo(1, 50, 97)
-    with torch.inference_mode():
-        assert not torch.equal(counter(image), load_counter(str(package.path))(image))
-    assert torch.equal(image, photo(1, 50, 97))
 
 
 S = "Symbol('s6', positive=True, integer=True)"
@@ -341,7 +337,8 @@ def test_check_guard_accepts_comparisons_of_sizes(text: str) -> None:
     "text",
     [
         CODE, f"L['image'].size()[2] > 0 or {CODE}", "L['image'].storage()", "L['x'].size()[2]", "args[0]", "2 ** 9",
-        "L['image'].size()[2] >= 5.0", "'a'", "f'{1}'", "(lambda: 1)()", "[x for x in (1,)]", "max(1, key=print)", "max()",
+        "L['image'].size()[2] >= 5.0", "'a'", "f'{1}'", "(lambda: 1)()", "[x for x in (1,)]", "max(1, key=print)",
+        "max()",
         "max(*L)", "1 if 1 else 2", "1\n  import os", "1) or (1", "{}", "...", "print",
     ],
 )  # fmt: skip

@@ -42,6 +42,8 @@ class Shard:
                 batch.validate(full=True)  # offsets that leave their buffer would read other memory
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{uri} is damaged ({error}); copy it again or convert again") from error
+        if not all(map(_has_valid_values, batches)):
+            raise DataError(f"{uri} has rows without an image, a size or whole points; convert the dataset again")
         self.uri = uri
         self._batches = batches
         self._ends = list(accumulate(map(len, batches)))
@@ -180,6 +182,16 @@ class _LazyFile(io.RawIOBase):
         """As in io.IOBase."""
         self._position = offset + (0, self._position, self._content.size)[whence]
         return self._position
+
+
+def _has_valid_values(batch: pa.RecordBatch) -> bool:
+    """Whether a batch has values where the schema requires them, sizes above 0, and two numbers for each point."""
+    required = [batch.column(field.name) for field in SCHEMA if not field.nullable]
+    if any(column.null_count for column in required):
+        return False
+    sizes = [batch.column(name).to_numpy() for name in ("height", "width")]
+    images, points = (np.diff(_offsets(batch.column(name))) for name in ("image", "points"))
+    return all((size > 0).all() for size in (*sizes, images)) and not (points % 2).any()
 
 
 def _offsets(column: pa.Array) -> NDArray[np.int64]:

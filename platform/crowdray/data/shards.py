@@ -325,7 +325,7 @@ def _check_shard(shard: ShardInfo) -> None:
     if not SHARD_NAME.fullmatch(shard.path):
         raise ValueError(f"shard {shard.path!r}")
     rows = [rows for _, rows in shard.runs]
-    if not 0 < shard.rows < shard.bytes or min(rows) < 1 or sum(rows) != shard.rows:
+    if not 0 < shard.rows < shard.bytes < 2**44 or min(rows) < 1 or sum(rows) != shard.rows or shard.rows > 2**24:
         raise ValueError(f"shard {shard.path} of {shard.bytes} bytes has {shard.rows} rows in runs {shard.runs}")
     if set(shard.heads) != {split for split, _ in shard.runs} or min(shard.heads.values()) < 0:
         raise ValueError(f"shard {shard.path} has heads {shard.heads}")
