@@ -100,7 +100,7 @@ def assert_refused(job: Job, message: str) -> None:
 
 
 def without_clocks(result: TrainingResult) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(result.to_json())
+    content = parse_document(result.to_json())
     content["history"] = [{k: v for k, v in row.items() if k not in MEASURED_METRICS} for row in content["history"]]
     return content
 

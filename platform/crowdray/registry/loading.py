@@ -35,6 +35,7 @@ DESCRIPTION = "MLmodel"
 """File written last: pass it to storage.publish_directory as `last`."""
 
 _MAX_DESCRIPTION_BYTES = 2**18
+_MAX_DEPTH = 50
 
 
 class LoadedCounter:
@@ -130,9 +131,7 @@ def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:
     try:
         with open_regular(path, _MAX_DESCRIPTION_BYTES) as file:
             content = file.read()
-        # Not libyaml, which crashes on deep nesting; and without aliases, which multiply.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
-            raise ValueError("it has an alias")
+        _check_yaml(content)
         description = yaml.safe_load(content)
         metadata = description["metadata"]["crowdray"]
         geometry = Geometry(**metadata["geometry"])
@@ -146,6 +145,15 @@ def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:
     if not all(type(side) is int and 0 < side < 2**20 for side in vars(geometry).values()):
         raise ProgramError(f"{DESCRIPTION} has an invalid geometry")
     return metadata, geometry
+
+
+def _check_yaml(content: bytes) -> None:
+    """Raise ValueError for aliases, which multiply, and deep nesting, on which parsers crash or take forever."""
+    depth = 0
+    for event in yaml.parse(content, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+            raise ValueError("it is nested too deeply, or has an alias")
 
 
 def _from_folder(uri: str, scratch: Path) -> Callable[[str], Path]:

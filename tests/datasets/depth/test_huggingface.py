@@ -161,5 +161,5 @@ def test_unsuitable_models_raise(models: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="torch finds no GPU"):
         gpu.depth(depth_input())
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'crowdray\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install transformers"):
         open_teacher(f"hf:{models / 'metric'}", ())
