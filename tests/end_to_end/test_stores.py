@@ -16,6 +16,7 @@ import torch
 from crowdray import storage
 from crowdray.config import NumericsConfig
 from crowdray.data.shards import Dataset, write_index
+from crowdray.documents import parse_document
 from crowdray.presets import preset
 from crowdray.registry.connection import connect
 from crowdray.registry.loading import load_counter
