@@ -232,8 +232,8 @@ def cvat_video_heads(files: Contents, item: Item) -> Array:
 
 
 def named_heads(item: Item, name: str, points: Any) -> Array:
-    """Return the points as an array; `name` in the file must match the item."""
-    assert PurePosixPath(name).stem.endswith(PurePosixPath(item.name).stem), (name, item)
+    """Return the points as an array; `name` in the file must match the item, in any case."""
+    assert PurePosixPath(name.lower()).stem.endswith(PurePosixPath(item.name.lower()).stem), (name, item)
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 

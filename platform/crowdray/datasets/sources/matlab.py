@@ -192,7 +192,11 @@ def _value(node: Any, file: Any) -> Any:
     values = np.asarray(node[()])
     if values.dtype == h5py.ref_dtype:
         return _objects(values.T, file)
-    return values.T if "MATLAB_class" in node.attrs else values  # other software, such as h5py, does not transpose
+    if "MATLAB_class" in node.attrs:
+        return values.T
+    if len(node.attrs):  # other software, such as h5py, neither transposes nor sets any
+        raise ValueError(f"{node.name} has attributes, but not MATLAB_class")
+    return values
 
 
 def _objects(references: NDArray[Any], file: Any) -> NDArray[np.object_]:
