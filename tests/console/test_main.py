@@ -77,6 +77,7 @@ def test_run_job_on_a_signal_cleans_up_and_prints_one_line(
             raise
 
     monkeypatch.setattr(sys, "path", [*sys.path])
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     with pytest.raises(SystemExit) as exit_:
         run_job(job, [])
     assert exit_.value.code == 128 + number and ended == ["cleaned up"]
