@@ -13,8 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := .venv/bin
 # The scripts of tools in .venv/bin start with the path of the interpreter, which may contain a quote.
 PYTHON_M := $(BIN)/python -m
-# Three test files at a time on two cores: end-to-end tests mostly wait for processes to start.
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+# Two test files at a time: end-to-end tests mostly wait for processes to start.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(PYTHON_M) pip --quiet install --no-compile --constraint constraints.txt
 
 help: ## list the targets

@@ -31,8 +31,8 @@ torch.set_num_threads(1)  # test processes share the cores, and waiting threads 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-seconds", default=0.3, type=float, help="how long each data format is fuzzed")
-    parser.addoption("--kills", default="1", help="processes that the test of interrupted studies kills")
+    parser.addoption("--fuzz-seconds", default=1.6, type=float, help="how long each data format is fuzzed")
+    parser.addoption("--kills", default="2", help="processes that the test of interrupted studies kills")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
