@@ -27,12 +27,12 @@ COORDINATES = (
     ("xmin", "ymin", "xmax", "ymax"),
     ("bbox_x", "bbox_y", "bbox_width", "bbox_height"),
 )
+"""Columns of coordinates; the first group of which all are present is read."""
 THOUSAND = re.compile(r"[+-]?\d{1,3}(,\d{3})+")
 """Numbers that, in a table separated by commas, may have a decimal comma or a thousands separator."""
 
 AMBIGUOUS = ({"x", "y", "w", "h"}, {"x", "y", "width", "height"})
 """Columns of boxes, or of points and the size of something."""
-"""Columns of coordinates; the first group of which all are present is read."""
 
 
 class CsvTable(AnnotatedFolder):
