@@ -16,7 +16,7 @@ from crowdray.data.sampling import (
     rank_slice,
     window_spans,
 )
-from crowdray.data.splits import split_validation
+from crowdray.data.splits import draw_subset, split_validation
 
 SAMPLING = SamplingConfig(crop=32, context=12, brightness=0.2, contrast=0.3)
 CONFIG = WindowConfig(SAMPLING, margin=10, stride=4)
@@ -31,6 +31,15 @@ def test_split_validation_is_a_partition_of_the_given_size(method: str) -> None:
     again = split_validation(rows, 1 / 6, method, seed=3)  # type: ignore[arg-type]
     assert np.array_equal(again[0], train)
     assert (held_out.max() - held_out.min() == 132) == (method == "run")
+
+
+def test_draw_subset_is_nested_ascending_and_depends_on_the_seed() -> None:
+    rows = np.arange(100, 900)
+    subsets = [draw_subset(rows, number, seed=3) for number in (10, 50, 800)]
+    assert [len(set(subset.tolist())) for subset in subsets] == [10, 50, 800]
+    assert set(subsets[0]) < set(subsets[1]) < set(subsets[2]) == set(rows)
+    assert all(np.all(np.diff(subset) > 0) for subset in subsets)
+    assert not np.array_equal(subsets[0], draw_subset(rows, 10, seed=4))
 
 
 @pytest.mark.parametrize("repeats", [1, 3])

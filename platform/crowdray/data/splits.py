@@ -9,7 +9,7 @@ from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.errors import InfeasibleConfigError, UserError
 
-_VALIDATION_STREAM = 1
+_VALIDATION_STREAM, _SUBSET_STREAM = 1, 5
 """First entry of the random seed, see `data.sampling`."""
 
 
@@ -20,13 +20,16 @@ def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[
         Training rows and validation rows, each ascending.
 
     Raises:
-        UserError: If either part is empty.
+        UserError: If either part is empty, or sampling.images is larger than the training split.
         InfeasibleConfigError: If a batch has fewer windows than all workers have microbatches.
     """
     sampling = config.sampling
-    training, validation = split_validation(
-        dataset.rows("train"), sampling.validation_fraction, sampling.validation, config.seed
-    )
+    rows = dataset.rows("train")
+    if sampling.images > len(rows):
+        raise UserError(f"sampling.images is {sampling.images}, but {dataset.uri} has {len(rows)} training images")
+    if sampling.images:
+        rows = draw_subset(rows, sampling.images, config.seed)
+    training, validation = split_validation(rows, sampling.validation_fraction, sampling.validation, config.seed)
     if len(training) == 0 or len(validation) == 0:
         raise UserError(
             f"{dataset.uri} leaves {len(training)} images for training and {len(validation)} for validation; both "
@@ -40,6 +43,12 @@ def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[
             "each: change --workers, --sampling.batch or --optimizer.grad_accumulation_steps"
         )
     return training, validation
+
+
+def draw_subset(rows: NDArray[np.int64], number: int, seed: int) -> NDArray[np.int64]:
+    """A random subset of rows, ascending; a larger subset with the same seed contains it."""
+    order = np.random.default_rng((_SUBSET_STREAM, seed)).permutation(len(rows))
+    return np.sort(rows[order[:number]])
 
 
 def split_validation(
