@@ -67,6 +67,9 @@ class SamplingConfig(_Group):
     consecutive images from a random start (for video, where frames seconds apart show the same people)."""
     validation_fraction: Annotated[float, Limits(0.0, 0.9)] = 1 / 6
     """Fraction of the training split held out for validation."""
+    images: NonNegativeInt = 0
+    """Use only this many images of the training split, the validation images among them: the first ones of an order
+    drawn with the seed. 0 uses all."""
     downsample: Positive = 1
     """Factor by which images are average-pooled first: in training, evaluation and the exported model."""
     crop: Annotated[int, Limits(16)] = 160
@@ -150,6 +153,12 @@ class ModelConfig(_Group):
     layout. Empty: random initialization."""
     weights_sha256: str = ""
     """Expected SHA-256 of that file; empty: the actual one is recorded."""
+    init: str = ""
+    """Packaged counter whose encoder and density decoder training starts from: models:/NAME@ALIAS, models:/NAME/3,
+    runs:/ID/model, or the folder of a run or package. An alias is recorded as its version."""
+    init_sha256: str = ""
+    """Expected SHA-256 of that counter's weights, a registered version's tag crowdray.weights; empty: the actual one is
+    recorded."""
 
 
 PAPER_WEIGHTS = {"segmentation": 0.04, "depth": 0.6, "count": 1.0}
@@ -285,8 +294,14 @@ def _consistency_problems(config: Config) -> Iterator[str]:
             f"model.backbone is {model.backbone!r}; choose one of {', '.join(BACKBONES)}, or give your own "
             "class as package.module:Class"
         )
-    if model.weights_sha256 and not re.fullmatch(r"[0-9a-f]{64}", model.weights_sha256):
-        yield f"model.weights_sha256 is {model.weights_sha256!r}; a SHA-256 has 64 lower-case hexadecimal digits"
+    for name in ("weights_sha256", "init_sha256"):
+        if (digest := getattr(model, name)) and not re.fullmatch(r"[0-9a-f]{64}", digest):
+            yield f"model.{name} is {digest!r}; a SHA-256 has 64 lower-case hexadecimal digits"
+    if model.init and model.weights:
+        yield (
+            f"model.init is {model.init} and model.weights {model.weights}; a counter's weights include its "
+            "encoder's: set only one of them"
+        )
     if stages.baseline.epochs == 0:
         yield "stages.baseline.epochs is 0; the later stages start from the baseline: give at least 1"
     if stages.joint.epochs > 0 and stages.decoders.epochs == 0:

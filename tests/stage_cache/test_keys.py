@@ -32,6 +32,7 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "seed": (1, "baseline"),
     "sampling.validation": ("run", "baseline"),
     "sampling.validation_fraction": (0.25, "baseline"),
+    "sampling.images": (7, "baseline"),
     "sampling.downsample": (2, "baseline"),
     "sampling.crop": (32, "baseline"),
     "sampling.context": (40, "baseline"),
@@ -51,6 +52,8 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "model.count_decoder": ("pooled", "decoders"),
     "model.weights": ("here.safetensors", "baseline"),
     "model.weights_sha256": ("0" * 64, "baseline"),
+    "model.init": ("models:/crowdray-mall/1", "baseline"),
+    "model.init_sha256": ("1" * 64, "baseline"),
     "loss.segmentation": (0.08, "joint"),
     "loss.depth": (0.3, "joint"),
     "loss.count": (2.0, "joint"),
@@ -81,8 +84,9 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "numerics.grad_allreduce_dtype": ("bf16", None),  # one worker reduces nothing
 }
 
-COMBINABLE = sorted(FIELDS.keys() - {"numerics.activation_checkpointing"})
-"""Fields that may change together: compilation excludes activation checkpointing."""
+COMBINABLE = sorted(FIELDS.keys() - {"numerics.activation_checkpointing", "model.init", "model.init_sha256"})
+"""Fields that may change together: compilation excludes activation checkpointing, and a counter's weights those of an
+encoder."""
 
 
 class Other(CFCN):

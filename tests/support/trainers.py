@@ -11,6 +11,7 @@ import torch
 from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.models.counter import Counter
+from crowdray.models.initial import InitialWeights
 from crowdray.presets import preset
 from crowdray.training.checkpoint import MEASURED_METRICS, Checkpoint, EpochMetrics
 from crowdray.training.distributed import World
@@ -31,9 +32,15 @@ def debug_config(**sections: Any) -> Config:
 
 
 def trainer_of(
-    dataset: Dataset, config: Config | None = None, *, world: World | None = None, restored: Checkpoint | None = None
+    dataset: Dataset,
+    config: Config | None = None,
+    *,
+    world: World | None = None,
+    restored: Checkpoint | None = None,
+    initial: InitialWeights | None = None,
 ) -> Trainer:
-    return Trainer(config or debug_config(), dataset, world=world or World(), device=CPU, restored=restored)
+    config = config or debug_config()
+    return Trainer(config, dataset, world=world or World(), device=CPU, restored=restored, initial=initial)
 
 
 def limit_windows(monkeypatch: pytest.MonkeyPatch, limit: int, error: RuntimeError | None = None) -> list[int]:

@@ -18,6 +18,7 @@ from crowdray.credentials import redacted
 from crowdray.errors import RESUME_HINT, UserError
 from crowdray.pipeline.identity import open_verified
 from crowdray.pipeline.run import RESULT, Run
+from crowdray.pipeline.warm_start import read_init
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import (
     STATE,
@@ -70,7 +71,8 @@ def _train(task: WorkerTask) -> None:
     session = StageCacheSession(task.stage_cache, config, dataset, world=world, device=device, threads=threads)
     own = _own_checkpoint(task)
     restored = session.restore() if own is None else session.resume_from(own)
-    trainer = Trainer(config, dataset, world=world, device=device, restored=restored)
+    initial = read_init(run.identity.init_file) if restored is None else None
+    trainer = Trainer(config, dataset, world=world, device=device, restored=restored, initial=initial)
     first = True
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:

@@ -1,5 +1,6 @@
 """The exported model: a stripped counter that takes images at their original size."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -53,3 +54,12 @@ class ExportedCounter(nn.Module):
             pooled = F.avg_pool2d(image * 1.0, self.downsample, ceil_mode=True, count_include_pad=False)
             return self.counter.density(torch.round(pooled))
         return self.counter.density(image)
+
+
+def weights_digest(counter: ExportedCounter) -> str:
+    """sha256 over the names, dtypes, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*counter.named_parameters(), *counter.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -41,6 +41,8 @@ class RunIdentity:
     """Name of the folder in `storage`."""
     backbone_code: str = ""
     """Hash of the code of a user's own backbone; empty for a built-in one."""
+    init_file: str = ""
+    """URI of the initial weights (pipeline/warm_start.py); empty without model.init."""
 
     @property
     def uri(self) -> str:

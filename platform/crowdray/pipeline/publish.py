@@ -21,7 +21,15 @@ from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.registration import register
-from crowdray.registry.tracking import DATA_DIGEST, DATASET_URI, GIT_REVISION, Tracker, open_tracker
+from crowdray.registry.tracking import (
+    DATA_DIGEST,
+    DATASET_URI,
+    GIT_REVISION,
+    INIT,
+    INIT_WEIGHTS,
+    Tracker,
+    open_tracker,
+)
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.result import TrainingResult
 
@@ -61,7 +69,9 @@ def open_run(
 
 def _provenance(identity: RunIdentity) -> dict[str, str]:
     revision = git_revision(Path(__file__).parent)
-    return {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: revision}
+    model = identity.config.model
+    init = {INIT: redacted(model.init), INIT_WEIGHTS: model.init_sha256} if model.init else {}
+    return {DATA_DIGEST: identity.data_digest, DATASET_URI: identity.data, GIT_REVISION: revision} | init
 
 
 def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome:

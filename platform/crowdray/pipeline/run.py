@@ -22,6 +22,7 @@ from crowdray.errors import DataError
 from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
 from crowdray.pipeline.identity import RunIdentity, Workers, check_name, default_name, read_identity
+from crowdray.pipeline.warm_start import pin_init
 from crowdray.stage_cache.keys import backbone_digest
 from crowdray.training.checkpoint import load_checkpoint
 
@@ -118,19 +119,31 @@ class Run:
 
 
 def plan_run(
-    config: Config, data: str, workers: Workers, folder: str, name: str | None, preset: str, *, auto_batch: bool = False
+    config: Config,
+    data: str,
+    workers: Workers,
+    folder: str,
+    name: str | None,
+    preset: str,
+    *,
+    auto_batch: bool = False,
+    tracking_uri: str | None = None,
 ) -> Run:
     """Resolve a command's options into a run; its default name depends on all that it computes.
 
     Args:
         auto_batch: Whether the batch size is still to be measured; the name is the same before and after.
+        tracking_uri: MLflow server or database of a registered model.init.
 
     Raises:
-        UserError: The dataset, name, backbone or pretrained weights cannot be used.
+        UserError: The dataset, name, backbone, pretrained weights or initial counter cannot be used.
     """
     check_name(name)
     code, config = backbone_digest(backbone_class(config)), pin_weights(config)
     dataset = Dataset.open(data)
+    config, init_file = pin_init(config, folder, tracking_uri)
     extra = filter(None, [code, "batch auto" if auto_batch else ""])
     name = name or default_name(preset, to_json(config), dataset.digest, workers, *extra)
-    return Run(RunIdentity(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), name, code))
+    return Run(
+        RunIdentity(config, dataset.uri, dataset.digest, workers, storage.resolve(folder), name, code, init_file)
+    )

@@ -111,7 +111,7 @@ def load_counter(
     """
     with storage.scratch_folder("model") as scratch:
         if urlsplit(uri).scheme in ("models", "runs"):
-            fetch = _from_mlflow(uri, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), scratch, timeout_s)
+            fetch = _from_mlflow(uri, _required_tracking_uri(uri, tracking_uri), scratch, timeout_s)
         else:
             fetch = _from_folder(uri, scratch)
         try:
@@ -174,20 +174,43 @@ def _from_folder(uri: str, scratch: Path) -> Callable[[str], Path]:
     return fetch
 
 
-def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: float) -> Callable[[str], Path]:
-    """Return a function from the name of a file of a registered package to a local path with its content."""
-    configure_mlflow()
-    from mlflow.artifacts import download_artifacts, list_artifacts
-    from mlflow.exceptions import MlflowException
+def resolve_uri(uri: str, tracking_uri: str | None = None, timeout_s: float = 20.0) -> str:
+    """Return the lasting URI of a package: the version of an alias, or the absolute path.
 
+    Args:
+        uri: As of `load_counter`, or the folder of a run.
+        tracking_uri: As of `load_counter`.
+        timeout_s: Limit of one request.
+
+    Raises:
+        UserError: There is no such registered model.
+    """
+    scheme = urlsplit(uri).scheme
+    if scheme == "models":
+        return _look_up(uri, _required_tracking_uri(uri, tracking_uri), timeout_s, _version_uri)
+    if scheme == "runs":
+        return uri
+    is_package = storage.exists(storage.join(uri, DESCRIPTION))
+    return storage.resolve(uri if is_package else storage.join(uri, MODEL_NAME))
+
+
+def _required_tracking_uri(uri: str, tracking_uri: str | None) -> str:
+    tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if tracking_uri is None:
         raise UserError(f"the tracking URI of {uri} is unknown; set MLFLOW_TRACKING_URI")
-    tracking_uri = hide_credentials(tracking_uri)
-    client, full = connect(tracking_uri, timeout_s), with_credentials(tracking_uri)
+    return hide_credentials(tracking_uri)
 
-    def find() -> str:
+
+def _look_up(uri: str, tracking_uri: str, timeout_s: float, find: Callable[["MlflowClient", str], str]) -> str:
+    """Call a function with a client and the URI of a model; a model that does not exist is one message."""
+    configure_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    client = connect(tracking_uri, timeout_s)
+
+    def call() -> str:
         try:
-            return _artifact_location(client, uri)
+            return find(client, uri)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
@@ -199,7 +222,16 @@ def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: f
             "write models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID/model"
         )
 
-    location = call_mlflow(tracking_uri, timeout_s, find).rstrip("/")
+    return call_mlflow(tracking_uri, timeout_s, call)
+
+
+def _from_mlflow(uri: str, tracking_uri: str, scratch: Path, timeout_s: float) -> Callable[[str], Path]:
+    """Return a function from the name of a file of a registered package to a local path with its content."""
+    configure_mlflow()
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    full = with_credentials(tracking_uri)
+    location = _look_up(uri, tracking_uri, timeout_s, _artifact_location).rstrip("/")
     limit_artifact_store(location, timeout_s)
 
     def fetch(name: str) -> Path:
@@ -215,6 +247,14 @@ def _from_mlflow(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: f
         return Path(call_mlflow(tracking_uri, timeout_s, download, payload_bytes=size))
 
     return fetch
+
+
+def _version_uri(client: "MlflowClient", uri: str) -> str:
+    """Return models:/NAME/VERSION of a registered model; the id of a logged model stays as it is."""
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    found = get_model_name_and_version(client, uri)  # type: ignore[no-untyped-call]
+    return f"models:/{found[0]}/{found[1]}" if len(found) == 2 else uri
 
 
 def _artifact_location(client: "MlflowClient", uri: str) -> str:

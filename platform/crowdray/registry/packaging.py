@@ -4,7 +4,6 @@ Shape legend: B batch, H W image, h w density (H and W divided by the side of a 
 """
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from crowdray.errors import UserError
-from crowdray.models.export import ExportedCounter
+from crowdray.models.export import ExportedCounter, weights_digest
 from crowdray.registry.connection import configure_mlflow, silence_mlflow
 from crowdray.registry.loading import LoadedCounter, load_counter
 
@@ -77,7 +76,7 @@ def package_counter(
     with torch.inference_mode():
         density = module(example)
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Package(dest, _digest(module), parameters, dict(metrics), dict(tags), example, density)
+    return Package(dest, weights_digest(module), parameters, dict(metrics), dict(tags), example, density)
 
 
 def _export(module: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, object]) -> None:
@@ -156,11 +155,3 @@ def _input_example(example: Tensor) -> Tensor:
     )
     part = example[0].detach().cpu()[:, rows][:, :, columns].round().clamp(0, 255).to(torch.uint8)
     return torch.stack([part, part.flip(-1)])
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

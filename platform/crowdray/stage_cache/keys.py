@@ -122,14 +122,19 @@ def backbone_digest(backbone: type[Backbone]) -> str:
 def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
     """Facts that decide a stage's states, besides its prefix and its schedule."""
     if stage.name == "baseline":
-        # These also decide the crops and targets that later stages see.
+        # These also decide the crops and targets that later stages see. Fields that were added later enter if they are
+        # set, so that they change no other key.
+        sampling, init = result_fields(config)["sampling"], config.model.init_sha256 or config.model.init
+        if not sampling["images"]:
+            del sampling["images"]
         return {
-            "sampling": result_fields(config)["sampling"],
+            "sampling": sampling,
             "sigma": config.target.sigma,
             "backbone": config.model.backbone,
             "backbone_code": backbone_digest(backbone_class(config)),
             "weights": config.model.weights_sha256 or config.model.weights,
             "optimizer": asdict(config.optimizer),
+            **({"init": init} if init else {}),
         }
     if stage.name == "decoders":
         # Depth is distilled where the segmentation target is 1, so the threshold decides both tasks.

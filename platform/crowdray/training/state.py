@@ -13,6 +13,7 @@ from crowdray.data.shards import Dataset
 from crowdray.errors import DataError
 from crowdray.models.build import backbone_class, build_counter
 from crowdray.models.counter import Counter
+from crowdray.models.initial import InitialWeights
 from crowdray.models.pretrained import load_pretrained
 from crowdray.training.checkpoint import Checkpoint, Progress
 from crowdray.training.distributed import World
@@ -56,8 +57,12 @@ def create_state(
     world: World,
     device: torch.device,
     restored: Checkpoint | None = None,
+    initial: InitialWeights | None = None,
 ) -> TrainState:
     """Build the counter on its device, with initial or restored weights and progress.
+
+    Args:
+        initial: Weights to start from; their unit of density stays that of the run.
 
     Raises:
         DataError: the checkpoint was trained on another dataset.
@@ -73,11 +78,14 @@ def create_state(
             )
     else:
         scales = measure_scales(config, dataset, train_rows, backbone_class(config).output_stride)
-        progress = Progress(scales.density, scales.count, dataset.digest, world.size)
+        density_scale = initial.density_scale if initial else scales.density
+        progress = Progress(density_scale, scales.count, dataset.digest, world.size)
     progress.world_size = world.size
     counter = build_counter(config, progress.density_scale)
     if not restored:
         load_pretrained(counter, config)
+        if initial:
+            initial.load_into(counter, config.model.init_sha256)
     if device.type == "cuda":
         if world.size > 1:
             counter = nn.SyncBatchNorm.convert_sync_batchnorm(counter)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.models.build import build_counter
 from crowdray.models.counter import Counter
 from crowdray.models.export import density_geometry
+from crowdray.models.initial import InitialWeights
 from crowdray.training.batch_size_finder import explain_too_large
 from crowdray.training.checkpoint import Checkpoint, EpochMetrics, save_checkpoint
 from crowdray.training.distributed import World
@@ -39,7 +40,11 @@ def ignore_epoch(metrics: EpochMetrics, save: Callable[[Path], None]) -> None:
 
 
 class Trainer:
-    """Trains all stages of a configuration on one rank."""
+    """Trains all stages of a configuration on one rank.
+
+    Args:
+        initial: The weights of config.model.init; not needed with `restored`.
+    """
 
     def __init__(
         self,
@@ -49,11 +54,16 @@ class Trainer:
         world: World,
         device: torch.device,
         restored: Checkpoint | None = None,
+        initial: InitialWeights | None = None,
     ) -> None:
+        if config.model.init and restored is None and initial is None:
+            raise ValueError(f"pass the weights of model.init {config.model.init!r} as `initial`")
         self.stages = build_stages(config)
         self.train_rows, self.validation_rows = split_rows(config, dataset, world.size)
         self.images = open_images(config, dataset)
-        self.state = create_state(config, dataset, self.train_rows, world=world, device=device, restored=restored)
+        self.state = create_state(
+            config, dataset, self.train_rows, world=world, device=device, restored=restored, initial=initial
+        )
         self._restored = restored
 
     @cached_property

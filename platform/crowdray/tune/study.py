@@ -101,7 +101,9 @@ class Study:
         )
 
 
-def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -> Study:
+def plan_study(
+    config: Config, data: str, preset: str, options: SearchOptions, tracking_uri: str | None = None
+) -> Study:
     """Resolve a command's options into a study; its default name depends on what is searched.
 
     A worker has one CPU unless the configuration says otherwise: more concurrent trials beat faster ones.
@@ -114,7 +116,9 @@ def plan_study(config: Config, data: str, preset: str, options: SearchOptions) -
             f"--workers is {options.workers!r}; all trials of a study need the same number of workers, to be "
             "comparable and to share states: give one number"
         )
-    identity = plan_run(config, data, options.workers, options.storage, options.name, preset).identity
+    identity = plan_run(
+        config, data, options.workers, options.storage, options.name, preset, tracking_uri=tracking_uri
+    ).identity
     dataset, config = Dataset.open(data), identity.config
     without_depth = dataset.index.depth_teacher == "none"
     space = load_space(options.space, (*["loss.depth=null"] * without_depth, *options.vary), config)

@@ -15,6 +15,7 @@ from crowdray.config import Device
 from crowdray.credentials import redacted
 from crowdray.errors import InfeasibleConfigError, UserError
 from crowdray.pipeline.identity import open_verified
+from crowdray.pipeline.warm_start import read_init
 from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.distributed import World, pick_device
@@ -69,7 +70,9 @@ def _train_here(task: TrialTask, spec: TrialSpec) -> None:
     dataset, device = open_verified(task.study.identity, task.study.identity_file), trial_device(task.use_gpu)
     session = StageCacheSession(task.stage_cache, config, dataset, world=World(), device=device, threads=threads)
     reporter = TrialReporter(spec.keys, 1)
-    trainer = Trainer(config, dataset, world=World(), device=device, restored=session.restore())
+    restored = session.restore()
+    initial = read_init(task.study.identity.init_file) if restored is None else None
+    trainer = Trainer(config, dataset, world=World(), device=device, restored=restored, initial=initial)
     reporter.start(trainer.state.progress.history)
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:

@@ -14,6 +14,7 @@ from crowdray.console.progress import TrainingDisplay
 from crowdray.console.tables import show_outcome
 from crowdray.pipeline.identity import parse_workers
 from crowdray.pipeline.run import plan_run
+from crowdray.pipeline.warm_start import with_init
 from crowdray.stage_cache.session import StageCacheOptions
 from crowdray.training.stages import build_stages
 
@@ -27,6 +28,9 @@ class TrainingOptions:
     config.json."""
     data: str
     """Path or URI of a dataset written by jobs/convert.py."""
+    init: str | None = None
+    """Start from the weights of a registered counter, such as models:/crowdray-mall@champion, or of the folder of a run
+    or package: --model.init."""
     device: Device = "auto"
     """Device of the workers: auto uses GPUs if there are enough."""
     json: str | None = None
@@ -35,6 +39,11 @@ class TrainingOptions:
     """Cache of trained stages, shared by runs and trials."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     """Configuration of the training run, or of what a search does not vary."""
+
+    @property
+    def resolved_config(self) -> Config:
+        """The configuration with --init."""
+        return self.config if self.init is None else with_init(self.config, self.init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,16 @@ def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     job = parse_with_config(TrainJob, arguments, "train")
     workers, measured = parse_workers(job.workers), job.batch == "auto"
-    run = plan_run(job.config, job.data, workers, job.storage, job.name, job.preset, auto_batch=measured)
+    run = plan_run(
+        job.resolved_config,
+        job.data,
+        workers,
+        job.storage,
+        job.name,
+        job.preset,
+        auto_batch=measured,
+        tracking_uri=tracking_uri(),
+    )
     screen = console()
     with TrainingDisplay(build_stages(run.identity.config), screen) as display:
         if measured:

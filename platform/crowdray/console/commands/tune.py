@@ -32,7 +32,8 @@ class TuneJob(TrainingOptions):
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     job = parse_with_config(TuneJob, arguments, "tune")
-    study, screen = plan_study(job.config, job.data, job.preset, job.search), console()
+    study = plan_study(job.resolved_config, job.data, job.preset, job.search, tracking_uri())
+    screen = console()
     with StudyDisplay(screen) as display:
         outcome = tune(
             study,
