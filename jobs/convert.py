@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Convert a dataset: python jobs/convert.py SOURCE --source PATH|URI --dest URI; or check it with --check."""
 
 import sys

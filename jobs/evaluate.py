@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Score a packaged counter: python jobs/evaluate.py --model URI --data URI --split test [--json FILE]."""
 
 import sys

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Count the people in photos: python jobs/predict.py --model URI --input PATH|URI --output URI."""
 
 import sys

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a counter and register it: python jobs/train.py --preset NAME --data URI."""
 
 import sys

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Search loss weights and stage lengths: python jobs/tune.py --preset NAME --data URI --trials N."""
 
 import sys

@@ -16,6 +16,9 @@ from crowdray.errors import InfeasibleConfigError
 Device = Literal["auto", "cpu", "gpu"]
 """Where to compute; auto takes a GPU where there is one."""
 
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of an exported model's convolutions."""
+
 RENAMED_FIELDS = {
     "loss.share": "loss.gradient_share",
     "optimizer.accumulate": "optimizer.grad_accumulation_steps",
@@ -380,7 +383,7 @@ def _problems(error: ValidationError, source: str) -> list[str]:
         if isinstance(cause := item.get("ctx", {}).get("error"), ConfigError):
             problems += cause.problems
         elif item["type"] == "unexpected_keyword_argument":
-            problems.append(f"unknown field {name} in {source}; --help lists the fields of the configuration")
+            problems.append(f"unknown field {name} in {source}; --help-all lists the fields of the configuration")
         else:
             problems.append(f"{name} in {source} is {item['input']!r}: {item['msg'].lower()}")
     return problems

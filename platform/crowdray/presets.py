@@ -16,7 +16,10 @@ from crowdray.errors import UserError
 
 
 def demo() -> Config:
-    """Synthetic scenes of 320x240: minutes on two CPU cores, whole images as windows, small crops for the count."""
+    """The rendered scenes of convert.py synthetic: minutes on two CPU cores, to see the whole way work.
+
+    Whole images of 320x240 as windows, small crops for the count.
+    """
     return Config(
         sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
         loss=LossConfig(gradient_share=0.3),
@@ -30,11 +33,11 @@ def demo() -> Config:
 
 
 def mall_cfcn() -> Config:
-    """Mall at 320x240 as in the paper, whole frames as windows, validated on consecutive frames.
+    """Mall, and video of one fixed camera: frames of 640x480 at half size, validated on consecutive frames.
 
-    Neighbouring frames show the same people, some for hundreds of frames: strong augmentation of size and colour keeps
-    the network from memorizing them. The auxiliary tasks help while the encoder still learns, so the joint stage is
-    the longest.
+    Whole frames as windows, at 320x240 as in the paper. Neighbouring frames show the same people, some for hundreds of
+    frames: strong augmentation of size and colour keeps the network from memorizing them. The auxiliary tasks help
+    while the encoder still learns, so the joint stage is the longest.
     """
     return Config(
         sampling=SamplingConfig(
@@ -58,17 +61,19 @@ def mall_cfcn() -> Config:
 
 
 def shb_cfcn() -> Config:
-    """ShanghaiTech B with CFCN and crops of 160 pixels."""
+    """ShanghaiTech B with the light CFCN: street photos of one size, crops of 160 pixels."""
     return Config(sampling=SamplingConfig(crops_per_image=4, brightness=0.1, contrast=0.1))
 
 
 def cfcn() -> Config:
-    """CFCN, the light network, on your own data."""
+    """Your own photos: CFCN, the light network; start here."""
     return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
 
 
 def csrnet() -> Config:
-    """CSRNet with the auxiliary tasks (AT-CSRNet) on your own data; --model.weights takes ImageNet's VGG-16.
+    """Your own photos of dense crowds, with a GPU: CSRNet; --model.weights takes ImageNet's VGG-16.
+
+    With the auxiliary tasks it is the paper's AT-CSRNet.
 
     The paper's count decoder would have 206 million parameters, ten times all the others, for a model that is exported
     without it: the pooled one is used instead (docs/lab-notes.md).
@@ -85,25 +90,25 @@ def csrnet() -> Config:
 
 
 def shb_csrnet() -> Config:
-    """ShanghaiTech B with CSRNet and the paper's crops of 224 pixels, four per image of 1024x768."""
+    """ShanghaiTech B with CSRNet, on a GPU: the paper's crops of 224 pixels, four per image of 1024x768."""
     config = csrnet()
     return replace(config, sampling=replace(config.sampling, crops_per_image=4))
 
 
 def sha_csrnet() -> Config:
-    """ShanghaiTech A with CSRNet: images of many sizes, heads closer together."""
+    """ShanghaiTech A with CSRNet, on a GPU: images of many sizes, heads closer together."""
     config = csrnet()
     return replace(config, target=TargetConfig(sigma=3.0))
 
 
 def worldexpo_csrnet() -> Config:
-    """WorldExpo'10 with CSRNet, validated on consecutive frames because the scenes are video."""
+    """WorldExpo'10 with CSRNet, on a GPU: validated on consecutive frames because the scenes are video."""
     config = csrnet()
     return replace(config, sampling=replace(config.sampling, validation="run", crops_per_image=1))
 
 
 def debug() -> Config:
-    """All stages in seconds, for tests."""
+    """For tests: all stages in seconds, without a useful result."""
     return Config(
         sampling=SamplingConfig(crop=32, context=36, batch=4),
         target=TargetConfig(sigma=2.0),
@@ -118,6 +123,14 @@ def debug() -> Config:
 _FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, cfcn, csrnet, debug)
 PRESETS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
+_PRESET_OF_DATASET = {
+    "synthetic": "demo",
+    "mall": "mall-cfcn",
+    "shanghaitech-a": "sha-csrnet",
+    "shanghaitech-b": "shb-cfcn",
+    "worldexpo": "worldexpo-csrnet",
+}
+
 
 def preset(name: str) -> Config:
     """The configuration of a preset. Raises UserError, listing the presets, for an unknown name."""
@@ -126,3 +139,13 @@ def preset(name: str) -> Config:
             f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}, or give the path of a config.json"
         )
     return PRESETS[name]()
+
+
+def preset_summaries() -> dict[str, str]:
+    """When to use each preset, by name: the first line of its docstring."""
+    return {name: (function.__doc__ or "").splitlines()[0].rstrip(".") for name, function in PRESETS.items()}
+
+
+def preset_for(dataset: str) -> str:
+    """The preset made for a dataset by its name, else the one for your own photos."""
+    return _PRESET_OF_DATASET.get(dataset, "cfcn")

@@ -10,7 +10,8 @@ import torch
 from crowdray.config import Config, LossConfig, StageConfig, StagesConfig
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
-from crowdray.stage_cache.session import StageCacheConfig, StageCacheOptions, StageCacheSession
+from crowdray.stage_cache.options import StageCacheOptions
+from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
 from crowdray.training.checkpoint import load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.trainer import Trainer

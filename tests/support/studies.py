@@ -7,8 +7,9 @@ from typing import Any
 from crowdray.config import StagesConfig
 from crowdray.pipeline.identity import RunIdentity
 from crowdray.presets import preset
+from crowdray.tune.options import SearchOptions
 from crowdray.tune.space import default_space
-from crowdray.tune.study import SearchOptions, Study
+from crowdray.tune.study import Study
 
 
 def make_study(

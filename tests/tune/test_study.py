@@ -20,11 +20,12 @@ from crowdray.stage_cache.keys import StageKey
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.driver import trial_slots, tune
+from crowdray.tune.options import SearchOptions
 from crowdray.tune.optuna_study import open_optuna_study
 from crowdray.tune.record import StageCost, TrialRecord
 from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialReporter, TrialSpec
 from crowdray.tune.space import load_space
-from crowdray.tune.study import SearchOptions, Study, plan_study
+from crowdray.tune.study import Study, plan_study
 from crowdray.tune.trial import TrialTask, run_trial
 from crowdray.tune.trial_tracker import RECORD, TrialTracker
 

@@ -6,6 +6,8 @@ import functools
 import json
 import operator
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from rich.console import Console
 
 from crowdray import storage
 from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_json
+from crowdray.console.help import HelpText, format_help
 from crowdray.credentials import hide_credentials
 from crowdray.errors import UserError
-from crowdray.presets import preset
+from crowdray.presets import preset, preset_summaries
 from crowdray.registry.connection import sqlite_uri
 
 Job = TypeVar("Job")
@@ -29,17 +32,30 @@ RENAMED_OPTIONS = {"--store": "--stage-cache", "--store-gib": "--stage-cache-gib
 """Options that may still be given by their previous names, until the next version."""
 
 
-def parse(job: type[Job], arguments: Sequence[str], command: str, description: str | None = None) -> Job:
+def parse(
+    job: type[Job],
+    arguments: Sequence[str],
+    command: str,
+    *,
+    examples: Sequence[str] = (),
+    lists: Mapping[str, Mapping[str, str]] | None = None,
+) -> Job:
     """Parse arguments into the dataclass `job`; print help or a usage error and exit where asked.
 
     Args:
+        job: Dataclass of the options; its docstring describes the command.
+        arguments: The command line without the command.
         command: Name of the command, for the usage line.
-        description: First paragraph of the help; the docstring of `job` by default.
+        examples: Arguments of complete commands, for the help.
+        lists: Titles, each with names and their meaning, for the help.
     """
-    return tyro.cli(job, args=_current(arguments), prog=program(command), description=description)
+    arguments = _current(arguments)
+    text = HelpText(program(command), job.__doc__ or "", examples, lists or {})
+    _print_help(job, arguments, text)
+    return tyro.cli(job, args=arguments, prog=text.program)
 
 
-def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) -> Job:
+def parse_with_config(job: type[Job], arguments: Sequence[str], command: str, *, examples: Sequence[str] = ()) -> Job:
     """Parse arguments into a dataclass with a field `config`, whose defaults are those of --preset.
 
     Each field of the configuration is an option by its dotted name: --stages.joint.epochs 20.
@@ -58,13 +74,25 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], command: str) ->
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     default: Job = cast(Any, job)(**required, config=base)
+    text = HelpText(program(command), job.__doc__ or "", examples, {"presets": preset_summaries()})
+    _print_help(job, arguments, text, default)
     flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(job, args=arguments, prog=program(command), default=default, config=flags)
+    return tyro.cli(job, args=arguments, prog=text.program, default=default, config=flags)
 
 
 def program(command: str) -> str:
-    """Return how to start a command, the way this process was started."""
-    return f"python jobs/{command}.py" if Path(sys.argv[0]).parent.name == "jobs" else f"crowdray {command}"
+    """Return how to start a command from the current folder, in the way and by the interpreter of this process."""
+    started = Path(sys.argv[0])
+    if started.parent.name == "jobs":
+        return f"{_shell_path(Path(sys.executable))} {_shell_path(started.absolute().with_name(f'{command}.py'))}"
+    on_path = shutil.which(started.name) == str(started)
+    return f"{started.name if on_path else _shell_path(started.absolute())} {command}"
+
+
+def _shell_path(path: Path) -> str:
+    """Return a path for a shell in the current folder, relative to it where it is below."""
+    folder = Path.cwd()
+    return shlex.quote(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
 
 
 def load_preset(name: str) -> Config:
@@ -91,6 +119,14 @@ def console() -> Console:
     """Return a console as wide as the terminal; in a log, wide enough for every table."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=140)
+
+
+def _print_help(job: type[Any], arguments: Sequence[str], text: HelpText, defaults: Any = None) -> None:
+    """Print the help and exit, if an argument asks for it."""
+    everything = "--help-all" in arguments
+    if everything or {"-h", "--help"} & set(arguments):
+        print(format_help(job, text, defaults=defaults, everything=everything))
+        sys.exit()
 
 
 def _current(arguments: Sequence[str]) -> list[str]:
@@ -125,7 +161,9 @@ def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and "." in name and name not in FIELDS:
             close = difflib.get_close_matches(name, FIELDS, n=1)
-            yield f"--{name} is not a field of the configuration; " + (f"use --{close[0]}" if close else "see --help")
+            yield f"--{name} is not a field of the configuration; " + (
+                f"use --{close[0]}" if close else "see --help-all"
+            )
     overrides = [(name, text) for name in FIELDS for text in _values(f"--{name.replace('_', '-')}", arguments)]
     if problems := _problems(base, overrides):
         # Each override alone as well: where one has a wrong type, the ranges of the others are not checked.

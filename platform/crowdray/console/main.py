@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from crowdray import __version__
@@ -32,10 +34,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command named by the first argument, sys.argv by default, and exit with its status."""
+    _require_dependencies()
     name, *rest = arguments or sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         lines = [f"  {command:<10}{summary}" for command, summary in COMMANDS.items()]
-        print("usage: crowdray COMMAND [options]\n", *lines, "\ncrowdray COMMAND --help lists its options.", sep="\n")
+        more = "\nCOMMAND --help shows its common options and examples, COMMAND --help-all every option."
+        print("usage: crowdray COMMAND [options]\n", *lines, more, sep="\n")
     elif name == "--version":
         print(f"crowdray {__version__}")
     elif name in COMMANDS:
@@ -44,6 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1) or [", ".join(COMMANDS)]
         sys.exit(_print_error(f"unknown command {name!r}; use {close[0]}", EXIT_USAGE))
+
+
+def _require_dependencies() -> None:
+    """Start again in the checkout's .venv if this interpreter lacks the dependencies, as one outside of it does."""
+    if importlib.util.find_spec("tyro"):
+        return
+    environment = Path(__file__).resolve().parents[3] / ".venv"
+    python = str(environment / "bin" / "python")
+    if os.access(python, os.X_OK) and Path(sys.prefix).resolve() != environment.resolve():
+        os.execv(python, [python, *sys.argv])
+    sys.exit(_print_error(_missing("tyro"), EXIT_USAGE))
+
+
+def _missing(package: str) -> str:
+    return (
+        f"the package {package} is not installed for {sys.executable}: `make setup` in the checkout builds .venv, "
+        "whose .venv/bin/python has all of them; in an environment of your own, pip install -e . does"
+    )
 
 
 def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
@@ -65,6 +87,11 @@ def run_job(job: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
             job([hide_credentials(argument) for argument in arguments])
     except UserError as error:
         sys.exit(_print_error(error, EXIT_USAGE))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "crowdray"):
+            raise
+        sys.exit(_print_error(_missing(package), EXIT_USAGE))
     except JobFailed as error:
         sys.exit(_print_error(error, EXIT_FAILED))
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from crowdray.console.terminal import one_line, print_message
 from crowdray.datasets.statistics import MAX_LISTED
 from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
 from crowdray.evaluation.metrics import GAME_LEVELS
+from crowdray.presets import preset_for
 
 if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds
     from collections.abc import Callable
@@ -57,7 +58,7 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
             "dataset": dest,
             "digest": index.digest[:12],
             "check it": f"{program('convert')} crowdray --source {shlex.quote(dest)} --check",
-            "train on it": f"{program('train')} --preset NAME --data {shlex.quote(dest)}",
+            "train on it": f"{program('train')} --preset {preset_for(index.name)} --data {shlex.quote(dest)}",
         },
     )
 

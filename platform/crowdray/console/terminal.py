@@ -1,16 +1,22 @@
 """Text for terminals and logs: names of files and messages act neither as markup nor as control characters."""
 
-import logging
+from __future__ import annotations
 
-from rich.console import Console
-from rich.text import Text
+import logging
+from typing import TYPE_CHECKING
 
 from crowdray.credentials import redacted
 from crowdray.errors import escaped
 
+if TYPE_CHECKING:  # main imports this module before it knows whether the dependencies are installed
+    from rich.console import Console
+    from rich.text import Text
+
 
 def one_line(text: str, style: str = "") -> Text:
     """Return text for a table: a cell, a title or a column."""
+    from rich.text import Text
+
     return Text(escaped(text), style)
 
 
@@ -26,6 +32,8 @@ def print_line(text: str) -> None:
 
 def print_message(console: Console, text: str, style: str = "") -> None:
     """Print a message, whose lines are not wrapped."""
+    from rich.text import Text
+
     console.print(Text(message(text), style), soft_wrap=True)
 
 

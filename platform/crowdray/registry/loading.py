@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from crowdray import storage
+from crowdray.config import Precision
 from crowdray.credentials import hide_credentials, with_credentials
 from crowdray.errors import UserError, first_line
 from crowdray.models.export import Geometry
@@ -25,8 +26,6 @@ from crowdray.registry.program import ProgramError, load_program, open_regular
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-Precision = Literal["fp32", "bf16"]
 
 MODEL_NAME = "model"
 """Name of the packaged counter in its run: runs:/RUN_ID/model."""

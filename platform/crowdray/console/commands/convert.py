@@ -8,13 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from crowdray.cluster.check import check
-from crowdray.cluster.convert import convert
 from crowdray.console.arguments import console, parse
-from crowdray.console.progress import image_progress
-from crowdray.console.tables import show_check, show_dataset
-from crowdray.datasets.sources import SOURCES, open_source, source_options
+from crowdray.datasets.sources import SOURCES, Option, open_source, source_options
 from crowdray.errors import UserError
+
+EXAMPLES = (
+    "synthetic --dest data/demo",
+    "mall --source mall_dataset --check",
+    "mall --source mall_dataset --dest data/mall",
+    "csv --source photos --dest data/market --test-fraction 0.2",
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,11 @@ class ConvertJob:
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Layout of the dataset, one of those above; SOURCE --help lists the options of one."""
-    dest: str = ""
+    dest: Annotated[str, tyro.conf.arg(metavar="URI")] = ""
     """Path or URI of the new dataset."""
-    source: str | None = None
+    source: Annotated[str | None, tyro.conf.arg(metavar="URI")] = None
     """Folder or URI of the dataset in its official layout."""
-    split: tuple[str, ...] = ()
+    split: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Splits to convert; all by default."""
     depth: str = "auto"
     """Source of depth: perspective, points, own or none (auto picks the best that the dataset has), or, for any
@@ -36,22 +39,35 @@ class ConvertJob:
     """Replace an existing dataset at --dest."""
     check: bool = False
     """Check every image instead of converting; --dest is not needed and not changed."""
-    report: str = ""
+    report: Annotated[str, tyro.conf.arg(metavar="URI")] = ""
     """Folder or URI for statistics and figures of --check (default: outputs/check/NAME)."""
     strict: bool = False
     """Fail if any item is unusable; by default such items are left out and listed in quarantine.json. With --check:
     exit with status 1 if there is a problem."""
 
 
+def parse_arguments(arguments: list[str]) -> ConvertJob:
+    """Parse the arguments of the command, those of its source included."""
+    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.help)], o.default) for key, o in _options(arguments).items()]
+    job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
+    job_type.__doc__ = ConvertJob.__doc__
+    sources = {name: known.summary for name, known in SOURCES.items()}
+    return parse(job_type, arguments, "convert", examples=EXAMPLES, lists={"SOURCE is one of": sources})
+
+
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    name = _source_name(arguments)
-    options = source_options(name) if name else {}
-    fields = [(key, Annotated[o.type, tyro.conf.arg(help=o.help)], o.default) for key, o in options.items()]
-    job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
-    listed = "\n".join(f"  {name:<13}{known.summary}" for name, known in SOURCES.items())
-    job = parse(job_type, arguments, "convert", f"{ConvertJob.__doc__}\n\nSOURCE is one of\n{listed}")
-    source = open_source(job.name, job.source, depth=job.depth, **{key: getattr(job, key) for key in options})
+    job = parse_arguments(arguments)
+
+    # Imported late: help and usage errors do not wait for torch.
+    from crowdray.cluster.check import check
+    from crowdray.cluster.convert import convert
+    from crowdray.console.progress import image_progress
+    from crowdray.console.tables import show_check, show_dataset
+
+    own = {field.name for field in dataclasses.fields(ConvertJob)}
+    options = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name not in own}
+    source = open_source(job.name, job.source, depth=job.depth, **options)
     if job.check:
         folder = job.report or f"outputs/check/{source.name}"
         report = check(source, folder, splits=job.split, progress=image_progress)
@@ -65,8 +81,9 @@ def main(arguments: list[str]) -> None:
     show_dataset(index, job.dest, console())
 
 
-def _source_name(arguments: Sequence[str]) -> str | None:
-    """Return the first argument that names a source and is not the value of an option."""
+def _options(arguments: Sequence[str]) -> dict[str, Option]:
+    """Options of the first argument that names a source and is not the value of an option."""
     with_value = {f"--{field.name}" for field in dataclasses.fields(ConvertJob) if field.type is not bool}
     words = (word for before, word in pairwise(["", *arguments]) if before not in with_value)
-    return next((word for word in words if word in SOURCES), None)
+    name = next((word for word in words if word in SOURCES), None)
+    return source_options(name) if name else {}

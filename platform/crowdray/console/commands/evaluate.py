@@ -1,31 +1,44 @@
 """`crowdray evaluate`: score a packaged counter on a split."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from crowdray.console.arguments import console, parse, write_json
 from crowdray.console.commands.predict import CounterOptions
-from crowdray.console.progress import image_progress
-from crowdray.console.tables import evaluation_table
-from crowdray.data.shards import Dataset
-from crowdray.evaluation.report import evaluate_images, summarise_images
-from crowdray.pipeline.predict import tiled
+
+EXAMPLES = ("--model models:/crowdray-mall@candidate --data data/mall --split test --json errors.json",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob(CounterOptions):
     """Count whole images of a split and compare with the annotations, inside and without the ROI."""
 
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="URI")]
     """Path or URI of a dataset written by jobs/convert.py."""
-    split: str = "test"
+    split: Annotated[str, tyro.conf.arg(metavar="NAME")] = "test"
     """Split to evaluate."""
-    json: str | None = None
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Path or URI for the result of every image as JSON."""
+
+
+def parse_arguments(arguments: list[str]) -> EvaluateJob:
+    """Parse the arguments of the command."""
+    return parse(EvaluateJob, arguments, "evaluate", examples=EXAMPLES)
 
 
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
-    job = parse(EvaluateJob, arguments, "evaluate")
+    job = parse_arguments(arguments)
+
+    # Imported late: help and usage errors do not wait for torch and MLflow.
+    from crowdray.console.progress import image_progress
+    from crowdray.console.tables import evaluation_table
+    from crowdray.data.shards import Dataset
+    from crowdray.evaluation.report import evaluate_images, summarise_images
+    from crowdray.pipeline.predict import tiled
+
     dataset = Dataset.open(job.data)
     rows = dataset.rows(job.split).tolist()
     counter = job.load()

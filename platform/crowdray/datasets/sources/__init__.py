@@ -1,14 +1,18 @@
 """Sources: one adapter per dataset layout, which lists small items and loads each as a sample."""
 
+from __future__ import annotations
+
 import importlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
-from crowdray.data.sample import Sample
-from crowdray.datasets.depth.teacher import DepthTeacher
 from crowdray.errors import UserError
+
+if TYPE_CHECKING:  # the list of sources is imported for a help text, without pyarrow
+    from crowdray.data.sample import Sample
+    from crowdray.datasets.depth.teacher import DepthTeacher
 
 
 @dataclass(frozen=True, slots=True)
