@@ -36,12 +36,20 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
     run_id = _run(store, "once")
     first = register(package, "crowdray-once", run_id, 7, store)
     again = register(package, "crowdray-once", run_id, 7, store)
-    assert first == RegisteredVersion("models:/crowdray-once/1", "candidate") == again
+    decision = "candidate is version 1: validation MAE 2.5, always predicting the mean 9.5"
+    assert first == RegisteredVersion("models:/crowdray-once/1", "candidate", decision)
+    assert again == replace(first, decision="kept candidate at version 1: validation MAE 2.5")
 
     client = MlflowClient(store, store)
     version = client.get_model_version_by_alias("crowdray-once", "candidate")
     assert (str(version.version), version.run_id) == ("1", run_id)
-    assert version.tags == {**TAGS, "val/mae": "2.5", "val/rmse": "3.25", "crowdray.weights": package.weights}
+    assert version.tags == {
+        **TAGS,
+        "val/mae": "2.5",
+        "val/rmse": "3.25",
+        "crowdray.weights": package.weights,
+        "crowdray.candidate": again.decision,
+    }
     run = client.get_run(run_id)
     assert run.data.tags["crowdray.model"] == first.uri
     assert run.outputs is not None
@@ -58,21 +66,43 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
         )
 
 
-def test_register_moves_the_alias_forward_only(store: str, package: Package, other_package: Package) -> None:
-    old, new = _run(store, "old"), _run(store, "new")
-    register(package, "crowdray-forward", old, 1, store)
-    second = register(other_package, "crowdray-forward", new, 1, store)
-    assert second == RegisteredVersion("models:/crowdray-forward/2", "candidate")
-    assert register(package, "crowdray-forward", old, 1, store).alias is None
-    held = MlflowClient(store, store).get_model_version_by_alias("crowdray-forward", "candidate")
-    assert str(held.version) == "2"
+def test_register_a_sequence_of_versions_keeps_candidate_at_the_best(
+    store: str, package: Package, other_package: Package
+) -> None:
+    def registered(key: str, mae: float, of: Package = package, images: str = "v") -> tuple[str | None, str]:
+        tags = {"mean_predictor/val/mae": "66", "crowdray.validation_images": images}
+        changed = replace(of, metrics={"val/mae": mae}, tags=tags)
+        version = register(changed, "crowdray-sequence", _run(store, f"sequence {key}"), 1, store)
+        held = MlflowClient(store, store).get_model_version_by_alias("crowdray-sequence", "candidate").version
+        return version.alias, f"{held}: {version.decision}"
+
+    sequence = [
+        registered("first", 30),
+        registered("worse", 34.5),
+        registered("worse than the mean", 295),
+        registered("equal", 30),
+        registered("better", 21.1, other_package),
+        registered("first", 30),  # an interrupted job, repeated
+        registered("other images", 3, images="w"),
+    ]
+    assert sequence == [
+        ("candidate", "1: candidate is version 1: validation MAE 30, always predicting the mean 66"),
+        (None, "1: kept candidate at version 1: validation MAE 30, version 2 34.5"),
+        (None, "1: kept candidate at version 1: validation MAE 295 of version 3 is not below 66 of always predicting "
+         "the mean"),
+        (None, "1: kept candidate at version 1: validation MAE 30, version 4 the same"),
+        ("candidate", "5: candidate is version 5: validation MAE 21.1, version 1 30"),
+        (None, "5: kept candidate at version 5: validation MAE 21.1, version 1 30"),
+        (None, "5: kept candidate at version 5: version 6 was validated on other images; to move it anyway: "
+         "jobs/promote.py --model crowdray-sequence --candidate models:/crowdray-sequence/6 --set-candidate"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("metrics", [{}, {"val/mae": float("nan")}])
 def test_register_without_finite_metrics_sets_no_alias(store: str, package: Package, metrics: dict[str, float]) -> None:
     name = f"crowdray-metrics-{len(metrics)}"
     version = register(replace(package, metrics=metrics), name, _run(store, name), 1, store)
-    assert version.alias is None
+    assert version.alias is None and version.decision.startswith("no candidate: the validation errors of version 1")
     assert MlflowClient(store, store).get_registered_model(name).aliases == {}
 
 

@@ -32,4 +32,6 @@ TAGS = {
     "crowdray.data_digest": "d" * 64,
     "crowdray.git_revision": "abc+dirty",
     "crowdray.dataset_uri": "s3://b/c",
+    "crowdray.validation_images": "v" * 64,
+    "mean_predictor/val/mae": "9.5",
 }

@@ -135,8 +135,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         errors = [*_mae_rmse(stage.validation), *_mae_rmse(stage.test)] if stage else [""] * 4
         mark = "*" if name == result.best_stage else ""
         table.add_row(f"{name}{mark}", str(len(rows)), losses, *errors)
-    if result.mean_predictor is not None:
-        errors = ["", "", *_mae_rmse(result.mean_predictor)]
+    if result.mean_predictor is not None or result.mean_predictor_validation is not None:
+        errors = [*_mae_rmse(result.mean_predictor_validation), *_mae_rmse(result.mean_predictor)]
         table.add_row(f"always {result.mean_count:.1f}", "", "the mean of the training images", *errors)
     console.print(table)
     version = (outcome.registered or "not registered") + (f" ({outcome.alias})" if outcome.alias else "")
@@ -145,6 +145,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         console,
         {
             "registered": version,
+            **({"candidate": outcome.decision} if outcome.decision else {}),
             "overview": outcome.figure,
             "model": outcome.model,
             "run": outcome.run,

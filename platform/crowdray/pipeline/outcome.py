@@ -33,6 +33,8 @@ class Outcome:
     """MLflow run id."""
     run_url: str | None
     """Web page of the MLflow run, if a server shows it."""
+    decision: str | None = None
+    """Which version is `candidate` after the registration, and why."""
 
     @property
     def model_uri(self) -> str:
@@ -48,7 +50,7 @@ class Outcome:
         # A previous version recorded credentials too.
         recorded, url = (uri and redacted(uri) for uri in (outcome.tracking_uri, outcome.run_url))
         same = recorded == (tracking_uri and redacted(tracking_uri))
-        return replace(outcome, alias=None, tracking_uri=recorded, run_url=url) if same else None
+        return replace(outcome, alias=None, decision=None, tracking_uri=recorded, run_url=url) if same else None
 
     def to_json(self) -> str:
         """Return the outcome as JSON text."""

@@ -1,5 +1,6 @@
 """Publication of a finished training run: packaged counter, registered version, figures."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,14 @@ from crowdray.credentials import redacted
 from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.identity import RunIdentity
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
+from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
@@ -31,7 +34,7 @@ from crowdray.registry.tracking import (
     open_tracker,
 )
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
-from crowdray.training.result import TrainingResult
+from crowdray.training.result import StageResult, TrainingResult
 
 OVERVIEW_IMAGES = 4
 """Images in the overview figure."""
@@ -107,6 +110,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         tracking_uri=tracking_uri and redacted(tracking_uri),
         run_id=tracker.run_id,
         run_url=tracker.url,
+        decision=version.decision if version else None,
     )
     storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
@@ -128,8 +132,9 @@ def _final_metrics(result: TrainingResult) -> dict[str, float]:
         for split, metrics in (("val", stage.validation), ("test", stage.test)):
             if metrics is not None:
                 final |= {f"final/{name}/{split}/{key}": float(value) for key, value in asdict(metrics).items()}
-    if result.mean_predictor is not None:
-        final["final/mean_predictor/test/mae"] = result.mean_predictor.mae
+    for split, constant in (("val", result.mean_predictor_validation), ("test", result.mean_predictor)):
+        if constant is not None:
+            final[f"final/mean_predictor/{split}/mae"] = constant.mae
     return final
 
 
@@ -143,14 +148,29 @@ def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: 
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None],
         dest,
         config=asdict(run.identity.config),
-        metrics={
-            f"{split}/{name}": getattr(metrics, name)
-            for split, metrics in (("val", stage.validation), ("test", stage.test))
-            if metrics is not None
-            for name in ("mae", "rmse", "bias")
-        },
-        tags=_provenance(run.identity),
+        metrics=_best_metrics(stage),
+        tags=_provenance(run.identity) | _validation_tags(run, result, dataset),
     )
+
+
+def _best_metrics(stage: StageResult) -> dict[str, float]:
+    return {
+        f"{split}/{name}": getattr(metrics, name)
+        for split, metrics in (("val", stage.validation), ("test", stage.test))
+        if metrics is not None
+        for name in ("mae", "rmse", "bias")
+    }
+
+
+def _validation_tags(run: Run, result: TrainingResult, dataset: Dataset) -> dict[str, str]:
+    """What decides whether the version becomes `candidate`."""
+    config = run.identity.config
+    _, rows = split_rows(config, dataset, run.identity.min_workers)
+    judged = f"{dataset.digest} {config.sampling.roi} {rows.tolist()}"
+    tags = {VALIDATION_IMAGES: hashlib.sha256(judged.encode()).hexdigest()}
+    if result.mean_predictor_validation is not None:
+        tags[MEAN_PREDICTOR_MAE] = f"{result.mean_predictor_validation.mae:.6g}"
+    return tags
 
 
 def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from crowdray.stage_cache.keys import backbone_digest
 from crowdray.training.checkpoint import load_checkpoint
 
 RUN_FILE = "run.json"
+CONFIG = "config.json"
 RESULT = "result.json"
 """File that marks a finished run: it is published last."""
 OUTCOME = "outcome.json"
@@ -87,7 +88,7 @@ class Run:
     def create_or_verify(self) -> None:
         """Record what the run computes, or check that its folder belongs to this very run; see RunIdentity."""
         if not storage.exists(self.identity_file):
-            storage.write_bytes(storage.join(self.uri, "config.json"), to_json(self.identity.config).encode())
+            storage.write_bytes(storage.join(self.uri, CONFIG), to_json(self.identity.config).encode())
         self.identity.create_or_verify(self.identity_file)
 
     def repair(self) -> str | None:

@@ -1,12 +1,19 @@
 """Registration of packaged counters in the model registry, linked to their run, data and code."""
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crowdray.credentials import redacted
 from crowdray.errors import UserError
+from crowdray.registry.aliases import (
+    CANDIDATE,
+    CANDIDATE_DECISION,
+    CandidateDecision,
+    Validation,
+    alias_lock,
+    choose_candidate,
+)
 from crowdray.registry.connection import call_mlflow, connect
 from crowdray.registry.loading import DESCRIPTION, MODEL_NAME, load_counter
 from crowdray.registry.packaging import Package, same_density
@@ -16,8 +23,6 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
-CANDIDATE = "candidate"
-"""Alias of the newest verified version."""
 WEIGHTS = "crowdray.weights"
 """Tag with the sha256 of the weights: a run registers the same weights once."""
 MODEL = "crowdray.model"
@@ -34,6 +39,8 @@ class RegisteredVersion:
     """models:/NAME/VERSION"""
     alias: str | None
     """"candidate" if this version has that alias."""
+    decision: str
+    """Which version is `candidate`, and why."""
 
 
 def register(
@@ -41,9 +48,8 @@ def register(
 ) -> RegisteredVersion:
     """Register a packaged counter as the next version of `name`, or return the version this run registered before.
 
-    The version gets the tags, metrics and run of the package; the run gets the model and the version as a tag. The
-    alias `candidate` moves to the version if the registered copy returns the density of the package, all metrics are
-    finite, and it is newer than the version that has the alias.
+    The version gets the tags, metrics and run of the package; the run gets the model and the version as a tag. If the
+    registered copy returns the density of the package, `choose_candidate` decides on the alias `candidate`.
 
     Args:
         package: Its description file is completed by the ids of the run and the model.
@@ -68,12 +74,9 @@ def register(
                 f"{uri} does not return the density of the packaged counter; delete that version and run the same "
                 "command again"
             )
-        holder = int(client.get_registered_model(name).aliases.get(CANDIDATE, 0))
-        if holder < number and package.metrics and all(map(math.isfinite, package.metrics.values())):
-            client.set_registered_model_alias(name, CANDIDATE, str(number))
-            holder = number
         client.set_tag(run_id, MODEL, uri)
-        return RegisteredVersion(uri, CANDIDATE if holder == number else None)
+        decision = move_candidate(client, name, Validation.of(number, version.tags))
+        return RegisteredVersion(uri, CANDIDATE if decision.holder == number else None, decision.reason)
 
     size = sum(file.stat().st_size for file in package.path.rglob("*") if file.is_file())
     return call_mlflow(tracking_uri, timeout_s, find_or_create, payload_bytes=2 * size)  # sent, and received again
@@ -105,6 +108,18 @@ def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: i
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
+def move_candidate(client: "MlflowClient", name: str, new: Validation) -> CandidateDecision:
+    """Decide on the alias, against the version that has it now; the decision becomes a tag of the new version."""
+    with alias_lock(client, name) as lock:
+        holder = client.get_registered_model(name).aliases.get(CANDIDATE)
+        validation = holder and Validation.of(int(holder), client.get_model_version(name, str(holder)).tags)
+        decision = choose_candidate(new, validation or None, name)
+        if decision.moves:
+            lock.set_alias(CANDIDATE, new.version)
+    client.set_model_version_tag(name, str(new.version), CANDIDATE_DECISION, decision.reason)
+    return decision
+
+
 def _create_version(client: "MlflowClient", name: str, model: "LoggedModel", package: Package) -> "ModelVersion":
     from mlflow.exceptions import MlflowException
 
@@ -115,7 +130,7 @@ def _create_version(client: "MlflowClient", name: str, model: "LoggedModel", pac
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    metrics = {key: f"{value:.4g}" for key, value in package.metrics.items()}
+    metrics = {key: f"{value:.6g}" for key, value in package.metrics.items()}
     version = client.create_model_version(
         name,
         source=model.artifact_location,

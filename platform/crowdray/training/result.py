@@ -27,6 +27,8 @@ class StageResult:
     """The same on the test split; None if the dataset has none."""
     test_counts: list[ImageCount] = field(default_factory=list)
     """Counts of every test image."""
+    validation_counts: list[ImageCount] = field(default_factory=list)
+    """Counts of every validation image; empty in results of earlier releases."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TrainingResult:
     """Mean heads of a training image, as a constant baseline predictor."""
     mean_predictor: Metrics | None
     """Errors of predicting that mean on the test split."""
+    mean_predictor_validation: Metrics | None = None
+    """The same on the validation images; None in results of earlier releases."""
 
     def to_json(self) -> str:
         """Return the result as JSON text."""
@@ -77,18 +81,34 @@ def final_result(trainer: Trainer) -> TrainingResult:
     has_test = "test" in dataset.index.splits
     stages = {}
     for name, best in progress.best.items():
-        validation = summarise(trainer.evaluate(name, trainer.validation_rows))
-        counts = trainer.evaluate(name, dataset.rows("test")) if has_test else []
-        counts.sort(key=lambda count: count.row)
-        stages[name] = StageResult(best, validation, summarise(counts) if counts else None, counts)
+        validation = _sorted(trainer.evaluate(name, trainer.validation_rows))
+        test = _sorted(trainer.evaluate(name, dataset.rows("test"))) if has_test else []
+        stages[name] = StageResult(best, summarise(validation), summarise(test) if test else None, test, validation)
     best_stage = min(stages, key=lambda name: stages[name].validation.mae)
     train_rows = set(trainer.train_rows.tolist())
     counts_by_row = zip(dataset.rows("train").tolist(), dataset.counts("train").tolist(), strict=True)
     heads = [count for row, count in counts_by_row if row in train_rows]
     mean = sum(heads) / len(heads)
-    constant = [ImageCount(count.row, count.truth, mean, mean) for count in stages[best_stage].test_counts]
-    mean_predictor = summarise(constant) if constant else None
-    return TrainingResult(best_stage, stages, progress.history, progress.loss_weights, mean, mean_predictor)
+    selected = stages[best_stage]
+    return TrainingResult(
+        best_stage,
+        stages,
+        progress.history,
+        progress.loss_weights,
+        mean,
+        mean_predictor=_constant_errors(selected.test_counts, mean),
+        mean_predictor_validation=_constant_errors(selected.validation_counts, mean),
+    )
+
+
+def _sorted(counts: list[ImageCount]) -> list[ImageCount]:
+    return sorted(counts, key=lambda count: count.row)
+
+
+def _constant_errors(counts: Sequence[ImageCount], predicted: float) -> Metrics | None:
+    """Errors of predicting the same count for every image; None without images."""
+    constant = [ImageCount(count.row, count.truth, predicted, predicted) for count in counts]
+    return summarise(constant) if constant else None
 
 
 def describe_workers(history: Sequence[EpochMetrics]) -> str:
