@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from crowdray import storage
@@ -20,6 +21,7 @@ from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
+from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
@@ -33,6 +35,7 @@ from crowdray.registry.tracking import (
     Tracker,
     open_tracker,
 )
+from crowdray.registry.training_data import describe_training_data
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.result import StageResult, TrainingResult
 
@@ -142,6 +145,7 @@ def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: 
     counter = build_counter(run.identity.config, checkpoint.progress.density_scale).strip()
     counter.load_state_dict(checkpoint.best_weights[result.best_stage])
     stage = result.stages[result.best_stage]
+    rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
     image = decode_image(dataset.sample(int(dataset.rows("train")[0])).image)
     return package_counter(
         ExportedCounter(counter, run.identity.config.sampling.downsample),
@@ -150,6 +154,8 @@ def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: 
         config=asdict(run.identity.config),
         metrics=_best_metrics(stage),
         tags=_provenance(run.identity) | _validation_tags(run, result, dataset),
+        training_data=describe_training_data(dataset, np.sort(np.concatenate(rows))),
+        interval=CountInterval.of([c.truth for c in stage.test_counts], [c.predicted for c in stage.test_counts]),
     )
 
 

@@ -22,7 +22,9 @@ from crowdray.credentials import hide_credentials, with_credentials
 from crowdray.errors import UserError, first_line
 from crowdray.models.export import Geometry
 from crowdray.registry.connection import call_mlflow, configure_mlflow, connect, limit_artifact_store
+from crowdray.registry.interval import CountInterval
 from crowdray.registry.program import ProgramError, load_program, open_regular
+from crowdray.registry.training_data import TrainingData
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,6 +59,10 @@ class LoadedCounter:
         """Exported graph: a module from images to density."""
         self.geometry = geometry
         """Geometry of the density cells on an image."""
+        self.training_data = TrainingData.from_metadata(metadata)
+        """What it was trained on; None if its package does not say so."""
+        self.interval = CountInterval.from_metadata(metadata)
+        """Interval around its counts; None if unknown."""
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the density (B, 1, h, w) in float32 heads per cell of RGB images (B, 3, H, W), 0..255, any dtype.
@@ -135,6 +141,7 @@ def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:
         metadata = description["metadata"]["crowdray"]
         geometry = Geometry(**metadata["geometry"])
         code = description["flavors"]["pytorch"].get("code")
+        TrainingData.from_metadata(metadata), CountInterval.from_metadata(metadata)  # raise if they are damaged
     except (FileNotFoundError, ProgramError):
         raise
     except Exception as error:  # the file is data: whatever its parser raises is about it

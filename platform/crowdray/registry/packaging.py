@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from crowdray.errors import UserError
 from crowdray.models.export import ExportedCounter, weights_digest
 from crowdray.registry.connection import configure_mlflow, silence_mlflow
+from crowdray.registry.interval import INTERVAL, CountInterval
 from crowdray.registry.loading import LoadedCounter, load_counter
+from crowdray.registry.training_data import TRAINING_DATA, TrainingData
 
 # Batch and sizes of test images: larger and smaller than the example, odd, multiples of 4 and of 16.
 _PROBES = ((1, 64, 64), (3, 50, 97), (2, 33, 132), (1, 128, 81))
@@ -52,21 +54,29 @@ def package_counter(
     config: Mapping[str, object],
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
+    training_data: TrainingData | None = None,
+    interval: CountInterval | None = None,
 ) -> Package:
     """Export a copy of a counter to the new folder `dest` in MLflow's format and verify the export.
 
     The export accepts any batch, height and width, and uint8 as well as float32. The metadata contains the config,
-    metrics, tags and the counter's geometry.
+    metrics, tags and the counter's geometry, and what else is given.
 
     Args:
         example: uint8 or float RGB (B, 3, H, W), 0..255; the center of its first image becomes the input example.
+        training_data: What the counter was trained on, to recognise photos unlike that.
+        interval: Interval around its counts.
 
     Raises:
         UserError: The counter cannot be exported; nothing is written then.
     """
     module = copy.deepcopy(counter).cpu().eval()
     example = _input_example(example)
-    metadata = {"config": config, "metrics": metrics, "tags": tags, "geometry": asdict(counter.geometry)}
+    records = {TRAINING_DATA: training_data, INTERVAL: interval}
+    metadata = {
+        **{"config": config, "metrics": metrics, "tags": tags, "geometry": asdict(counter.geometry)},
+        **{name: asdict(record) for name, record in records.items() if record is not None},
+    }
     try:
         _export(module, example, dest, metadata)
         _check_export(module, example, load_counter(str(dest)))
