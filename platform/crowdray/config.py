@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -331,6 +331,11 @@ def _leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 FIELDS: dict[str, Any] = dict(_leaves(Config))
 """Type of each field of the configuration, by dotted name."""
+
+
+def with_init(config: Config, uri: str) -> Config:
+    """The same configuration with the weights of a packaged counter to start from."""
+    return replace(config, model=replace(config.model, init=uri, init_sha256=""))
 
 
 def to_json(config: Config) -> str:

@@ -70,6 +70,19 @@ def cfcn() -> Config:
     return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
 
 
+def adapt() -> Config:
+    """Start from a registered counter (--init) and learn from few photos of your own camera, with the density loss."""
+    return Config(
+        sampling=SamplingConfig(crops_per_image=2, brightness=0.25, contrast=0.3, colour=0.2, scale=0.25),
+        optimizer=OptimizerConfig(weight_decay=0.5, ema_decay=0.98, warmup=20, plateau_factor=0.3),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=20, learning_rate=1e-3),
+            decoders=StageConfig(epochs=0, learning_rate=1e-3),
+            joint=StageConfig(epochs=0, learning_rate=1e-3),
+        ),
+    )
+
+
 def csrnet() -> Config:
     """Your own photos of dense crowds, with a GPU: CSRNet; --model.weights takes ImageNet's VGG-16.
 
@@ -120,7 +133,7 @@ def debug() -> Config:
     )
 
 
-_FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, cfcn, csrnet, debug)
+_FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, cfcn, adapt, csrnet, debug)
 PRESETS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 _PRESET_OF_DATASET = {

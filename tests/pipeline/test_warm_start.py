@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from crowdray import storage
-from crowdray.config import Config, ModelConfig
+from crowdray.config import Config, ModelConfig, with_init
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.models.build import build_counter
 from crowdray.models.counter import AUXILIARY
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.run import plan_run
-from crowdray.pipeline.warm_start import pin_init, read_init, with_init
+from crowdray.pipeline.warm_start import pin_init, read_init
 from crowdray.registry.loading import load_counter
 from crowdray.registry.packaging import Package, package_counter
 

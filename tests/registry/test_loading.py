@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from crowdray.config import with_init
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError
 from crowdray.pipeline.publish import open_run
 from crowdray.pipeline.run import plan_run
-from crowdray.pipeline.warm_start import with_init
 from crowdray.presets import preset
 from crowdray.registry.loading import resolve_uri
 from crowdray.registry.packaging import Package

@@ -21,11 +21,6 @@ _PREFIX = "counter."
 """Start of the names of a counter's tensors in its package."""
 
 
-def with_init(config: Config, uri: str) -> Config:
-    """The configuration of a run that starts from the weights of a packaged counter."""
-    return replace(config, model=replace(config.model, init=uri, init_sha256=""))
-
-
 def pin_init(config: Config, folder: str, tracking_uri: str | None) -> tuple[Config, str]:
     """Store the weights of the counter that model.init names, and record its resolved URI and their hash.
 

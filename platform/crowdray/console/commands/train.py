@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from crowdray.config import Config, Device
+from crowdray.config import Config, Device, with_init
 from crowdray.console.arguments import console, parse_with_config, tracking_uri, write_json
 from crowdray.console.help import Advanced
 from crowdray.stage_cache.options import StageCacheOptions
@@ -15,6 +15,7 @@ EXAMPLES = (
     "--preset demo --data data/demo",
     "--preset mall-cfcn --data data/mall --workers 2",
     "--preset cfcn --data data/market --stages.joint.epochs 40 --name longer",
+    "--preset adapt --init models:/crowdray-mall@candidate --data data/market",
 )
 
 
@@ -41,11 +42,7 @@ class TrainingOptions:
     @property
     def resolved_config(self) -> Config:
         """The configuration with --init."""
-        if self.init is None:
-            return self.config
-        from crowdray.pipeline.warm_start import with_init
-
-        return with_init(self.config, self.init)
+        return self.config if self.init is None else with_init(self.config, self.init)
 
 
 @dataclass(frozen=True, kw_only=True)
