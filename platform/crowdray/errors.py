@@ -1,7 +1,10 @@
 """Expected errors: a job prints their message without a traceback and exits with status 2 or 1."""
 
 import re
+import shlex
+import sys
 import unicodedata
+from pathlib import Path
 
 from crowdray.credentials import redacted
 
@@ -44,7 +47,14 @@ def missing_package(error: ImportError) -> str:
     if not error.name:
         return first_line(error)
     name = error.name.partition(".")[0]
-    return f"it needs the package {name}: pip install {_DISTRIBUTIONS.get(name, name)}"
+    python = shell_path(Path(sys.executable))
+    return f"it needs the package {name}: {python} -m pip install {_DISTRIBUTIONS.get(name, name)}"
+
+
+def shell_path(path: Path) -> str:
+    """Return a path for a shell in the current folder, relative to it where it is below."""
+    folder = Path.cwd()
+    return shlex.quote(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
 
 
 def first_line(error: BaseException) -> str:

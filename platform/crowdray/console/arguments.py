@@ -6,7 +6,6 @@ import functools
 import json
 import operator
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,11 @@ import tyro
 from rich.console import Console
 
 from crowdray import storage
+from crowdray.cluster.ray_job import check_shared, in_ray_job
 from crowdray.config import FIELDS, RENAMED_FIELDS, Config, ConfigError, from_json
 from crowdray.console.help import HelpText, format_help
 from crowdray.credentials import hide_credentials
-from crowdray.errors import UserError
+from crowdray.errors import UserError, shell_path
 from crowdray.presets import preset, preset_summaries
 from crowdray.registry.connection import sqlite_uri
 
@@ -30,6 +30,12 @@ RENAMED_OPTIONS = {"--store": "--stage-cache", "--store-gib": "--stage-cache-gib
     f"--{old}".replace("_", "-"): f"--{new}" for old, new in RENAMED_FIELDS.items()
 }
 """Options that may still be given by their previous names, until the next version."""
+
+PROGRAM = "CROWDRAY_PROGRAM"
+"""Variable of a submitted job: how its user starts the command NAME."""
+
+_SHARED = ("data", "source", "input", "storage", "stage_cache", "dest", "output", "json")
+"""Options that take a path or URI."""
 
 
 def parse(
@@ -76,23 +82,29 @@ def parse_with_config(job: type[Job], arguments: Sequence[str], command: str, *,
     default: Job = cast(Any, job)(**required, config=base)
     text = HelpText(program(command), job.__doc__ or "", examples, {"presets": preset_summaries()})
     _print_help(job, arguments, text, default)
-    flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(job, args=arguments, prog=text.program, default=default, config=flags)
+    parsed = tyro.cli(job, args=arguments, prog=text.program, default=default)
+    if in_ray_job() and not getattr(parsed, "ephemeral", False):
+        fix = "\n  or give --ephemeral, to train without keeping the results"
+        check_shared(shared_paths(parsed), tracked=True, fix=fix)
+    return parsed
 
 
 def program(command: str) -> str:
-    """Return how to start a command from the current folder, in the way and by the interpreter of this process."""
+    """Return how to start a command from the user's folder, in the way and by the interpreter of this process."""
+    if in_ray_job():  # on another machine
+        return os.environ.get(PROGRAM, "jobs/NAME.py").replace("NAME", command)
     started = Path(sys.argv[0])
     if started.parent.name == "jobs":
-        return f"{_shell_path(Path(sys.executable))} {_shell_path(started.absolute().with_name(f'{command}.py'))}"
+        return f"{shell_path(Path(sys.executable))} {shell_path(started.absolute().with_name(f'{command}.py'))}"
     on_path = shutil.which(started.name) == str(started)
-    return f"{started.name if on_path else _shell_path(started.absolute())} {command}"
+    return f"{started.name if on_path else shell_path(started.absolute())} {command}"
 
 
-def _shell_path(path: Path) -> str:
-    """Return a path for a shell in the current folder, relative to it where it is below."""
-    folder = Path.cwd()
-    return shlex.quote(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
+def shared_paths(job: Any) -> dict[str, str]:
+    """Return the paths among the options of a job that all nodes of a cluster must reach, by option."""
+    groups = [job, *(value for value in vars(job).values() if dataclasses.is_dataclass(value))]
+    found = {name: getattr(group, name) for name in _SHARED for group in groups if hasattr(group, name)}
+    return {f"--{name.replace('_', '-')}": path for name, path in found.items() if path}
 
 
 def load_preset(name: str) -> Config:
@@ -125,7 +137,10 @@ def _print_help(job: type[Any], arguments: Sequence[str], text: HelpText, defaul
     """Print the help and exit, if an argument asks for it."""
     everything = "--help-all" in arguments
     if everything or {"-h", "--help"} & set(arguments):
-        print(format_help(job, text, defaults=defaults, everything=everything))
+        try:
+            print(format_help(job, text, defaults=defaults, everything=everything), flush=True)
+        except BrokenPipeError:  # as of `| head`; Python would complain about it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit()
 
 

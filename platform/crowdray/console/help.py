@@ -43,7 +43,7 @@ def format_help(job: type, text: HelpText, *, defaults: Any = None, everything: 
     Args:
         job: Dataclass of its options.
         text: All else.
-        defaults: Instance whose values are the defaults, and whose flags take True or False.
+        defaults: Instance whose values are the defaults.
         everything: Whether to list advanced fields too.
     """
     width = shutil.get_terminal_size().columns
@@ -74,7 +74,7 @@ def _entry(name: str, text: str, width: int, column: int) -> list[str]:
 
 
 def _sections(
-    group: type, values: Any, *, everything: bool, prefix: str = "", title: str = "options"
+    group: type, values: Any, *, everything: bool, flags: bool = True, prefix: str = "", title: str = "options"
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield a title, and name and help of each option: of the group itself, then of each dataclass in it."""
     options, nested, docs = list[tuple[str, str]](), list[tuple[Any, ...]](), _field_docs(group)
@@ -87,18 +87,19 @@ def _sections(
         help_ = " ".join((docs.get(field.name) or conf.help or kind.__doc__ or "").split("\n\n")[0].split())
         if dataclasses.is_dataclass(kind):
             inner = prefix if conf.name == "" else f"{prefix}{field.name}."
-            nested.append((kind, None if default is dataclasses.MISSING else default, inner, help_.rstrip(".")))
+            typed = tyro.conf.FlagConversionOff in metadata
+            inner_values = None if default is dataclasses.MISSING else default
+            nested.append((kind, inner_values, flags and not typed, inner, help_.rstrip(".")))
         elif tyro.conf.Positional in metadata:
             options.append((conf.metavar, f"{help_}{_describe_default(default)}"))
         else:
-            flag = kind is bool and values is None
-            metavar = "" if flag else conf.metavar or _metavar(kind)
+            metavar = "" if kind is bool and flags else conf.metavar or _metavar(kind)
             name = f"--{prefix}{field.name}".replace("_", "-")
             options.append((f"{name} {metavar}".rstrip(), f"{help_}{_describe_default(default)}"))
     if options:
         yield title, options
-    for kind, inner_values, inner, about in nested:
-        yield from _sections(kind, inner_values, everything=everything, prefix=inner, title=about)
+    for kind, default, inner_flags, inner, about in nested:
+        yield from _sections(kind, default, everything=everything, flags=inner_flags, prefix=inner, title=about)
 
 
 def _hints(group: type) -> dict[str, Any]:

@@ -29,6 +29,7 @@ COMMANDS = {
     "tune": "search loss weights and stage lengths, and register the best counter",
     "evaluate": "score a packaged counter on a split",
     "predict": "count the people in photos",
+    "submit": "run one of these commands on a Ray cluster",
 }
 
 
@@ -63,8 +64,8 @@ def _require_dependencies() -> None:
 
 def _missing(package: str) -> str:
     return (
-        f"the package {package} is not installed for {sys.executable}: `make setup` in the checkout builds .venv, "
-        "whose .venv/bin/python has all of them; in an environment of your own, pip install -e . does"
+        f"the package {package} is not installed for {sys.executable}: run `make setup` in the checkout, and the job "
+        "with .venv/bin/python"
     )
 
 
@@ -129,3 +130,7 @@ def _signals_raise(received: list[int]) -> Iterator[None]:
 def _print_error(message: object, status: int) -> int:
     print(terminal.message(f"error: {message}"), file=sys.stderr, flush=True)
     return status
+
+
+if __name__ == "__main__":
+    main()

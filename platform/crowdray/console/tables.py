@@ -118,8 +118,8 @@ def validation_table(report: ValidationReport) -> Table:
     return table
 
 
-def show_outcome(outcome: Outcome, console: Console) -> None:
-    """Print the stages of a training run, the registered version, all paths, and how to use the counter."""
+def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
+    """Print the stages of a training run on `data`, the registered version, all paths, and how to use the counter."""
     result = outcome.result
     table = Table(title=one_line(f"{outcome.run.rpartition('/')[2]} (* exported)"), title_justify="left")
     for name in ("stage", "epochs", "last losses"):
@@ -141,6 +141,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(table)
     version = (outcome.registered or "not registered") + (f" ({outcome.alias})" if outcome.alias else "")
     uri = shlex.quote(outcome.model_uri)
+    score = f"{program('evaluate')} --model {uri} --data {shlex.quote(data)} --split test"
     _print_fields(
         console,
         {
@@ -150,13 +151,14 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             "model": outcome.model,
             "run": outcome.run,
             "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
-            "use it": f"{program('predict')} --model {uri} --input IMAGE --output predictions",
+            **({"score it": score} if result.stages[result.best_stage].test else {}),
+            "use it": f"{program('predict')} --model {uri} --input PHOTO --output predictions",
         },
     )
 
 
-def show_study(outcome: StudyOutcome, console: Console) -> None:
-    """Print the trials of a study, what prefix caching saved, its figures, and its exported best trial."""
+def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
+    """Print the trials of a study on `data`, what prefix caching saved, its figures, and its exported best trial."""
     record = outcome.record
     console.print(trial_table(record, f"{record.name} (* exported)"))
     _print_fields(
@@ -168,7 +170,7 @@ def show_study(outcome: StudyOutcome, console: Console) -> None:
             "study": outcome.study,
         },
     )
-    show_outcome(outcome.outcome, console)
+    show_outcome(outcome.outcome, data, console)
 
 
 def evaluation_table(evaluation: Evaluation, title: str) -> Table:

@@ -34,9 +34,13 @@ class TrainingOptions:
     """Device of the workers: auto uses GPUs if there are enough."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Path or URI for the result as JSON."""
+    ephemeral: bool = False
+    """Run as a Ray job although its results are lost when it ends."""
     cache: Annotated[StageCacheOptions, tyro.conf.arg(name=""), Advanced] = field(default_factory=StageCacheOptions)
     """Cache of trained stages, shared by runs and trials."""
-    config: Annotated[Config, tyro.conf.arg(name=""), Advanced] = field(default_factory=Config)
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff, Advanced] = field(
+        default_factory=Config
+    )
     """Configuration of the training run, or of what a search does not vary."""
 
     @property
@@ -99,5 +103,5 @@ def main(arguments: list[str]) -> None:
             run = find_batch_size(run, display.on_status, device=job.device)
         stage_cache = job.cache.config(run.identity.storage)
         outcome = train(run, display, tracking_uri=tracking_uri(), stage_cache=stage_cache, device=job.device)
-    show_outcome(outcome, screen)
+    show_outcome(outcome, job.data, screen)
     write_json(job.json, dataclasses.asdict(outcome))

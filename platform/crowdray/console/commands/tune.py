@@ -27,7 +27,9 @@ class TuneJob(TrainingOptions):
     """Total number of trials, including those of earlier runs of the study."""
     concurrent: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Maximum number of concurrent trials; by default as many as fit."""
-    search: Annotated[SearchOptions, tyro.conf.arg(name="")] = field(default_factory=SearchOptions)
+    search: Annotated[SearchOptions, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff] = field(
+        default_factory=SearchOptions
+    )
     """Search space and storage."""
 
 
@@ -58,5 +60,5 @@ def main(arguments: list[str]) -> None:
             stage_cache=job.cache.config(study.identity.storage),
             device=job.device,
         )
-    show_study(outcome, screen)
+    show_study(outcome, job.data, screen)
     write_json(job.json, dataclasses.asdict(outcome))
