@@ -40,12 +40,8 @@ lint: .venv/.dev ## check style, format, types and imports
 bench: .venv/.dev ## run every benchmark in benchmarks/, one after the other
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# Without MLflow's job runner: seven processes for features that crowdray does not use.
 ui: .venv/.run ## open runs, curves, figures and models at http://127.0.0.1:5000 (another port: PORT=5001)
-	@store="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"; \
-	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a server already: open it in a browser"; exit 0;; esac; \
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_BACKEND_STORE_URI="$$store" \
-		$(PYTHON_M) mlflow server --host 127.0.0.1 --port $(PORT) --workers 1
+	$(PYTHON_M) crowdray.console.ui --port $(PORT)
 
 docs: .venv/.dev ## serve the documentation at http://127.0.0.1:8000
 	NO_MKDOCS_2_WARNING=1 $(PYTHON_M) mkdocs serve --strict --dev-addr 127.0.0.1:8000

@@ -88,12 +88,14 @@ def overheads(tracking: str, study: StudyRecord) -> dict[int, float]:
     """
     client = MlflowClient(tracking)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, f"run_name like '{study.name}/%'", order_by=["start_time"])
-    trials = {f"{study.name}/trial-{trial.number:04d}": trial for trial in study.trials if trial != study.best()}
+    runs = client.search_runs(experiments, f"run_name like '% of {study.name}'", order_by=["start_time"])
+    trials = {f"trial-{trial.number:04d} of {study.name}": trial for trial in study.trials if trial != study.best()}
     found = {}
     for run in runs:
         if trial := trials.get(run.info.run_name):
-            epochs = sorted(client.get_metric_history(run.info.run_id, "seconds"), key=lambda metric: metric.step)
+            epochs = sorted(
+                client.get_metric_history(run.info.run_id, "system/epoch_seconds"), key=lambda metric: metric.step
+            )
             own = [epoch >= cost.reused for cost in trial.stage_costs for epoch in range(cost.epochs)]
             trained = sum(epoch.value for epoch, counts in zip(epochs, own, strict=True) if counts)
             found[trial.number] = (run.info.end_time - run.info.start_time) / 1000 - trained

@@ -19,6 +19,8 @@ _NOT_A_USER = {"abfs", "abfss", "wasb", "wasbs", "github", "git"}
 """Schemes in which a container or a repository stands before the @."""
 _QUERY_SCHEMES = re.compile(r"https?|(?:postgres|mysql|mariadb|mssql|oracle|sqlite).*", re.IGNORECASE)
 """Schemes in which every ? starts a query; in object stores it may be part of a name or a pattern."""
+_PAGE_QUERY = re.compile(r"workflowType=machine_learning(&viewStateShareKey=crowdray)?")
+"""Query of the addresses of MLflow's web pages (registry/pages.py), which holds no secret."""
 _LOCAL = {"file", "local"}
 """Schemes of paths, in which @ and ? mean nothing."""
 _MASK = "***"
@@ -61,6 +63,8 @@ def _parts(match: re.Match[str]) -> tuple[str, str, str]:
         return "", match[0], ""
     if user is not None and scheme.lower() in _NOT_A_USER:
         user, path = None, f"{user}@{path}"
+    if query is not None and _PAGE_QUERY.fullmatch(query):
+        path, query = f"{path}?{query}", None
     if query is not None and not (_QUERY_SCHEMES.fullmatch(scheme) or re.match(r"[\w.~%-]+=", query)):
         path, query = f"{path}?{query}", None
     return user or "", f"{scheme}://{path}", query or ""

@@ -70,7 +70,7 @@ class Workspace:
         """There is one finished MLflow run of that name, and each metric has each epoch exactly once."""
         runs = self.query("select run_uuid, status from runs where name = ?", name)
         assert [status for _, status in runs] == ["FINISHED"]
-        steps = "select step from metrics where run_uuid = ? and key = 'updates' order by step"
+        steps = "select step from metrics where run_uuid = ? and key = 'system/epoch' order by step"
         assert [step for (step,) in self.query(steps, runs[0][0])] == list(range(1, epochs + 1))
         self.assert_no_duplicates(runs[0][0])
 

@@ -102,7 +102,7 @@ def test_tune_after_kills_equals_submitted_study(
         assert {number: found[number] for number in expected} == expected
         optuna_trials = study_of(workspace, name).trials
         assert [trial.state.name for trial in optuna_trials] == ["COMPLETE"] * len(found)
-        runs = workspace.query("select run_uuid, status from runs where name like ?", f"{name}/%")
+        runs = workspace.query("select run_uuid, status from runs where name like ?", f"% of {name}")
         assert [status for _, status in runs] == ["FINISHED"] * len(found)
         for run, _ in runs:
             workspace.assert_no_duplicates(run)

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from crowdray.errors import UserError
-from crowdray.registry import tracking
+from crowdray.registry import pages, tracking
 from crowdray.registry.connection import call_mlflow, connect, sqlite_path, sqlite_uri
 from crowdray.registry.tracking import MlflowTracker, flatten, open_tracker
 
@@ -93,7 +94,34 @@ def test_sync_history_leaves_out_nonfinite_values(store: str) -> None:
     tracker = _open(store, "nan")
     tracker.sync_history([{"epoch": 0, "loss": math.nan}, {"epoch": 1, "loss": 1.0, "grad": math.inf}])
     assert _curve(store, tracker.run_id, "loss") == [(1, 1.0)]
-    assert _curve(store, tracker.run_id, "epoch") == [(0, 0.0), (1, 1.0)]
+    assert _curve(store, tracker.run_id, "system/epoch") == [(0, 0.0), (1, 1.0)]
+
+
+def test_sync_history_of_a_run_of_an_earlier_version_logs_all_epochs_under_the_present_names(store: str) -> None:
+    first = _open(store, "earlier")
+    for epoch in range(3):  # the epoch was a metric of another name
+        first.client.log_metric(str(first.run_id), "epoch", float(epoch), step=epoch)
+    second = _open(store, "earlier")
+    second.sync_history(_rows(range(0, 4)))
+    assert [step for step, _ in _curve(store, first.run_id, "val/mae")] == [0, 1, 2, 3]
+
+
+def test_open_tracker_names_user_source_and_note_and_keeps_a_changed_note(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/crowdray/jobs/train.py", "--name", "secret"])
+    monkeypatch.setenv("LOGNAME", "ann")
+    for _ in range(2):
+        tracker = open_tracker(store, "tracking", "a run", "origin", note="from s3://me:secret@bucket/mall")
+        client = MlflowClient(store, store)
+        tags = client.get_run(str(tracker.run_id)).data.tags
+        assert (tags["mlflow.user"], tags["mlflow.source.name"]) == ("ann", "jobs/train.py")
+        assert "secret" not in str(tags)
+        client.set_tag(str(tracker.run_id), "mlflow.note.content", "mine")
+    assert tags["mlflow.note.content"] == "mine"
+    experiment = client.get_experiment_by_name("tracking")
+    assert experiment is not None and experiment.tags[pages.VIEW_TAG] == pages.VIEW
+    assert tracker.url == pages.run_page("http://127.0.0.1:5000", experiment.experiment_id, str(tracker.run_id))
 
 
 def test_tracker_after_an_outage_sends_what_was_missed(

@@ -20,8 +20,9 @@ from crowdray.config import Device
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.publish import metric_rows, open_run, publish_run
+from crowdray.pipeline.publish import open_run, publish_run
 from crowdray.pipeline.run import Run
+from crowdray.registry.metrics import metric_rows
 from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
@@ -113,9 +114,9 @@ def _tracked(callback: TrainingCallback, tracker: Tracker) -> HistoryCallback:
     def on_history(history: Sequence[EpochMetrics]) -> None:
         callback.on_history(history)
         tracker.sync_history(metric_rows(history))
-        last = history[-1]
-        tags = {f"crowdray.stage.{last['stage']}": f"up to epoch {last['epoch']:.0f}"}
-        tracker.set_tags(tags | {"crowdray.workers": describe_workers(history)})
+        last = {row["stage"]: row["epoch"] for row in history}
+        stages = ", ".join(f"{stage} to epoch {epoch}" for stage, epoch in last.items())
+        tracker.set_tags({"crowdray.stages": stages, "crowdray.workers": describe_workers(history)})
 
     return on_history
 

@@ -15,10 +15,12 @@ from crowdray import storage
 from crowdray.console.arguments import program
 from crowdray.console.study_display import trial_table
 from crowdray.console.terminal import one_line, print_message
+from crowdray.console.ui import command as ui_command
 from crowdray.datasets.statistics import MAX_LISTED
 from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
 from crowdray.evaluation.metrics import GAME_LEVELS
 from crowdray.presets import preset_for
+from crowdray.registry.pages import is_server
 
 if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds
     from collections.abc import Callable
@@ -150,11 +152,21 @@ def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
             "overview": outcome.figure,
             "model": outcome.model,
             "run": outcome.run,
-            "tracked": outcome.run_url or f"run {outcome.run_id} in {outcome.tracking_uri}",
+            **_tracking_fields(outcome),
             **({"score it": score} if result.stages[result.best_stage].test else {}),
             "use it": f"{program('predict')} --model {uri} --input PHOTO --output predictions",
         },
     )
+
+
+def _tracking_fields(outcome: Outcome) -> dict[str, str]:
+    """Return where MLflow shows a run, and all others on its dataset."""
+    if outcome.tracking_uri is None:
+        return {"tracked": "not tracked"}
+    if outcome.run_url is None:
+        return {"tracked": f"run {outcome.run_id} in {outcome.tracking_uri}"}
+    links = {"its page": outcome.run_url, "all runs": outcome.runs_url or outcome.run_url}
+    return ({} if is_server(outcome.tracking_uri) else {"see it": ui_command()}) | links
 
 
 def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
@@ -168,6 +180,7 @@ def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
             "times faster than without it",
             "figures": ", ".join(outcome.figures),
             "study": outcome.study,
+            **({"its page": outcome.run_url} if outcome.run_url else {}),
         },
     )
     show_outcome(outcome.outcome, data, console)

@@ -32,9 +32,12 @@ class Outcome:
     run_id: str | None
     """MLflow run id."""
     run_url: str | None
-    """Web page of the MLflow run, if a server shows it."""
+    """Web page of the MLflow run: of its server, or of `make ui` for a database; None for an outcome of an earlier
+    version."""
     decision: str | None = None
     """Which version is `candidate` after the registration, and why."""
+    runs_url: str | None = None
+    """Web page with all runs on the dataset."""
 
     @property
     def model_uri(self) -> str:
@@ -48,9 +51,11 @@ class Outcome:
             return None
         outcome = cls.from_json(storage.read_bytes(run.outcome), run.outcome)
         # A previous version recorded credentials too.
-        recorded, url = (uri and redacted(uri) for uri in (outcome.tracking_uri, outcome.run_url))
+        uris = (outcome.tracking_uri, outcome.run_url, outcome.runs_url)
+        recorded, url, runs = (uri and redacted(uri) for uri in uris)
         same = recorded == (tracking_uri and redacted(tracking_uri))
-        return replace(outcome, alias=None, decision=None, tracking_uri=recorded, run_url=url) if same else None
+        found = replace(outcome, tracking_uri=recorded, run_url=url, runs_url=runs, alias=None, decision=None)
+        return found if same else None
 
     def to_json(self) -> str:
         """Return the outcome as JSON text."""

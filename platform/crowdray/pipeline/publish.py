@@ -1,7 +1,6 @@
 """Publication of a finished training run: packaged counter, registered version, figures."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from crowdray.plots.training import draw_calibration, draw_density_levels, draw_
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
+from crowdray.registry.metrics import exported_metrics, metric_rows
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.registration import register
@@ -51,6 +51,7 @@ def open_run(
     name: str = "",
     parent: str | None = None,
     space: str | None = None,
+    note: str = "",
 ) -> Tracker:
     """Open the MLflow run of a training run, study or trial, with its configuration, dataset and provenance.
 
@@ -61,8 +62,11 @@ def open_run(
         name: Name of the MLflow run; that of the folder by default.
         parent: Id of the parent run, such as that of a study.
         space: Search space of a study, as JSON.
+        note: First sentence of its description.
     """
-    tracker = open_tracker(tracking_uri, f"crowdray-{dataset}", name or identity.name, identity.uri, parent=parent)
+    note = f"{note or 'Training run'} on `{identity.data}`. Folder: `{identity.uri}`"
+    experiment = experiment_of(dataset)
+    tracker = open_tracker(tracking_uri, experiment, name or identity.name, identity.uri, parent=parent, note=note)
     try:
         config = asdict(identity.config) | ({"space": space} if space else {})
         tracker.log_config(config, _provenance(identity))
@@ -71,6 +75,11 @@ def open_run(
         raise
     tracker.log_dataset(dataset, identity.data, identity.data_digest)
     return tracker
+
+
+def experiment_of(dataset: str) -> str:
+    """Return the name of the MLflow experiment, and of the registered model, of a dataset."""
+    return f"crowdray-{dataset}"
 
 
 def _provenance(identity: RunIdentity) -> dict[str, str]:
@@ -87,16 +96,15 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
     tracker.sync_history(metric_rows(checkpoint.progress.history))
-    tracker.log_summary(_final_metrics(result), checkpoint.progress.epochs)
     epoch = result.stages[result.best_stage].best.epoch
     with storage.scratch_folder("publish") as scratch:
         package = _package(run, checkpoint, result, dataset, scratch / "model")
-        tracker.log_summary({f"best/{name}": value for name, value in package.metrics.items()}, epoch)
+        tracker.log_summary(_summary(result), epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
         version = None
         if tracking_uri is not None and tracker.run_id is not None:
-            name = f"crowdray-{dataset.index.name}"
+            name = experiment_of(dataset.index.name)
             version = register(package, name, tracker.run_id, epoch, tracking_uri)
         figures = _draw(checkpoint, result, dataset, scratch)
         for figure in figures:
@@ -113,32 +121,24 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         tracking_uri=tracking_uri and redacted(tracking_uri),
         run_id=tracker.run_id,
         run_url=tracker.url,
+        runs_url=tracker.runs_url,
         decision=version.decision if version else None,
     )
     storage.write_bytes(run.outcome, outcome.to_json().encode())
     return outcome
 
 
-def metric_rows(history: Sequence[Mapping[str, float | str]]) -> list[dict[str, float]]:
-    """Return the history as numbers: the name of a stage becomes its index."""
-    order = list(dict.fromkeys(row["stage"] for row in history))
-    return [
-        {key: float(value) for key, value in row.items() if not isinstance(value, str)}
-        | {"stage": float(order.index(row["stage"]))}
-        for row in history
-    ]
-
-
-def _final_metrics(result: TrainingResult) -> dict[str, float]:
-    final: dict[str, float] = {}
-    for name, stage in result.stages.items():
-        for split, metrics in (("val", stage.validation), ("test", stage.test)):
-            if metrics is not None:
-                final |= {f"final/{name}/{split}/{key}": float(value) for key, value in asdict(metrics).items()}
+def _summary(result: TrainingResult) -> dict[str, float]:
+    """Errors of the exported counter, and of what it has to beat."""
+    summary = exported_metrics(_best_metrics(result.stages[result.best_stage]))
     for split, constant in (("val", result.mean_predictor_validation), ("test", result.mean_predictor)):
         if constant is not None:
-            final[f"final/mean_predictor/{split}/mae"] = constant.mae
-    return final
+            summary[f"mean_predictor_{split}_mae"] = constant.mae
+    baseline = result.stages["baseline"]
+    for split, errors in (("val", baseline.validation), ("test", baseline.test)):
+        if errors is not None:
+            summary[f"baseline_{split}_mae"] = errors.mae
+    return summary
 
 
 def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, dest: Path) -> Package:

@@ -1,9 +1,12 @@
 """Tracking in MLflow: one run per training run, reopened after a restart, with each epoch logged once."""
 
+import getpass
 import json
 import logging
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +16,9 @@ from urllib.parse import urlsplit
 
 from crowdray.credentials import redacted
 from crowdray.errors import UserError
+from crowdray.registry import pages
 from crowdray.registry.connection import call_mlflow, connect, limit_artifact_store, sqlite_path
+from crowdray.registry.metrics import EPOCH
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +37,10 @@ INIT_WEIGHTS = "crowdray.init_weights"
 """sha256 of these weights: the tag crowdray.weights of a registered counter."""
 
 _PARENT = "mlflow.parentRunId"
-_EPOCH = "epoch"
+_NOTE = "mlflow.note.content"
+_LAST_EPOCH = "system/epoch"
+"""Metric with the epoch of each row. A run that an earlier version started lacks it, and gets all epochs again under
+the present names."""
 _MAX_PARAM_LENGTH = 500
 _PARAMS_PER_BATCH = 100
 _METRICS_PER_BATCH = 1000
@@ -45,6 +53,9 @@ class Tracker:
 
     run_id: str | None = None
     url: str | None = None
+    """Web page of the run: of its server, or of `make ui` for a database."""
+    runs_url: str | None = None
+    """Web page of all runs of the experiment."""
 
     def log_config(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """Log a nested configuration as parameters and as `config.json`, and tags; safe to repeat.
@@ -77,13 +88,21 @@ class Tracker:
 
 
 def open_tracker(
-    uri: str | None, experiment: str, run_name: str, run_key: str, *, parent: str | None = None, timeout_s: float = 20.0
+    uri: str | None,
+    experiment: str,
+    run_name: str,
+    run_key: str,
+    *,
+    parent: str | None = None,
+    note: str = "",
+    timeout_s: float = 20.0,
 ) -> Tracker:
     """Return the tracker of the run with tag `run_key`, which is created if it does not exist.
 
     Args:
         uri: MLflow tracking URI; None returns a tracker that records nothing.
         parent: Id of the parent run, such as that of a study.
+        note: Description of a new run in Markdown; an existing one keeps its own, which a user may have changed.
 
     Raises:
         UserError: The tracking URI cannot be used, within about `timeout_s` seconds.
@@ -96,7 +115,9 @@ def open_tracker(
         experiment_id = _experiment_id(client, uri, experiment)
         run = _find_run(client, experiment_id, run_key)
         if run is None:
-            return _create_run(client, experiment_id, run_name, run_key, parent)
+            tags = {RUN_KEY: _tag_value(run_key), **_origin()}
+            tags |= ({_PARENT: parent} if parent else {}) | ({_NOTE: redacted(note)} if note else {})
+            return _create_run(client, experiment_id, run_name, tags)
         client.update_run(run.info.run_id, status="RUNNING")
         return run
 
@@ -124,8 +145,9 @@ class MlflowTracker(Tracker):
 
     def __init__(self, client: "MlflowClient", uri: str, run: "Run", timeout_s: float) -> None:
         self.run_id = run.info.run_id
-        if urlsplit(uri).scheme in ("http", "https"):
-            self.url = f"{redacted(uri).rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        server = pages.server_of(uri)
+        self.url = pages.run_page(server, run.info.experiment_id, run.info.run_id)
+        self.runs_url = pages.runs_page(server, run.info.experiment_id)
         self._id: str = run.info.run_id
         self._started: int = run.info.start_time
         self.client = client
@@ -133,7 +155,7 @@ class MlflowTracker(Tracker):
         self.timeout_s = timeout_s
         self._params: dict[str, str] = dict(run.data.params)
         # Every row contains its epoch as a metric, in one batch with the others.
-        self._last_epoch = int(run.data.metrics.get(_EPOCH, -1))
+        self._last_epoch = int(run.data.metrics.get(_LAST_EPOCH, -1))
 
     def log_config(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
         """See Tracker.log_config."""
@@ -176,7 +198,7 @@ class MlflowTracker(Tracker):
 
     def sync_history(self, rows: Sequence[Mapping[str, float]]) -> None:
         """See Tracker.sync_history."""
-        fresh = [row for row in rows if int(row[_EPOCH]) > self._last_epoch]
+        fresh = [row for row in rows if int(row[EPOCH]) > self._last_epoch]
         self._attempt(lambda: self._send_rows(fresh), "metrics")
 
     def log_summary(self, metrics: Mapping[str, float], epoch: int) -> None:
@@ -213,10 +235,12 @@ class MlflowTracker(Tracker):
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             now = int(time.time() * 1000)
-            self.client.log_batch(
-                self._id, metrics=[point for row in batch for point in _points(row, now, int(row[_EPOCH]))]
-            )
-            self._last_epoch = int(batch[-1][_EPOCH])
+            points = []
+            for row in batch:
+                metrics = {_LAST_EPOCH if key == EPOCH else key: value for key, value in row.items()}
+                points += _points(metrics, now, int(row[EPOCH]))
+            self.client.log_batch(self._id, metrics=points)
+            self._last_epoch = int(batch[-1][EPOCH])
 
 
 def _points(metrics: Mapping[str, float], timestamp: int, epoch: int) -> list["Metric"]:
@@ -249,7 +273,8 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifact_location=_artifact_root(uri, name))
+            tags = {pages.VIEW_TAG: pages.VIEW}
+            return client.create_experiment(name, artifact_location=_artifact_root(uri, name), tags=tags)
         except MlflowException as error:  # another job may create it at the same moment
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -260,6 +285,8 @@ def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
             f"the MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore "
             f"--experiment-id {found.experiment_id}) or choose another name"
         )
+    if pages.VIEW_TAG not in found.tags:  # created by an earlier version
+        client.set_experiment_tag(found.experiment_id, pages.VIEW_TAG, pages.VIEW)
     return str(found.experiment_id)
 
 
@@ -273,14 +300,24 @@ def _find_run(client: "MlflowClient", experiment_id: str, run_key: str) -> "Run 
     return found[0] if found else None
 
 
-def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, run_key: str, parent: str | None) -> "Run":
-    tags = {RUN_KEY: _tag_value(run_key)} | ({_PARENT: parent} if parent else {})
-    created = client.create_run(experiment_id, run_name=run_name, tags=tags)
+def _create_run(client: "MlflowClient", experiment_id: str, run_name: str, tags: Mapping[str, str]) -> "Run":
+    created = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
     # Two first starts at the same moment both create a run; both then agree on the older one.
-    first = _find_run(client, experiment_id, run_key) or created
+    first = _find_run(client, experiment_id, tags[RUN_KEY]) or created
     if first.info.run_id != created.info.run_id:
         client.delete_run(created.info.run_id)
     return first
+
+
+def _origin() -> dict[str, str]:
+    """Who started the process, and which program it is, in the tags that MLflow shows."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = str(os.getuid())
+    program = Path(sys.argv[0])
+    source = f"jobs/{program.name}" if program.parent.name == "jobs" else program.name
+    return {"mlflow.user": user, "mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
 
 
 def _tag_value(run_key: str) -> str:

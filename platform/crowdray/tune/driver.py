@@ -1,6 +1,7 @@
 """The driver of a study: sample with Optuna, run trials on Ray Tune, publish the best one."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from crowdray.data.splits import split_rows
 from crowdray.errors import JobFailed, UserError
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import open_run, publish_run
+from crowdray.registry.metrics import BEST_VAL_MAE
 from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
@@ -34,7 +36,7 @@ from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
 from crowdray.tune.record import StudyOutcome, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import draw_stage_tree
 from crowdray.tune.study import Study
-from crowdray.tune.trial_tracker import TrialTracker
+from crowdray.tune.trial_tracker import TrialTracker, cost_metrics
 
 if TYPE_CHECKING:
     from crowdray.tune.search import StageTreeSearch
@@ -127,7 +129,8 @@ class _Driver:
         """Search, publish the best trial, and draw the figures."""
         study, identity = self.study, self.study.identity
         space = study.space.to_json()
-        with finish_on_exit(open_run(identity, self.dataset, self.tracking_uri, space=space)) as tracker:
+        note = f"Search with {len(study.space.dimensions)} varied fields, minimizing {' and '.join(study.objectives)},"
+        with finish_on_exit(open_run(identity, self.dataset, self.tracking_uri, space=space, note=note)) as tracker:
             opened = open_optuna_storage(study)
             trial_tracker = TrialTracker(
                 study,
@@ -166,7 +169,7 @@ class _Driver:
                 outcome = self.publish(best, trial_tracker, resources)
             self.callback.on_status("drawing figures")
             figures = _draw(trial_tracker.record, study, tracker)
-            return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures)
+            return StudyOutcome(study.uri, trial_tracker.record, best.number, outcome, figures, tracker.url)
 
     def publish(self, best: TrialRecord, trial_tracker: TrialTracker, resources: Resources) -> Outcome:
         """Evaluate the best trial on the test split, package and register it under its own MLflow run."""
@@ -286,6 +289,8 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
     storage.write_bytes(storage.join(study.uri, "record.json"), record.to_json().encode())
     best = record.best()
     if best is not None and best.mae is not None:
-        costs = {"worker_seconds/spent": record.spent, "worker_seconds/saved": record.saved}
-        tracker.log_summary({"best/val/mae": best.mae, "trials": float(len(record.trials))} | costs, len(record.trials))
+        tracker.log_summary({BEST_VAL_MAE: best.mae} | cost_metrics(record), len(record.trials))
+        states = Counter(trial.state for trial in record.trials)
+        counts = ", ".join(f"{count} {state}" for state, count in states.items())
+        tracker.set_tags({"crowdray.trials": counts, "crowdray.best_trial": str(best.number)})
     return tuple(uris)

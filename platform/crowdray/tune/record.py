@@ -137,6 +137,8 @@ class StudyOutcome:
     """The best trial, published."""
     figures: tuple[str, ...]
     """Paths of the figures of the search."""
+    run_url: str | None = None
+    """Web page of the study's MLflow run; None without tracking."""
 
 
 def is_weight(name: str, values: Sequence[Value]) -> bool:

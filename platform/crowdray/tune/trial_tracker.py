@@ -11,7 +11,9 @@ from pydantic import TypeAdapter
 
 from crowdray.config import Config
 from crowdray.errors import UserError
-from crowdray.pipeline.publish import metric_rows, open_run
+from crowdray.pipeline.publish import open_run
+from crowdray.registry.metrics import BEST_VAL_MAE, metric_rows
+from crowdray.registry.pages import TRIAL_STATE
 from crowdray.registry.tracking import Status, Tracker
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.optuna_study import sampled_trials
@@ -79,8 +81,10 @@ class TrialTracker:
     def open_run(self, number: int, config: Config) -> Tracker:
         """Open the MLflow run of a trial."""
         identity = self._study.run_of(number, config).identity
-        name = f"{self._study.identity.name}/{identity.name}"
-        return open_run(identity, self._dataset, self._tracking_uri, name=name, parent=self._parent)
+        study = self._study.identity.name
+        # MLflow cuts long names off at their end.
+        name, note = f"{identity.name} of {study}", f"Trial {number} of the study {study}"
+        return open_run(identity, self._dataset, self._tracking_uri, name=name, parent=self._parent, note=note)
 
     def on_start(self, number: int, values: Mapping[str, Any], config: Config) -> None:
         """A trial starts, or restarts: then it keeps the costs from before its driver died."""
@@ -114,11 +118,12 @@ class TrialTracker:
         running = self._running.pop(number)
         if tracker := running.tracker or self._try_open_run(number, running.config):
             tracker.sync_history(running.rows())
-            errors = {"mae": record.mae, "rmse": record.rmse}
-            summary = {f"trial/val/{name}": value for name, value in errors.items() if value is not None}
-            costs = {"worker_seconds/spent": record.spent, "worker_seconds/saved": record.saved}
-            tracker.log_summary(summary | costs, max(running.history, default=0))
-            tracker.set_tags({"crowdray.trial": state} | ({"crowdray.reason": reason} if reason else {}))
+            errors = {BEST_VAL_MAE: record.mae, "best_val_rmse": record.rmse}
+            summary = {name: value for name, value in errors.items() if value is not None}
+            epochs = max(running.history, default=0)
+            tracker.log_summary(summary | cost_metrics(record), epochs)
+            reason = reason or (f"unpromising after epoch {epochs}" if state == "pruned" else "")
+            tracker.set_tags({TRIAL_STATE: state} | ({"crowdray.reason": reason} if reason else {}))
             tracker.finish(_STATUS[state])
         self._on_record(self.record)
         return asdict(record)
@@ -130,6 +135,11 @@ class TrialTracker:
         except UserError as error:
             _log.warning("trial %d is not tracked: %s", number, error)
             return None
+
+
+def cost_metrics(record: TrialRecord | StudyRecord) -> dict[str, float]:
+    """Return what a trial or a study cost, and what the stage cache saved, under MLflow's names."""
+    return {"system/worker_seconds": record.spent, "system/worker_seconds_saved": record.saved}
 
 
 @dataclass
