@@ -20,7 +20,7 @@ _NOT_A_USER = {"abfs", "abfss", "wasb", "wasbs", "github", "git"}
 _QUERY_SCHEMES = re.compile(r"https?|(?:postgres|mysql|mariadb|mssql|oracle|sqlite).*", re.IGNORECASE)
 """Schemes in which every ? starts a query; in object stores it may be part of a name or a pattern."""
 _PAGE_QUERY = re.compile(r"workflowType=machine_learning(&viewStateShareKey=crowdray)?")
-"""Query of the addresses of MLflow's web pages (registry/pages.py), which holds no secret."""
+"""Query of the addresses of MLflow's web pages (registry/pages.py), which is not a secret."""
 _LOCAL = {"file", "local"}
 """Schemes of paths, in which @ and ? mean nothing."""
 _MASK = "***"

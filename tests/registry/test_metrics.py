@@ -9,7 +9,7 @@ from crowdray.credentials import redacted
 from crowdray.registry.metrics import exported_metrics, metric_rows
 from crowdray.registry.pages import VIEW, model_page, run_page, runs_page, server_of
 
-ROW = {
+ROW: dict[str, float | int | str] = {
     "stage": "joint", "epoch": 3, "workers": 2, "updates": 90, "seconds": 7.5, "images_per_s": 8.0,
     "learning_rate": 0.001, "loss/density": 0.5, "weighted/density": 0.4, "val/mae": 2.0, "val/rmse": 3.0,
     "val/bias": 1.0, "val/nae": 0.2, "val/mae_unmasked": 2.5,

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print()
     finally:
-        process.terminate()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
@@ -65,10 +67,12 @@ def _serve(uri: str, port: int) -> "subprocess.Popen[bytes]":
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",
         "MLFLOW_BACKEND_STORE_URI": with_credentials(uri),
     }
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return subprocess.Popen([*server, "--uvicorn-opts", "--log-level warning"], env=environment)
+    # Ctrl-C reaches this process alone, which ends the server and its children without their tracebacks.
+    return subprocess.Popen([*server, "--uvicorn-opts", "--log-level warning"], env=environment, start_new_session=True)
 
 
 def _wait_until_served(process: "subprocess.Popen[bytes]", server: str) -> None:

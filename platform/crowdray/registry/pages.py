@@ -35,7 +35,7 @@ VIEW = json.dumps(
         "runsHiddenMode": "FIRST_20_RUNS",
     }
 )
-"""The table of runs that links open: the lowest validation error first, and columns that tell runs apart."""
+"""The table of runs that links open: the lowest validation error first, and the columns in which runs differ."""
 
 _TRAINING = "workflowType=machine_learning"
 """Without it, MLflow's navigation is that of language models."""
