@@ -89,13 +89,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 started, file = pin_init(with_init(config, options.init), folder, options.tracking_uri)
                 before, adapted = comparison.train(started, read_init(file))
-            scratch = comparison.train(config, None)[1]
             print(
-                f"{images:4} images, seed {seed}: adapted {adapted.mae:6.2f} (bias {adapted.bias:+.2f}), "
-                f"from scratch {scratch.mae:6.2f} (bias {scratch.bias:+.2f}), not adapted {before.mae:6.2f}, "
-                f"mean predictor {comparison.mean_predictor(config):6.2f}; {time.perf_counter() - clock:.0f} s",
+                f"{images:4} images, seed {seed}: mean predictor {comparison.mean_predictor(config):.2f}, "
+                f"not adapted {before.mae:.2f}, adapted {adapted.mae:.2f} (bias {adapted.bias:+.2f})",
+                end=", ",
                 flush=True,
             )
+            scratch = comparison.train(config, None)[1]
+            seconds = time.perf_counter() - clock
+            print(f"from scratch {scratch.mae:.2f} (bias {scratch.bias:+.2f}); {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
