@@ -53,6 +53,14 @@ def test_parse_with_config_overrides_the_preset() -> None:
     )
 
 
+def test_init_replaces_the_counter_of_a_recorded_configuration_and_adapt_needs_one() -> None:
+    arguments = ["--preset", "adapt", "--data", "d", "--model.init-sha256", "0" * 64]
+    with pytest.raises(UserError, match="give --init models:/NAME@candidate"):
+        _ = parse_with_config(TrainJob, arguments, "train").resolved_config
+    model = parse_with_config(TrainJob, [*arguments, "--init", "models:/a/1"], "train").resolved_config.model
+    assert (model.init, model.init_sha256) == ("models:/a/1", "")
+
+
 def test_parse_with_config_accepts_overrides_that_are_valid_only_together() -> None:
     overrides = ["--stages.decoders.epochs", "0", "--stages.joint.epochs", "0"]
     stages = parse_with_config(TrainJob, [*REQUIRED, *overrides], "train").config.stages
