@@ -131,6 +131,7 @@ def test_predict_command_prints_and_writes_the_counts_of_the_model(
     counter, model = package
     main, output = predict.main, tmp_path / "out"
     arguments = ["--model", model, "--input", str(photos), "--output", str(output), "--device", "cpu"]
+    arguments += ["--save", "densities,points"]
     assert status(main, arguments) == 0
     printed = capsys.readouterr().out
     for stem in ("a", "b"):

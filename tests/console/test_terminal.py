@@ -15,7 +15,8 @@ from crowdray.datasets.statistics import DatasetStats, UnusableItem, image_stats
 from crowdray.datasets.validation import validate
 from crowdray.errors import UserError, escaped
 from crowdray.evaluation.report import EvaluatedImage, RegionCount, summarise_images
-from crowdray.pipeline.predict import PhotoCount, Prediction
+from crowdray.pipeline.count_table import PhotoCount
+from crowdray.pipeline.predict import Prediction
 
 from ..support.builders import samples
 
@@ -41,11 +42,12 @@ def test_tables_show_hostile_names_escaped() -> None:
     images = [EvaluatedImage(row, HOSTILE, f"{row}{HOSTILE}", 1, region, region, True) for row in (0, 1)]
     stats = DatasetStats([image_stats(sample) for sample in samples(3)], [UnusableItem(HOSTILE, HOSTILE, "", HOSTILE)])
     report = validate(HOSTILE, "none", stats)
-    photos = [PhotoCount(HOSTILE, 1, 1, 1.0, "", "")]
+    counted = PhotoCount(HOSTILE, HOSTILE, count=1.0, width=1, height=1, warnings=(HOSTILE,))
+    prediction = Prediction(f"/{HOSTILE}/counts.csv", HOSTILE, 2, 2.0, first=[counted], unlike_example=counted)
     shown: list[Callable[[Console], None]] = [
         lambda console: console.print(evaluation_table(summarise_images(images), HOSTILE)),
         lambda console: console.print(validation_table(report)),
-        lambda console: show_prediction(Prediction(photos, {}, f"/{HOSTILE}/counts.csv"), console),
+        lambda console: show_prediction(prediction, console),
     ]
     for show in shown:
         console = Console(width=500, file=io.StringIO(), record=True)

@@ -10,27 +10,53 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from crowdray import storage
 from crowdray.data.decoding import decode_image
 from crowdray.errors import UserError
+from crowdray.models.export import Geometry
+from crowdray.pipeline import predict
 from crowdray.pipeline.predict import (
-    COUNTS,
     OVERLAY,
+    SAVED,
+    Prediction,
     PredictionError,
+    PredictOptions,
     choose_device,
+    combine,
+    count_part,
     find_images,
-    predict_images,
+    head_points,
+    list_photos,
     result_stems,
+    split_into_parts,
 )
+from crowdray.registry.loading import LoadedCounter
 
 
-def brightness(image: Tensor) -> Tensor:
+class Brightness(nn.Module):
     """A density proportional to brightness, with a cell for each pixel."""
-    if min(image.shape[2:]) < 5:
-        raise UserError("too small")
-    return image.float().mean(dim=1, keepdim=True) / 255 / 100
+
+    def forward(self, image: Tensor) -> Tensor:
+        assert min(image.shape[2:]) >= 5, "Guard failed"
+        return image.float().mean(dim=1, keepdim=True) / 255 / 100
+
+
+COUNTER = LoadedCounter(Brightness(), torch.device("cpu"), {}, Geometry(1, 1, 4, 8))
+
+
+def predict_images(images: list[str], output: str) -> Prediction:
+    """Count photos whatever was counted before."""
+    options = PredictOptions(output, "models:/brightness/1", SAVED)
+    photos = list_photos(images, options.save)
+    for part in split_into_parts(photos):
+        assert len(list(count_part(COUNTER, part, options, "command"))) == len(part)
+    return combine(COUNTER, photos, options, "command")
+
+
+def table(output: Path | str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(storage.read_bytes(f"{output}/counts.csv").decode())))
 
 
 def photo(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
@@ -50,11 +76,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def plain_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Overlays without drawing, which takes most of the time."""
-    monkeypatch.setattr(
-        "crowdray.pipeline.predict.draw_overlay", lambda image, density, path: storage.write_bytes(path, b"overlay")
-    )
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures without drawing, which takes most of the time."""
+    for name in ("draw_overlay", "draw_prediction_sheet"):
+        monkeypatch.setattr(predict, name, lambda _, __, path: storage.write_bytes(path, b"figure"))
 
 
 def names(uris: list[str]) -> list[str]:
@@ -92,31 +117,34 @@ def test_predict_images_counts_are_the_sums_of_the_densities(photos: Path, tmp_p
         source, output = (f"memory://{uuid.uuid4().hex}/{name}" for name in ("in", "out"))
         for file in photos.glob("*.*"):
             storage.write_bytes(storage.join(source, file.name), file.read_bytes())
-    done: list[int] = []
-    prediction = predict_images(brightness, find_images(source, output), output, done.append)
-    rows = list(csv.DictReader(io.StringIO(storage.read_bytes(f"{output}/counts.csv").decode())))
+    prediction = predict_images(find_images(source, output), output)
+    rows = table(output)
     assert [row["image"] for row in rows] == ["a.PNG", "b.jpg", "b.png"]
-    assert sum(done) == 3
-    for row, counted, stem in zip(rows, prediction.counted, ("a", "b.jpg", "b.png"), strict=True):
+    for row, stem in zip(rows, ("a", "b.jpg", "b.png"), strict=True):
         density = np.load(io.BytesIO(storage.read_bytes(f"{output}/{stem}.density.npy")))
         pixels = decode_image((photos / row["image"]).read_bytes())
         np.testing.assert_allclose(density, pixels.mean(axis=2) / 25500, rtol=1e-5)
         assert density.dtype == np.float32
         assert float(row["count"]) == pytest.approx(density.sum(dtype=np.float64), abs=1e-6)
-        assert counted.count == density.sum(dtype=np.float64)
+        assert (row["width"], row["height"], row["model"], row["error"]) == ("56", "40", "models:/brightness/1", "")
         with Image.open(io.BytesIO(storage.read_bytes(f"{output}/{stem}.overlay.png"))) as overlay:
             assert overlay.size == (640, round(640 * 40 / 56))
+        points = storage.read_bytes(f"{output}/{stem}.points.csv").decode().splitlines()
+        assert points[0] == "x,y" and len(points) == 1 + round(float(row["count"]))
+    assert prediction.photos == 3
+    assert prediction.heads == pytest.approx(sum(float(row["count"]) for row in rows), abs=1e-5)
+    assert prediction.sheet and storage.read_bytes(prediction.sheet).startswith(b"\x89PNG")
     prediction.check()
 
 
-@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.usefixtures("no_drawing")
 def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(photos: Path, tmp_path: Path) -> None:
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
     photo(4, (3, 8)).save(photos / "tiny.png")
     output = str(tmp_path / "out")
     images = [*find_images(str(photos), output), str(photos / "gone.jpg")]
-    prediction = predict_images(brightness, images, output)
-    assert [photo.image for photo in prediction.counted] == ["a.PNG", "b.jpg", "b.png"]
+    prediction = predict_images(images, output)
+    assert [photo.image for photo in prediction.first] == ["a.PNG", "b.jpg", "b.png"]
     with pytest.raises(PredictionError) as error:
         prediction.check()
     first, *reasons = str(error.value).splitlines()
@@ -162,19 +190,19 @@ def test_result_stems_of_long_names_fit_a_file_system_and_stay_distinct() -> Non
     assert all(len(os.fsencode(stem + OVERLAY)) <= 240 for stem in stems)
 
 
-@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.usefixtures("no_drawing")
 def test_predict_images_writes_results_of_long_and_foreign_names(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("\u5199\u771f" * 37 + ".png", "x" * 251 + ".png", os.fsdecode(b"caf\xe9.png"), "line\nbreak.png"):
         photo(1).save(folder / name)
-    prediction = predict_images(brightness, find_images(str(folder), "out"), str(tmp_path / "out"))
+    prediction = predict_images(find_images(str(folder), "out"), str(tmp_path / "out"))
     assert not prediction.failed
-    assert len(list((tmp_path / "out").iterdir())) == 4 * 2 + 1
-    assert len(list(csv.reader(io.StringIO((tmp_path / "out" / COUNTS).read_text())))) == 4 + 1
+    assert len(list((tmp_path / "out").glob("*.*"))) == 4 * 3 + 3  # and a table, a sheet and the state
+    assert {row["image"] for row in table(tmp_path / "out")} >= {"caf\\udce9.png", "line\nbreak.png"}
 
 
-@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.usefixtures("no_drawing")
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -192,36 +220,38 @@ def test_predict_images_lists_a_photo_that_fails_in_any_way(
             raise error
 
     output = tmp_path / "out"
-    predict_images(brightness, [str(photos / "b.jpg")], str(output))  # an earlier run
+    predict_images([str(photos / "b.jpg")], str(output))  # an earlier run
     monkeypatch.setattr("crowdray.pipeline.predict.draw_overlay", overlay)
-    prediction = predict_images(brightness, find_images(str(photos), str(output)), str(output))
-    assert [photo.image for photo in prediction.counted] == ["a.PNG", "b.png"]
+    prediction = predict_images(find_images(str(photos), str(output)), str(output))
+    assert [photo.image for photo in prediction.first] == ["a.PNG", "b.png"]
     with pytest.raises(PredictionError, match=f"b.jpg: {reason}"):
         prediction.check()
-    rows = list(csv.reader(io.StringIO((output / COUNTS).read_text())))
-    assert [name for name, _ in rows] == ["image", "a.PNG", "b.png"]
-    assert not (output / "b.jpg.density.npy").exists()
+    assert [bool(row["count"]) for row in table(output)] == [True, False, True]
+    assert [bool(row["error"]) for row in table(output)] == [False, True, False]
+    assert not list(output.glob("b.jpg.*"))
 
 
-@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.usefixtures("no_drawing")
 def test_counts_table_has_no_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     given = ["=1+1.png", "+a.png", "-2.png", "@sum.png", "\tx.png", "\uff1d1.png", "plain.png", "'quoted.png"]
     for name in given:
         photo(1).save(folder / name)
-    predict_images(brightness, [str(folder / name) for name in given], str(tmp_path / "out"))
-    header, *rows = csv.reader(io.StringIO((tmp_path / "out" / COUNTS).read_text()))
-    assert [name.removeprefix("'") for name, _ in rows] == [name.removeprefix("'") for name in given]
-    assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\uff1d"))]
-    assert all(float(count) > 0 for _, count in rows) and header == ["image", "count"]
+    (folder / "=damaged.png").write_bytes(b"=damaged")
+    predict_images([str(folder / name) for name in [*given, "=damaged.png"]], str(tmp_path / "out"))
+    rows = table(tmp_path / "out")
+    assert [row["image"].removeprefix("'") for row in rows[:-1]] == [name.removeprefix("'") for name in given]
+    cells = [cell for row in rows for cell in row.values()]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\uff1d"))]
+    assert all(float(row["count"]) > 0 for row in rows[:-1])
 
 
-@pytest.mark.usefixtures("plain_overlay")
+@pytest.mark.usefixtures("no_drawing")
 def test_prediction_error_keeps_each_photo_on_one_line(tmp_path: Path) -> None:
     name = "bad\x1b[31m\n  error: fake.png"
     (tmp_path / name).write_bytes(b"not an image")
-    prediction = predict_images(brightness, [str(tmp_path / name)], str(tmp_path / "out"))
+    prediction = predict_images([str(tmp_path / name)], str(tmp_path / "out"))
     with pytest.raises(PredictionError) as error:
         prediction.check()
     assert (
@@ -236,3 +266,36 @@ def test_choose_device_without_a_gpu_is_the_cpu_or_raises(monkeypatch: pytest.Mo
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cpu"):
         choose_device("gpu")
+
+
+def test_prediction_error_lists_a_limited_number_of_photos() -> None:
+    failures = {f"photo{number}.jpg": "damaged" for number in range(20)}
+    with pytest.raises(PredictionError) as error:
+        Prediction("out/counts.csv", photos=1, failed=2000, failures=failures).check()
+    lines = str(error.value).splitlines()
+    assert lines[0] == "2000 of 2001 images could not be counted:" and len(lines) == 22
+    assert lines[-1] == "  and 1,980 more, see out/counts.csv"
+
+
+def test_head_points_are_the_highest_maxima() -> None:
+    density = np.zeros((30, 40), np.float32)
+    heads = {(5, 7): 1.0, (12, 30): 0.9, (20, 20): 0.8}
+    for (row, column), height in heads.items():
+        density[row, column] = height
+        density[row, column + 1] = 0.1
+    np.testing.assert_array_equal(head_points(density, 4), [[30, 22], [122, 50], [82, 82]])
+    assert len(head_points(density * 0.6, 4)) == 2  # as many as heads
+    assert len(head_points(np.zeros((3, 3), np.float32), 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile": -1}, "--tile is -1"),
+        ({"save": ("overlay",)}, "--save has 'overlay'; choose from counts, densities, overlays, points"),
+        ({"output": "counts.parquet"}, "--output counts.parquet is a folder; .*--format"),
+    ],
+)
+def test_predict_options_that_cannot_be_used_raise(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PredictOptions(**{"output": "out", "model": "model", **options})  # type: ignore[arg-type]

@@ -33,9 +33,6 @@ if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, tra
     from crowdray.pipeline.predict import Prediction
     from crowdray.tune.record import StudyOutcome
 
-_MAX_ROWS = 30
-"""Photos in the table of a prediction; counts.csv lists all of them."""
-
 
 def show_dataset(index: Index, dest: str, console: Console) -> None:
     """Print the splits of a converted dataset, notes on its conversion, and the items left out."""
@@ -206,20 +203,33 @@ def evaluation_table(evaluation: Evaluation, title: str) -> Table:
 
 
 def show_prediction(prediction: Prediction, console: Console) -> None:
-    """Print the counts of photos, and the paths of the results."""
+    """Print the first counts, the totals, what the counter was trained on, and the paths of the results."""
     table = Table(title="heads", title_justify="left")
     table.add_column("image")
-    for name in ("size", "count"):
+    with_interval = any(photo.count_low is not None for photo in prediction.first)
+    for name in ("size", "count", *(["95% interval"] * with_interval)):
         table.add_column(name, justify="right")
-    for photo in prediction.counted[:_MAX_ROWS]:
-        table.add_row(one_line(photo.image), f"{photo.width}x{photo.height}", f"{photo.count:.2f}")
-    if (more := len(prediction.counted) - _MAX_ROWS) > 0:
-        table.add_row(f"and {more:,} more", "", "")
+    for photo in prediction.first:
+        ends = "" if photo.count_low is None else f"{photo.count_low:.1f} to {photo.count_high:.1f}"
+        cells = [f"{photo.width}x{photo.height}", f"{photo.count:.2f}", *([ends] * with_interval)]
+        table.add_row(one_line(photo.image), *cells)
+    if (more := prediction.photos - len(prediction.first)) > 0:
+        table.add_row(f"and {more:,} more")
     console.print(table)
-    folder = prediction.counts.rpartition("/")[0]
-    patterns = {"overlays": "*.overlay.png", "densities": "*.density.npy"}
-    files = {name: storage.join(folder, pattern) for name, pattern in patterns.items()}
-    _print_fields(console, {"counts": prediction.counts, **files})
+    if prediction.rendered:
+        print_message(
+            console, "note: this counter was trained on rendered scenes; do not rely on it for photos", "yellow"
+        )
+    if example := prediction.unlike_example:
+        many = f"{prediction.unlike:,} of {prediction.photos:,} photos are unlike the training data"
+        print_message(console, f"warning: {many}: {example.image}: {'; '.join(example.warnings)}", "yellow")
+    fields = {
+        "total": f"{prediction.heads:,.1f} heads in {prediction.photos:,} photos, {prediction.failed:,} failed",
+        "trained on": prediction.trained_on,
+        "counts": prediction.table,
+        "sheet": prediction.sheet or "",
+    }
+    _print_fields(console, {name: value for name, value in fields.items() if value})
 
 
 def _report_table(title: str, caption: str, **options: Any) -> Table:

@@ -1,6 +1,6 @@
-"""Counting of people in photos, in one process: overlays, density maps and a table of counts.
+"""Counting of people in photos: which ones, what is written for each, and the part that one process counts.
 
-Shape legend: H W photo, h w density.
+Shape legend: H W photo, h w density, N people.
 """
 
 import contextlib
@@ -9,75 +9,170 @@ import fnmatch
 import hashlib
 import io
 import itertools
+import json
 import os
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import PurePosixPath
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from crowdray import storage
 from crowdray.config import Device
 from crowdray.data.decoding import DECODED_SUFFIXES, SUFFIXES, decode_upright
 from crowdray.errors import JobFailed, UserError, escaped, first_line
-from crowdray.evaluation.inference import image_to_tensor, tiled_density
+from crowdray.evaluation.inference import TILE, image_to_tensor, tiled_density
+from crowdray.pipeline.count_table import FORMATS, Parts, PhotoCount, TableFormat, write_part, write_table
+from crowdray.pipeline.zones import Zones
 from crowdray.plots.overlay import draw_overlay
+from crowdray.plots.prediction_sheet import SheetPhoto, draw_prediction_sheet
 from crowdray.registry.loading import LoadedCounter
 
-COUNTS = "counts.csv"
-"""Table of all counts, written last."""
-DENSITY, OVERLAY = ".density.npy", ".overlay.png"
+Save = Literal["counts", "densities", "overlays", "points"]
+SAVED: tuple[Save, ...] = get_args(Save)
+"""What can be written: the table, and for each photo its density, an overlay and the likely positions of people."""
+DENSITY, OVERLAY, POINTS = ".density.npy", ".overlay.png", ".points.csv"
 """Suffixes of the results of a photo."""
+SHEET = "contact_sheet.png"
+
+PART_PHOTOS = 50
+"""Photos of a part: what a killed process loses at most."""
+MAX_LISTED = 20
+"""Failures that a message lists before it only counts the rest."""
+SHOWN_PHOTOS, SHEET_PHOTOS = 30, 6
+"""Photos that a terminal shows, and of each kind on the contact sheet."""
 
 _MAX_STEM_BYTES = 220
 """Limit on the stem of a result's name: file systems allow 255 bytes, with its suffix and a number."""
-_FORMULA = (*"=+-@", *"\uff1d\uff0b\uff0d\uff20", "\t", "\r", "\n")
-"""First characters of a cell that spreadsheets may run as a formula, of half and full width."""
 
 
 class PredictionError(JobFailed):
     """Some photos could not be counted; the message lists them, the others are finished."""
 
 
-@dataclass(frozen=True, slots=True)
-class PhotoCount:
-    """Count of one photo, and the files written for it."""
+@dataclass(frozen=True)
+class Photo:
+    """A photo to count."""
 
-    image: str
-    """File name."""
-    height: int
-    """Height in pixels, upright."""
-    width: int
-    """Width in pixels, upright."""
+    uri: str
+    stem: str
+    """Start of the names of its results."""
+    key: str
+    """Digest of its location, size and modification time: a photo that was replaced is counted again."""
+
+    @property
+    def name(self) -> str:
+        """File name, with bytes that are not UTF-8 escaped."""
+        return PurePosixPath(self.uri).name.encode(errors="backslashreplace").decode()
+
+
+@dataclass(frozen=True, eq=False)
+class CountedPhoto:
+    """A photo with its count."""
+
     count: float
     """Number of heads: the sum of the density."""
-    density: str
-    """URI of the density, (h, w) float32 heads per cell, as .npy."""
-    overlay: str
-    """URI of the overlay image."""
+    density: NDArray[np.float32]
+    """(h, w) heads per cell."""
+    interval: tuple[float, float] | None
+    """Lower and upper end of its 95% interval; None if that is unknown, or the photo is unlike the training data."""
+    warnings: tuple[str, ...]
+    """In what the photo lies far outside the training data."""
+
+    def __float__(self) -> float:
+        return self.count
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Results of a set of photos."""
+class PredictOptions:
+    """What is counted and written, apart from the photos."""
 
-    counted: list[PhotoCount]
-    """Counted photos, in input order."""
-    failed: dict[str, str]
-    """Reason of each failure by the URI of its photo."""
-    counts: str
+    output: str
+    """Folder or URI of the results."""
+    model: str
+    """Name of the counter in the table."""
+    save: tuple[str, ...] = ("counts",)
+    """Of SAVED; the table is always written."""
+    tile: int = TILE
+    """Side of tiles in pixels; 0 for whole photos."""
+    zones: Zones | None = None
+    table_format: TableFormat = "csv"
+
+    def __post_init__(self) -> None:
+        if self.tile < 0:
+            raise UserError(f"--tile is {self.tile}; give the side of a tile in pixels, or 0 for whole photos")
+        if unknown := [name for name in self.save if name not in SAVED]:
+            raise UserError(f"--save has {unknown[0]!r}; choose from {', '.join(SAVED)}")
+        if self.output.lower().endswith(tuple(f".{name}" for name in FORMATS)):
+            raise UserError(f"--output {self.output} is a folder; leave out the suffix and give --format")
+
+    @property
+    def zone_columns(self) -> list[str]:
+        """Columns of the zones."""
+        return self.zones.columns if self.zones else []
+
+    @property
+    def table(self) -> str:
+        """URI of the table."""
+        return storage.join(storage.resolve(self.output), f"counts.{self.table_format}")
+
+    def command(self, counter: LoadedCounter) -> str:
+        """Digest of everything that decides the counts of a photo and the files that are written for it."""
+        content = {
+            "program": counter.digest,
+            "metadata": counter.metadata,
+            "precision": counter.precision,
+            **{name: repr(getattr(self, name)) for name in ("model", "tile", "zones")},
+            "save": sorted(set(self.save) - {"counts"}),
+        }
+        return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Prediction:
+    """Totals of a prediction, and the photos that are shown first."""
+
+    table: str
     """URI of the table of counts."""
+    sheet: str | None = None
+    """URI of the contact sheet; None if no photo could be counted."""
+    photos: int = 0
+    """Counted photos."""
+    heads: float = 0.0
+    """Sum of their counts."""
+    failed: int = 0
+    """Photos that could not be counted."""
+    unlike: int = 0
+    """Counted photos that are unlike the training data."""
+    unlike_example: PhotoCount | None = None
+    """The first of them."""
+    trained_on: str = ""
+    """What the counter was trained on; empty if its package does not say so."""
+    rendered: bool = False
+    """Whether that were rendered scenes."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Reasons of the first failures by the URI of their photo."""
+    first: list[PhotoCount] = field(default_factory=list)
+    """First counted photos."""
 
     def check(self) -> None:
         """Raise PredictionError if a photo failed."""
         if self.failed:
-            total = len(self.counted) + len(self.failed)
-            reasons = "\n".join(escaped(f"  {uri}: {reason}") for uri, reason in self.failed.items())
-            raise PredictionError(f"{len(self.failed)} of {total} images could not be counted:\n{reasons}")
+            total = self.photos + self.failed
+            reasons = [escaped(f"  {uri}: {reason}") for uri, reason in self.failures.items()]
+            if more := self.failed - len(reasons):
+                reasons.append(f"  and {more:,} more, see {escaped(self.table)}")
+            raise PredictionError("\n".join([f"{self.failed} of {total} images could not be counted:", *reasons]))
 
 
 def find_images(location: str, output: str) -> list[str]:
@@ -102,39 +197,6 @@ def find_images(location: str, output: str) -> list[str]:
     return images
 
 
-def predict_images(
-    density: Callable[[Tensor], Tensor],
-    images: Sequence[str],
-    output: str,
-    advance: Callable[[int], None] = lambda number: None,
-) -> Prediction:
-    """Count each photo and write its overlay, its density map and a table of all counts to the URI `output`.
-
-    Whatever goes wrong with one photo, or with writing its results, it is listed as failed and the others are counted.
-
-    Args:
-        density: Maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w).
-
-    Raises:
-        UserError: The table cannot be written.
-    """
-    counted: list[PhotoCount] = []
-    failed: dict[str, str] = {}
-    for uri, stem in zip(images, result_stems(images), strict=True):
-        results = storage.join(output, stem)
-        try:
-            counted.append(_count(density, uri, results))
-        except Exception as error:  # of a decoder, torch or a file system: the documentation of none lists all
-            failed[uri] = _reason(error)
-            for suffix in (DENSITY, OVERLAY):  # of this run or an earlier one
-                with contextlib.suppress(Exception):
-                    storage.remove(results + suffix)
-        advance(1)
-    counts = storage.join(output, COUNTS)
-    storage.write_bytes(counts, _csv(counted))
-    return Prediction(counted, failed, counts)
-
-
 def result_stems(images: Sequence[str]) -> list[str]:
     """Return a name for the results of each photo: without its suffix if that is unique, and short enough for a file.
 
@@ -152,6 +214,127 @@ def result_stems(images: Sequence[str]) -> list[str]:
         taken.add(_folded(stem))
         stems.append(stem)
     return stems
+
+
+def list_photos(images: Sequence[str], save: Sequence[str] = ()) -> list[Photo]:
+    """Return what identifies each photo, and the names of its results."""
+    folder = images[0].rpartition("/")[0]
+    stamps = {}
+    with contextlib.suppress(UserError):  # a web server has no listing
+        stamps = {file.name: (file.size, file.modified) for file in storage.find_files(folder, depth=1)}
+    has_files = set(save) - {"counts"}
+
+    def key(uri: str, stem: str) -> str:
+        stamp = [
+            os.fsencode(uri).hex(),
+            stamps.get(uri.rpartition("/")[2]),
+            os.fsencode(stem).hex() if has_files else "",
+        ]
+        return hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:24]
+
+    return [Photo(uri, stem, key(uri, stem)) for uri, stem in zip(images, result_stems(images), strict=True)]
+
+
+def split_into_parts(photos: Sequence[Photo]) -> list[list[Photo]]:
+    """Slices of PART_PHOTOS."""
+    return [list(photos[start : start + PART_PHOTOS]) for start in range(0, len(photos), PART_PHOTOS)]
+
+
+def count_part(
+    counter: LoadedCounter, photos: Sequence[Photo], options: PredictOptions, command: str
+) -> Iterator[PhotoCount]:
+    """Count some photos, yield each count, and write them as one part at the end.
+
+    Whatever goes wrong with one photo, or with writing its results, it has an error and the others are counted.
+
+    Raises:
+        UserError: The part cannot be written.
+    """
+    counts: dict[str, PhotoCount] = {}
+    for photo, image in _decode_ahead(photos):
+        try:
+            counts[photo.key] = _count(counter, photo, image.result(), options)
+        except Exception as error:  # of a decoder, torch or a file system: the documentation of none lists all
+            counts[photo.key] = PhotoCount(photo.name, options.model, error=_reason(error))
+            for suffix in (DENSITY, OVERLAY, POINTS):  # of this run or an earlier one
+                with contextlib.suppress(Exception):
+                    storage.remove(storage.join(options.output, photo.stem + suffix))
+        yield counts[photo.key]
+    write_part(options.output, command, counts)
+
+
+def combine(counter: LoadedCounter, photos: Sequence[Photo], options: PredictOptions, command: str) -> Prediction:
+    """Write the table and the contact sheet of all photos from their parts, and return their totals."""
+    parts, trained = Parts(options.output, command), counter.training_data
+    if missing := sum(photo.key not in parts for photo in photos):
+        raise UserError(
+            f"the counts of {missing} photos are not in {options.output}; with several nodes --output must be a folder "
+            "that all of them share, or a URI such as s3://bucket/folder"
+        )
+    prediction = Prediction(options.table, trained_on=str(trained or ""), rendered=bool(trained and trained.rendered))
+    ranked: dict[str, list[tuple[float, int]]] = {"densest": [], "unlike the training data": []}
+
+    def counts() -> Iterator[PhotoCount]:
+        for number, photo in enumerate(photos):
+            count = parts[photo.key]
+            if count.count is None:
+                prediction.failed += 1
+                if len(prediction.failures) < MAX_LISTED:
+                    prediction.failures[photo.uri] = count.error
+            else:
+                prediction.photos += 1
+                prediction.heads += count.count
+                if count.warnings:
+                    prediction.unlike += 1
+                    prediction.unlike_example = prediction.unlike_example or count
+                if len(prediction.first) < SHOWN_PHOTOS:
+                    prediction.first.append(count)
+                scores = {"densest": count.count, "unlike the training data": float(len(count.warnings))}
+                for kind, score in scores.items():
+                    if score > 0 or kind == "densest":
+                        ranked[kind] = nlargest(SHEET_PHOTOS, [*ranked[kind], (score, -number)])
+            yield count
+
+    write_table(counts(), options.table, options.table_format, options.zone_columns)
+    chosen = {kind: [photos[-number] for _, number in best] for kind, best in ranked.items()}
+    shown = {kind: list(_sheet_photos(counter, best, options.tile)) for kind, best in chosen.items()}
+    if any(shown.values()):
+        prediction.sheet = storage.join(storage.resolve(options.output), SHEET)
+        draw_prediction_sheet(shown, f"{prediction.photos:,} photos, {prediction.heads:,.0f} heads", prediction.sheet)
+    parts.remove_others()
+    return prediction
+
+
+def _sheet_photos(counter: LoadedCounter, photos: Sequence[Photo], tile: int) -> Iterator[SheetPhoto]:
+    """Count photos again, for their density; skip those that are gone meanwhile."""
+    for photo, image in _decode_ahead(photos):
+        with contextlib.suppress(Exception):
+            counted = count_photo(counter, image.result(), tile)
+            yield SheetPhoto.of(photo.name, image.result(), counted.density, counter.geometry.cell, counted.warnings)
+
+
+def count_photo(counter: LoadedCounter, image: NDArray[np.uint8], tile: int = TILE) -> CountedPhoto:
+    """Count a photo (H, W, 3), upright uint8 RGB, in tiles of `tile` pixels; 0 counts it whole."""
+    with torch.inference_mode():
+        cells = tiled(counter, tile)(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu()
+    density: NDArray[np.float32] = cells.numpy()
+    count = float(density.sum(dtype=np.float64))
+    warnings = tuple(counter.training_data.differences(image, count)) if counter.training_data else ()
+    interval = counter.interval.around(count) if counter.interval and not warnings else None
+    return CountedPhoto(count, density, interval, warnings)
+
+
+def head_points(density: NDArray[np.float32], cell: int) -> NDArray[np.float64]:
+    """Return the likely positions of people: (N, 2) x y in pixels, most certain first.
+
+    They are the highest local maxima of a density (h, w), as many as it has heads. Where a crowd is so dense that
+    people share a maximum, there are fewer.
+    """
+    cells = torch.from_numpy(density)[None, None]
+    peaks = ((cells == max_pool2d(cells, 3, 1, 1)) & (cells > 0))[0, 0].numpy()
+    rows, columns = np.nonzero(peaks)
+    best = np.argsort(-density[rows, columns], kind="stable")[: max(0, round(float(density.sum(dtype=np.float64))))]
+    return (np.column_stack([columns[best], rows[best]]).astype(np.float64) + 0.5) * cell
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:
@@ -173,18 +356,59 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def _count(density: Callable[[Tensor], Tensor], uri: str, results: str) -> PhotoCount:
-    """Count a photo, and write files whose names start with the URI `results`."""
-    image = decode_upright(storage.read_bytes(uri))
-    with torch.inference_mode():
-        cells = density(image_to_tensor(image, torch.device("cpu")))[0, 0].float().cpu().numpy()
-    buffer = io.BytesIO()
-    np.save(buffer, cells, allow_pickle=False)
-    storage.write_bytes(results + DENSITY, buffer.getvalue())
-    draw_overlay(image, cells, results + OVERLAY)
+def _decode_ahead(photos: Sequence[Photo]) -> Iterator[tuple[Photo, "Future[NDArray[np.uint8]]"]]:
+    """Yield each photo and its pixels, while a thread reads and decodes the next one."""
+
+    def read(photo: Photo) -> NDArray[np.uint8]:
+        return decode_upright(storage.read_bytes(photo.uri))
+
+    with ThreadPoolExecutor(1, "decode") as reader:
+        following: Future[NDArray[np.uint8]] | None = None
+        for number, photo in enumerate(photos):
+            image = following or reader.submit(read, photo)
+            image.exception()  # wait, so that at most two photos are in memory
+            following = reader.submit(read, photos[number + 1]) if number + 1 < len(photos) else None
+            yield photo, image
+
+
+def _count(counter: LoadedCounter, photo: Photo, image: NDArray[np.uint8], options: PredictOptions) -> PhotoCount:
+    """Count a photo (H, W, 3), and write what is to be saved."""
+    started = time.perf_counter()
+    counted = count_photo(counter, image, options.tile)
+    seconds, density = time.perf_counter() - started, counted.density
     height, width = image.shape[:2]
-    count = float(cells.sum(dtype=np.float64))
-    return PhotoCount(PurePosixPath(uri).name, height, width, count, results + DENSITY, results + OVERLAY)
+    cell = counter.geometry.cell
+    zones = options.zones.count(density, cell, (width, height)) if options.zones else {}
+    results = storage.join(options.output, photo.stem)
+    if "densities" in options.save:
+        buffer = io.BytesIO()
+        np.save(buffer, density, allow_pickle=False)
+        storage.write_bytes(results + DENSITY, buffer.getvalue())
+    if "overlays" in options.save:
+        draw_overlay(image, density, results + OVERLAY)
+    if "points" in options.save:
+        storage.write_bytes(results + POINTS, _points_csv(head_points(density, cell)))
+    low, high = counted.interval or (None, None)
+    return PhotoCount(
+        image=photo.name,
+        model=options.model,
+        seconds=seconds,
+        count=counted.count,
+        count_low=low,
+        count_high=high,
+        width=width,
+        height=height,
+        warnings=counted.warnings,
+        zones=zones,
+    )
+
+
+def _points_csv(points: NDArray[np.float64]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["x", "y"])
+    writer.writerows([f"{x:.1f}", f"{y:.1f}"] for x, y in points)
+    return text.getvalue().encode()
 
 
 def _reason(error: Exception) -> str:
@@ -193,19 +417,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return f"not enough memory ({first_line(error)}); set a smaller --tile, or resize the photo"
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _csv(counted: Sequence[PhotoCount]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "count"])
-    writer.writerows([_text_cell(photo.image), f"{photo.count:.6f}"] for photo in counted)
-    return text.getvalue().encode(errors="backslashreplace")
-
-
-def _text_cell(text: str) -> str:
-    """Return a cell that a spreadsheet shows as text: an apostrophe in front of what it would take for a formula."""
-    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def _folded(name: str) -> str:

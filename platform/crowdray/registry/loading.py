@@ -7,6 +7,7 @@ Shape legend: B batch, H W image, h w density (H and W divided by the side of a 
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -49,8 +50,11 @@ class LoadedCounter:
         metadata: Mapping[str, object],
         geometry: Geometry,
         precision: Precision = "fp32",
+        digest: str = "",
     ) -> None:
         self.device = device
+        self.digest = digest
+        """SHA-256 of its exported program; empty if it was not loaded from a file."""
         self.precision = precision
         """Arithmetic of the convolutions."""
         self.metadata = metadata
@@ -115,13 +119,12 @@ def load_counter(
         UserError: The model does not exist, or is not a packaged counter.
     """
     with storage.scratch_folder("model") as scratch:
-        if urlsplit(uri).scheme in ("models", "runs"):
-            fetch = _from_mlflow(uri, _required_tracking_uri(uri, tracking_uri), scratch, timeout_s)
-        else:
-            fetch = _from_folder(uri, scratch)
+        fetch = _open_package(uri, tracking_uri, scratch, timeout_s)
         try:
             metadata, geometry = _read_description(fetch(DESCRIPTION))
-            counter = LoadedCounter(load_program(fetch(GRAPH)), torch.device(device), metadata, geometry, precision)
+            program = load_program(path := fetch(GRAPH))
+            digest = storage.hash_file(path)
+            counter = LoadedCounter(program, torch.device(device), metadata, geometry, precision, digest)
         except FileNotFoundError as error:
             raise UserError(
                 f"the model {uri} is not a counter packaged by crowdray: {GRAPH} is missing; use another one"
@@ -129,6 +132,22 @@ def load_counter(
         except ProgramError as error:
             raise UserError(f"the model {uri} cannot be loaded: {error}; package it again") from error
     return counter
+
+
+def download_package(uri: str, dest: Path, tracking_uri: str | None = None, timeout_s: float = 20.0) -> None:
+    """Copy the files of a package that `load_counter` reads into a local folder; arguments as there."""
+    with storage.scratch_folder("model") as scratch:
+        fetch = _open_package(uri, tracking_uri, scratch, timeout_s)
+        for name in (DESCRIPTION, GRAPH):
+            (dest / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fetch(name), dest / name)
+
+
+def _open_package(uri: str, tracking_uri: str | None, scratch: Path, timeout_s: float) -> Callable[[str], Path]:
+    """Return a function from the name of a file of a package to a local path with its content."""
+    if urlsplit(uri).scheme in ("models", "runs"):
+        return _from_mlflow(uri, _required_tracking_uri(uri, tracking_uri), scratch, timeout_s)
+    return _from_folder(uri, scratch)
 
 
 def _read_description(path: Path) -> tuple[Mapping[str, object], Geometry]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -13,7 +14,10 @@ from crowdray.console.arguments import console, parse, tracking_uri
 if TYPE_CHECKING:
     from crowdray.registry.loading import LoadedCounter
 
-EXAMPLES = ("--model models:/crowdray-mall@candidate --input photos/ --output counted/",)
+EXAMPLES = (
+    "--model models:/crowdray-mall@candidate --input photos/ --output counted/",
+    "--model models:/crowdray-mall@candidate --input photos/ --output counted/ --save overlays --format parquet",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,24 @@ class CounterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictJob(CounterOptions):
-    """Count the people in photos; writes an overlay and a density map of each photo, and counts.csv.
+    """Count the people in photos; writes counts.csv and a contact sheet. The same command resumes an interrupted one.
 
-    Unreadable photos are listed at the end and do not stop the others; the exit status is then 1.
+    Photos that cannot be counted are listed at the end and do not stop the others; the exit status is then 1. Uses Ray
+    if RAY_ADDRESS is set, or for more than 1,000 photos.
     """
 
     input: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """An image, a folder of images, or a quoted pattern such as 'photos/*.jpg'; a path or a URI."""
     output: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """Folder or URI for the results."""
+    save: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WHAT")] = ("counts",)
+    """What to write for each photo besides the table: densities (.npy), overlays (.png), points (likely positions,
+    .csv); several of them after spaces or commas."""
+    format: Literal["csv", "jsonl", "parquet"] = "csv"
+    """Format of the table of counts."""
+    zones: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """GeoJSON file of polygons in pixels, to count in each of them; with a homography also people per square metre
+    (docs/predict.md)."""
 
 
 def parse_arguments(arguments: list[str]) -> PredictJob:
@@ -61,14 +74,23 @@ def main(arguments: list[str]) -> None:
     job = parse_arguments(arguments)
 
     # Imported late: help and usage errors do not wait for torch and MLflow.
+    from crowdray.cluster.predict import predict
     from crowdray.console.progress import image_progress
     from crowdray.console.tables import show_prediction
-    from crowdray.pipeline.predict import find_images, predict_images, tiled
 
-    images = find_images(job.input, job.output)
-    counter = job.load()
     screen = console()
-    with image_progress(len(images), console=screen) as advance:
-        prediction = predict_images(tiled(counter, job.tile), images, job.output, advance)
+    prediction = predict(
+        job.model,
+        job.input,
+        job.output,
+        save=[name for words in job.save for name in words.split(",") if name],
+        table_format=job.format,
+        zones=job.zones,
+        tile=job.tile,
+        device=job.device,
+        precision=job.precision,
+        tracking_uri=tracking_uri(),
+        progress=partial(image_progress, console=screen),
+    )
     show_prediction(prediction, screen)
     prediction.check()
