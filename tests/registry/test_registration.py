@@ -11,6 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
+from PIL import Image
 
 from crowdray.errors import UserError
 from crowdray.models.export import ExportedCounter
@@ -19,6 +20,7 @@ from crowdray.registry.packaging import Package
 from crowdray.registry.registration import RegisteredVersion, register
 from crowdray.registry.tracking import open_tracker
 
+from ..support.cards import model_card
 from ..support.counters import TAGS, photo
 
 pytestmark = pytest.mark.slow
@@ -37,7 +39,7 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
     first = register(package, "crowdray-once", run_id, 7, store)
     again = register(package, "crowdray-once", run_id, 7, store)
     decision = "candidate is version 1: validation MAE 2.5, always predicting the mean 9.5"
-    assert first == RegisteredVersion("models:/crowdray-once/1", "candidate", decision)
+    assert first == RegisteredVersion("models:/crowdray-once/1", "candidate", decision, "")
     assert again == replace(first, decision="kept candidate at version 1: validation MAE 2.5")
 
     client = MlflowClient(store, store)
@@ -56,6 +58,8 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
     assert (model.source_run_id, output.step) == (run_id, 7)
+    assert (model.name, model.params) == ("a run", {"parameters": str(package.parameters)})
+    assert {metric.key: metric.value for metric in model.metrics or ()} == {"best_val_mae": 2.5, "best_val_rmse": 3.25}
     description = download_artifacts(f"{version.source}/MLmodel", dst_path=str(tmp_path))
     assert f"run_id: {run_id}" in Path(description).read_text()
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "crowdray-once", "version": 1}]
@@ -131,6 +135,8 @@ def test_register_after_an_interrupted_upload_leaves_one_model(
 SCRIPT = """
 import sys
 sys.modules["crowdray"] = None  # importing crowdray fails from here on
+exec(open("card.py").read())
+print("--", file=sys.stderr)
 import mlflow, numpy, torch
 image = numpy.load("image.npy")
 counter = mlflow.pytorch.load_model("models:/crowdray-portable@candidate")
@@ -147,18 +153,28 @@ def test_registered_model_loads_without_crowdray(
 ) -> None:
     import numpy as np
 
-    register(package, "crowdray-portable", _run(store, "portable"), 1, store)
+    run_id = _run(store, "portable")
     image = photo(2, 75, 131)
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "example.png")
+    client = MlflowClient(store, store)
+    client.log_artifact(run_id, str(tmp_path / "example.png"), "figures")
+    version = register(package, "crowdray-portable", run_id, 1, store, card=model_card(example="figures/example.png"))
+    description = client.get_model_version("crowdray-portable", "1").description
+    assert description == version.card.strip()
+    (tmp_path / "card.py").write_text(description.partition("```python\n")[2].partition("```")[0])
     np.save(tmp_path / "image.npy", image.numpy())
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    environment |= {"MLFLOW_TRACKING_URI": store, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+                    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
                     "MLFLOW_DISABLE_TELEMETRY": "true"}  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("--"), "a warning"
     with torch.inference_mode():
         expected = counter(image)
+    assert result.stdout == f"{expected[0].sum():.0f} people\n"
     with np.load(tmp_path / "density.npz") as results:
         assert len(results.files) == 3
         for name in results.files:

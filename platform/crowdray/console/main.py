@@ -29,6 +29,7 @@ COMMANDS = {
     "tune": "search loss weights and stage lengths, and register the best counter",
     "evaluate": "score a packaged counter on a split",
     "predict": "count the people in photos",
+    "promote": "make the candidate of a registered model its champion, if it is better",
     "submit": "run one of these commands on a Ray cluster",
 }
 

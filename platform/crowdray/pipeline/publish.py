@@ -1,11 +1,13 @@
 """Publication of a finished training run: packaged counter, registered version, figures."""
 
 import hashlib
+import io
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from crowdray import storage
 from crowdray.credentials import redacted
@@ -16,10 +18,12 @@ from crowdray.data.splits import split_rows
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.identity import RunIdentity
+from crowdray.pipeline.model_card import model_card
 from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.run import RESULT, Run
+from crowdray.pipeline.run import CARD, RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
+from crowdray.registry.card import FIGURES
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.metrics import exported_metrics, metric_rows
@@ -35,7 +39,7 @@ from crowdray.registry.tracking import (
     Tracker,
     open_tracker,
 )
-from crowdray.registry.training_data import describe_training_data
+from crowdray.registry.training_data import TrainingData, describe_training_data
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.result import StageResult, TrainingResult
 
@@ -98,19 +102,27 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
     tracker.sync_history(metric_rows(checkpoint.progress.history))
     epoch = result.stages[result.best_stage].best.epoch
     with storage.scratch_folder("publish") as scratch:
-        package = _package(run, checkpoint, result, dataset, scratch / "model")
+        rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
+        data = describe_training_data(dataset, np.sort(np.concatenate(rows)))
+        package = _package(run, checkpoint, result, dataset, data, scratch / "model")
         tracker.log_summary(_summary(result), epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
-        version = None
-        if tracking_uri is not None and tracker.run_id is not None:
-            name = experiment_of(dataset.index.name)
-            version = register(package, name, tracker.run_id, epoch, tracking_uri)
         figures = _draw(checkpoint, result, dataset, scratch)
-        for figure in figures:
-            tracker.log_file(figure, "figures")
+        example = _write_example(dataset, scratch)
+        for figure in (*figures, example):
+            tracker.log_file(figure, FIGURES)
         overview = storage.join(run.uri, figures[0].name)
         storage.publish_file(figures[0], overview)
+        card = model_card(run, result, dataset, data, package, f"{FIGURES}/{example.name}")
+        version, text = None, redacted(card.to_markdown())
+        if tracking_uri is not None and tracker.run_id is not None:
+            name = experiment_of(dataset.index.name)
+            version = register(package, name, tracker.run_id, epoch, tracking_uri, card=card)
+            text = version.card
+        (scratch / CARD).write_text(text, encoding="utf-8")
+        tracker.log_file(scratch / CARD)
+        storage.publish_file(scratch / CARD, storage.join(run.uri, CARD))
     outcome = Outcome(
         run=run.uri,
         result=result,
@@ -141,11 +153,12 @@ def _summary(result: TrainingResult) -> dict[str, float]:
     return summary
 
 
-def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, dest: Path) -> Package:
+def _package(
+    run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, data: TrainingData, dest: Path
+) -> Package:
     counter = build_counter(run.identity.config, checkpoint.progress.density_scale).strip()
     counter.load_state_dict(checkpoint.best_weights[result.best_stage])
     stage = result.stages[result.best_stage]
-    rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
     image = decode_image(dataset.sample(int(dataset.rows("train")[0])).image)
     return package_counter(
         ExportedCounter(counter, run.identity.config.sampling.downsample),
@@ -154,7 +167,7 @@ def _package(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: 
         config=asdict(run.identity.config),
         metrics=_best_metrics(stage),
         tags=_provenance(run.identity) | _validation_tags(run, result, dataset),
-        training_data=describe_training_data(dataset, np.sort(np.concatenate(rows))),
+        training_data=data,
         interval=CountInterval.of([c.truth for c in stage.test_counts], [c.predicted for c in stage.test_counts]),
     )
 
@@ -177,6 +190,15 @@ def _validation_tags(run: Run, result: TrainingResult, dataset: Dataset) -> dict
     if result.mean_predictor_validation is not None:
         tags[MEAN_PREDICTOR_MAE] = f"{result.mean_predictor_validation.mae:.6g}"
     return tags
+
+
+def _write_example(dataset: Dataset, folder: Path) -> Path:
+    """Write a photo of the test split, or of the training split if there is no other, for the model card's snippet."""
+    rows = dataset.rows("test" if "test" in dataset.index.splits else "train")
+    content = bytes(dataset.sample(int(rows[len(rows) // 2])).image)
+    path = folder / f"example.{(Image.open(io.BytesIO(content)).format or 'jpeg').lower()}"
+    path.write_bytes(content)
+    return path
 
 
 def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@
 - trained/: weights and result of the finished run, result.json last.
 - model/: the exported counter.
 - overview.png: predictions on a few images.
+- card.md: the model card.
 - outcome.json: summary of everything; written last.
 """
 
@@ -28,8 +29,11 @@ from crowdray.training.checkpoint import load_checkpoint
 
 RUN_FILE = "run.json"
 CONFIG = "config.json"
+TRAINED = "trained"
+"""Folder of the weights and the result of a finished run."""
 RESULT = "result.json"
 """File that marks a finished run: it is published last."""
+CARD = "card.md"
 OUTCOME = "outcome.json"
 RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The list of checkpoints that Ray Train keeps."""
@@ -57,7 +61,7 @@ class Run:
     @property
     def trained(self) -> str:
         """Folder of the finished run's weights."""
-        return storage.join(self.uri, "trained")
+        return storage.join(self.uri, TRAINED)
 
     @property
     def is_trained(self) -> bool:

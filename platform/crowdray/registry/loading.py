@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MODEL_NAME = "model"
-"""Name of the packaged counter in its run: runs:/RUN_ID/model."""
+"""Name of the packaged counter in the URI runs:/RUN_ID/model; MLflow shows it under the name of its run."""
 GRAPH = "data/model.pt2"
 DESCRIPTION = "MLmodel"
 """File written last: pass it to storage.publish_directory as `last`."""
@@ -296,6 +296,6 @@ def _artifact_location(client: "MlflowClient", uri: str) -> str:
     # Newest first: a run that was resumed after its registration has several.
     for output in sorted(outputs.model_outputs if outputs else [], key=lambda output: -output.step):
         model = client.get_logged_model(output.model_id)
-        if model.name == (name or MODEL_NAME) and str(model.status) == "READY":
+        if name in ("", MODEL_NAME, model.name) and str(model.status) == "READY":
             return str(model.artifact_location)
     raise ValueError(f"the run has no complete model named {name or MODEL_NAME!r}")

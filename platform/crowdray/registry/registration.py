@@ -1,6 +1,8 @@
 """Registration of packaged counters in the model registry, linked to their run, data and code."""
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,12 @@ from crowdray.registry.aliases import (
     alias_lock,
     choose_candidate,
 )
+from crowdray.registry.card import ModelCard, Source
 from crowdray.registry.connection import call_mlflow, connect
 from crowdray.registry.loading import DESCRIPTION, MODEL_NAME, load_counter
+from crowdray.registry.metrics import exported_metrics
 from crowdray.registry.packaging import Package, same_density
+from crowdray.registry.tracking import PARENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,10 +46,19 @@ class RegisteredVersion:
     """"candidate" if this version has that alias."""
     decision: str
     """Which version is `candidate`, and why."""
+    card: str
+    """Its model card in Markdown; empty without one."""
 
 
 def register(
-    package: Package, name: str, run_id: str, epoch: int, tracking_uri: str, timeout_s: float = 20.0
+    package: Package,
+    name: str,
+    run_id: str,
+    epoch: int,
+    tracking_uri: str,
+    *,
+    card: ModelCard | None = None,
+    timeout_s: float = 20.0,
 ) -> RegisteredVersion:
     """Register a packaged counter as the next version of `name`, or return the version this run registered before.
 
@@ -54,6 +68,7 @@ def register(
     Args:
         package: Its description file is completed by the ids of the run and the model.
         epoch: Epoch of the weights (MLflow step).
+        card: Description of the version; settings and dataset of the model in MLflow's table of models.
 
     Raises:
         UserError: The server does not answer, the run does not exist, or the name is invalid.
@@ -65,7 +80,7 @@ def register(
         found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         version = next((version for version in found if version.tags.get(WEIGHTS) == package.weights), None)
         if version is None:
-            version = _create_version(client, name, _logged_model(client, run, package, epoch), package)
+            version = _create_version(client, name, _logged_model(client, run, package, epoch, card), package)
         number = int(version.version)
         uri = f"models:/{name}/{number}"
         counter = load_counter(uri, tracking_uri=tracking_uri, timeout_s=timeout_s)
@@ -75,16 +90,22 @@ def register(
                 "command again"
             )
         client.set_tag(run_id, MODEL, uri)
+        source = Source(redacted(tracking_uri), uri, run_id, run.info.experiment_id, run.data.tags.get(PARENT))
+        if card is not None and not version.description:  # promotions are added to it
+            client.update_model_version(name, str(number), redacted(card.description(source)))
         decision = move_candidate(client, name, Validation.of(number, version.tags))
-        return RegisteredVersion(uri, CANDIDATE if decision.holder == number else None, decision.reason)
+        markdown = redacted(card.to_markdown(source)) if card else ""
+        return RegisteredVersion(uri, CANDIDATE if decision.holder == number else None, decision.reason, markdown)
 
     size = sum(file.stat().st_size for file in package.path.rglob("*") if file.is_file())
     return call_mlflow(tracking_uri, timeout_s, find_or_create, payload_bytes=2 * size)  # sent, and received again
 
 
-def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: int) -> "LoggedModel":
+def _logged_model(
+    client: "MlflowClient", run: "Run", package: Package, epoch: int, card: ModelCard | None
+) -> "LoggedModel":
     """Return the run's model with these weights: that of an interrupted registration, or a new one."""
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
     from mlflow.models import Model
 
     experiment = run.info.experiment_id
@@ -95,10 +116,19 @@ def _logged_model(client: "MlflowClient", run: "Run", package: Package, epoch: i
             client.delete_logged_model(logged.model_id)
     model = client.create_logged_model(
         experiment,
-        name=MODEL_NAME,
+        name=re.sub(r"[/:.%\"']", "-", run.info.run_name or MODEL_NAME),  # MLflow allows no others
         source_run_id=run.info.run_id,
         tags={**package.tags, WEIGHTS: package.weights},
+        params={"parameters": str(package.parameters), **(card.settings if card else {})},
     )
+    dataset = {"dataset_name": card.data.dataset, "dataset_digest": card.data_digest[:36]} if card else {}
+    # MLflow has metrics of a model only as metrics of its run; an equal point is not logged twice.
+    metrics = [
+        Metric(key, value, run.info.start_time, epoch, model.model_id, **dataset)
+        for key, value in exported_metrics(package.metrics).items()
+        if math.isfinite(value)
+    ]
+    client.log_batch(run.info.run_id, metrics=metrics)
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=epoch)])
     description = Model.load(str(package.path))
     description.run_id, description.model_id = run.info.run_id, model.model_id
@@ -137,18 +167,7 @@ def _create_version(client: "MlflowClient", name: str, model: "LoggedModel", pac
         run_id=model.source_run_id,
         model_id=model.model_id,
         tags={**package.tags, **metrics, WEIGHTS: package.weights},
-        description=_describe(name, package),
     )
     versions = [{"name": name, "version": int(version.version)}]
     client.set_logged_model_tags(model.model_id, {_VERSIONS_OF_MODEL: json.dumps(versions)})
     return version
-
-
-def _describe(name: str, package: Package) -> str:
-    return (
-        f"{package.parameters:,} parameters.\n\n"
-        "```python\n"
-        f'counter = mlflow.pytorch.load_model("models:/{name}@{CANDIDATE}")\n'
-        "count = counter(image).sum()  # image: raw RGB (1, 3, H, W), 0..255, uint8 or float32\n"
-        "```"
-    )

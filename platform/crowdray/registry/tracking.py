@@ -31,12 +31,13 @@ RUN_KEY = "crowdray.run_key"
 GIT_REVISION = "crowdray.git_revision"
 DATA_DIGEST = "crowdray.data_digest"
 DATASET_URI = "crowdray.dataset_uri"
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag with the run of the study that a run is a trial of."""
 INIT = "crowdray.init"
 """Counter from whose weights training started, such as models:/crowdray-mall/7."""
 INIT_WEIGHTS = "crowdray.init_weights"
 """sha256 of these weights: the tag crowdray.weights of a registered counter."""
 
-_PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _LAST_EPOCH = "system/epoch"
 """Metric with the epoch of each row. A run that an earlier version started lacks it, and gets all epochs again under
@@ -116,7 +117,7 @@ def open_tracker(
         run = _find_run(client, experiment_id, run_key)
         if run is None:
             tags = {RUN_KEY: _tag_value(run_key), **_origin()}
-            tags |= ({_PARENT: parent} if parent else {}) | ({_NOTE: redacted(note)} if note else {})
+            tags |= ({PARENT: parent} if parent else {}) | ({_NOTE: redacted(note)} if note else {})
             return _create_run(client, experiment_id, run_name, tags)
         client.update_run(run.info.run_id, status="RUNNING")
         return run
@@ -323,6 +324,11 @@ def _origin() -> dict[str, str]:
 def _tag_value(run_key: str) -> str:
     """The key without the quote that would end it in a filter, which has no way to escape one."""
     return run_key.replace('"', "%22")
+
+
+def run_key_of(tag: str) -> str:
+    """Return the key of a run from its tag."""
+    return tag.replace("%22", '"')
 
 
 def _artifact_root(uri: str, experiment: str) -> str | None:

@@ -1,0 +1,62 @@
+"""Check that a packaged counter works where MLflow and torch are, and nothing of crowdray."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from crowdray import storage
+from crowdray.registry.loading import DESCRIPTION
+from crowdray.registry.packaging import same_density
+
+_TIMEOUT_S = 300.0
+_SCRIPT = """
+import sys
+sys.modules["crowdray"] = None  # importing it fails, even where it is installed
+import mlflow.pytorch, numpy, torch
+folder, image, density = sys.argv[1:]
+counter = mlflow.pytorch.load_model(folder)
+with torch.no_grad():
+    result = counter(torch.from_numpy(numpy.load(image)))
+numpy.save(density, result.numpy(), allow_pickle=False)
+"""
+
+
+def clean_load_problem(package: Path, image: Tensor, expected: Tensor) -> str:
+    """Load a package in a new interpreter without crowdray, and count an image with it.
+
+    Args:
+        package: Local folder of a package that `load_counter` accepted: MLflow itself loads more than that.
+        image: uint8 RGB (1, 3, H, W).
+        expected: Its density.
+
+    Returns:
+        What is wrong; empty if it returns the density.
+    """
+    if yaml.safe_load((package / DESCRIPTION).read_bytes())["flavors"]["pytorch"].get("model_data") != "data":
+        return f"{DESCRIPTION} names other files than those that were checked"
+    with storage.scratch_folder("clean-load") as scratch:
+        given, result = scratch / "image.npy", scratch / "density.npy"
+        np.save(given, image.contiguous().numpy(), allow_pickle=False)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MLFLOW"))}
+        variables |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", _SCRIPT, str(package), str(given), str(result)],
+                cwd=scratch,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return f"it takes more than {_TIMEOUT_S:.0f} s"
+        if done.returncode != 0:
+            return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        density = torch.from_numpy(np.load(result, allow_pickle=False))
+    return "" if same_density(density, expected) else "its density differs there"
