@@ -28,6 +28,7 @@ from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.training.result import describe_workers
+from crowdray.training.state import StepProgress, ignore_step
 
 ELASTIC_RETRIES = 100
 """Restarts of an elastic group, for which losing workers is normal."""
@@ -42,6 +43,7 @@ since 60 would pass after each loss of a node, which Ray notices only within 20.
 
 HistoryCallback = Callable[[Sequence[EpochMetrics]], None]
 """Receives the whole history of a run after each epoch."""
+StepCallback = Callable[[StepProgress], None]
 
 
 class TrainingCallback(Protocol):
@@ -53,6 +55,10 @@ class TrainingCallback(Protocol):
 
     def on_history(self, history: Sequence[EpochMetrics], /) -> None:
         """An epoch ended; `history` holds all epochs so far."""
+        ...
+
+    def on_step(self, step: StepProgress, /) -> None:
+        """Training or an evaluation progressed; called at most twice a second."""
         ...
 
 
@@ -99,13 +105,20 @@ def _train_and_publish(
             callback.on_status("starting Ray")
             with connect() as resources:
                 most = identity.max_workers
-                callback.on_status(
-                    f"starting {f'{identity.min_workers} to {most}' if identity.is_elastic else most} workers"
-                )
+                workers = "1 worker" if most == 1 else f"{most} workers"
+                callback.on_status(f"starting {f'{identity.min_workers} to ' * identity.is_elastic}{workers}")
                 per_worker = {"CPU": 1, "GPU": int(choose_gpu(resources, identity.min_workers, device))}
                 wait_for_workers(resources, identity.min_workers, per_worker, callback.on_status)
+                callback.on_status("loading the libraries, the dataset and the network")
                 on_history = _tracked(callback, tracker)
-                run_training(run, resources, device=device, stage_cache=stage_cache, on_history=on_history)
+                run_training(
+                    run,
+                    resources,
+                    device=device,
+                    stage_cache=stage_cache,
+                    on_history=on_history,
+                    on_step=callback.on_step,
+                )
         callback.on_status("packaging and registering the model")
         return publish_run(run, tracker, tracking_uri)
 
@@ -128,6 +141,7 @@ def run_training(
     stage_cache: StageCacheConfig,
     device: Device = "auto",
     on_history: HistoryCallback = lambda history: None,
+    on_step: StepCallback | None = None,
 ) -> None:
     """Train a run to its end inside a connected Ray cluster; `run.trained` then holds the result.
 
@@ -150,7 +164,7 @@ def run_training(
     # On the driver's node: an actor without demands may be placed on a node that has just died, and never start.
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
-    trainer = _torch_trainer(run, rows, stage_cache, use_gpu, local=resources.local)
+    trainer = _torch_trainer(run, rows, stage_cache, use_gpu, local=resources.local, steps=on_step is not None)
 
     def fit() -> None:
         try:
@@ -162,7 +176,7 @@ def run_training(
 
     thread, errors = run_in_thread(fit)
     try:
-        _read_rows(rows, on_history)
+        _read_rows(rows, on_history, on_step or ignore_step)
     except RayError as error:
         errors.append(error)
     thread.join()
@@ -171,7 +185,9 @@ def run_training(
     ray.kill(rows.actor)
 
 
-def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: bool, *, local: bool) -> Any:
+def _torch_trainer(
+    run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: bool, *, local: bool, steps: bool
+) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -187,7 +203,7 @@ def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: 
     per_worker = {"CPU": float(identity.config.numerics.threads), "GPU": float(use_gpu)} if run.study_file else None
     return TorchTrainer(
         train_worker,
-        train_loop_config={"task": WorkerTask(run, run.repair(), stage_cache)},
+        train_loop_config={"task": WorkerTask(run, run.repair(), stage_cache, rows if steps else None)},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=identity.workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
@@ -208,10 +224,13 @@ def _torch_trainer(run: Run, rows: Any, stage_cache: StageCacheConfig, use_gpu: 
     )
 
 
-def _read_rows(queue: Any, on_history: HistoryCallback) -> None:
-    """Pass on reported rows until None arrives; a repeated epoch replaces its earlier row."""
+def _read_rows(queue: Any, on_history: HistoryCallback, on_step: StepCallback) -> None:
+    """Pass on progress and reported rows until None arrives; a repeated epoch replaces its earlier row."""
     history: list[EpochMetrics] = []
     while (rows := queue.get()) is not None:
+        if isinstance(rows, StepProgress):
+            on_step(rows)
+            continue
         history = [row for row in history if row["epoch"] < rows[0]["epoch"]] + rows
         on_history(history)
 

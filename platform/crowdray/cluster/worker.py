@@ -1,5 +1,6 @@
 """One worker of a training run: trains one rank and reports every epoch to Ray Train."""
 
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +31,14 @@ from crowdray.training.checkpoint import (
 )
 from crowdray.training.distributed import World
 from crowdray.training.result import final_result
+from crowdray.training.state import StepProgress
 from crowdray.training.trainer import Trainer
 
 ROWS = "rows"
 """Key of reported rows: the newest one, or the whole history in a worker's first report."""
+
+PROGRESS_INTERVAL_S = 0.5
+"""Seconds between two messages about the progress within an epoch."""
 
 _RETRY = f"then {RESUME_HINT}"
 
@@ -47,6 +52,22 @@ class WorkerTask:
     """Folder of a checkpoint to resume from where Ray knows of none."""
     stage_cache: StageCacheConfig
     """Where runs share the states of their stages."""
+    queue: Any = None
+    """Queue to which rank 0 sends its progress within an epoch; None for nowhere."""
+
+
+class ProgressSender:
+    """Sends progress to the driver, at most twice a second, and waits for nothing."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self._due = 0.0
+
+    def __call__(self, step: StepProgress) -> None:
+        """Send the progress, unless the last one was sent just before."""
+        if (now := time.monotonic()) >= self._due:
+            self._due = now + PROGRESS_INTERVAL_S
+            self._queue.actor.put_nowait.remote(step)
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -73,6 +94,8 @@ def _train(task: WorkerTask) -> None:
     restored = session.restore() if own is None else session.resume_from(own)
     initial = read_init(run.identity.init_file) if restored is None else None
     trainer = Trainer(config, dataset, world=world, device=device, restored=restored, initial=initial)
+    if task.queue is not None and world.rank == 0:
+        trainer.state.on_step = ProgressSender(task.queue)
     first = True
 
     def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:

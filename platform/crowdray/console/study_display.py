@@ -1,27 +1,28 @@
-"""Progress of a study: a live table of its trials on a terminal, a line per finished trial in a log."""
+"""Progress of a study: a line per finished trial, and on a terminal the running ones below."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from crowdray.console.progress import LiveDisplay
+from crowdray.console.columns import Column, fitting_table
+from crowdray.console.progress import LiveDisplay, duration
 from crowdray.console.terminal import one_line, print_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from crowdray.tune.record import StudyRecord, TrialRecord
 
-MAX_ROWS = 24
-"""Trials in the live table: the latest ones."""
 LOG_INTERVAL_S = 20.0
 """Seconds between two lines about running trials in a log."""
 
 
 class StudyDisplay(LiveDisplay):
-    """Display of the trials of a study."""
+    """Progress of a study: a line per finished trial, and on a terminal a table of the running ones."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
@@ -30,51 +31,55 @@ class StudyDisplay(LiveDisplay):
         self._printed_at = 0.0
 
     def on_record(self, record: StudyRecord) -> None:
-        """Show the state of the study; a log gets newly finished trials, and at intervals the running ones."""
+        """Print newly finished trials; a log gets the running ones too, at intervals."""
         self._record = record
-        if self._live:
-            return
         for trial in record.trials:
             if trial.state != "running" and trial.number not in self._finished:
                 self._finished.add(trial.number)
-                print_line(f"trial {trial.number}: {_line(trial)}{_best(record)}")
+                self._print(f"trial {trial.number}: {_line(trial)}{_best(record)}")
         running = [trial for trial in record.trials if trial.state == "running" and trial.stage_costs]
-        if running and time.monotonic() - self._printed_at > LOG_INTERVAL_S:
+        if not self._live and running and time.monotonic() - self._printed_at > LOG_INTERVAL_S:
             self._printed_at = time.monotonic()
             print_line("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running))
 
-    def __rich__(self) -> Table:
-        """Return the table for a terminal."""
+    def __rich__(self) -> RenderableType:
+        """Return the running trials."""
+        status = f"{self._status}  {duration(time.monotonic() - self._status_since)}"
         if self._record is None:
-            return Table(title=one_line(self._status, "bold"), title_justify="left")
-        return trial_table(self._record, self._status, MAX_ROWS)
+            return one_line(status, "bold")
+        done = f"{len(self._finished)} trials finished"
+        running = [trial for trial in self._record.trials if trial.state == "running"]
+        return trial_table(self._record, f"{status}, {done}", self._console, running)
 
 
-def trial_table(record: StudyRecord, title: str, max_rows: int | None = None) -> Table:
+def trial_table(
+    record: StudyRecord, title: str, console: Console, trials: Sequence[TrialRecord] | None = None
+) -> Table:
     """Return a row per trial: sampled values, progress, errors, and worker-seconds spent and saved."""
-    best = record.best()
-    caption = "" if best is None else f"best: trial {best.number}, validation MAE {best.mae:.2f}"
-    caption += f"  worker-seconds: {record.spent:.0f} spent, {record.saved:.0f} saved"
-    table = Table(title=one_line(title, "bold"), title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("trial", justify="right")
-    for name in record.fields():
-        table.add_column(_short(name).replace(".", "\n"), justify="right")
-    table.add_column("stage")
-    for name in ("val MAE", "RMSE", "reused", "spent s", "saved s"):
-        table.add_column(name, justify="right")
-    for trial in record.trials[-max_rows:] if max_rows else record.trials:
-        mark = "*" if best is not None and trial.number == best.number else ""
-        table.add_row(
-            f"{trial.number}{mark}",
-            *(one_line(_value(trial.values.get(name))) for name in record.fields()),
-            one_line(_stage(trial)),
-            *("" if value is None else f"{value:.2f}" for value in (trial.mae, trial.rmse)),
-            str(sum(cost.reused for cost in trial.stage_costs)),
-            f"{trial.spent:.0f}",
-            f"{trial.saved:.0f}",
-            style={"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state],
+    best, trials = record.best(), record.trials if trials is None else trials
+    caption = "" if best is None else f"best: trial {best.number}, validation MAE {best.mae:.2f}  "
+    caption += f"worker-seconds: {record.spent:.0f} spent, {record.saved:.0f} saved"
+    marks = ["*" if best is not None and trial.number == best.number else "" for trial in trials]
+    columns = [Column("trial", [f"{trial.number}{mark}" for trial, mark in zip(trials, marks, strict=True)])]
+    columns += [
+        Column(
+            _short(name).replace(".", "\n"), [one_line(_value(trial.values.get(name))) for trial in trials], 10 + number
         )
-    return table
+        for number, name in enumerate(record.fields())
+    ]
+    columns.append(Column("stage", [one_line(_stage(trial)) for trial in trials], justify="left"))
+    numbers: dict[str, Callable[[TrialRecord], str]] = {
+        "val MAE": lambda trial: "" if trial.mae is None else f"{trial.mae:.2f}",
+        "RMSE": lambda trial: "" if trial.rmse is None else f"{trial.rmse:.2f}",
+        "spent s": lambda trial: f"{trial.spent:.0f}",
+        "saved s": lambda trial: f"{trial.saved:.0f}",
+        "reused": lambda trial: str(sum(cost.reused for cost in trial.stage_costs)),
+    }
+    for drop, (name, cell) in zip((0, 1, 100, 101, 102), numbers.items(), strict=True):
+        columns.append(Column(name, [cell(trial) for trial in trials], drop))
+    styles = [{"failed": "red", "pruned": "dim", "complete": "", "running": "cyan"}[trial.state] for trial in trials]
+    text = {"title": one_line(title, "bold"), "title_justify": "left", "caption": caption, "caption_justify": "left"}
+    return fitting_table(columns, console, styles=styles, **text)
 
 
 def _line(trial: TrialRecord) -> str:

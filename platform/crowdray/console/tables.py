@@ -13,6 +13,7 @@ from rich.text import Text
 
 from crowdray import storage
 from crowdray.console.arguments import program
+from crowdray.console.columns import Column, fitting_table
 from crowdray.console.study_display import trial_table
 from crowdray.console.terminal import one_line, print_message
 from crowdray.console.ui import command as ui_command
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, tra
     from crowdray.evaluation.report import Evaluation
     from crowdray.pipeline.outcome import Outcome
     from crowdray.pipeline.predict import Prediction
+    from crowdray.training.result import TrainingResult
     from crowdray.tune.record import StudyOutcome
 
 
@@ -120,24 +122,17 @@ def validation_table(report: ValidationReport) -> Table:
 def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
     """Print the stages of a training run on `data`, the registered version, all paths, and how to use the counter."""
     result = outcome.result
-    table = Table(title=one_line(f"{outcome.run.rpartition('/')[2]} (* exported)"), title_justify="left")
-    for name in ("stage", "epochs", "last losses"):
-        table.add_column(name, justify="right" if name == "epochs" else "left")
-    for name in ("val MAE", "val RMSE", "test MAE", "test RMSE"):
-        table.add_column(name, justify="right")
-    for name in dict.fromkeys(str(row["stage"]) for row in result.history):
-        rows = [row for row in result.history if row["stage"] == name]
-        losses = "\n".join(
-            f"{key.removeprefix('loss/')} {value:.4g}" for key, value in rows[-1].items() if key.startswith("loss/")
-        )
-        stage = result.stages.get(name)
-        errors = [*_mae_rmse(stage.validation), *_mae_rmse(stage.test)] if stage else [""] * 4
-        mark = "*" if name == result.best_stage else ""
-        table.add_row(f"{name}{mark}", str(len(rows)), losses, *errors)
-    if result.mean_predictor is not None or result.mean_predictor_validation is not None:
-        errors = [*_mae_rmse(result.mean_predictor_validation), *_mae_rmse(result.mean_predictor)]
-        table.add_row(f"always {result.mean_count:.1f}", "", "the mean of the training images", *errors)
-    console.print(table)
+    rows = [_stage_row(result, name) for name in dict.fromkeys(str(row["stage"]) for row in result.history)]
+    if result.mean_predictor is not None:
+        errors = ["", "", *_mae_rmse(result.mean_predictor)]
+        rows.append([f"always {result.mean_count:.1f}", "", "the mean of the training images", *errors])
+    headers = {"stage": 0, "epochs": 2, "last losses": 3, "val MAE": 0, "val RMSE": 1, "test MAE": 0, "test RMSE": 1}
+    columns = [
+        Column(header, cells, drop, "left" if header in ("stage", "last losses") else "right")
+        for (header, drop), cells in zip(headers.items(), zip(*rows, strict=True), strict=True)
+    ]
+    title = one_line(f"{outcome.run.rpartition('/')[2]} (* exported)")
+    console.print(fitting_table(columns, console, title=title, title_justify="left"))
     version = (outcome.registered or "not registered") + (f" ({outcome.alias})" if outcome.alias else "")
     uri = shlex.quote(outcome.model_uri)
     score = f"{program('evaluate')} --model {uri} --data {shlex.quote(data)} --split test"
@@ -166,10 +161,21 @@ def _tracking_fields(outcome: Outcome) -> dict[str, str]:
     return ({} if is_server(outcome.tracking_uri) else {"see it": ui_command()}) | links
 
 
+def _stage_row(result: TrainingResult, name: str) -> list[str]:
+    epochs = [row for row in result.history if row["stage"] == name]
+    losses = [
+        f"{key.removeprefix('loss/')} {value:.4g}" for key, value in epochs[-1].items() if key.startswith("loss/")
+    ]
+    stage = result.stages.get(name)
+    errors = [*_mae_rmse(stage.validation), *_mae_rmse(stage.test)] if stage else [""] * 4
+    mark = "*" if name == result.best_stage else ""
+    return [f"{name}{mark}", str(len(epochs)), "\n".join(losses), *errors]
+
+
 def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
     """Print the trials of a study on `data`, what prefix caching saved, its figures, and its exported best trial."""
     record = outcome.record
-    console.print(trial_table(record, f"{record.name} (* exported)"))
+    console.print(trial_table(record, f"{record.name} (* exported)", console))
     _print_fields(
         console,
         {

@@ -30,7 +30,7 @@ from crowdray.training.optim import (
 )
 from crowdray.training.precision import bf16_allreduce_hook, full_fp32, resolve_precision
 from crowdray.training.stages import ENCODER, Stage, module_of
-from crowdray.training.state import TrainState
+from crowdray.training.state import StepProgress, TrainState
 
 Validate = Callable[[Callable[[], AbstractContextManager[object]]], Metrics]
 """Returns the errors on the validation images with the current weights, given an autocast context."""
@@ -139,7 +139,7 @@ class StageTrainer:
         state = self.state
         self.set_train_mode()
         sums = torch.zeros(len(self.stage.tasks), device=state.device)
-        data_wait_s, steps, windows = 0.0, 0, 0
+        data_wait_s, steps, windows, total = 0.0, 0, 0, self.loader.steps()
         batches = self.loader.epoch(state.progress.epochs, depth=DEPTH in self.stage.tasks)
         while True:
             requested = perf_counter()
@@ -150,6 +150,7 @@ class StageTrainer:
             sums += self.train_step(batch)
             steps += 1
             windows += batch.global_size
+            state.on_step(StepProgress("training", self.stage.name, state.progress.stage_epochs, steps, total))
         self._finish_pending_check()
         state.progress.updates += steps
         self._average_buffers()

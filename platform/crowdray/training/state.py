@@ -1,7 +1,9 @@
 """The state of a training run on one rank, handed down from the trainer to its stages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +23,23 @@ from crowdray.training.losses import Scales, measure_scales
 from crowdray.training.precision import require_compiler, set_tf32
 
 
+@dataclass(frozen=True)
+class StepProgress:
+    """How far the current epoch, its validation or the final evaluation is."""
+
+    phase: Literal["training", "validation", "evaluation"]
+    stage: str
+    epoch: int
+    """Epoch of the stage, from 1."""
+    done: int
+    """Steps of training, else images."""
+    total: int
+
+
+def ignore_step(step: StepProgress) -> None:
+    """Do nothing: the default callback."""
+
+
 @dataclass
 class TrainState:
     """What all stages of a training run share."""
@@ -32,6 +51,8 @@ class TrainState:
     progress: Progress
     best_weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Exported weights of the best epoch by stage, on the CPU."""
+    on_step: Callable[[StepProgress], None] = ignore_step
+    """Called after every step of training, and every image of an evaluation."""
 
     @property
     def scales(self) -> Scales:

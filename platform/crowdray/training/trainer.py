@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from crowdray.training.optim import optimizer_tensors
 from crowdray.training.precision import full_fp32
 from crowdray.training.stage_trainer import StageTrainer
 from crowdray.training.stages import Stage, build_stages, module_of
-from crowdray.training.state import create_state
+from crowdray.training.state import StepProgress, create_state
 
 EpochCallback = Callable[[EpochMetrics, Callable[[Path], None]], None]
 """Called on every rank after each epoch, with its metrics and a function that saves a checkpoint to a folder."""
@@ -121,7 +122,7 @@ class Trainer:
         """Count whole images with a stage's best weights in fp32; the ranks split the rows, all get all counts."""
         counter = self.best_counter(stage)
         with full_fp32():
-            return self._count(counter.density, rows)
+            return self._count(counter.density, rows, "evaluation", stage)
 
     def validate(self, autocast: Callable[[], AbstractContextManager[object]]) -> Metrics:
         """Compute the errors on whole validation images with the current weights."""
@@ -130,14 +131,25 @@ class Trainer:
             with autocast():
                 return self.state.counter.density(image)
 
-        return summarise(self._count(density, self.validation_rows))
+        stage = self.stages[self.state.progress.stage].name
+        return summarise(self._count(density, self.validation_rows, "validation", stage))
 
-    def _count(self, density: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> list[ImageCount]:
-        world = self.state.world
+    def _count(
+        self,
+        density: Callable[[Tensor], Tensor],
+        rows: NDArray[np.int64],
+        phase: Literal["validation", "evaluation"],
+        stage: str,
+    ) -> list[ImageCount]:
+        state, world, counts = self.state, self.state.world, list[ImageCount]()
         own_rows = rows[world.rank :: world.size].tolist()
-        geometry = density_geometry(self.state.counter)  # the images are already downsampled
+        geometry = density_geometry(state.counter)  # the images are already downsampled
         tiled = tiled_density(density, geometry, TILE)
-        return world.all_gather(list(count_images(tiled, self.images, own_rows, self.state.device, geometry.cell)))
+        for count in count_images(tiled, self.images, own_rows, state.device, geometry.cell):
+            counts.append(count)
+            done = min(len(rows), len(counts) * world.size)
+            state.on_step(StepProgress(phase, stage, state.progress.stage_epochs, done, len(rows)))
+        return world.all_gather(counts)
 
     def _save(self, folder: Path, stage_trainer: StageTrainer) -> None:
         state = self.state
