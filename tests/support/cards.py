@@ -32,7 +32,7 @@ def model_card(**changes: object) -> ModelCard:
         "parameters": 1234,
         "settings": {"backbone": "cfcn", "seed": "0"},
         "start": "",
-        "command": "python jobs/train.py --preset runs/mall-1/config.json",
+        "command": "jobs/train.py --preset runs/mall-1/config.json",
         "revision": "abc",
         "folder": "runs/mall-1/model",
         "example": "figures/example.jpeg",

@@ -46,7 +46,7 @@ def model_card(
         parameters=package.parameters,
         settings={"backbone": model.backbone, "stage": result.best_stage, "seed": str(seed)},
         start=model.init or model.weights,
-        command=f"python {shlex.join(command)}",
+        command=shlex.join(command),
         revision=package.tags[GIT_REVISION],
         folder=run.model,
         example=example,
