@@ -111,7 +111,7 @@ def test_log_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for second in range(150):
         clock[0] = second
         display.on_step(StepProgress("training", "baseline", 1, second, 200))
-    assert capsys.readouterr().out.splitlines() == ["baseline 1/2: 60/200", "baseline 1/2: 120/200"]
+    assert capsys.readouterr().out.splitlines() == ["step 60/200 of baseline 1/2", "step 120/200 of baseline 1/2"]
     for done in (1, 2):
         display.on_step(StepProgress("evaluation", "joint", 2, done, 2))
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["scoring"]

@@ -146,7 +146,8 @@ class TrainingDisplay(LiveDisplay):
         self._step, now = step, time.monotonic()
         if not self._live and now - max(self._printed_at, self._epoch_since) >= STEP_LOG_INTERVAL_S:
             self._printed_at = now
-            print_line(f"{self._describe(step)}: {step.done}/{step.total}")
+            unit = "step" if step.phase == "training" else "image"
+            print_line(f"{unit} {step.done}/{step.total} of {self._describe(step)}")
 
     def __rich__(self) -> RenderableType:
         """Return the progress within the epoch: a bar, elapsed and remaining time."""
