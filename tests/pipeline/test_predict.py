@@ -142,7 +142,8 @@ def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(
     (photos / "cut.jpg").write_bytes((photos / "b.jpg").read_bytes()[:400])
     photo(4, (3, 8)).save(photos / "tiny.png")
     output = str(tmp_path / "out")
-    images = [*find_images(str(photos), output), str(photos / "gone.jpg")]
+    gone = os.fsdecode(b"gone-caf\xe9.jpg")
+    images = [*find_images(str(photos), output), str(photos / gone)]
     prediction = predict_images(images, output)
     assert [photo.image for photo in prediction.first] == ["a.PNG", "b.jpg", "b.png"]
     with pytest.raises(PredictionError) as error:
@@ -151,7 +152,7 @@ def test_predict_images_with_unreadable_photos_lists_them_and_counts_the_others(
     assert first == "3 of 6 images could not be counted:"
     for reason, words in zip(
         reasons,
-        (("cut.jpg", "cannot be decoded"), ("tiny.png", "too small"), ("gone.jpg", "does not exist")),
+        (("cut.jpg", "cannot be decoded"), ("tiny.png", "too small"), ("gone-caf", "does not exist")),
         strict=True,
     ):
         assert all(word in reason for word in words)

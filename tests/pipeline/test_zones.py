@@ -76,7 +76,7 @@ def test_read_zones_with_a_homography_gives_people_per_square_metre(tmp_path: Pa
     [
         ([], {}, "is not a zones file: features: "),
         ([feature("a", SQUARE[:2])], {}, "is not a zones file: "),
-        ([feature("a", SQUARE), feature("a", SQUARE)], {}, "two zones named 'a'; rename one"),
+        ([feature("a", SQUARE), feature("a", SQUARE)], {}, "two columns named 'zone a'; rename a zone"),
         ([feature("a", SQUARE)], {"homography": [[1, 0], [0, 1]]}, "is not a zones file: .*homography"),
         ([feature("a", SQUARE)], {"homography": [[1, 0, 0], [0, 1, 0], [0, 1, -20]]}, "zone 'a' reaches the horizon"),
         ([{"type": "Feature", "properties": {}, "geometry": {"type": "Point"}}], {}, "is not a zones file: "),

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from crowdray.config import Device, Precision
 from crowdray.credentials import redacted
 from crowdray.errors import RESUME_HINT, JobFailed, UserError, first_line
 from crowdray.evaluation.inference import TILE
-from crowdray.pipeline.count_table import STATE, Parts, TableFormat
+from crowdray.pipeline.count_table import STATE, Parts, TableFormat, printable
 from crowdray.pipeline.predict import (
     Photo,
     Prediction,
@@ -56,7 +57,7 @@ def predict(
 ) -> Prediction:
     """Count the people in photos and write a table of counts; the same call resumes an interrupted one.
 
-    Ray is used if RAY_ADDRESS is set, or for more than RAY_PHOTOS photos and several CPUs.
+    Ray is used if RAY_ADDRESS is set, or if more than RAY_PHOTOS photos are left and there are several CPUs.
 
     Args:
         model: The packaged counter, see `load_counter`.
@@ -76,15 +77,16 @@ def predict(
     """
     version = resolve_uri(model, tracking_uri)
     read = read_zones(zones) if zones else None
-    options = PredictOptions(output, redacted(version), tuple(save), tile, read, table_format)
+    options = PredictOptions(output, printable(redacted(version)), tuple(save), tile, read, table_format)
     photos = list_photos(find_images(images, output), save)
-    use_ray = "RAY_ADDRESS" in os.environ or (len(photos) > RAY_PHOTOS and len(os.sched_getaffinity(0)) > 1)
-    local_device = choose_device("auto" if use_ray else device)
+    has_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    local_device = choose_device("auto" if has_cluster else device)  # the GPUs may be on other nodes
     counter = load_counter(version, local_device, tracking_uri, precision=precision)
     command = options.command(counter)
     done = Parts(output, command).done
     left = [photo for photo in photos if photo.key not in done]
     pending = split_into_parts(left)
+    use_ray = has_cluster or (len(left) > RAY_PHOTOS and len(os.sched_getaffinity(0)) > 1)
     with progress(len(photos), len(photos) - len(left)) as advance:
         if use_ray and pending:
             counted = _count_on_cluster(version, tracking_uri, pending, options, command, device, precision)
@@ -114,36 +116,45 @@ def _count_on_cluster(
 
         workers = min(len(parts), _workers(resources, device))
         gpu = choose_gpu(resources, workers, device)
-        wait_for_workers(resources, workers, {"CPU": 1, "GPU": int(gpu)}, partial(print, flush=True))
+        wait_for_workers(resources, 1, {"CPU": 1, "GPU": int(gpu)}, partial(print, flush=True))
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # which its import sets to INFO
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = [{"photos": json.dumps([asdict(photo) for photo in part])} for part in parts]
-        pool: Any = ray.data.ActorPoolStrategy(size=workers)
-        counts = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _PartCounter,
-            fn_constructor_args=(package, options, command, "gpu" if gpu else "cpu", precision),
-            batch_size=1,
-            compute=pool,
-            num_cpus=1,
-            num_gpus=int(gpu),
-            max_restarts=MAX_RETRIES,  # by default a photo that kills each actor is tried for ever
-            max_task_retries=MAX_RETRIES,
-        )
+        tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+        # Without these limits, deprecated without a replacement, a photo that kills its actor is tried for ever.
+        limits: dict[str, Any] = {"max_restarts": MAX_RETRIES, "max_task_retries": MAX_RETRIES}
+        with warnings.catch_warnings(action="ignore"):
+            counts = tasks.map_batches(
+                _PartCounter,
+                fn_constructor_args=(package, options, command, "gpu" if gpu else "cpu", precision),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=workers, max_size=workers),
+                num_cpus=1,
+                num_gpus=int(gpu),
+                **limits,
+            )
         try:
             for row in counts.iter_rows():
-                if missing := next(filter(storage.exists, row["missing"]), None):
+                if missing := next(filter(storage.exists, json.loads(row["missing"])), None):
                     raise UserError(
                         f"a worker cannot find {missing}, which exists for this process: with several nodes --input "
-                        "and --output must be reachable by all of them, as a shared folder or a URI such as s3://bucket/folder"
+                        "must be reachable by all of them, as a shared folder or a URI such as s3://bucket/folder"
                     )
                 yield int(row["number"])
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error from None
+            raise _user_error(error) or error from None
         except ray.exceptions.RayError as error:
             raise JobFailed(
                 f"workers were lost repeatedly ({first_line(error)}). If memory ran out, set a smaller --tile or give "
                 f"Ray fewer CPUs; {RESUME_HINT}"
             ) from error
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the UserError of a worker, which Ray Data wraps in exceptions of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 @contextmanager
@@ -180,4 +191,4 @@ class _PartCounter:
         counts = list(count_part(self._counter, photos, self._options, self._command))
         pairs = zip(photos, counts, strict=True)
         missing = [photo.uri for photo, count in pairs if count.error and not storage.exists(photo.uri)]
-        return {"number": [len(counts)], "missing": [missing]}
+        return {"number": [len(counts)], "missing": [json.dumps(missing)]}

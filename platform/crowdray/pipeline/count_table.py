@@ -84,6 +84,11 @@ class PhotoCount:
 _PART = TypeAdapter(dict[str, PhotoCount])
 
 
+def printable(text: str) -> str:
+    """Return text with escapes for bytes of file names that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def write_part(output: str, command: str, counts: Mapping[str, PhotoCount]) -> None:
     """Write the counts of some photos by key, atomically."""
     name = f"part-{command}-{hashlib.sha256(''.join(counts).encode()).hexdigest()[:16]}.json"

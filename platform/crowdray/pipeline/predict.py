@@ -32,7 +32,7 @@ from crowdray.config import Device
 from crowdray.data.decoding import DECODED_SUFFIXES, SUFFIXES, decode_upright
 from crowdray.errors import JobFailed, UserError, escaped, first_line
 from crowdray.evaluation.inference import TILE, image_to_tensor, tiled_density
-from crowdray.pipeline.count_table import FORMATS, Parts, PhotoCount, TableFormat, write_part, write_table
+from crowdray.pipeline.count_table import FORMATS, Parts, PhotoCount, TableFormat, printable, write_part, write_table
 from crowdray.pipeline.zones import Zones
 from crowdray.plots.overlay import draw_overlay
 from crowdray.plots.prediction_sheet import SheetPhoto, draw_prediction_sheet
@@ -73,7 +73,7 @@ class Photo:
     @property
     def name(self) -> str:
         """File name, with bytes that are not UTF-8 escaped."""
-        return PurePosixPath(self.uri).name.encode(errors="backslashreplace").decode()
+        return printable(PurePosixPath(self.uri).name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +255,7 @@ def count_part(
         try:
             counts[photo.key] = _count(counter, photo, image.result(), options)
         except Exception as error:  # of a decoder, torch or a file system: the documentation of none lists all
-            counts[photo.key] = PhotoCount(photo.name, options.model, error=_reason(error))
+            counts[photo.key] = PhotoCount(photo.name, options.model, error=printable(_reason(error)))
             for suffix in (DENSITY, OVERLAY, POINTS):  # of this run or an earlier one
                 with contextlib.suppress(Exception):
                     storage.remove(storage.join(options.output, photo.stem + suffix))

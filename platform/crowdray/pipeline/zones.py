@@ -122,9 +122,6 @@ def read_zones(uri: str) -> Zones:
         raise
     except ValueError as error:
         raise UserError(f"{uri} is not a zones file: {error}; write one as docs/predict.md shows") from error
-    names = [feature.properties.name for feature in content.features]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{uri} has two zones named {min(repeated)!r}; rename one")
     matrix = None if content.homography is None else np.array(content.homography)
     zones = []
     for feature in content.features:
@@ -134,7 +131,10 @@ def read_zones(uri: str) -> Zones:
         except ValueError as error:
             raise UserError(f"{uri}: zone {feature.properties.name!r} {error}") from error
         zones.append(Zone(feature.properties.name, rings, area))
-    return Zones(tuple(zones), content.size)
+    read = Zones(tuple(zones), content.size)
+    if repeated := {name for name in read.columns if read.columns.count(name) > 1}:
+        raise UserError(f"{uri} has two columns named {min(repeated)!r}; rename a zone")
+    return read
 
 
 @lru_cache(64)
