@@ -22,7 +22,7 @@ def test_card_says_what_the_counter_was_trained_on_and_how_to_load_and_repeat_it
         "| dense | 45 to 90 | 2 | 2.00 |",
         "Data: not recorded",
         card.command,
-        f"![Photos, heads and densities](get-artifact?path=figures%2Foverview.png&run_uuid={SOURCE.run_id})",
+        f"![Photos, heads and densities](get-artifact?path=figures%2Fcard.png&run_uuid={SOURCE.run_id})",
         f"[Run](#/experiments/7/runs/{SOURCE.run_id}), [study](#/experiments/7/runs/{SOURCE.study_id})",
     ):
         assert part in text

@@ -23,7 +23,7 @@ from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.run import CARD, RESULT, Run
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
-from crowdray.registry.card import FIGURES
+from crowdray.registry.card import FIGURES, PICTURE
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.metrics import exported_metrics, metric_rows
@@ -45,6 +45,8 @@ from crowdray.training.result import StageResult, TrainingResult
 
 OVERVIEW_IMAGES = 4
 """Images in the overview figure."""
+CARD_WIDTH = 800
+"""Width in pixels of the overview in a model card."""
 
 
 def open_run(
@@ -109,8 +111,10 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
         figures = _draw(checkpoint, result, dataset, scratch)
-        example = _write_example(dataset, scratch)
-        for figure in (*figures, example):
+        example, picture = _write_example(dataset, scratch), scratch / PICTURE
+        with Image.open(figures[0]) as image:
+            image.resize((CARD_WIDTH, round(image.height * CARD_WIDTH / image.width))).save(picture)
+        for figure in (*figures, picture, example):
             tracker.log_file(figure, FIGURES)
         overview = storage.join(run.uri, figures[0].name)
         storage.publish_file(figures[0], overview)

@@ -13,6 +13,8 @@ from crowdray.registry.training_data import TrainingData
 
 FIGURES = "figures"
 """Folder of figures among the artifacts of a run."""
+PICTURE = "card.png"
+"""Its picture for the card. MLflow shows pictures of descriptions at their full size."""
 MAX_DESCRIPTION = 5000
 """Characters of a description that MLflow's database stores."""
 
@@ -113,10 +115,10 @@ class ModelCard:
         return "\n\n".join([*sections, rest])
 
     def _sections(self, source: Source | None) -> Iterator[str]:
-        if source is not None:
-            image = f"get-artifact?path={quote(f'{FIGURES}/overview.png', safe='')}&run_uuid={source.run_id}"
-            yield f"![Photos, heads and densities]({image})"
         yield self._summary()
+        if source is not None:
+            image = f"get-artifact?path={quote(f'{FIGURES}/{PICTURE}', safe='')}&run_uuid={source.run_id}"
+            yield f"![Photos, heads and densities]({image})"
         yield f"## Load it\n\n```python\n{self._snippet(source)}\n```"
         yield f"## Errors\n\n{self._errors()}"
         if self.levels:
