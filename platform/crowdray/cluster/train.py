@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from crowdray import storage
@@ -21,7 +22,8 @@ from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.publish import open_run, publish_run
-from crowdray.pipeline.run import Run
+from crowdray.pipeline.run import Run, remove_checkpoints
+from crowdray.pipeline.run_log import RunLog
 from crowdray.registry.metrics import metric_rows
 from crowdray.registry.tracking import Tracker, finish_on_exit
 from crowdray.stage_cache.session import StageCacheConfig
@@ -82,13 +84,34 @@ def train(
         run.create_or_verify()
         if outcome := Outcome.of_finished(run, tracking_uri):
             callback.on_status(f"run {run.uri} is already finished; showing its results")
+            remove_checkpoints(run.uri)  # of a start that was killed at its very end
             return outcome
     if warning := deletion_warning(run.uri):
         callback.on_status(warning)
     fix = "wait for it, or give another --name"
     with Lock(storage.join(run.uri, "driver"), f"the run {run.uri}", fix, callback.on_status):
         run.create_or_verify()
-        return _train_and_publish(run, callback, dataset.index.name, tracking_uri, stage_cache, device)
+        with RunLog(run.uri) as log:
+            logged = _Logged(callback, log)
+            return _train_and_publish(run, logged, dataset.index.name, tracking_uri, stage_cache, device)
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """Progress for a display and for the log of the run."""
+
+    callback: TrainingCallback
+    log: RunLog
+
+    def on_status(self, text: str, /) -> None:
+        """The job starts another step."""
+        self.log.write(text)
+        self.callback.on_status(text)
+
+    def on_history(self, history: Sequence[EpochMetrics], /) -> None:
+        """An epoch ended."""
+        self.log.write_epoch(history[-1])
+        self.callback.on_history(history)
 
 
 def _train_and_publish(

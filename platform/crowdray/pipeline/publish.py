@@ -20,7 +20,8 @@ from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.identity import RunIdentity
 from crowdray.pipeline.model_card import model_card
 from crowdray.pipeline.outcome import Outcome
-from crowdray.pipeline.run import CARD, RESULT, Run
+from crowdray.pipeline.results import RESULTS, WEIGHTS, results_csv, weights_file
+from crowdray.pipeline.run import CARD, RESULT, Run, remove_checkpoints
 from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
 from crowdray.registry.card import FIGURES, PICTURE
@@ -116,8 +117,11 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
             image.resize((CARD_WIDTH, round(image.height * CARD_WIDTH / image.width))).save(picture)
         for figure in (*figures, picture, example):
             tracker.log_file(figure, FIGURES)
-        overview = storage.join(run.uri, figures[0].name)
-        storage.publish_file(figures[0], overview)
+        for figure in figures:
+            storage.publish_file(figure, storage.join(run.uri, figure.name))
+        history, weights = checkpoint.progress.history, checkpoint.best_weights[result.best_stage]
+        storage.write_bytes(storage.join(run.uri, RESULTS), results_csv(history).encode())
+        storage.write_bytes(storage.join(run.uri, WEIGHTS), weights_file(weights))
         card = model_card(run, result, dataset, data, package, f"{FIGURES}/{example.name}")
         version, text = None, redacted(card.to_markdown())
         if tracking_uri is not None and tracker.run_id is not None:
@@ -131,7 +135,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         run=run.uri,
         result=result,
         model=run.model,
-        figure=overview,
+        figure=storage.join(run.uri, figures[0].name),
         registered=version.uri if version else None,
         alias=version.alias if version else None,
         tracking_uri=tracking_uri and redacted(tracking_uri),
@@ -141,6 +145,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         decision=version.decision if version else None,
     )
     storage.write_bytes(run.outcome, outcome.to_json().encode())
+    remove_checkpoints(run.uri)
     return outcome
 
 
@@ -207,7 +212,7 @@ def _write_example(dataset: Dataset, folder: Path) -> Path:
 
 def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:
     """Draw the overview (first) and the learning curves, and with a test split the figures of its counts."""
-    names = ("overview", "curves", "calibration", "density-levels")
+    names = ("overview", "curves", "calibration", "levels")
     overview, curves, calibration, levels = figures = [folder / f"{name}.png" for name in names]
     _draw_overview(checkpoint, result, dataset, overview)
     draw_history(checkpoint.progress.history, curves)
@@ -223,7 +228,7 @@ def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Data
     """Draw images evenly spaced in the test split, or in the training split if there is no other."""
     config = checkpoint.config
     counter, baseline = (build_counter(config, checkpoint.progress.density_scale).eval() for _ in range(2))
-    counter.load_state_dict(checkpoint.weights)
+    counter.load_state_dict(checkpoint.weights, strict=False)  # without the count decoder
     counter.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
     baseline.load_state_dict(checkpoint.best_weights["baseline"], strict=False)
     rows = dataset.rows("test" if "test" in dataset.index.splits else "train")

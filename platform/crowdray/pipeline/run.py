@@ -2,14 +2,17 @@
 
 - run.json: the identity (configuration, data, workers), compared at every start.
 - config.json: the configuration alone, itself valid for --preset.
-- checkpoint-*/: the last two checkpoints.
-- trained/: weights and result of the finished run, result.json last.
-- model/: the exported counter.
-- overview.png: predictions on a few images.
+- train.log: steps, epochs and failures of all starts.
+- checkpoint-*/: the last two checkpoints, until the run is finished.
+- trained/: weights and result of the finished run, from which it is published again; result.json last.
+- model/: the exported counter; weights.pt: its weights alone, as a state dict.
+- overview.png: predictions on a few images; curves.png, calibration.png, levels.png: its errors.
+- results.csv: metrics of each epoch.
 - card.md: the model card.
 - outcome.json: summary of everything; written last.
 """
 
+import logging
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,13 +22,13 @@ from crowdray import storage
 from crowdray.config import Config, to_json
 from crowdray.data.shards import Dataset
 from crowdray.documents import parse_json
-from crowdray.errors import DataError
+from crowdray.errors import DataError, UserError
 from crowdray.models.build import backbone_class
 from crowdray.models.pretrained import pin_weights
 from crowdray.pipeline.identity import RunIdentity, Workers, check_name, default_name, read_identity
 from crowdray.pipeline.warm_start import pin_init
 from crowdray.stage_cache.keys import backbone_digest
-from crowdray.training.checkpoint import load_checkpoint
+from crowdray.training.checkpoint import STATE, load_checkpoint
 
 RUN_FILE = "run.json"
 CONFIG = "config.json"
@@ -37,6 +40,10 @@ CARD = "card.md"
 OUTCOME = "outcome.json"
 RAY_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """The list of checkpoints that Ray Train keeps."""
+_RAY_MARKER = ".validate_storage_marker"
+_CHECKPOINT = "checkpoint-"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,22 @@ class Run:
                 load_checkpoint(folder)
                 return str(folder)
         return None
+
+
+def remove_checkpoints(run: str) -> None:
+    """Remove the checkpoints of a run that is finished and published; safe to interrupt and to repeat.
+
+    A failure costs a warning: nothing needs them any more, and the same command tries again.
+    """
+    try:
+        names = {file.name.partition("/")[0] for file in storage.find_files(run, depth=2)}
+        for name in sorted(names):
+            if name.startswith(_CHECKPOINT) or (name.startswith(storage.PARTIAL) and _CHECKPOINT in name):
+                storage.unpublish_directory(storage.join(run, name), last=STATE)
+        for name in names & {RAY_CHECKPOINT_LIST, _RAY_MARKER}:
+            storage.remove(storage.join(run, name))
+    except UserError as error:
+        _log.warning("the checkpoints of the finished run are still there: %s", error)
 
 
 def plan_run(
