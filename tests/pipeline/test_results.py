@@ -11,11 +11,14 @@ from crowdray import storage
 from crowdray.pipeline.results import results_csv, weights_file
 from crowdray.pipeline.run import RAY_CHECKPOINT_LIST, remove_checkpoints
 from crowdray.pipeline.run_log import LOG, RunLog
-from crowdray.training.checkpoint import STATE
+from crowdray.training.checkpoint import STATE, EpochMetrics
 
 
 def test_results_csv_has_a_row_per_epoch_and_leaves_missing_metrics_empty() -> None:
-    history = [{"epoch": 1, "stage": "baseline", "val/mae": 2.5}, {"epoch": 2, "stage": "decoders", "loss/count": 1.0}]
+    history: list[EpochMetrics] = [
+        {"epoch": 1, "stage": "baseline", "val/mae": 2.5},
+        {"epoch": 2, "stage": "decoders", "loss/count": 1.0},
+    ]
     rows = list(csv.DictReader(io.StringIO(results_csv(history))))
     assert rows == [
         {"epoch": "1", "stage": "baseline", "val/mae": "2.5", "loss/count": ""},

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from crowdray import storage
 from crowdray.tune.figures import draw_importance, draw_optimization, draw_slices, time_unit
-from crowdray.tune.importance import MIN_TRIALS, importances
+from crowdray.tune.importance import MIN_TRIALS, importance_intervals, importances
 from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import build_tree, draw_stage_tree, lay_out
 
@@ -314,3 +314,12 @@ def test_mae_limit_draws_outliers_at_the_limit_unless_most_trials_are_equal(
 def test_importance_figure_without_importances_states_why(drawn: list[Figure]) -> None:
     draw_bytes(draw_bars, make_study(2))
     assert "there are 2" in drawn[0].texts[1].get_text()
+
+
+def test_importance_intervals_of_a_deciding_field_are_high_and_drawn(drawn: list[Figure]) -> None:
+    study = study_of(lambda depth, count, epochs: 9 + math.log10(count), 20)
+    low, high = importance_intervals(study)["loss.count"]
+    assert 0.5 < low <= high <= 1
+    draw_importance(study, importances(study), "memory://figures/importance.png", importance_intervals(study))
+    assert "too few" in drawn[0].axes[0].get_xlabel()
+    assert importance_intervals(replace(study, trials=study.trials[:2])) == {}

@@ -111,7 +111,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         tracker.log_summary(_summary(result), epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
-        figures = _draw(checkpoint, result, dataset, scratch)
+        figures = _draw(run, checkpoint, result, dataset, scratch)
         example, picture = _write_example(dataset, scratch), scratch / PICTURE
         with Image.open(figures[0]) as image:
             image.resize((CARD_WIDTH, round(image.height * CARD_WIDTH / image.width))).save(picture)
@@ -210,28 +210,32 @@ def _write_example(dataset: Dataset, folder: Path) -> Path:
     return path
 
 
-def _draw(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:
+def _draw(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:
     """Draw the overview (first) and the learning curves, and with a test split the figures of its counts."""
     names = ("overview", "curves", "calibration", "levels")
     overview, curves, calibration, levels = figures = [folder / f"{name}.png" for name in names]
-    _draw_overview(checkpoint, result, dataset, overview)
-    draw_history(checkpoint.progress.history, curves)
+    split = "test" if "test" in dataset.index.splits else "train"
+    title = f"{dataset.index.name}, {split} images: {run.identity.name}"
+    _draw_overview(checkpoint, result, dataset, split, title, overview)
+    draw_history(checkpoint.progress.history, curves, f"{dataset.index.name}: {run.identity.name}")
     counts = result.stages[result.best_stage].test_counts
     if not counts:
         return figures[:2]
-    draw_calibration(counts, calibration)
-    draw_density_levels(counts, result.stages["baseline"].test_counts, levels)
+    draw_calibration(counts, calibration, title)
+    draw_density_levels(counts, result.stages["baseline"].test_counts, levels, title)
     return figures
 
 
-def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, path: Path) -> None:
-    """Draw images evenly spaced in the test split, or in the training split if there is no other."""
+def _draw_overview(
+    checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, split: str, title: str, path: Path
+) -> None:
+    """Draw images evenly spaced in a split."""
     config = checkpoint.config
     counter, baseline = (build_counter(config, checkpoint.progress.density_scale).eval() for _ in range(2))
     counter.load_state_dict(checkpoint.weights, strict=False)  # without the count decoder
     counter.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
     baseline.load_state_dict(checkpoint.best_weights["baseline"], strict=False)
-    rows = dataset.rows("test" if "test" in dataset.index.splits else "train")
+    rows = dataset.rows(split)
     count = OVERVIEW_IMAGES
     chosen = sorted({rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)})
     images = ImageCache(dataset, config.sampling.downsample, config.sampling.roi, 0)
@@ -242,4 +246,6 @@ def _draw_overview(checkpoint: Checkpoint, result: TrainingResult, dataset: Data
         sigma=config.target.sigma,
         threshold=config.target.threshold,
         baseline=None if result.best_stage == "baseline" else baseline,
+        title=title,
+        names=[dataset.sample(int(row)).name for row in chosen],
     )

@@ -25,7 +25,7 @@ VERMILION, GREEN, PINK = "#d55e00", "#009e73", "#cc79a7"
 HEAD_COLOUR = "#ffd23f"
 """Colour of annotated heads and of the outline of the true crowd."""
 
-DENSITY_CMAP, SEGMENTATION_CMAP, DEPTH_CMAP = "inferno", "bone", "cividis"
+DENSITY_CMAP, SEGMENTATION_CMAP, DEPTH_CMAP = "inferno", "bone", "viridis"
 """Perceptually ordered colormaps: lightness rises monotonically, so they also work in greyscale."""
 GAMMA = 0.7
 """Exponent of the density colour scale; below 1 keeps an isolated head visible next to a dense crowd."""
@@ -44,16 +44,17 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     storage.write_bytes(os.fspath(path), buffer.getvalue())
 
 
-def badge(axes: Axes, text: str, size: float) -> None:
-    """Add white text (`size` in points) on a dark box in the lower left corner."""
+def badge(axes: Axes, text: str, size: float, *, top: bool = False) -> None:
+    """Add white text (`size` in points) on a dark box in the lower left corner, or the upper left one."""
     box = {"boxstyle": "round,pad=0.3", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
     position: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
         "ha": "left",
-        "va": "bottom",
+        "va": "top" if top else "bottom",
     }
-    axes.annotate(text, (0, 0), (0.7 * size, 0.7 * size), size=size, weight="bold", color="white", bbox=box, **position)
+    offset = (0.7 * size, -0.7 * size if top else 0.7 * size)
+    axes.annotate(text, (0, int(top)), offset, size=size, weight="bold", color="white", bbox=box, **position)
 
 
 def draw_outline(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -26,6 +26,8 @@ from crowdray.plots import style
 
 _INCHES = 10.0
 """Width of the overview: 1600 pixels."""
+_NAME_LENGTH = 34
+"""Longest name of a file that is shown whole."""
 _TASKS = {DENSITY: style.BLUE, SEGMENTATION: style.GREEN, DEPTH: style.ORANGE, COUNT: style.PINK}
 _ERRORS = {"MAE": style.BLUE, "RMSE": style.SKY}
 
@@ -38,11 +40,13 @@ def draw_overview(
     sigma: float,
     threshold: float,
     baseline: Counter | None = None,
+    title: str = "",
+    names: Sequence[str] = (),
 ) -> None:
     """Draw a row per image: photo and heads, true and predicted density, crowd segmentation, depth.
 
     Densities of a row share one colour scale; their counts are sums inside the region of interest. A thin line on the
-    segmentation bounds the true crowd.
+    segmentation bounds the true crowd. Depth is shown where the crowd is, from the nearest to the farthest there.
 
     Args:
         counter: Model in evaluation mode whose maps are drawn; panels of missing decoders are omitted.
@@ -51,26 +55,32 @@ def draw_overview(
         sigma: Standard deviation in pixels of the density targets.
         threshold: Threshold of the segmentation targets.
         baseline: Another model whose density is drawn before that of `counter`.
+        title: Dataset, split and run.
+        names: File of each image.
     """
     shapes = [float(np.clip(decoded.size[0] / decoded.size[1], 0.4, 1.2)) for decoded in images]
     columns = 3 + (baseline is not None) + (SEGMENTATION in counter.decoders) + (DEPTH in counter.decoders)
-    height = 0.5 + sum(shapes) * _INCHES / columns
+    height = 0.5 + 0.25 * bool(title) + sum(shapes) * _INCHES / columns
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
     figure = Figure(figsize=(_INCHES, height), dpi=style.DPI, layout=layout, facecolor="white")
     grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=shapes)
     for row, decoded in zip(grid, images, strict=True):
         titles = _draw_row(row, counter, decoded, sigma, threshold, baseline)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, size=8.5, color=style.INK)
+    for axes, heading in zip(grid[0], titles, strict=True):
+        axes.set_title(heading, size=8.5, color=style.INK)
+    for axes, name in zip(grid[:, 0], names, strict=False):
+        shown = name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}"
+        style.badge(axes, shown, 6, top=True)
     note = (
-        "Corners: number of heads. Densities in a row share one colour scale. Depth: bright is far. "
-        "Dashed: region of interest."
+        "Numbers: heads inside the dashed region of interest. Densities in a row share one colour scale. "
+        "Depth: in the annotated crowd, each row on a scale of its own."
     )
     figure.supxlabel(note, size=6.5, color=style.FAINT)
+    figure.suptitle(title, size=9.5, color=style.INK, weight="bold")
     style.save_figure(figure, path)
 
 
-def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str]) -> None:
+def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw predicted against true counts with the identity line and the bias; save a PNG at a path or URI."""
     metrics = summarise(counts)
     truth = np.array([count.truth for count in counts], dtype=np.float64)
@@ -86,15 +96,18 @@ def draw_calibration(counts: Sequence[ImageCount], path: str | os.PathLike[str])
     size, alpha = (5, 0.35) if len(counts) > 300 else (14, 0.6)
     axes.scatter(truth, predicted, s=size, alpha=alpha, color=style.BLUE, linewidths=0)
     axes.set(xlim=ends, ylim=ends, aspect="equal", xlabel="annotated heads", ylabel="predicted heads")
-    title = f"{metrics.images:,} images: MAE {metrics.mae:.2f}, RMSE {metrics.rmse:.2f}"
-    axes.set_title(title, size=9, color=style.INK)
+    images = f"{metrics.images:,} images of {_range(truth)} heads: MAE {metrics.mae:.2f}, RMSE {metrics.rmse:.2f}"
+    axes.set_title(f"{title}\n{images}".strip(), size=9, color=style.INK)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     style.style_axes(axes)
     style.save_figure(figure, path)
 
 
 def draw_density_levels(
-    counts: Sequence[ImageCount], baseline_counts: Sequence[ImageCount], path: str | os.PathLike[str]
+    counts: Sequence[ImageCount],
+    baseline_counts: Sequence[ImageCount],
+    path: str | os.PathLike[str],
+    title: str = "",
 ) -> None:
     """Draw the paper's Figure 4a: mean counts of up to ten groups of images by true count; same rows in any order."""
     joint, baseline = ({count.row: count for count in given} for given in (counts, baseline_counts))
@@ -110,13 +123,16 @@ def draw_density_levels(
         means = [np.mean([counted[row].predicted for row in group]) for group in groups]
         label = f"{name} (MAE {summarise(list(counted.values())).mae:.2f})"
         axes.plot(positions, means, marker, color=colour, markersize=6, alpha=0.9, label=label)
-    axes.set(xlabel="groups of images by true count", ylabel="mean heads per image", xticks=positions)
+    ranges = [_range(np.array([joint[row].truth for row in group])) for group in groups]
+    axes.set_xticks(positions, ranges)
+    axes.set(xlabel=f"annotated heads, groups of about {len(groups[-1])} images", ylabel="mean heads per image")
+    axes.set_title(title, size=9, color=style.INK)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     style.style_axes(axes)
     style.save_figure(figure, path)
 
 
-def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw the losses and validation errors of each epoch, with the best epoch of each stage marked.
 
     A row has "epoch", "stage", "loss/<task>" and, in validated stages, "val/mae" and "val/rmse".
@@ -135,11 +151,18 @@ def draw_history(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
     below.set(xlabel="epoch", ylabel="validation error, heads")
     below.set_ylim(bottom=0)
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title, size=9, color=style.INK)
     for axes in (above, below):
         if axes.lines:
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         style.style_axes(axes)
     style.save_figure(figure, path)
+
+
+def _range(counts: NDArray[Any]) -> str:
+    """The lowest and the highest count; a single number where they are equal."""
+    low, high = counts.min(), counts.max()
+    return f"{low:.0f}" if low == high else f"{low:.0f}-{high:.0f}"
 
 
 def image_targets(decoded: DecodedImage, sigma: float, threshold: float, stride: int) -> Targets:
@@ -215,7 +238,7 @@ def _draw_row(
         style.draw_outline(axes, targets.segmentation[0, 0].numpy(), style.HEAD_COLOUR, 0.6, cell=stride)
         titles.append("Crowd segmentation")
     if DEPTH in maps:
-        style.draw_map(next(panels), maps[DEPTH], style.DEPTH_CMAP, cell=stride)
+        _draw_depth(next(panels), decoded, maps[DEPTH], targets.segmentation[0, 0].numpy() > 0, stride)
         titles.append("Distilled depth")
     for axes in row:
         if decoded.roi is not None:
@@ -223,6 +246,31 @@ def _draw_row(
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_axis_off()
     return titles
+
+
+def _draw_depth(
+    axes: Axes, decoded: DecodedImage, depth: NDArray[np.float32], crowd: NDArray[np.bool_], cell: int
+) -> None:
+    """Draw the depth of the crowd (h, w) over a dark photo, with a scale from near to far.
+
+    Elsewhere the decoder is trained to return 0, which is no distance.
+    """
+    height, width = decoded.size
+    grey = decoded.image.mean(axis=2) / 255
+    extent = (0, width, height, 0)
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=2.5, extent=extent, interpolation="antialiased")
+    if not crowd.any():
+        axes.text(0.5, 0.5, "no heads", transform=axes.transAxes, ha="center", color="white", size=7.5)
+        return
+    limits = Normalize(float(depth[crowd].min()), float(depth[crowd].max()))
+    shown = np.ma.masked_array(depth, mask=~crowd)
+    extent = (0, depth.shape[1] * cell, depth.shape[0] * cell, 0)
+    axes.imshow(shown, cmap=style.DEPTH_CMAP, norm=limits, extent=extent, interpolation="nearest")
+    scale = axes.inset_axes((0.22, 0.04, 0.4, 0.045))
+    scale.imshow(np.linspace(0, 1, 64)[None], cmap=style.DEPTH_CMAP, aspect="auto")
+    scale.set_axis_off()
+    for x, align, text in ((-0.06, "right", "near"), (1.06, "left", "far")):
+        scale.text(x, 0.5, text, transform=scale.transAxes, ha=align, va="center", color="white", size=7.5)
 
 
 def _predict(counter: Counter, decoded: DecodedImage) -> dict[str, NDArray[np.float32]]:

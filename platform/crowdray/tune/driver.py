@@ -31,7 +31,7 @@ from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
 from crowdray.tune.figures import draw_importance, draw_optimization, draw_slices
-from crowdray.tune.importance import importances
+from crowdray.tune.importance import importance_intervals, importances
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
 from crowdray.tune.record import StudyOutcome, StudyRecord, TrialRecord
 from crowdray.tune.stage_tree import draw_stage_tree
@@ -279,7 +279,7 @@ def _draw(record: StudyRecord, study: Study, tracker: Tracker) -> tuple[str, ...
         names = ("optimization", "importance", "slices", "stage-tree")
         paths = [folder / f"{name}.png" for name in names]
         draw_optimization(record, paths[0])
-        draw_importance(record, importances(record), paths[1])
+        draw_importance(record, importances(record), paths[1], importance_intervals(record))
         draw_slices(record, paths[2])
         draw_stage_tree(record, paths[3])
         for path in paths:

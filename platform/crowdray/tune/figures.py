@@ -25,6 +25,9 @@ MARKERS: dict[str, dict[str, Any]] = {
 }
 """Marker of trials by state."""
 BEST: dict[str, Any] = MARKERS["complete"] | {"marker": "*", "color": style.VERMILION, "s": 110, "zorder": 6}
+SUFFICIENT_TRIALS = 30
+"""Complete trials below which the figure of importances warns."""
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
 MAE = "best validation MAE, heads"
 
 
@@ -59,21 +62,38 @@ def draw_optimization(study: StudyRecord, path: str | os.PathLike[str]) -> None:
     style.save_figure(figure, path)
 
 
-def draw_importance(study: StudyRecord, importances: Mapping[str, float], path: str | os.PathLike[str]) -> None:
-    """Draw the importance of each field as bars, as a PNG; with too few trials, a figure that says so."""
+def draw_importance(
+    study: StudyRecord,
+    importances: Mapping[str, float],
+    path: str | os.PathLike[str],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
+    """Draw the importance of each field as bars, as a PNG; with too few trials, a figure that says so.
+
+    Lines span `intervals`, the range of each importance over resampled trials.
+    """
     complete = sum(trial.state == "complete" for trial in study.trials)
     if not importances:
         text = f"importances need {MIN_TRIALS} complete trials with different values and MAEs,\nthere are {complete}"
         return style.text_figure(study.name, text, path)
     names = sorted(importances, key=lambda name: importances[name])
-    figure = Figure(figsize=(6.4, 1.2 + 0.34 * len(names)), dpi=style.DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.4, 1.4 + 0.34 * len(names)), dpi=style.DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     percents = [100 * importances[name] for name in names]
-    bars = axes.barh(names, percents, 0.62, color=style.BLUE)
-    axes.bar_label(bars, [f"{p:.0f}%" if p >= 1 else "<1%" for p in percents], padding=4, size=8, color=style.INK)
-    axes.margins(x=0.12)
+    axes.barh(names, percents, 0.62, color=style.BLUE)
+    ranges = [intervals.get(name) for name in names] if intervals else [None] * len(names)
+    for position, percent, found in zip(range(len(names)), percents, ranges, strict=True):
+        ends = [100 * end for end in found] if found else [percent]
+        axes.plot(ends, [position] * len(ends), color=style.INK, linewidth=1.2, marker="|", markersize=6)
+        label = "<1%" if percent < 1 else f"{percent:.0f}%"
+        label += f"  ({ends[0]:.0f} to {ends[1]:.0f}%)" if found else ""
+        axes.annotate(label, (max(*ends, percent), position), (6, 0), size=8, color=style.INK, **_BESIDE)
+    axes.margins(x=0.25)
+    few = f"\ntoo few to rank them: {SUFFICIENT_TRIALS} or more narrow the ranges"
     axes.set_xlabel(
-        f"% of the variance of the validation MAE that single fields explain\nfANOVA over {complete} complete trials"
+        "% of the variance of the validation MAE that single fields explain\n"
+        f"fANOVA over {complete} complete trials; line: range over resampled trials"
+        f"{few if complete < SUFFICIENT_TRIALS else ''}"
     )
     style.style_axes(axes)
     axes.grid(visible=False)

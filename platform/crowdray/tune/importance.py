@@ -1,7 +1,9 @@
 """Which searched fields decide the validation error: fANOVA over the complete trials."""
 
 import math
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -12,6 +14,8 @@ from crowdray.tune.record import StudyRecord, Value, is_weight
 
 MIN_TRIALS = 4
 """Complete trials below which no importance is computed."""
+RESAMPLES = 20
+"""Resamples of the trials behind the ranges of importances."""
 
 
 def importances(study: StudyRecord) -> dict[str, float]:
@@ -43,6 +47,30 @@ def importances(study: StudyRecord) -> dict[str, float]:
         return {}
     ordered = sorted(fractions.items(), key=lambda item: (-item[1], item[0]))
     return {name: float(fraction / total) for name, fraction in ordered}
+
+
+def importance_intervals(study: StudyRecord) -> dict[str, tuple[float, float]]:
+    """Return the range of each field's importance over RESAMPLES resamples of the complete trials, from the 10th to the
+    90th percentile: what a search with other trials could have found.
+
+    Returns:
+        Ranges by field; empty where `importances` is.
+    """
+    complete = [trial for trial in study.trials if trial.state == "complete" and trial.is_scored]
+    if not importances(study):
+        return {}
+    samples: dict[str, list[float]] = {name: [] for name in study.fields()}
+    random_trials = random.Random(0)
+    for _ in range(RESAMPLES):
+        drawn = replace(study, trials=tuple(random_trials.choices(complete, k=len(complete))))
+        for name, fraction in importances(drawn).items():
+            samples[name].append(fraction)
+    return {name: _percentiles(sorted(found)) for name, found in samples.items() if found}
+
+
+def _percentiles(ordered: Sequence[float]) -> tuple[float, float]:
+    last = len(ordered) - 1
+    return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
 
 
 def _axis(name: str, values: Sequence[Value]) -> tuple[list[Any], BaseDistribution]:
