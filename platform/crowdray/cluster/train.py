@@ -113,6 +113,10 @@ class _Logged:
         self.log.write_epoch(history[-1])
         self.callback.on_history(history)
 
+    def on_step(self, step: StepProgress, /) -> None:
+        """Training or an evaluation progressed, which the log does not record."""
+        self.callback.on_step(step)
+
 
 def _train_and_publish(
     run: Run,

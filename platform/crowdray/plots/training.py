@@ -253,7 +253,7 @@ def _draw_depth(
 ) -> None:
     """Draw the depth of the crowd (h, w) over a dark photo, with a scale from near to far.
 
-    Elsewhere the decoder is trained to return 0, which is no distance.
+    Elsewhere the decoder is trained to return 0, whatever the distance.
     """
     height, width = decoded.size
     grey = decoded.image.mean(axis=2) / 255
