@@ -149,7 +149,7 @@ def _parent_density(folder: Path, image: Tensor) -> Tensor | None:
         return None
     result = TrainingResult.from_json((folder / RESULT).read_bytes(), str(folder / RESULT))
     parent = build_counter(checkpoint.config, checkpoint.progress.density_scale).eval()
-    parent.load_state_dict(checkpoint.weights)
+    parent.load_state_dict(checkpoint.weights, strict=False)  # without the count decoder
     parent.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
     whole = ExportedCounter(parent, checkpoint.config.sampling.downsample)
     whole.counter = parent  # with its auxiliary decoders
