@@ -152,6 +152,12 @@ def test_predict_command_prints_and_writes_the_counts_of_the_model(
     assert capsys.readouterr().err.startswith("error: cannot list")
 
 
+def test_predict_in_a_ray_job_refuses_results_that_ray_would_delete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="--output counted is relative"):
+        predict.main(["--model", "/model", "--input", "s3://bucket/photos", "--output", "counted"])
+
+
 def test_evaluate_command_writes_the_metrics_of_evaluation(
     package: tuple[ExportedCounter, str],
     discs: Dataset,

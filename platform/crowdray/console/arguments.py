@@ -34,7 +34,7 @@ RENAMED_OPTIONS = {"--store": "--stage-cache", "--store-gib": "--stage-cache-gib
 PROGRAM = "CROWDRAY_PROGRAM"
 """Variable of a submitted job: how its user starts the command NAME."""
 
-_SHARED = ("data", "source", "input", "storage", "stage_cache", "dest", "output", "json")
+_SHARED = ("data", "source", "input", "storage", "stage_cache", "dest", "output", "json", "zones")
 """Options that take a path or URI."""
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from crowdray.cluster.ray_job import check_shared, in_ray_job
 from crowdray.config import Device, Precision
-from crowdray.console.arguments import console, parse, tracking_uri
+from crowdray.console.arguments import console, parse, shared_paths, tracking_uri
 
 if TYPE_CHECKING:
     from crowdray.registry.loading import LoadedCounter
@@ -72,6 +73,8 @@ def parse_arguments(arguments: list[str]) -> PredictJob:
 def main(arguments: list[str]) -> None:
     """Run the command with its arguments."""
     job = parse_arguments(arguments)
+    if in_ray_job():
+        check_shared(shared_paths(job), tracked=job.model.startswith(("models:", "runs:")), fix="")
 
     # Imported late: help and usage errors do not wait for torch and MLflow.
     from crowdray.cluster.predict import predict
