@@ -104,6 +104,15 @@ def test_terminal_shows_step_elapsed_and_remaining_time(monkeypatch: pytest.Monk
     assert "scoring joint" in drawn(display, 80) and "left" not in drawn(display, 80)
 
 
+def test_time_left_in_the_first_epoch_leaves_out_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    display, _, _ = on_terminal(80)
+    for clock[0], done in ((100.0, 2), (104.0, 4)):  # 2 s for each of 10 steps in 5 epochs
+        display.on_step(StepProgress("training", "baseline", 1, done, 10))
+    assert "4/10  elapsed 0:01:44, about 0:01:32 left" in drawn(display, 80)
+
+
 def test_log_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])

@@ -106,6 +106,7 @@ class TrainingDisplay(LiveDisplay):
         self._shown = 0
         self._step: StepProgress | None = None
         self._scoring = False
+        self._steps_before = 0
         self._epoch_since = self._printed_at = time.monotonic()
 
     def on_status(self, text: str) -> None:
@@ -143,7 +144,10 @@ class TrainingDisplay(LiveDisplay):
         if step.phase == "evaluation" and not self._scoring:
             self._scoring = True  # the line of the last epoch may come later
             self._print("scoring the best weights of each stage on the validation and test images")
-        self._step, now = step, time.monotonic()
+        now = time.monotonic()
+        if self._step is None and not self._history:  # before it, the workers started
+            self._epoch_since, self._steps_before = now, step.done
+        self._step = step
         if not self._live and now - max(self._printed_at, self._epoch_since) >= STEP_LOG_INTERVAL_S:
             self._printed_at = now
             unit = "step" if step.phase == "training" else "image"
@@ -214,10 +218,11 @@ class TrainingDisplay(LiveDisplay):
         fraction = step.done / step.total if step.phase == "training" else 1.0
         if self._history:
             return f", {duration(self._epochs_left(step.stage, fraction))} left"
-        if step.phase == "training" and step.done < 2:
+        seen = (step.done - self._steps_before) / step.total if step.phase == "training" else 1.0
+        if not seen or not elapsed:
             return ""
         epochs = sum(stage.schedule.epochs for stage in self._stages)
-        return f", about {duration(elapsed * (epochs / fraction - 1))} left"
+        return f", about {duration(elapsed / seen * (epochs - fraction))} left"
 
     def _rows(self, stage: Stage) -> list[EpochMetrics]:
         return [row for row in self._history if row["stage"] == stage.name]
