@@ -151,14 +151,23 @@ def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
     )
 
 
+def show_page(page: str, tracking_uri: str, console: Console) -> None:
+    """Print the web page of a run, and how to serve it if no server does."""
+    _print_fields(console, _page_fields(tracking_uri, {"its page": page}))
+
+
 def _tracking_fields(outcome: Outcome) -> dict[str, str]:
     """Return where MLflow shows a run, and all others on its dataset."""
     if outcome.tracking_uri is None:
         return {"tracked": "not tracked"}
     if outcome.run_url is None:
         return {"tracked": f"run {outcome.run_id} in {outcome.tracking_uri}"}
-    links = {"its page": outcome.run_url, "all runs": outcome.runs_url or outcome.run_url}
-    return ({} if is_server(outcome.tracking_uri) else {"see it": ui_command()}) | links
+    pages = {"its page": outcome.run_url, "all runs": outcome.runs_url or outcome.run_url}
+    return _page_fields(outcome.tracking_uri, pages)
+
+
+def _page_fields(tracking_uri: str, pages: dict[str, str]) -> dict[str, str]:
+    return ({} if is_server(tracking_uri) else {"see it": ui_command()}) | pages
 
 
 def _stage_row(result: TrainingResult, name: str) -> list[str]:

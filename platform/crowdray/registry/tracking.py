@@ -65,8 +65,8 @@ class Tracker:
             UserError: The server does not answer.
         """
 
-    def log_dataset(self, name: str, uri: str, digest: str) -> None:
-        """Log the dataset as an input of the run; safe to repeat."""
+    def log_dataset(self, name: str, uri: str, digest: str, context: str = "training") -> None:
+        """Log the dataset as an input of the run, for training or a split; safe to repeat."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -80,6 +80,9 @@ class Tracker:
 
     def log_summary(self, metrics: Mapping[str, float], epoch: int) -> None:
         """Log metrics of the whole run at its last epoch; safe to repeat."""
+
+    def log_scores(self, metrics: Mapping[str, float], dataset: str, digest: str, model_id: str | None) -> None:
+        """Log metrics of an evaluation on a dataset, for the run and for the logged model that was evaluated."""
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Store a file in a folder of the run's artifacts, replacing one of the same name."""
@@ -177,7 +180,7 @@ class MlflowTracker(Tracker):
         call_mlflow(self._uri, self.timeout_s, send, retries=2)
         self._params.update({param.key: param.value for param in new})
 
-    def log_dataset(self, name: str, uri: str, digest: str) -> None:
+    def log_dataset(self, name: str, uri: str, digest: str, context: str = "training") -> None:
         """See Tracker.log_dataset."""
         uri = redacted(uri)
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -189,7 +192,7 @@ class MlflowTracker(Tracker):
             source_type=urlsplit(uri).scheme or "local",
             source=json.dumps({"uri": uri}),
         )
-        entry = DatasetInput(source, tags=[InputTag("mlflow.data.context", "training")])
+        entry = DatasetInput(source, tags=[InputTag("mlflow.data.context", context)])
         self._attempt(lambda: self.client.log_inputs(self._id, datasets=[entry]), "the dataset")
         self.set_tags({DATA_DIGEST: digest, DATASET_URI: uri})
 
@@ -207,6 +210,16 @@ class MlflowTracker(Tracker):
         # With a fixed timestamp, MLflow treats a repeated call as the same points and does not log them twice.
         points = _points(metrics, self._started, epoch)
         self._attempt(lambda: self.client.log_batch(self._id, metrics=points), "the summary")
+
+    def log_scores(self, metrics: Mapping[str, float], dataset: str, digest: str, model_id: str | None) -> None:
+        """See Tracker.log_scores."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(key, value, self._started, 0, model_id=model_id, dataset_name=dataset, dataset_digest=digest[:36])
+            for key, value in metrics.items()
+        ]
+        self._attempt(lambda: self.client.log_batch(self._id, metrics=points), "the errors")
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """See Tracker.log_file."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from crowdray.console.arguments import console, parse, write_json
+from crowdray.console.arguments import console, parse, tracking_uri, write_json
 from crowdray.console.commands.predict import CounterOptions
 
 EXAMPLES = ("--model models:/crowdray-mall@candidate --data data/mall --split test --json errors.json",)
@@ -34,9 +34,10 @@ def main(arguments: list[str]) -> None:
 
     # Imported late: help and usage errors do not wait for torch and MLflow.
     from crowdray.console.progress import image_progress
-    from crowdray.console.tables import evaluation_table
+    from crowdray.console.tables import evaluation_table, show_page
     from crowdray.data.shards import Dataset
     from crowdray.evaluation.report import evaluate_images, summarise_images
+    from crowdray.pipeline.evaluation_run import track_evaluation
     from crowdray.pipeline.predict import tiled
 
     dataset = Dataset.open(job.data)
@@ -52,3 +53,8 @@ def main(arguments: list[str]) -> None:
     screen.print(evaluation_table(evaluation, f"{job.model} on {job.split} of {job.data}"))
     source = {"model": job.model, "data": dataset.uri, "digest": dataset.digest, "split": job.split}
     write_json(job.json, evaluation.to_dict(**source))
+    page = track_evaluation(
+        evaluation, counter, dataset, model=job.model, split=job.split, tile=job.tile, tracking_uri=tracking_uri()
+    )
+    if page is not None:
+        show_page(page, tracking_uri(), screen)
