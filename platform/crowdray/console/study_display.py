@@ -15,6 +15,7 @@ from crowdray.console.terminal import one_line, print_line
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from crowdray.training.state import StepProgress
     from crowdray.tune.record import StudyRecord, TrialRecord
 
 LOG_INTERVAL_S = 20.0
@@ -28,6 +29,7 @@ class StudyDisplay(LiveDisplay):
         super().__init__(console)
         self._record: StudyRecord | None = None
         self._finished: set[int] = set()
+        self._counts = ""
         self._printed_at = 0.0
 
     def on_record(self, record: StudyRecord) -> None:
@@ -42,14 +44,22 @@ class StudyDisplay(LiveDisplay):
             self._printed_at = time.monotonic()
             print_line("; ".join(f"trial {trial.number}: {_line(trial)}" for trial in running))
 
+    def on_status(self, text: str) -> None:
+        """Show what the job is doing now."""
+        self._counts = ""
+        super().on_status(text)
+
+    def on_step(self, step: StepProgress) -> None:
+        """Show the progress of the best trial's evaluation."""
+        self._counts = f"  {step.phase} {step.done}/{step.total}"
+
     def __rich__(self) -> RenderableType:
-        """Return the running trials."""
-        status = f"{self._status}  {duration(time.monotonic() - self._status_since)}"
-        if self._record is None:
+        """Return what the job is doing, and the running trials."""
+        status = f"{self._status}{self._counts}  {duration(time.monotonic() - self._status_since)}"
+        running = [trial for trial in self._record.trials if trial.state == "running"] if self._record else []
+        if self._record is None or not running:
             return one_line(status, "bold")
-        done = f"{len(self._finished)} trials finished"
-        running = [trial for trial in self._record.trials if trial.state == "running"]
-        return trial_table(self._record, f"{status}, {done}", self._console, running)
+        return trial_table(self._record, f"{status}, {len(self._finished)} finished", self._console, running)
 
 
 def trial_table(

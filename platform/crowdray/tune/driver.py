@@ -30,6 +30,7 @@ from crowdray.stage_cache.keys import numerics_facts
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
 from crowdray.training.checkpoint import EpochMetrics
+from crowdray.training.state import StepProgress
 from crowdray.tune.figures import draw_importance, draw_optimization, draw_slices
 from crowdray.tune.importance import importance_intervals, importances
 from crowdray.tune.optuna_study import open_optuna_storage, open_optuna_study
@@ -62,6 +63,10 @@ class StudyCallback(Protocol):
 
     def on_record(self, record: StudyRecord, /) -> None:
         """A trial started, reported or ended."""
+        ...
+
+    def on_step(self, step: StepProgress, /) -> None:
+        """The evaluation of the best trial progressed; called at most twice a second."""
         ...
 
 
@@ -184,7 +189,14 @@ class _Driver:
             def on_history(history: Sequence[EpochMetrics]) -> None:  # not called if the cache holds the final state
                 self.callback.on_status(f"{evicted} {len(history)} again")
 
-            run_training(run, resources, device=self.device, stage_cache=self.stage_cache, on_history=on_history)
+            run_training(
+                run,
+                resources,
+                device=self.device,
+                stage_cache=self.stage_cache,
+                on_history=on_history,
+                on_step=self.callback.on_step,
+            )
         with finish_on_exit(trial_tracker.open_run(best.number, config)) as tracker:
             return publish_run(run, tracker, self.tracking_uri)
 
