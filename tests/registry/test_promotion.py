@@ -51,7 +51,10 @@ RACES = int(os.environ.get("CROWDRAY_RACES", "5"))
     ("change", "objection"),
     [
         ({}, None),
-        ({"gain": Interval(0.0, 1.5)}, "not shown to be better than champion version 1: test MAE 2 to 3 on 100 images"),
+        (
+            {"gain": Interval(0.0, 1.5)},
+            "not shown to be better than champion version 1: test MAE 2 against 3 on 100 images",
+        ),
         ({"gain": Interval(-0.1, 0.2), "champion": None}, "not shown to be better than always predicting the mean"),
         ({"latency_ratio": 1.2}, "its latency is 1.20 times the champion's, more than 1.1"),
         ({"size_ratio": 2.0}, "its size is 2.00 times"),

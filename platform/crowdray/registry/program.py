@@ -43,8 +43,7 @@ def load_program(path: Path) -> nn.Module:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with open_regular(path, MAX_ARCHIVE_BYTES) as file, zipfile.ZipFile(file) as archive:
-            checked = _checked_archive(archive, path.stat().st_size)
+        checked = checked_archive(path)
         with warnings.catch_warnings(action="ignore"):
             return torch.export.load(checked).module()
     except (FileNotFoundError, ProgramError):
@@ -65,7 +64,13 @@ def open_regular(path: Path, limit: int) -> IO[bytes]:
     raise ProgramError(f"{path.name} is not a regular file of at most {limit} bytes")
 
 
-def _checked_archive(archive: zipfile.ZipFile, size: int) -> io.BytesIO:
+def checked_archive(path: Path) -> io.BytesIO:
+    """Return the archive of the checked parts of an exported program, the one that `load_program` loads."""
+    with open_regular(path, MAX_ARCHIVE_BYTES) as file, zipfile.ZipFile(file) as archive:
+        return _checked_copy(archive, path.stat().st_size)
+
+
+def _checked_copy(archive: zipfile.ZipFile, size: int) -> io.BytesIO:
     """Return a copy of the allowed members, with empty metadata and example inputs.
 
     Args:

@@ -105,8 +105,8 @@ class Evidence:
     def comparison(self) -> str:
         """Return the errors in words."""
         return (
-            f"{self.split} MAE {self.candidate_mae:.4g} to {self.opponent_mae:.4g} on {self.images:,} images, reduced "
-            f"by {self.gain.low:.3g} to {self.gain.high:.3g} (95%)"
+            f"{self.split} MAE {self.candidate_mae:.4g} against {self.opponent_mae:.4g} on {self.images:,} images, "
+            f"lower by {self.gain.low:.3g} to {self.gain.high:.3g} (95%)"
         )
 
 
@@ -130,7 +130,8 @@ class Decision:
     """What the decision is based on."""
 
     def __str__(self) -> str:
-        before = f", champion before: version {self.champion_before}" if self.champion_before else ""
+        replaced = self.champion_before if self.action != "rejected" else None
+        before = f", before it version {replaced}" if replaced else ""
         return f"{self.at} version {self.version} {self.action}{before}: {'; '.join(self.reasons)}"
 
 
@@ -208,7 +209,7 @@ class PromotionRegistry:
             JobFailed: Another process changed the champion since the comparison.
         """
         objections = evidence.objections(bounds)
-        won = [f"{evidence.comparison()}, against {evidence.opponent}"]
+        won = [f"better than {evidence.opponent}: {evidence.comparison()}"]
 
         def record(lock: AliasLock) -> Decision:
             self._check_champion(evidence.champion)
