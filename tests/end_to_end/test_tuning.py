@@ -35,7 +35,7 @@ def computed(outcome: dict[str, Any]) -> dict[int, Any]:
 @pytest.fixture(scope="module")
 def submitted_study(workspace: Workspace, cluster: Cluster) -> Job:
     """A study of three trials at a time on a cluster that loses a node."""
-    options = [*workspace.arguments("submitted"), "--trials", "6", *OPTIONS]
+    options = [*workspace.arguments("submitted"), "--trials", "4", *OPTIONS]
     job = cluster.submit("tune.py", options, workspace.tracking_uri)
     last = cluster.nodes[-1]
     until(lambda: bool(named(descendants(last.pid), "ray::ImplicitFunc")), 120, "no trial ran on the last node")
@@ -48,7 +48,7 @@ def submitted_study(workspace: Workspace, cluster: Cluster) -> Job:
 def test_tune_submitted_survives_loss_of_node(workspace: Workspace, submitted_study: Job) -> None:
     outcome = workspace.outcome("submitted")
     trials = outcome["record"]["trials"]
-    assert [trial["state"] for trial in trials] == ["complete"] * 6
+    assert [trial["state"] for trial in trials] == ["complete"] * 4
     assert outcome["best"] == min(trials, key=lambda trial: trial["mae"])["number"]
     assert outcome["outcome"]["registered"].startswith("models:/crowdray-synthetic/")
     assert sum(cost["reused"] for trial in trials for cost in trial["stage_costs"]) > 0
@@ -61,7 +61,7 @@ def test_tune_submitted_survives_loss_of_node(workspace: Workspace, submitted_st
         "where tags.key = 'mlflow.parentRunId' and tags.value = ?",
         parent,
     )
-    assert children == [("FINISHED",)] * 6
+    assert children == [("FINISHED",)] * 4
 
 
 def run_with_kills(workspace: Workspace, name: str, kills: int, random_delays: random.Random) -> int:
@@ -69,7 +69,7 @@ def run_with_kills(workspace: Workspace, name: str, kills: int, random_delays: r
 
     Each restart asks for one more trial than the first start.
     """
-    job, killed = workspace.tune(name, 4, *OPTIONS), 0
+    job, killed = workspace.tune(name, 3, *OPTIONS), 0
     while killed < kills:
         job.wait_for("searching")
         time.sleep(random_delays.uniform(0, 12))
@@ -83,7 +83,7 @@ def run_with_kills(workspace: Workspace, name: str, kills: int, random_delays: r
         if job.running:
             job.kill()
             killed += 1
-            job = workspace.tune(name, 5, *OPTIONS)
+            job = workspace.tune(name, 4, *OPTIONS)
     assert job.end() == 0, job.output
     return killed
 
@@ -94,7 +94,7 @@ def test_tune_after_kills_equals_submitted_study(
 ) -> None:
     kills, random_delays, studies = int(request.config.getoption("--kills")), random.Random(0), 0
     submitted = computed(workspace.outcome("submitted"))
-    expected = {number: submitted[number] for number in range(4)}
+    expected = {number: submitted[number] for number in range(3)}
     while kills > 0:
         name, studies = f"killed-{studies}", studies + 1
         kills -= run_with_kills(workspace, name, kills, random_delays)
