@@ -207,7 +207,7 @@ def supervisely_heads(files: Contents, item: Item) -> Array:
 
 def cvat_video(path: Path) -> Files:
     """The frames of a video, with a track for each head of the first."""
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     for number in range(3):
         (path / f"frame_{number:06d}.jpg").write_bytes(jpeg(number))
     tracks = "".join(
