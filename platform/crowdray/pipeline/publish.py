@@ -27,7 +27,7 @@ from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
 from crowdray.registry.card import FIGURES, PICTURE
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
-from crowdray.registry.metrics import exported_metrics, metric_rows
+from crowdray.registry.metrics import RANKING, exported_metrics, metric_rows
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.registration import register
@@ -108,7 +108,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
         data = describe_training_data(dataset, np.sort(np.concatenate(rows)))
         package = _package(run, checkpoint, result, dataset, data, scratch / "model")
-        tracker.log_summary(_summary(result), epoch)
+        tracker.log_summary(_summary(result, is_trial=run.study_file is not None), epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
         figures = _draw(run, checkpoint, result, dataset, scratch)
@@ -149,9 +149,10 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
     return outcome
 
 
-def _summary(result: TrainingResult) -> dict[str, float]:
-    """Errors of the exported counter, and of what it has to beat."""
-    summary = exported_metrics(_best_metrics(result.stages[result.best_stage]))
+def _summary(result: TrainingResult, is_trial: bool) -> dict[str, float]:
+    """Errors of the exported counter, and of what it has to beat; the search has logged those that rank its trials."""
+    exported = exported_metrics(_best_metrics(result.stages[result.best_stage]))
+    summary = {name: value for name, value in exported.items() if not (is_trial and name in RANKING)}
     for split, constant in (("val", result.mean_predictor_validation), ("test", result.mean_predictor)):
         if constant is not None:
             summary[f"mean_predictor_{split}_mae"] = constant.mae

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.pipeline.publish import open_run
-from crowdray.registry.metrics import BEST_VAL_MAE, metric_rows
+from crowdray.registry.metrics import RANKING, metric_rows
 from crowdray.registry.pages import TRIAL_STATE
 from crowdray.registry.tracking import Status, Tracker
 from crowdray.training.checkpoint import EpochMetrics
@@ -118,7 +118,7 @@ class TrialTracker:
         running = self._running.pop(number)
         if tracker := running.tracker or self._try_open_run(number, running.config):
             tracker.sync_history(running.rows())
-            errors = {BEST_VAL_MAE: record.mae, "best_val_rmse": record.rmse}
+            errors = dict(zip(RANKING, (record.mae, record.rmse), strict=True))
             summary = {name: value for name, value in errors.items() if value is not None}
             epochs = max(running.history, default=0)
             tracker.log_summary(summary | cost_metrics(record), epochs)
