@@ -95,7 +95,17 @@ def test_submit_sends_the_package_and_what_the_arguments_name(
         (tmp_path / name).write_text("{}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    command = ["tune", *TRAIN, "--trials", "2", "--space", "space.json", "--model.backbone", "thin:Thin"]
+    command = [
+        "tune",
+        *TRAIN,
+        "--trials",
+        "2",
+        "--space=space.json",
+        "--json",
+        "/shared/a.json",
+        "--model.backbone",
+        "thin:Thin",
+    ]
     names, entrypoint, variables = submitted(command, tmp_path, monkeypatch)
     package = {str(Path("crowdray") / path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     assert names == package | {"crowdray/py.typed", "space.json", "thin.py"}

@@ -5,7 +5,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -66,8 +66,7 @@ def main(arguments: list[str]) -> None:
 
     address = options.address or default_address()
     variables = {PROGRAM: program("NAME")} | ({"MLFLOW_TRACKING_URI": uri} if uri else {})
-    files = [word for word in command if word.endswith(".json") and not os.path.isabs(word) and Path(word).is_file()]
-    submitted = submit(command, address, files=files, modules=_backbones(job), variables=variables)
+    submitted = submit(command, address, files=_files(command), modules=_backbones(job), variables=variables)
     ray = f"{shell_path(Path(sys.executable).with_name('ray'))} job"
     server = f"--address {shlex.quote(address)}"
     print(f"submitted {submitted.id} to {address}", flush=True)
@@ -93,6 +92,14 @@ def _check(job: Any) -> None:
     if not getattr(job, "ephemeral", False):
         tracked = hasattr(job, "ephemeral") or getattr(job, "model", "").startswith(("models:", "runs:"))
         check_shared(shared_paths(job), tracked=tracked, fix="")
+
+
+def _files(command: Sequence[str]) -> Iterator[str]:
+    """Yield the JSON files below the current folder that the arguments name, such as a configuration."""
+    for path in (Path(word.rpartition("=")[2]) for word in command):
+        below = not path.is_absolute() and ".." not in path.parts
+        if below and path.suffix in (".json", ".geojson") and path.is_file():
+            yield str(path)
 
 
 def _backbones(job: Any) -> Iterator[str]:
