@@ -92,6 +92,11 @@ def test_fit_resumed_after_any_epoch_equals_unbroken_run(discs: Dataset, tmp_pat
     unbroken = trainer_of(discs)
     unbroken.fit(save_epochs(tmp_path))
     expected = final_result(unbroken)
+    counts = expected.stages[expected.best_stage].validation_counts
+    assert [count.row for count in counts] == unbroken.validation_rows.tolist()
+    assert expected.mean_predictor_validation is not None
+    mean_errors = [abs(count.truth - expected.mean_count) for count in counts]
+    assert expected.mean_predictor_validation.mae == pytest.approx(sum(mean_errors) / len(mean_errors))
     epochs = sorted(int(folder.name) for folder in tmp_path.iterdir())
     assert epochs == [1, 2, 3, 4, 5]
     for epoch in epochs:

@@ -140,7 +140,11 @@ def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
         console,
         {
             "registered": version,
-            **({"candidate": outcome.decision} if outcome.decision else {}),
+            **(
+                {"candidate": outcome.decision.replace("jobs/promote.py", program("promote"))}
+                if outcome.decision
+                else {}
+            ),
             "overview": outcome.figure,
             "model": outcome.model,
             "run": outcome.run,
