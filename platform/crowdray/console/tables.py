@@ -243,7 +243,7 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
         many = f"{prediction.unlike:,} of {prediction.photos:,} photos are unlike the training data"
         print_message(console, f"warning: {many}: {example.image}: {'; '.join(example.warnings)}", "yellow")
     fields = {
-        "total": f"{prediction.heads:,.1f} heads in {prediction.photos:,} photos, {prediction.failed:,} failed",
+        "total": f"{prediction.heads:,.1f} heads; photos: {prediction.photos:,} counted, {prediction.failed:,} failed",
         "trained on": prediction.trained_on,
         "counts": prediction.table,
         "sheet": prediction.sheet or "",

@@ -219,9 +219,9 @@ def result_stems(images: Sequence[str]) -> list[str]:
 def list_photos(images: Sequence[str], save: Sequence[str] = ()) -> list[Photo]:
     """Return what identifies each photo, and the names of its results."""
     folder = images[0].rpartition("/")[0]
-    stamps = {}
-    with contextlib.suppress(UserError):  # a web server has no listing
-        stamps = {file.name: (file.size, file.modified) for file in storage.find_files(folder, depth=1)}
+    # The folder of a single file on a web server cannot be listed.
+    listed = storage.find_files(folder, depth=1) if len(images) > 1 or storage.is_local(folder) else []
+    stamps = {file.name: (file.size, file.modified) for file in listed}
     has_files = set(save) - {"counts"}
 
     def key(uri: str, stem: str) -> str:
