@@ -102,6 +102,8 @@ def test_predict_again_counts_only_what_is_new_or_failed(
     model: str, photos: Path, counted: list[str], tmp_path: Path
 ) -> None:
     output = str(tmp_path / "out")
+    package = tmp_path / "out" / ".prediction" / "package"
+    package.mkdir(parents=True)  # as workers of a killed process leave it
     (photos / "bad.png").write_bytes(b"not an image")
     assert predict(model, str(photos), output).failed == 1
     del counted[:]
@@ -118,6 +120,7 @@ def test_predict_again_counts_only_what_is_new_or_failed(
     assert predict(model, str(photos), output).photos == 13 and counted == []
     predict(model, str(photos), output, save=["points"])  # another command
     assert len(counted) == 13
+    assert not package.exists()
     assert len({part.name.split("-")[1] for part in (tmp_path / "out" / ".prediction").iterdir()}) == 1
 
 

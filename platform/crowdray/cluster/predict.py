@@ -95,6 +95,7 @@ def predict(
         with closing(counted):
             for number in counted:
                 advance(number)
+    storage.unpublish_directory(_package_folder(output), DESCRIPTION)  # that of a process that was killed
     return combine(counter, photos, options, command)
 
 
@@ -160,8 +161,8 @@ def _user_error(error: BaseException | None) -> UserError | None:
 @contextmanager
 def _shared_package(model: str, tracking_uri: str | None, output: str) -> Iterator[str]:
     """Publish a package where all workers find it, for the duration of the block; they may not reach MLflow."""
-    uri = storage.join(storage.resolve(output), STATE, "package")
-    storage.unpublish_directory(uri, DESCRIPTION)  # that of a process that was killed
+    uri = _package_folder(output)
+    storage.unpublish_directory(uri, DESCRIPTION)
     with storage.scratch_folder("package") as folder:
         download_package(model, folder, tracking_uri)
         storage.publish_directory(folder, uri, DESCRIPTION)
@@ -169,6 +170,10 @@ def _shared_package(model: str, tracking_uri: str | None, output: str) -> Iterat
         yield uri
     finally:
         storage.unpublish_directory(uri, DESCRIPTION)
+
+
+def _package_folder(output: str) -> str:
+    return storage.join(storage.resolve(output), STATE, "package")
 
 
 def _workers(resources: Resources, device: Device) -> int:

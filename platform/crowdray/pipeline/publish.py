@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from crowdray.data.decoding import decode_image
 from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
+from crowdray.evaluation.metrics import ImageCount
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.identity import RunIdentity
@@ -178,8 +180,15 @@ def _package(
         metrics=_best_metrics(stage),
         tags=_provenance(run.identity) | _validation_tags(run, result, dataset),
         training_data=data,
-        interval=CountInterval.of([c.truth for c in stage.test_counts], [c.predicted for c in stage.test_counts]),
+        interval=_interval(stage.test_counts),
     )
+
+
+def _interval(counts: Sequence[ImageCount]) -> CountInterval | None:
+    """Interval of counts; None with regions of interest, as photos are counted whole."""
+    if any(count.predicted != count.unmasked for count in counts):
+        return None
+    return CountInterval.of([count.truth for count in counts], [count.predicted for count in counts])
 
 
 def _best_metrics(stage: StageResult) -> dict[str, float]:
