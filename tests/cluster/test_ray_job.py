@@ -1,15 +1,22 @@
 """What a submitted Ray job may not miss, and what is sent to a cluster."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus
 
 from crowdray.cluster.ray_job import check_shared
 from crowdray.cluster.runtime import PACKAGE
+from crowdray.cluster.submit import SubmittedJob
+from crowdray.cluster.submit import submit as start_job
 from crowdray.console.arguments import PROGRAM, program
 from crowdray.console.commands import submit, train, tune
 from crowdray.credentials import hidden
-from crowdray.errors import UserError
+from crowdray.errors import JobFailed, UserError
 
 JOB, SERVER = "RAY_JOB_CONFIG_JSON_ENV_VAR", "http://127.0.0.1:5000"
 TRAIN = ["--preset", "debug", "--data", "s3://bucket/data", "--storage", "/shared/runs"]
@@ -137,3 +144,39 @@ def test_submit_checks_the_command_before_it_sends_anything(tmp_path: Path, monk
         submitted(["convert", "synthetic", "--dest", "data"], tmp_path, monkeypatch)
     with pytest.raises(UserError, match="unknown preset 'demmo'"):
         submitted(["train", "--preset", "demmo", *TRAIN[2:]], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ConnectionError("no route."), "no route; give --address"), (AuthenticationError("401"), "RAY_AUTH_MODE=token")],
+)
+def test_submit_explains_why_a_cluster_does_not_accept_jobs(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Mock(side_effect=error))
+    with pytest.raises(UserError, match=message):
+        start_job(["train"], "http://head:8265", variables={})
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", None, "is failed"), ("STOPPED", None, "is stopped")],
+)
+def test_follow_returns_the_status_of_the_job(status: str, code: int | None, expected: int | str) -> None:
+    async def lines(job: str) -> AsyncIterator[str]:
+        yield f"a line of {job}\n"
+
+    client, printed = Mock(tail_job_logs=lines), list[str]()
+    client.get_job_info.return_value = SimpleNamespace(
+        status=JobStatus(status), driver_exit_code=code, message="because"
+    )
+    job = SubmittedJob(client, "job1")
+    if isinstance(expected, int):
+        assert job.follow(printed.append) == expected
+    else:
+        with pytest.raises(JobFailed, match=f"job1 {expected}: because"):
+            job.follow(printed.append)
+    assert printed == ["a line of job1\n"]
+    client.get_job_info.side_effect = RuntimeError("closed")
+    with pytest.raises(JobFailed, match=r"does not answer any more \(closed\); job1 may run on"):
+        job.follow(printed.append)

@@ -40,12 +40,17 @@ class SubmittedJob:
         """Pass on the job's output until it ends; returns the exit status of its command.
 
         Raises:
-            JobFailed: The job was stopped, or the cluster lost it.
+            JobFailed: The job was stopped, or the cluster does not answer any more.
         """
         with suppress(RuntimeError, OSError):  # a lost connection; the job continues
             asyncio.run(self._tail(on_output))
-        while not (info := self.client.get_job_info(self.id)).status.is_terminal():
-            time.sleep(_POLL_S)
+        try:
+            while not (info := self.client.get_job_info(self.id)).status.is_terminal():
+                time.sleep(_POLL_S)
+        except (RuntimeError, OSError) as error:
+            raise JobFailed(
+                f"the cluster does not answer any more ({first_line(error)}); {self.id} may run on"
+            ) from error
         if info.status == "SUCCEEDED":
             return 0
         if info.status == "FAILED" and info.driver_exit_code and info.driver_exit_code > 0:
@@ -79,6 +84,7 @@ def submit(
     Raises:
         UserError: The job server does not answer, or rejects the job.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.disable(logging.INFO)  # Ray's client sets the levels of its loggers itself
@@ -93,9 +99,13 @@ def submit(
                 entrypoint=shlex.join(["python", "-m", "crowdray.console.main", *arguments]),
                 runtime_env={"working_dir": str(folder), "env_vars": {**known, **variables}},
             )
+        except AuthenticationError as error:
+            fix = "set RAY_AUTH_MODE=token, and its token as RAY_AUTH_TOKEN or in ~/.ray/auth_token"
+            raise UserError(f"the Ray cluster at {address} refuses this user: {fix}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = first_line(error).rstrip(".")
             fix = "give --address the job server of a running cluster, such as http://HOST:8265"
-            raise UserError(f"cannot submit to the Ray cluster at {address}: {first_line(error)}; {fix}") from error
+            raise UserError(f"cannot submit to the Ray cluster at {address}: {reason}; {fix}") from error
     return SubmittedJob(client, job)
 
 
