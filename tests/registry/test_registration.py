@@ -50,7 +50,7 @@ def test_register_twice_returns_the_same_version_linked_to_its_run(
         "val/mae": "2.5",
         "val/rmse": "3.25",
         "crowdray.weights": package.weights,
-        "crowdray.candidate": again.decision,
+        "crowdray.candidate": first.decision,
     }
     run = client.get_run(run_id)
     assert run.data.tags["crowdray.model"] == first.uri

@@ -142,11 +142,12 @@ def move_candidate(client: "MlflowClient", name: str, new: Validation) -> Candid
     """Decide on the alias, against the version that has it now; the decision becomes a tag of the new version."""
     with alias_lock(client, name) as lock:
         holder = client.get_registered_model(name).aliases.get(CANDIDATE)
-        validation = holder and Validation.of(int(holder), client.get_model_version(name, str(holder)).tags)
-        decision = choose_candidate(new, validation or None, name)
+        validation = Validation.of(int(holder), client.get_model_version(name, str(holder)).tags) if holder else None
+        decision = choose_candidate(new, validation, name)
         if decision.moves:
             lock.set_alias(CANDIDATE, new.version)
-    client.set_model_version_tag(name, str(new.version), CANDIDATE_DECISION, decision.reason)
+    if validation is None or validation.version != new.version:  # else it has the tag that says why
+        client.set_model_version_tag(name, str(new.version), CANDIDATE_DECISION, decision.reason)
     return decision
 
 
