@@ -42,7 +42,7 @@ def track_evaluation(
         tracker = open_tracker(
             tracking_uri,
             experiment_of(name),
-            f"{split} of {name}: {version.uri if version else model}",
+            f"{split} by {(version.uri if version else model).removeprefix('models:/')}",
             f"evaluation of {counter.digest} on {setting}",
             parent=version.run_id if version else None,
             note=f"Errors of `{version.uri if version else model}` on the split `{split}` of `{dataset.uri}`.",
