@@ -21,7 +21,7 @@ def find_version(uri: str, tracking_uri: str, timeout_s: float = 20.0) -> Versio
     """Return the version that models:/NAME/NUMBER, models:/NAME@ALIAS or models:/NAME/latest means; None for others.
 
     Raises:
-        UserError: The server does not answer, or knows no such version.
+        UserError: The server does not answer, or the version does not exist.
     """
     if not uri.startswith("models:/"):
         return None
