@@ -15,19 +15,20 @@ RANKING = (BEST_VAL_MAE, BEST_VAL_RMSE)
 """Metrics that a search logs for each of its trials."""
 
 _CURVES = {
+    **{f"val/{error}": f"val/{error}" for error in ("mae", "rmse", "bias")},
     **{f"loss/{task}": f"train/loss_{task}" for task in ("density", "segmentation", "depth", "count")},
     "learning_rate": "train/learning_rate",
-    **{f"val/{error}": f"val/{error}" for error in ("mae", "rmse", "bias")},
     **{name: f"system/{name}" for name in ("images_per_s", "data_wait_fraction", "mfu", "memory_gib")},
     "seconds": "system/epoch_seconds",
 }
-"""Metrics of an epoch that are logged; results.csv in the run's folder has all of them."""
+"""Metrics of an epoch that are logged, the first ones first in MLflow's comparisons; results.csv in the run's folder
+has all metrics."""
 
 
 def metric_rows(history: Iterable[Mapping[str, float | int | str]]) -> list[dict[str, float]]:
     """Return the history of a training run under MLflow's names, with the key "epoch"."""
     return [
-        {EPOCH: float(row[EPOCH])} | {name: float(row[key]) for key, name in _CURVES.items() if key in row}
+        {name: float(row[key]) for key, name in _CURVES.items() if key in row} | {EPOCH: float(row[EPOCH])}
         for row in history
     ]
 
