@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crowdray.console.commands import convert, evaluate, predict, train
+from crowdray.console.commands import convert, evaluate, predict, promote, train
 from crowdray.console.main import run_job
 from crowdray.data.decoding import decode_image
 from crowdray.data.shards import Dataset
@@ -177,3 +177,18 @@ def test_evaluate_command_writes_the_metrics_of_evaluation(
     assert f"{expected.overall.mae:.2f}" in capsys.readouterr().out
     assert status(main, [*arguments[:-3], "holidays"]) == 2
     assert "has no split 'holidays'; it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--data is missing"),
+        (["--history", "--rollback"], "give one of --history, --rollback and --set-candidate"),
+        (["--set-candidate"], "--set-candidate needs a version: --candidate models:/m/VERSION"),
+        (["--data", "x", "--margin", "-1"], r"--margin is -1.0; give a number of heads"),
+        (["--data", "x", "--max-latency-ratio", "nan"], "--max-latency-ratio is nan; give a number above 0"),
+    ],
+)
+def test_promote_with_options_that_do_not_go_together_raises(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        promote.parse_arguments(["--model", "m", *options])

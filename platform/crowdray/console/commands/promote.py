@@ -55,8 +55,8 @@ class PromoteJob:
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Path or URI for the decision, or the history, as JSON."""
 
-    def __post_init__(self) -> None:
-        """Check the options."""
+    def check(self) -> None:
+        """Raise UserError for options that do not go together, or have no meaning."""
         if sum((self.history, self.rollback, self.set_candidate)) > 1:
             raise UserError("give one of --history, --rollback and --set-candidate")
         if self.set_candidate and self.candidate is None:
@@ -72,7 +72,9 @@ class PromoteJob:
 
 def parse_arguments(arguments: list[str]) -> PromoteJob:
     """Parse the arguments of the command."""
-    return parse(PromoteJob, arguments, "promote", examples=EXAMPLES)
+    job = parse(PromoteJob, arguments, "promote", examples=EXAMPLES)
+    job.check()
+    return job
 
 
 def main(arguments: list[str]) -> None:
