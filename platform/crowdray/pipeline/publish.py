@@ -1,38 +1,35 @@
 """Publication of a finished training run: packaged counter, registered version, figures."""
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from crowdray import storage
 from crowdray.credentials import redacted
 from crowdray.data.decoding import decode_image
-from crowdray.data.image_cache import ImageCache
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.evaluation.metrics import ImageCount
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
+from crowdray.pipeline.figures import draw_figures, write_card_picture, write_example
 from crowdray.pipeline.identity import RunIdentity
 from crowdray.pipeline.model_card import model_card
 from crowdray.pipeline.outcome import Outcome
 from crowdray.pipeline.results import RESULTS, WEIGHTS, results_csv, weights_file
 from crowdray.pipeline.run import CARD, RESULT, Run, remove_checkpoints
-from crowdray.plots.training import draw_calibration, draw_density_levels, draw_history, draw_overview
 from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
-from crowdray.registry.card import FIGURES, PICTURE
+from crowdray.registry.card import FIGURES
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
 from crowdray.registry.metrics import RANKING, exported_metrics, metric_rows
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
-from crowdray.registry.registration import register
+from crowdray.registry.registration import RegisteredVersion, register
 from crowdray.registry.tracking import (
     DATA_DIGEST,
     DATASET_URI,
@@ -45,11 +42,6 @@ from crowdray.registry.tracking import (
 from crowdray.registry.training_data import TrainingData, describe_training_data
 from crowdray.training.checkpoint import Checkpoint, load_checkpoint
 from crowdray.training.result import StageResult, TrainingResult
-
-OVERVIEW_IMAGES = 4
-"""Images in the overview figure."""
-CARD_WIDTH = 800
-"""Width in pixels of the overview in a model card."""
 
 
 def open_run(
@@ -104,40 +96,52 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
     with storage.local_copy(run.trained) as folder:
         checkpoint = load_checkpoint(folder)
         result = TrainingResult.from_json((folder / RESULT).read_bytes(), storage.join(run.trained, RESULT))
-    tracker.sync_history(metric_rows(checkpoint.progress.history))
+    history, weights = checkpoint.progress.history, checkpoint.best_weights[result.best_stage]
     epoch = result.stages[result.best_stage].best.epoch
+    tracker.sync_history(metric_rows(history))
+    tracker.log_summary(_summary(result, is_trial=run.study_file is not None), epoch)
     with storage.scratch_folder("publish") as scratch:
         rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
         data = describe_training_data(dataset, np.sort(np.concatenate(rows)))
         package = _package(run, checkpoint, result, dataset, data, scratch / "model")
-        tracker.log_summary(_summary(result, is_trial=run.study_file is not None), epoch)
         if not storage.exists(storage.join(run.model, DESCRIPTION)):
             storage.publish_directory(package.path, run.model, last=DESCRIPTION)
-        figures = _draw(run, checkpoint, result, dataset, scratch)
-        example, picture = _write_example(dataset, scratch), scratch / PICTURE
-        with Image.open(figures[0]) as image:
-            image.resize((CARD_WIDTH, round(image.height * CARD_WIDTH / image.width))).save(picture)
-        for figure in (*figures, picture, example):
-            tracker.log_file(figure, FIGURES)
-        for figure in figures:
-            storage.publish_file(figure, storage.join(run.uri, figure.name))
-        history, weights = checkpoint.progress.history, checkpoint.best_weights[result.best_stage]
+        figures = draw_figures(run, checkpoint, result, dataset, scratch)
+        example, picture = write_example(dataset, scratch), write_card_picture(figures[0], scratch)
+        for file in (*figures, picture, example):
+            tracker.log_file(file, FIGURES)
+        for file in figures:
+            storage.publish_file(file, storage.join(run.uri, file.name))
         storage.write_bytes(storage.join(run.uri, RESULTS), results_csv(history).encode())
         storage.write_bytes(storage.join(run.uri, WEIGHTS), weights_file(weights))
-        card = model_card(run, result, dataset, data, package, f"{FIGURES}/{example.name}")
-        version, text = None, redacted(card.to_markdown())
+        card, version = model_card(run, result, dataset, data, package, f"{FIGURES}/{example.name}"), None
         if tracking_uri is not None and tracker.run_id is not None:
-            name = experiment_of(dataset.index.name)
-            version = register(package, name, tracker.run_id, epoch, tracking_uri, card=card)
-            text = version.card
+            version = register(
+                package, experiment_of(dataset.index.name), tracker.run_id, epoch, tracking_uri, card=card
+            )
+        text = version.card if version else redacted(card.to_markdown())
         (scratch / CARD).write_text(text, encoding="utf-8")
         tracker.log_file(scratch / CARD)
         storage.publish_file(scratch / CARD, storage.join(run.uri, CARD))
-    outcome = Outcome(
+    outcome = _outcome(run, result, figures[0].name, tracker, tracking_uri, version)
+    storage.write_bytes(run.outcome, outcome.to_json().encode())
+    remove_checkpoints(run.uri)
+    return outcome
+
+
+def _outcome(
+    run: Run,
+    result: TrainingResult,
+    figure: str,
+    tracker: Tracker,
+    tracking_uri: str | None,
+    version: RegisteredVersion | None,
+) -> Outcome:
+    return Outcome(
         run=run.uri,
         result=result,
         model=run.model,
-        figure=storage.join(run.uri, figures[0].name),
+        figure=storage.join(run.uri, figure),
         registered=version.uri if version else None,
         alias=version.alias if version else None,
         tracking_uri=tracking_uri and redacted(tracking_uri),
@@ -146,9 +150,6 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
         runs_url=tracker.runs_url,
         decision=version.decision if version else None,
     )
-    storage.write_bytes(run.outcome, outcome.to_json().encode())
-    remove_checkpoints(run.uri)
-    return outcome
 
 
 def _summary(result: TrainingResult, is_trial: bool) -> dict[str, float]:
@@ -209,53 +210,3 @@ def _validation_tags(run: Run, result: TrainingResult, dataset: Dataset) -> dict
     if result.mean_predictor_validation is not None:
         tags[MEAN_PREDICTOR_MAE] = f"{result.mean_predictor_validation.mae:.6g}"
     return tags
-
-
-def _write_example(dataset: Dataset, folder: Path) -> Path:
-    """Write a photo of the test split, or of the training split if there is no other, for the model card's snippet."""
-    rows = dataset.rows("test" if "test" in dataset.index.splits else "train")
-    content = bytes(dataset.sample(int(rows[len(rows) // 2])).image)
-    path = folder / f"example.{(Image.open(io.BytesIO(content)).format or 'jpeg').lower()}"
-    path.write_bytes(content)
-    return path
-
-
-def _draw(run: Run, checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, folder: Path) -> list[Path]:
-    """Draw the overview (first) and the learning curves, and with a test split the figures of its counts."""
-    names = ("overview", "curves", "calibration", "levels")
-    overview, curves, calibration, levels = figures = [folder / f"{name}.png" for name in names]
-    split = "test" if "test" in dataset.index.splits else "train"
-    title = f"{dataset.index.name}, {split} images: {run.identity.name}"
-    _draw_overview(checkpoint, result, dataset, split, title, overview)
-    draw_history(checkpoint.progress.history, curves, f"{dataset.index.name}: {run.identity.name}")
-    counts = result.stages[result.best_stage].test_counts
-    if not counts:
-        return figures[:2]
-    draw_calibration(counts, calibration, title)
-    draw_density_levels(counts, result.stages["baseline"].test_counts, levels, title)
-    return figures
-
-
-def _draw_overview(
-    checkpoint: Checkpoint, result: TrainingResult, dataset: Dataset, split: str, title: str, path: Path
-) -> None:
-    """Draw images evenly spaced in a split."""
-    config = checkpoint.config
-    counter, baseline = (build_counter(config, checkpoint.progress.density_scale).eval() for _ in range(2))
-    counter.load_state_dict(checkpoint.weights, strict=False)  # without the count decoder
-    counter.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
-    baseline.load_state_dict(checkpoint.best_weights["baseline"], strict=False)
-    rows = dataset.rows(split)
-    count = OVERVIEW_IMAGES
-    chosen = sorted({rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)})
-    images = ImageCache(dataset, config.sampling.downsample, config.sampling.roi, 0)
-    draw_overview(
-        counter,
-        [images[int(row)] for row in chosen],
-        path,
-        sigma=config.target.sigma,
-        threshold=config.target.threshold,
-        baseline=None if result.best_stage == "baseline" else baseline,
-        title=title,
-        names=[dataset.sample(int(row)).name for row in chosen],
-    )
