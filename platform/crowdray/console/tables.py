@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crowdray import storage
+from crowdray.cluster.runtime import deletion_warning
 from crowdray.console.arguments import program
 from crowdray.console.columns import Column, fitting_table
 from crowdray.console.study_display import trial_table
@@ -148,6 +149,14 @@ def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
             "overview": outcome.figure,
             "model": outcome.model,
             "run": outcome.run,
+        },
+    )
+    if warning := deletion_warning(outcome.run):  # nothing of it can be used later
+        print_message(console, f"note: {warning}")
+        return
+    _print_fields(
+        console,
+        {
             **_tracking_fields(outcome),
             **({"score it": score} if result.stages[result.best_stage].test else {}),
             "use it": f"{program('predict')} --model {uri} --input PHOTO --output predictions",
