@@ -22,6 +22,7 @@ def test_ui_of_a_server_prints_its_pages_and_starts_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = "https://host/mlflow/#/experiments/1/runs"
+    monkeypatch.setattr("crowdray.credentials.hidden", {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@host/mlflow")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
