@@ -56,7 +56,7 @@ def test_check_job_converts_nothing_and_fails_if_strict(
     with pytest.raises(UserError, match=r"--dest is missing.*--check"):
         convert.main(command[:3])
     convert.main([*command[:-1], "--split", "train"])
-    assert f"crowdray convert crowdray --source {dest} --check" in capsys.readouterr().out
+    assert f" convert crowdray --source {dest} --check" in capsys.readouterr().out
     convert.main(["crowdray", "--source", str(dest), "--check", "--strict", "--report", str(tmp_path / "elsewhere")])
     assert "valid: " in capsys.readouterr().out and (tmp_path / "elsewhere" / SHEET).exists()
 

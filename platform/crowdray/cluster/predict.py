@@ -77,6 +77,8 @@ def predict(
     """
     version = resolve_uri(model, tracking_uri)
     read = read_zones(zones) if zones else None
+    # The working directory of a worker is another one.
+    output = storage.resolve(output)
     options = PredictOptions(output, printable(redacted(version)), tuple(save), tile, read, table_format)
     photos = list_photos(find_images(images, output), save)
     has_cluster = bool(os.environ.get("RAY_ADDRESS"))
