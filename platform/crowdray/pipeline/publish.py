@@ -26,7 +26,7 @@ from crowdray.registry.aliases import MEAN_PREDICTOR_MAE, VALIDATION_IMAGES
 from crowdray.registry.card import FIGURES
 from crowdray.registry.interval import CountInterval
 from crowdray.registry.loading import DESCRIPTION
-from crowdray.registry.metrics import RANKING, exported_metrics, metric_rows
+from crowdray.registry.metrics import exported_metrics, metric_rows
 from crowdray.registry.packaging import Package, package_counter
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.registration import RegisteredVersion, register
@@ -99,7 +99,7 @@ def publish_run(run: Run, tracker: Tracker, tracking_uri: str | None) -> Outcome
     history, weights = checkpoint.progress.history, checkpoint.best_weights[result.best_stage]
     epoch = result.stages[result.best_stage].best.epoch
     tracker.sync_history(metric_rows(history))
-    tracker.log_summary(_summary(result, is_trial=run.study_file is not None), epoch)
+    tracker.log_summary(_summary(result), epoch)
     with storage.scratch_folder("publish") as scratch:
         rows = split_rows(run.identity.config, dataset, run.identity.min_workers)
         data = describe_training_data(dataset, np.sort(np.concatenate(rows)))
@@ -152,10 +152,9 @@ def _outcome(
     )
 
 
-def _summary(result: TrainingResult, is_trial: bool) -> dict[str, float]:
-    """Errors of the exported counter, and of what it has to beat; the search has logged those that rank its trials."""
-    exported = exported_metrics(_best_metrics(result.stages[result.best_stage]))
-    summary = {name: value for name, value in exported.items() if not (is_trial and name in RANKING)}
+def _summary(result: TrainingResult) -> dict[str, float]:
+    """Errors of the exported counter, and of what it has to beat."""
+    summary = exported_metrics(_best_metrics(result.stages[result.best_stage]))
     for split, constant in (("val", result.mean_predictor_validation), ("test", result.mean_predictor)):
         if constant is not None:
             summary[f"mean_predictor_{split}_mae"] = constant.mae

@@ -11,8 +11,6 @@ EPOCH = "epoch"
 BEST_VAL_MAE = "best_val_mae"
 """Validation MAE of the exported counter, of the best epoch so far, or of a study's best trial."""
 BEST_VAL_RMSE = "best_val_rmse"
-RANKING = (BEST_VAL_MAE, BEST_VAL_RMSE)
-"""Metrics that a search logs for each of its trials."""
 
 _CURVES = {
     **{f"val/{error}": f"val/{error}" for error in ("mae", "rmse", "bias")},

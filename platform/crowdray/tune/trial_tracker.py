@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from crowdray.config import Config
 from crowdray.errors import UserError
 from crowdray.pipeline.publish import open_run
-from crowdray.registry.metrics import RANKING, metric_rows
+from crowdray.registry.metrics import BEST_VAL_MAE, BEST_VAL_RMSE, metric_rows
 from crowdray.registry.pages import TRIAL_STATE
 from crowdray.registry.tracking import Status, Tracker
 from crowdray.training.checkpoint import EpochMetrics
@@ -118,10 +118,11 @@ class TrialTracker:
         running = self._running.pop(number)
         if tracker := running.tracker or self._try_open_run(number, running.config):
             tracker.sync_history(running.rows())
-            errors = dict(zip(RANKING, (record.mae, record.rmse), strict=True))
-            summary = {name: value for name, value in errors.items() if value is not None}
+            errors = {BEST_VAL_MAE: record.mae, BEST_VAL_RMSE: record.rmse}
+            # Step 0: those of the exported counter, at its epoch, replace them if the trial is published.
+            tracker.log_summary({name: value for name, value in errors.items() if value is not None}, 0)
             epochs = max(running.history, default=0)
-            tracker.log_summary(summary | cost_metrics(record), epochs)
+            tracker.log_summary(cost_metrics(record), epochs)
             reason = reason or (f"unpromising after epoch {epochs}" if state == "pruned" else "")
             tracker.set_tags({TRIAL_STATE: state} | ({"crowdray.reason": reason} if reason else {}))
             tracker.finish(_STATUS[state])
