@@ -181,6 +181,9 @@ class LossConfig(_Group):
     gradient_share: NonNegative = 0.1
     """Loss balancing: at the start of the joint stage each auxiliary loss is scaled so that, at the paper's weight, the
     norm of its gradient at the encoder's features is this fraction of the density loss's."""
+    placebo: bool = False
+    """Control experiment: the auxiliary tasks learn the targets of another image of the batch. What it gains, the tasks
+    gain without information about the image."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +219,13 @@ class StageConfig(_Group):
     epochs: NonNegativeInt
     """Passes over the training images; 0 skips the stage."""
     learning_rate: Annotated[float, Limits(1e-9, 10.0)]
-    """Initial learning rate; only plateaus reduce it, so the schedule does not depend on the stage's length."""
+    """Initial learning rate; until annealing only plateaus reduce it, so that a short stage is the prefix of a long
+    one."""
     patience: NonNegativeInt = 0
     """Early stopping: epochs without a better validation error before the stage ends; 0 disables it."""
+    anneal_epochs: NonNegativeInt = 0
+    """Annealing: in the last so many epochs the learning rate falls linearly to 0, and the stage's result is its last
+    epoch. 0 disables it; the result is then the epoch with the lowest validation error."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +319,8 @@ def _consistency_problems(config: Config) -> Iterator[str]:
             "stages.decoders.epochs is 0 but stages.joint.epochs is not; fresh decoders would disturb the encoder: "
             "give at least 1"
         )
+    for name in ("baseline", "decoders", "joint"):
+        yield from _annealing_problems(f"stages.{name}", getattr(stages, name))
     if numerics.activation_checkpointing and numerics.compile != "no":
         yield (
             f"numerics.activation_checkpointing is True and numerics.compile is {numerics.compile}; "
@@ -321,6 +330,16 @@ def _consistency_problems(config: Config) -> Iterator[str]:
         yield (
             f"numerics.compile is graphs and sampling.scale {config.sampling.scale}; every window size would "
             "record its own CUDA graph: give --numerics.compile yes or --sampling.scale 0"
+        )
+
+
+def _annealing_problems(name: str, stage: StageConfig) -> Iterator[str]:
+    if stage.anneal_epochs > stage.epochs:
+        yield f"{name}.anneal_epochs is {stage.anneal_epochs}, of {stage.epochs} epochs: give at most {stage.epochs}"
+    if stage.anneal_epochs and stage.patience:
+        yield (
+            f"{name}.anneal_epochs is {stage.anneal_epochs} and {name}.patience {stage.patience}; a stage that stops "
+            "early is not annealed: set only one of them"
         )
 
 

@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "loss.depth": (0.3, "joint"),
     "loss.count": (2.0, "joint"),
     "loss.gradient_share": (0.2, "joint"),
+    "loss.placebo": (True, "decoders"),
     "optimizer.name": ("sgd", "baseline"),
     "optimizer.momentum": (0.8, "baseline"),
     "optimizer.weight_decay": (0.1, "baseline"),
@@ -70,12 +71,15 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "stages.baseline.epochs": (7, "decoders"),
     "stages.baseline.learning_rate": (1e-4, "baseline"),
     "stages.baseline.patience": (3, "baseline"),
+    "stages.baseline.anneal_epochs": (1, "baseline"),
     "stages.decoders.epochs": (7, "joint"),
     "stages.decoders.learning_rate": (1e-4, "decoders"),
     "stages.decoders.patience": (3, "decoders"),
+    "stages.decoders.anneal_epochs": (1, "decoders"),
     "stages.joint.epochs": (7, None),
     "stages.joint.learning_rate": (1e-4, "joint"),
     "stages.joint.patience": (3, "joint"),
+    "stages.joint.anneal_epochs": (1, "joint"),
     "numerics.precision": ("bf16", None),  # enters through numerics_facts
     "numerics.compile": ("yes", None),  # enters through numerics_facts
     "numerics.tf32": (True, None),  # enters through numerics_facts
@@ -84,9 +88,12 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "numerics.grad_allreduce_dtype": ("bf16", None),  # one worker reduces nothing
 }
 
-COMBINABLE = sorted(FIELDS.keys() - {"numerics.activation_checkpointing", "model.init", "model.init_sha256"})
-"""Fields that may change together: compilation excludes activation checkpointing, and a counter's weights those of an
-encoder."""
+ANNEALING = [f"stages.{stage}.anneal_epochs" for stage in STAGES]
+COMBINABLE = sorted(
+    FIELDS.keys() - {"numerics.activation_checkpointing", "model.init", "model.init_sha256", *ANNEALING}
+)
+"""Fields that may change together: compilation excludes activation checkpointing, a counter's weights those of an
+encoder, and annealing makes a stage depend on its length."""
 
 
 class Other(CFCN):
@@ -129,6 +136,11 @@ def test_fields_table_lists_every_config_field_with_another_value() -> None:
 def test_stage_keys_change_from_the_first_stage_that_depends_on_a_field(path: str) -> None:
     value, first = FIELDS[path]
     assert differing_stages(Config(), with_field(Config(), path, value)) == stages_from(first)
+
+
+def test_stage_keys_of_an_annealed_stage_depend_on_its_length() -> None:
+    config = with_field(Config(), "stages.joint.anneal_epochs", 2)
+    assert differing_stages(config, with_field(config, "stages.joint.epochs", 7)) == ["joint"]
 
 
 @settings(max_examples=50, deadline=None)
@@ -245,7 +257,9 @@ def test_runs_with_equal_stage_keys_have_bit_equal_states(discs: Dataset, tmp_pa
     stages = StagesConfig(StageConfig(1, 3e-4), StageConfig(2, 1e-3), StageConfig(1, 3e-4))
     one = other = debug_config(sampling={"validation_fraction": 0.7}, stages=stages)
     for path, (value, first) in FIELDS.items():
-        if path == "stages.decoders.epochs" or (first in (None, "joint") and not path.startswith("numerics.")):
+        if path == "stages.decoders.epochs" or (
+            first in (None, "joint") and not path.startswith("numerics.") and path not in ANNEALING
+        ):
             other = with_field(other, path, value)
     assert differing_stages(one, other) == ["joint"]
     for name, config in (("one", one), ("other", other)):

@@ -19,7 +19,7 @@ from crowdray.training.trainer import Trainer
 from ..support.trainers import CPU, Interrupted, computed, debug_config, equal_tensors, save_epochs, trainer_of
 
 
-def make_config(baseline: int, decoders: int, joint: int, **loss: float) -> Config:
+def make_config(baseline: int, decoders: int, joint: int, **loss: Any) -> Config:
     stages = StagesConfig(StageConfig(baseline, 3e-4), StageConfig(decoders, 1e-3), StageConfig(joint, 3e-4))
     return debug_config(stages=stages, loss=LossConfig(**loss))
 

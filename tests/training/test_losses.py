@@ -1,13 +1,23 @@
-"""Losses against their equations in numpy, and loss balancing against its definition."""
+"""Losses against their equations in numpy, placebo targets, and loss balancing against its definition."""
+
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from crowdray.config import LossConfig
+from crowdray.data.shards import Dataset
+from crowdray.data.splits import split_rows
+from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
 from crowdray.training.loss_balancing import balanced_weights, gradient_norms
-from crowdray.training.losses import MapTargets, Scales, task_losses
+from crowdray.training.losses import MapTargets, Scales, build_targets, other_images, task_losses
+
+from ..support.trainers import debug_config, trainer_of
 
 SCALES = Scales(density=50.0, count=4.0)
 
@@ -74,3 +84,33 @@ def test_balanced_weights_at_paper_weights_yield_the_configured_gradient_ratio()
     assert doubled[COUNT] == weights[COUNT]
     assert weights[DENSITY] == 1
     assert balanced_weights(LossConfig(), {DENSITY: 1.0, DEPTH: 0.0}) == {DENSITY: 1.0, DEPTH: 0.0}
+
+
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=6), st.randoms(use_true_random=False))
+def test_other_images_pairs_each_window_with_one_of_another_image(windows: list[int], shuffle: Random) -> None:
+    """For any order of windows of which no image has more than half."""
+    rows = [image for image, number in enumerate(windows) for _ in range(number)]
+    assume(2 * max(windows) <= len(rows))
+    shuffle.shuffle(rows)
+    other = other_images(torch.tensor(rows))
+    assert sorted(other.tolist()) == list(range(len(rows)))
+    assert all(rows[window] != rows[paired] for window, paired in enumerate(other.tolist()))
+
+
+def test_build_targets_with_placebo_changes_the_auxiliary_targets_only(discs: Dataset) -> None:
+    config = debug_config(sampling={"crop": 32, "context": 0, "crops_per_image": 2, "batch": 8})
+    batch = next(trainer_of(discs, config).loader.epoch(1))
+    own = build_targets(batch, config, 1)
+    placebo = build_targets(batch, replace(config, loss=LossConfig(placebo=True)), 1)
+    other = other_images(batch.rows)
+    for name, value in vars(own).items():
+        expected = value[other] if name in ("segmentation", "depth", "has_depth", "count") else value
+        assert torch.equal(getattr(placebo, name), expected), name
+    assert not torch.equal(placebo.count, own.count)
+
+
+def test_split_rows_with_placebo_and_one_image_in_a_microbatch_raises(discs: Dataset) -> None:
+    config = debug_config(sampling={"crops_per_image": 4, "batch": 8}, loss=LossConfig(placebo=True))
+    split_rows(config, discs, 1)
+    with pytest.raises(InfeasibleConfigError, match=r"two images in each microbatch, which is 4 windows"):
+        split_rows(config, discs, 2)

@@ -42,6 +42,13 @@ def split_rows(config: Config, dataset: Dataset, workers: int) -> tuple[NDArray[
             f"a batch of {batch} windows is too small for {workers} workers with {steps} gradient accumulation steps "
             "each: change --workers, --sampling.batch or --optimizer.grad_accumulation_steps"
         )
+    microbatch = batch // (workers * steps)
+    if config.loss.placebo and microbatch < 2 * sampling.crops_per_image:
+        raise InfeasibleConfigError(
+            f"loss.placebo needs two images in each microbatch, which is {microbatch} windows, with "
+            f"{sampling.crops_per_image} windows from each image: raise --sampling.batch, or lower "
+            "--sampling.crops-per-image, --workers or --optimizer.grad-accumulation-steps"
+        )
     return training, validation
 
 

@@ -68,8 +68,7 @@ def stage_keys(
     )
     keys = []
     for stage in build_stages(config):
-        schedule = {"learning_rate": stage.schedule.learning_rate, "patience": stage.schedule.patience}
-        key = _hash({"prefix": key, "stage": stage.name, **schedule, **_stage_facts(config, stage)})
+        key = _hash({"prefix": key, "stage": stage.name, **_schedule_facts(stage), **_stage_facts(config, stage)})
         keys.append(StageKey(key, stage.name, stage.schedule.epochs))
         key = _hash({"prefix": key, "epochs": stage.schedule.epochs})
     return tuple(keys)
@@ -119,6 +118,13 @@ def backbone_digest(backbone: type[Backbone]) -> str:
     return _hash(facts) if facts else ""
 
 
+def _schedule_facts(stage: Stage) -> dict[str, object]:
+    """Facts of a stage's schedule that decide its states; only an annealed one depends on its length."""
+    schedule = stage.schedule
+    annealing = {"epochs": schedule.epochs, "anneal_epochs": schedule.anneal_epochs} if schedule.anneal_epochs else {}
+    return {"learning_rate": schedule.learning_rate, "patience": schedule.patience, **annealing}
+
+
 def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
     """Facts that decide a stage's states, besides its prefix and its schedule."""
     if stage.name == "baseline":
@@ -141,6 +147,7 @@ def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
         masked = SEGMENTATION in stage.tasks or DEPTH in stage.tasks
         return {
             "tasks": stage.tasks,
+            **({"placebo": True} if config.loss.placebo else {}),
             "threshold": config.target.threshold if masked else None,
             "count_decoder": config.model.count_decoder if COUNT in stage.tasks else None,
         }

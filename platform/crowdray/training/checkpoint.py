@@ -51,7 +51,7 @@ def rename_old_metrics(history: Iterable[EpochMetrics]) -> list[EpochMetrics]:
 
 @dataclass
 class BestEpoch:
-    """The best validated epoch of a stage."""
+    """The best validated epoch of a stage; the latest one of an annealed stage."""
 
     epoch: int
     """Global epoch, counted from 1."""

@@ -4,9 +4,10 @@ Shape legend: B windows, h w output cells.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -66,7 +67,37 @@ def build_targets(batch: Batch, config: Config, stride: int) -> MapTargets:
     weight = batch.weight
     if stride > 1:  # cells at the ROI's border count or not as a whole, as in evaluation
         weight = F.avg_pool2d(weight, stride) * cell_mask(roi, batch.extent, stride)
-    return MapTargets(**vars(maps), count=batch.count, weight=weight, has_depth=batch.has_depth)
+    targets = MapTargets(**vars(maps), count=batch.count, weight=weight, has_depth=batch.has_depth)
+    return _with_placebo(targets, batch.rows) if config.loss.placebo else targets
+
+
+def _with_placebo(targets: MapTargets, rows: Tensor) -> MapTargets:
+    """Replace the auxiliary targets of each window by those of a window of another image."""
+    other = other_images(rows)
+    return replace(
+        targets,
+        segmentation=targets.segmentation[other],
+        depth=targets.depth[other],
+        has_depth=targets.has_depth[other],
+        count=targets.count[other],
+    )
+
+
+def other_images(rows: Tensor) -> Tensor:
+    """Pair windows with windows of other images.
+
+    Windows are sorted by image and shifted by the largest number of windows of one image. `split_rows` has checked that
+    no image has more than half of the windows.
+
+    Args:
+        rows: (B,) dataset row of each window.
+
+    Returns:
+        (B,) a permutation of the windows with `rows[result] != rows` everywhere.
+    """
+    order = rows.argsort(stable=True)
+    largest = int(rows.bincount().max())
+    return torch.empty_like(order).scatter_(0, order, order.roll(largest))
 
 
 def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:

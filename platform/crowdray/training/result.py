@@ -36,7 +36,8 @@ class TrainingResult:
     """Result of a training run, stored as result.json next to the weights."""
 
     best_stage: str
-    """The stage whose best weights are exported: the lowest validation MAE, never selected on the test split."""
+    """The stage whose best weights are exported: the last one if it is annealed, else that with the lowest validation
+    MAE; never selected on the test split."""
     stages: dict[str, StageResult]
     """Results by stage name."""
     history: list[EpochMetrics]
@@ -84,7 +85,8 @@ def final_result(trainer: Trainer) -> TrainingResult:
         validation = _sorted(trainer.evaluate(name, trainer.validation_rows))
         test = _sorted(trainer.evaluate(name, dataset.rows("test"))) if has_test else []
         stages[name] = StageResult(best, summarise(validation), summarise(test) if test else None, test, validation)
-    best_stage = min(stages, key=lambda name: stages[name].validation.mae)
+    last = trainer.stages[-1]
+    best_stage = last.name if last.schedule.anneal_epochs else min(stages, key=lambda name: stages[name].validation.mae)
     train_rows = set(trainer.train_rows.tolist())
     counts_by_row = zip(dataset.rows("train").tolist(), dataset.counts("train").tolist(), strict=True)
     heads = [count for row, count in counts_by_row if row in train_rows]

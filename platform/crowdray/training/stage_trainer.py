@@ -105,6 +105,7 @@ class StageTrainer:
         state, progress = self.state, self.state.progress
         progress.epochs += 1
         progress.stage_epochs += 1
+        rate = self.annealed_rate
         torch.manual_seed(hash((state.config.seed, progress.epochs, state.world.rank)) % 2**63)
         started = perf_counter()
         losses, data_wait_s, windows = self.train_epoch()
@@ -116,7 +117,7 @@ class StageTrainer:
             "workers": state.world.size,
             **{f"loss/{task}": value for task, value in losses.items()},
             **{f"weighted/{task}": value * progress.loss_weights[task] for task, value in losses.items()},
-            "learning_rate": self.learning_rate,
+            "learning_rate": rate,
             "images_per_s": windows / elapsed,
             "data_wait_fraction": data_wait_s / elapsed,
             "memory_gib": peak_memory(state.device) / 2**30,
@@ -126,13 +127,20 @@ class StageTrainer:
         if self.stage.trains_encoder:
             metrics |= self._validate_average(validate)
         else:
-            self.plateau.step(sum(losses.values()))
+            self._step_plateau(sum(losses.values()))
         self.learning_rate = progress.learning_rate = self.optimizer.param_groups[0]["lr"]
         progress.plateau = self.plateau.state_dict()
         progress.ema_updates = self.ema.updates
         metrics["seconds"] = perf_counter() - started
         progress.history.append(metrics)
         return metrics
+
+    @property
+    def annealed_rate(self) -> float:
+        """Learning rate of the next update, without warmup."""
+        annealed = self.stage.schedule.anneal_epochs * self.loader.steps()
+        left = self.stage.schedule.epochs * self.loader.steps() - self.ema.updates
+        return self.learning_rate * min(1.0, left / annealed) if annealed else self.learning_rate
 
     def train_epoch(self) -> TrainStats:
         """Run all training steps of the current epoch, without validation."""
@@ -187,7 +195,7 @@ class StageTrainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip or float("inf"))
         self._check_finite(torch.cat([total, norm[None]]), batch.rows)
         warmup = min(1.0, (self.ema.updates + 1) / max(1, config.optimizer.warmup))
-        set_learning_rate(self.optimizer, self.learning_rate * warmup)
+        set_learning_rate(self.optimizer, self.annealed_rate * warmup)
         self._optimizer_step()
         self.ema.update()
         return total
@@ -296,16 +304,22 @@ class StageTrainer:
             state.counter.eval()
             metrics = validate(self.autocast)
             exported = {name: value.clone() for name, value in _exported_state(state.counter).items()}
-        self.plateau.step(metrics.mae)
+        self._step_plateau(metrics.mae)
         progress.epochs_since_best += 1
         best = progress.best.get(self.stage.name)
-        if best is None or metrics.mae < best.mae:
+        if best is None or metrics.mae < best.mae or self.stage.schedule.anneal_epochs:
             progress.best[self.stage.name] = BestEpoch(progress.epochs, metrics.mae, metrics.rmse)
             state.best_weights[self.stage.name] = {name: value.cpu() for name, value in exported.items()}
             progress.epochs_since_best = 0
         return {
             f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
         }
+
+    def _step_plateau(self, error: float) -> None:
+        """Update the plateau schedule, until annealing starts."""
+        schedule = self.stage.schedule
+        if self.state.progress.stage_epochs <= schedule.epochs - schedule.anneal_epochs:
+            self.plateau.step(error)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

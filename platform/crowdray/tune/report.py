@@ -51,16 +51,21 @@ class TrialReport:
     stage_costs: tuple[StageCost, ...] = ()
     """Costs of all stages so far, in this attempt."""
     mae: float | None = None
-    """Best finite validation MAE of the joint stage."""
+    """Best finite validation MAE of the joint stage; the latest one if it is annealed."""
     rmse: float | None = None
     """RMSE of the same epoch."""
 
 
 class TrialReporter:
-    """Builds a trial's reports from its history, and measures the worker-seconds of its stages."""
+    """Builds a trial's reports from its history, and measures the worker-seconds of its stages.
 
-    def __init__(self, keys: Sequence[StageKey], workers: int) -> None:
+    Args:
+        annealed: Whether the joint stage is annealed.
+    """
+
+    def __init__(self, keys: Sequence[StageKey], workers: int, *, annealed: bool = False) -> None:
         self._keys = keys
+        self._annealed = annealed
         self._workers = workers
         self._last = time.monotonic()
         self._spent = dict.fromkeys((key.stage for key in keys), 0.0)
@@ -94,8 +99,9 @@ class TrialReporter:
             curve={epoch: min(errors[:epoch]) for epoch, row in enumerate(joint, 1) if row in new},
             stage_costs=tuple(self._stage_costs(history)),
         )
-        if errors and math.isfinite(min(errors)):
-            best = joint[errors.index(min(errors))]
+        result = errors[-1] if errors and self._annealed else min(errors, default=math.inf)
+        if math.isfinite(result):
+            best = joint[errors.index(result)]
             report = replace(report, mae=float(best["val/mae"]), rmse=float(best["val/rmse"]))
         return report
 

@@ -69,7 +69,7 @@ def _train_here(task: TrialTask, spec: TrialSpec) -> None:
     torch.set_num_threads(threads)
     dataset, device = open_verified(task.study.identity, task.study.identity_file), trial_device(task.use_gpu)
     session = StageCacheSession(task.stage_cache, config, dataset, world=World(), device=device, threads=threads)
-    reporter = TrialReporter(spec.keys, 1)
+    reporter = TrialReporter(spec.keys, 1, annealed=config.stages.joint.anneal_epochs > 0)
     restored = session.restore()
     initial = read_init(task.study.identity.init_file) if restored is None else None
     trainer = Trainer(config, dataset, world=World(), device=device, restored=restored, initial=initial)
@@ -90,7 +90,8 @@ def trial_device(use_gpu: bool) -> torch.device:
 
 def _train_group(task: TrialTask, spec: TrialSpec) -> None:
     run = replace(task.study.run_of(spec.number, spec.config), study_file=task.study.identity_file)
-    reporter = TrialReporter(spec.keys, run.identity.max_workers)
+    annealed = spec.config.stages.joint.anneal_epochs > 0
+    reporter = TrialReporter(spec.keys, run.identity.max_workers, annealed=annealed)
     last, found = spec.keys[-1], task.stage_cache.open().find(spec.keys)
     seen: list[EpochMetrics] = []
 
