@@ -49,6 +49,10 @@ _LOCAL_ENV = {
 }
 _WORKER_ENV = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial still running after this loses its slot for good; Ray's is 2 s
+    # glibc would return the large tensors of each training step to the system, and clear their pages in the next one.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
 }
 
 
