@@ -137,6 +137,8 @@ BACKBONES = {
     "csrnet": KnownBackbone("crowdray.models.csrnet:CSRNet", 8),
     "csrnet-table1": KnownBackbone("crowdray.models.csrnet:CSRNetTable1", 16),
     "convnext": KnownBackbone("crowdray.models.convnext:ConvNeXt", 16),
+    "lite0": KnownBackbone("crowdray.models.efficientnet_lite:EfficientNetLite0", 16),
+    "lite2": KnownBackbone("crowdray.models.efficientnet_lite:EfficientNetLite2", 16),
 }
 """Built-in backbones by the name that model.backbone takes."""
 
@@ -146,14 +148,15 @@ class ModelConfig(_Group):
     """Network and pretrained weights."""
 
     backbone: str = "cfcn"
-    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper's Table 1 prints it), convnext (modern;
-    needs transformers), or your own class as package.module:Class (docs/backbone.md)."""
+    """cfcn (light), csrnet (VGG-16, as published), csrnet-table1 (as the paper's Table 1 prints it), lite0 and lite2
+    (EfficientNet-Lite: pretrained and fast on CPUs), convnext (modern; needs transformers), or your own class as
+    package.module:Class (docs/backbone.md)."""
     count_decoder: Literal["paper", "pooled"] = "paper"
     """Auxiliary count decoder: paper has a first layer that spans the whole crop (13 million parameters for cfcn, 206
     million for csrnet), pooled averages over the crop. The exported model contains neither."""
     weights: str = ""
     """Path or URI of pretrained encoder weights, .safetensors or .pth: for csrnet, VGG-16 on ImageNet in torchvision's
-    layout. Empty: random initialization."""
+    layout. imagenet: those of the Python package for lite0 or lite2 (extra lite). Empty: random initialization."""
     weights_sha256: str = ""
     """Expected SHA-256 of that file; empty: the actual one is recorded."""
     init: str = ""

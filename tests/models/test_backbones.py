@@ -103,12 +103,14 @@ def check_receptive_radius(backbone: str) -> None:
     counter = build_counter(config_of(backbone), 1.0).double().eval()
     for parameter in (*counter.encoder.parameters(), *counter.decoders[DENSITY].parameters()):
         parameter.data.abs_().clamp_min_(1e-3)
+        if parameter.ndim > 1:  # weighted means, which stay below the bound of ReLU6
+            parameter.data /= parameter.data.flatten(1).sum(1).reshape(-1, *[1] * (parameter.ndim - 1))
     encoder = counter.encoder
     cell, radius = encoder.output_stride, encoder.receptive_radius
     length = -(-(2 * radius + 3 * encoder.stride) // encoder.stride) * encoder.stride
     first, reach = length // 2 // encoder.stride * encoder.stride // cell, 0
     for row in range(first, first + encoder.stride // cell):
-        image = torch.full((1, 3, length, encoder.stride), 255.0, dtype=torch.double, requires_grad=True)
+        image = torch.full((1, 3, length, encoder.stride), 128.0, dtype=torch.double, requires_grad=True)
         gradient = torch.autograd.grad(counter.density(image)[0, 0, row].sum(), image)[0].abs().sum((0, 1, 3))
         seen = gradient.nonzero().flatten()
         assert int(seen.min()) > 0 and int(seen.max()) < length - 1

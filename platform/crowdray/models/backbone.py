@@ -35,6 +35,8 @@ class Backbone(nn.Module):
     """Dropout after the first hidden layer."""
     pretrained_prefixes: ClassVar[tuple[str, ...]] = ("",)
     """Prefixes of the parameter names that `load_pretrained` takes from a file of pretrained weights."""
+    imagenet_package: ClassVar[str] = ""
+    """Python package with a file models/*.pth of its ImageNet weights, for --model.weights imagenet; empty without."""
     requirements: ClassVar[tuple[str, ...]] = ()
     """Distributions besides torch whose code it runs; their versions are part of the stage cache's keys."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ConvNextBackbone, ConvNextConfig
 
 from crowdray.models.backbone import Backbone
-from crowdray.models.decoders import apply_float32
+from crowdray.models.decoders import ShuffleDecoder
 
 
 class ConvNeXt(Backbone):
@@ -53,20 +53,3 @@ class ConvNeXt(Backbone):
     def map_decoder(self, task: str) -> nn.Module:
         """A decoder with 2x2 map cells per feature."""
         return ShuffleDecoder(self.channels)
-
-
-class ShuffleDecoder(nn.Module):
-    """A 1x1x128 and a 3x3x64 convolution with ReLUs, then a 3x3x4 convolution and a pixel shuffle.
-
-    Features (B, C, h, w) to a map (B, 1, 2h + 1, 2w + 1) of any sign, whose last row and column the counter cuts. The
-    last convolution computes in float32, as in `DilatedDecoder`.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(channels, 128, 1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU())
-        self.cells = nn.Conv2d(64, 4, 3, padding=1)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Decode features (B, C, h, w) to a map (B, 1, 2h + 1, 2w + 1), float32."""
-        return F.pad(F.pixel_shuffle(apply_float32(self.cells, self.layers(features)), 2), (0, 1, 0, 1))

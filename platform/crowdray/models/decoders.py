@@ -94,6 +94,23 @@ class DilatedDecoder(nn.Module):
         return apply_float32(self.map, self.layers(features))
 
 
+class ShuffleDecoder(nn.Module):
+    """A 1x1x128 and a 3x3x64 convolution with ReLUs, then a 3x3x4 convolution and a pixel shuffle.
+
+    Features (B, C, h, w) to a map (B, 1, 2h + 1, 2w + 1) of any sign, whose last row and column the counter cuts. The
+    last convolution computes in float32, as in `DilatedDecoder`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(channels, 128, 1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU())
+        self.cells = nn.Conv2d(64, 4, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decode features (B, C, h, w) to a map (B, 1, 2h + 1, 2w + 1), float32."""
+        return F.pad(F.pixel_shuffle(apply_float32(self.cells, self.layers(features)), 2), (0, 1, 0, 1))
+
+
 def apply_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer in float32, also under autocast."""
     if torch.is_autocast_enabled(x.device.type):

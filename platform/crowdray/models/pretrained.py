@@ -1,6 +1,7 @@
 """Pretrained encoder weights from any URI, checked against their hash; no code in a file is executed."""
 
 import hashlib
+import importlib.resources
 import io
 import pickle
 from collections.abc import Mapping
@@ -12,20 +13,27 @@ from torch import Tensor
 
 from crowdray import storage
 from crowdray.config import Config
-from crowdray.errors import UserError
+from crowdray.errors import UserError, missing_package
+from crowdray.models.build import backbone_class
 from crowdray.models.counter import Counter
+
+IMAGENET = "imagenet"
+"""Value of model.weights for the weights in the backbone's `imagenet_package`."""
 
 
 def pin_weights(config: Config) -> Config:
     """Record the absolute URI and the hash of the pretrained weights in the configuration.
 
-    Workers have other working directories, and equal configurations must mean equal weights.
+    Workers have other working directories, and equal configurations must mean equal weights. IMAGENET stays as it is:
+    each node has its own copy of the package.
     """
     model = config.model
     if not model.weights:
         return config
-    digest = model.weights_sha256 or hashlib.sha256(storage.read_bytes(model.weights)).hexdigest()
-    return replace(config, model=replace(model, weights=storage.resolve(model.weights), weights_sha256=digest))
+    uri = _weights_uri(config)
+    digest = model.weights_sha256 or hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+    recorded = IMAGENET if model.weights == IMAGENET else uri
+    return replace(config, model=replace(model, weights=recorded, weights_sha256=digest))
 
 
 def load_pretrained(counter: Counter, config: Config) -> None:
@@ -35,9 +43,9 @@ def load_pretrained(counter: Counter, config: Config) -> None:
         UserError: If the file is missing, has another hash, does not contain tensors, or does not fit the encoder; the
             counter is unchanged then.
     """
-    uri, expected = config.model.weights, config.model.weights_sha256
-    if not uri:
+    if not config.model.weights:
         return
+    uri, expected = _weights_uri(config), config.model.weights_sha256
     content = storage.read_bytes(uri)
     digest = hashlib.sha256(content).hexdigest()
     if expected and digest != expected:
@@ -45,6 +53,23 @@ def load_pretrained(counter: Counter, config: Config) -> None:
             f"{uri} has SHA-256 {digest}, but model.weights_sha256 is {expected}; download it again or correct the hash"
         )
     counter.encoder.load_pretrained(_parse_tensors(content, uri), uri)
+
+
+def _weights_uri(config: Config) -> str:
+    """Absolute URI of the configured weights."""
+    uri, backbone = config.model.weights, backbone_class(config)
+    if uri != IMAGENET:
+        return storage.resolve(uri)
+    if not backbone.imagenet_package:
+        raise UserError(
+            f"model.weights is {IMAGENET}, but no package has ImageNet weights of {backbone.__name__}; give the path "
+            "or URI of a file"
+        )
+    try:
+        folder = importlib.resources.files(backbone.imagenet_package) / "models"
+    except ModuleNotFoundError as error:
+        raise UserError(f"model.weights is {IMAGENET}: {missing_package(error)}") from error
+    return next(str(file) for file in folder.iterdir() if file.name.endswith(".pth"))
 
 
 def _parse_tensors(content: bytes, uri: str) -> Mapping[str, Tensor]:
