@@ -1,8 +1,9 @@
 """Training steps and epochs of one stage."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from time import perf_counter
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
 from crowdray.data.batch import Batch
 from crowdray.data.loader import Loader
@@ -31,6 +33,9 @@ from crowdray.training.optim import (
 from crowdray.training.precision import bf16_allreduce_hook, full_fp32, resolve_precision
 from crowdray.training.stages import ENCODER, Stage, module_of
 from crowdray.training.state import StepProgress, TrainState
+
+BATCH_NORM_BATCHES = 32
+"""Batches on which BatchNorm's statistics are measured."""
 
 Validate = Callable[[Callable[[], AbstractContextManager[object]]], Metrics]
 """Returns the errors on the validation images with the current weights, given an autocast context."""
@@ -301,6 +306,7 @@ class StageTrainer:
         """Validate the averaged weights, keep them if they are the best, and step the plateau schedule."""
         state, progress = self.state, self.state.progress
         with self._averaged_weights():
+            self._update_batch_norm()
             state.counter.eval()
             metrics = validate(self.autocast)
             exported = {name: value.clone() for name, value in _exported_state(state.counter).items()}
@@ -314,6 +320,22 @@ class StageTrainer:
         return {
             f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
         }
+
+    def _update_batch_norm(self) -> None:
+        """Measure BatchNorm's statistics for the current weights, on the first windows of the next epoch.
+
+        Averages of running statistics are not the statistics of averaged weights (Izmailov et al., UAI 2018).
+        """
+        exported = self.state.counter.strip()
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in exported.modules()):
+            return
+        with closing(self.loader.epoch(self.state.progress.epochs + 1, depth=False)) as batches:
+            images = (self._to_device(batch).augmented_images() for batch in islice(batches, BATCH_NORM_BATCHES))
+            with self.autocast():
+                update_bn(images, exported)
+        for name, value in exported.named_buffers():
+            if value.is_floating_point() and "running" in name:
+                value.copy_(self.state.world.all_reduce_mean(value))
 
     def _step_plateau(self, error: float) -> None:
         """Update the plateau schedule, until annealing starts."""

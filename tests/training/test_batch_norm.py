@@ -1,0 +1,30 @@
+"""BatchNorm's statistics belong to the averaged weights that are validated and exported."""
+
+import torch
+from torch import nn
+
+from crowdray.config import ModelConfig, NumericsConfig, StageConfig, StagesConfig
+from crowdray.data.shards import Dataset
+
+from ..support.backbones import SMALL
+from ..support.trainers import debug_config, trainer_of
+
+
+def test_exported_batch_norm_statistics_are_those_of_the_exported_weights(discs: Dataset) -> None:
+    """The first layer's: mean and variance of its input over the first windows of the next epoch."""
+    stages = StagesConfig(StageConfig(2, 1e-3), StageConfig(0, 1e-3), StageConfig(0, 1e-3))
+    config = debug_config(stages=stages, model=ModelConfig(SMALL, "pooled"), numerics=NumericsConfig(precision="fp32"))
+    trainer = trainer_of(discs, config)
+    trainer.fit()
+    epoch = trainer.state.progress.best["baseline"].epoch
+    counter = trainer.best_counter("baseline")
+    convolution, norm = counter.encoder.get_submodule("blocks.0.0"), counter.encoder.get_submodule("blocks.0.1")
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    means, variances = [], []
+    with torch.no_grad():
+        for batch in trainer.loader.epoch(epoch + 1):
+            values = convolution((batch.augmented_images() - counter.mean) / counter.std)
+            means.append(values.mean((0, 2, 3)))
+            variances.append(values.var((0, 2, 3)))
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0))
