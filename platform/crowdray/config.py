@@ -184,6 +184,9 @@ class LossConfig(_Group):
     gradient_share: NonNegative = 0.1
     """Loss balancing: at the start of the joint stage each auxiliary loss is scaled so that, at the paper's weight, the
     norm of its gradient at the encoder's features is this fraction of the density loss's."""
+    local_counts: NonNegative = 0.0
+    """Weight of local counts in the density loss: squared errors of the counts in blocks of 16, 32 and 64 pixels and in
+    the window. The squared error of cells alone hardly notices a faint density that covers the whole image."""
     placebo: bool = False
     """Control experiment: the auxiliary tasks learn the targets of another image of the batch. What it gains, the tasks
     gain without information about the image."""

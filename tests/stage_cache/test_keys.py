@@ -58,6 +58,7 @@ FIELDS: dict[str, tuple[object, str | None]] = {
     "loss.depth": (0.3, "joint"),
     "loss.count": (2.0, "joint"),
     "loss.gradient_share": (0.2, "joint"),
+    "loss.local_counts": (0.5, "baseline"),
     "loss.placebo": (True, "decoders"),
     "optimizer.name": ("sgd", "baseline"),
     "optimizer.momentum": (0.8, "baseline"),

@@ -15,7 +15,7 @@ from crowdray.data.splits import split_rows
 from crowdray.errors import InfeasibleConfigError
 from crowdray.models.counter import COUNT, DENSITY, DEPTH, SEGMENTATION, TASKS
 from crowdray.training.loss_balancing import balanced_weights, gradient_norms
-from crowdray.training.losses import MapTargets, Scales, build_targets, other_images, task_losses
+from crowdray.training.losses import LocalCounts, MapTargets, Scales, build_targets, other_images, task_losses
 
 from ..support.trainers import debug_config, trainer_of
 
@@ -57,13 +57,49 @@ def test_task_losses_equal_their_equations() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 8])
+def test_local_counts_equal_their_equation(stride: int) -> None:
+    """Blocks of 16, 32 and 64 pixels, incomplete at the end, and the window; side and unit in cells of 8 pixels."""
+    local_counts = LocalCounts(weight=0.5, stride=stride, unit=0.1)
+    error = torch.randn(2, 1, 80 // stride, 112 // stride, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for block in (16, 32, 64):
+        side = block // stride
+        sums = [
+            error[image, 0, top : top + side, left : left + side].sum().item()
+            for image in range(2)
+            for top in range(0, 80 // stride, side)
+            for left in range(0, 112 // stride, side)
+        ]
+        losses.append(np.mean((np.array(sums) / 0.1 / (block / 8)) ** 2))
+    windows = error.sum((1, 2, 3)).numpy() / 0.1
+    losses.append(np.mean(windows**2 / (80 / 8 * 112 / 8)))
+    assert local_counts.loss(error).item() == pytest.approx(0.5 * np.mean(losses), rel=1e-5)
+
+
+def test_task_losses_with_local_counts_notice_a_surplus_spread_over_the_image() -> None:
+    """Errors of one sign cost more than errors of the same size that cancel."""
+    _, targets = example()
+    flat = {DENSITY: targets.density * SCALES.density + 0.01}
+    signs = torch.ones(6, 8)
+    signs[::2, 1::2] = signs[1::2, ::2] = -1
+    alternating = {DENSITY: targets.density * SCALES.density + 0.01 * signs}
+    targets.weight.fill_(1)
+    plain = [task_losses(output, targets, SCALES)[DENSITY] for output in (flat, alternating)]
+    torch.testing.assert_close(plain[0], plain[1])
+    local_counts = LocalCounts(weight=1.0, stride=8, unit=1 / SCALES.density)
+    both = [task_losses(output, targets, SCALES, local_counts)[DENSITY] for output in (flat, alternating)]
+    assert both[0] > 3 * both[1] > plain[0]
+
+
 def test_task_losses_averaged_over_ranks_equal_those_of_the_batch() -> None:
     outputs, targets = example()
-    whole = task_losses(outputs, targets, SCALES)
+    local_counts = LocalCounts(weight=0.5, stride=8, unit=0.1)
+    whole = task_losses(outputs, targets, SCALES, local_counts)
     halves = []
     for rank in (slice(0, 4, 2), slice(1, 4, 2)):
         half = MapTargets(**{name: value[rank] for name, value in vars(targets).items()})
-        halves.append(task_losses({name: value[rank] for name, value in outputs.items()}, half, SCALES))
+        halves.append(task_losses({name: value[rank] for name, value in outputs.items()}, half, SCALES, local_counts))
     for task in TASKS:
         torch.testing.assert_close((halves[0][task] + halves[1][task]) / 2, whole[task])
 

@@ -141,6 +141,7 @@ def _stage_facts(config: Config, stage: Stage) -> dict[str, object]:
             "weights": config.model.weights_sha256 or config.model.weights,
             "optimizer": asdict(config.optimizer),
             **({"init": init} if init else {}),
+            **({"local_counts": config.loss.local_counts} if config.loss.local_counts else {}),
         }
     if stage.name == "decoders":
         # Depth is distilled where the segmentation target is 1, so the threshold decides both tasks.

@@ -10,7 +10,7 @@ from torch import Tensor
 from crowdray.config import PAPER_WEIGHTS, Config, LossConfig
 from crowdray.data.batch import Batch
 from crowdray.models.counter import AUXILIARY, DENSITY, Counter
-from crowdray.training.losses import Scales, build_targets, task_losses
+from crowdray.training.losses import LocalCounts, Scales, build_targets, task_losses
 
 BALANCING_BATCHES = 8
 """Batches over which gradient norms are averaged."""
@@ -40,7 +40,9 @@ def measure_gradient_norms(
             features = features.float().requires_grad_()
             with autocast():
                 outputs = counter.decode(features, tasks, microbatch.image.shape[-2:], microbatch.corners)
-            losses = task_losses(outputs, build_targets(microbatch, config, counter.encoder.output_stride), scales)
+            stride = counter.encoder.output_stride
+            targets, local_counts = build_targets(microbatch, config, stride), LocalCounts.of(config, stride)
+            losses = task_losses(outputs, targets, scales, local_counts)
             fraction = len(microbatch.rows) / len(batch.rows)
             for task, norm in gradient_norms(losses, features).items():
                 norms[task].append(fraction * norm)

@@ -38,6 +38,45 @@ def measure_scales(config: Config, dataset: Dataset, rows: NDArray[np.int64], st
     return Scales(density=1 / peak_density(config.target.sigma, stride), count=max(1.0, mean))
 
 
+BLOCKS = (16, 32, 64)
+"""Sides in pixels of the blocks whose counts `LocalCounts` compares."""
+
+_CELL = 8
+"""Side in pixels of the cells in whose unit it measures errors, so that its weight means the same for all strides."""
+
+
+@dataclass(frozen=True)
+class LocalCounts:
+    """Loss of local counts: the weighted mean, over block sizes, of (sum of errors in a block / block side)^2.
+
+    Independent errors of cells have the same expected loss for every block size, errors of one sign a larger one for
+    larger blocks.
+    """
+
+    weight: float
+    """Weight relative to the squared error of cells."""
+    stride: int
+    """Pixels per cell of the maps."""
+    unit: float
+    """Heads per unit of error."""
+
+    @classmethod
+    def of(cls, config: Config, stride: int) -> "LocalCounts | None":
+        """The configured loss for maps of a stride; None with weight 0."""
+        weight, unit = config.loss.local_counts, peak_density(config.target.sigma, max(_CELL, stride))
+        return cls(weight, stride, unit) if weight else None
+
+    def loss(self, error: Tensor) -> Tensor:
+        """The loss of errors (B, 1, h, w) in heads per cell, a scalar."""
+        error, cell = error / self.unit, max(_CELL, self.stride)
+        window_area = error[0].numel() * self.stride**2 / cell**2
+        losses = [(error.sum((2, 3)).square() / window_area).mean()]
+        for block in BLOCKS:
+            sums = F.avg_pool2d(error, max(1, block // self.stride), ceil_mode=True, divisor_override=1)
+            losses.append((sums / max(1, block // cell)).square().mean())
+        return self.weight * torch.stack(losses).mean()
+
+
 @dataclass(frozen=True)
 class MapTargets(Targets):
     """All targets of one batch; maps are (B, 1, h, w) float32."""
@@ -100,18 +139,22 @@ def other_images(rows: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, order.roll(largest))
 
 
-def task_losses(outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales) -> dict[str, Tensor]:
+def task_losses(
+    outputs: Mapping[str, Tensor], targets: MapTargets, scales: Scales, local_counts: LocalCounts | None = None
+) -> dict[str, Tensor]:
     """Return the unweighted loss of each predicted task, a scalar each.
 
-    Density (eq. 4) and depth (eq. 2): mean squared error per cell. Segmentation (eq. 1): mean binary
-    cross-entropy per cell. Count (eq. 3): squared error in units of `scales.count`. Every mean divides by a
-    constant of the batch's shape, never by a data-dependent sum, so that the mean over ranks is the loss of
-    the whole batch.
+    Density (eq. 4), with the loss of `local_counts` added, and depth (eq. 2): mean squared error per cell.
+    Segmentation (eq. 1): mean binary cross-entropy per cell. Count (eq. 3): squared error in units of `scales.count`.
+    Every mean divides by a constant of the batch's shape, never by a data-dependent sum, so that the mean over ranks is
+    the loss of the whole batch.
     """
     losses = {}
     if DENSITY in outputs:
         error = outputs[DENSITY] - targets.density * scales.density
         losses[DENSITY] = (error.square() * targets.weight).mean()
+        if local_counts:
+            losses[DENSITY] = losses[DENSITY] + local_counts.loss(error * targets.weight / scales.density)
     if SEGMENTATION in outputs:
         entropy = F.binary_cross_entropy_with_logits(outputs[SEGMENTATION], targets.segmentation, reduction="none")
         losses[SEGMENTATION] = (entropy * targets.weight).mean()

@@ -22,7 +22,7 @@ from crowdray.training.checkpoint import BestEpoch, Checkpoint, EpochMetrics
 from crowdray.training.errors import BatchTooLargeError, DivergedError, is_out_of_memory
 from crowdray.training.flops import flops_per_window, peak_matmul_flops, peak_memory
 from crowdray.training.loss_balancing import balanced_weights, measure_gradient_norms
-from crowdray.training.losses import build_targets, task_losses
+from crowdray.training.losses import LocalCounts, build_targets, task_losses
 from crowdray.training.optim import (
     ExponentialMovingAverage,
     Plateau,
@@ -217,7 +217,8 @@ class StageTrainer:
         with self.autocast():
             frozen = not self.stage.trains_encoder
             outputs = model(microbatch.augmented_images(), self.stage.tasks, microbatch.corners, frozen)
-        losses = task_losses(outputs, targets, state.scales)
+        local_counts = LocalCounts.of(state.config, state.counter.encoder.output_stride)
+        losses = task_losses(outputs, targets, state.scales, local_counts)
         fraction = len(microbatch.rows) * state.world.size / batch.global_size
         return torch.stack([losses[task] for task in self.stage.tasks]) * fraction
 
