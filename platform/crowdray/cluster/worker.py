@@ -14,10 +14,10 @@ import torch
 
 from crowdray import storage
 from crowdray.cluster.runtime import node_resources
+from crowdray.cluster.single import final_checkpoint
 from crowdray.config import Config
 from crowdray.credentials import redacted
 from crowdray.errors import RESUME_HINT, UserError
-from crowdray.models.counter import COUNT
 from crowdray.pipeline.identity import open_verified
 from crowdray.pipeline.run import RESULT, Run
 from crowdray.pipeline.warm_start import read_init
@@ -133,15 +133,7 @@ def _publish(run: Run, trainer: Trainer) -> None:
     result = final_result(trainer)
     if trainer.state.world.rank == 0 and not run.is_trained:
         with storage.scratch_folder("trained") as folder:
-            state, exported = trainer.state, trainer.state.counter.strip().state_dict()
-            # For the figures: the maps of the auxiliary decoders. The count decoder, often the largest, has none.
-            maps = {
-                name: tensor
-                for name, tensor in state.counter.state_dict().items()
-                if name not in exported and not name.startswith(f"decoders.{COUNT}.")
-            }
-            checkpoint = Checkpoint(run.identity.config, state.progress, maps, best_weights=state.best_weights)
-            save_checkpoint(checkpoint, folder)
+            save_checkpoint(final_checkpoint(trainer), folder)
             (folder / RESULT).write_text(result.to_json())
             storage.publish_directory(folder, run.trained, last=RESULT)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "convert a dataset into shards, or check its annotations",
     "train": "train a counter in three stages and register it",
     "tune": "search loss weights and stage lengths, and register the best counter",
+    "ablate": "compare what the auxiliary tasks contribute, over seeds and with a placebo",
     "evaluate": "score a packaged counter on a split",
     "predict": "count the people in photos",
     "promote": "make the candidate of a registered model its champion, if it is better",

@@ -226,10 +226,10 @@ def _trial_numerics(config: Config, use_gpu: bool) -> dict[str, str | int]:
     """How a trial's process computes, asked in a process with its resources."""
     import ray
 
-    from crowdray.tune.trial import trial_device
+    from crowdray.cluster.single import single_device
 
     def numerics() -> dict[str, str | int]:
-        return numerics_facts(config, trial_device(use_gpu), config.numerics.threads)
+        return numerics_facts(config, single_device(use_gpu), config.numerics.threads)
 
     result = ray.remote(numerics).options(num_cpus=1, num_gpus=int(use_gpu)).remote()
     found: dict[str, str | int] = ray.get(result)

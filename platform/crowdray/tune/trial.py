@@ -1,26 +1,21 @@
 """One trial of a study: a training run that reports every epoch to Ray Tune."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
 from crowdray.cluster.failures import is_worker_loss
 from crowdray.cluster.runtime import Resources
+from crowdray.cluster.single import train_single
 from crowdray.cluster.train import run_training
 from crowdray.config import Device
 from crowdray.credentials import redacted
 from crowdray.errors import InfeasibleConfigError, UserError
-from crowdray.pipeline.identity import open_verified
-from crowdray.pipeline.warm_start import read_init
-from crowdray.stage_cache.session import StageCacheConfig, StageCacheSession
+from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import EpochMetrics
-from crowdray.training.distributed import World, pick_device
 from crowdray.training.errors import DivergedError
-from crowdray.training.trainer import Trainer
 from crowdray.tune.report import REPORT, SPEC, TrialReport, TrialReporter, TrialSpec
 from crowdray.tune.study import Study
 
@@ -65,27 +60,17 @@ def _send(report: TrialReport) -> None:
 
 
 def _train_here(task: TrialTask, spec: TrialSpec) -> None:
-    config, threads = spec.config, spec.config.numerics.threads
-    torch.set_num_threads(threads)
-    dataset, device = open_verified(task.study.identity, task.study.identity_file), trial_device(task.use_gpu)
-    session = StageCacheSession(task.stage_cache, config, dataset, world=World(), device=device, threads=threads)
-    reporter = TrialReporter(spec.keys, 1, annealed=config.stages.joint.anneal_epochs > 0)
-    restored = session.restore()
-    initial = read_init(task.study.identity.init_file) if restored is None else None
-    trainer = Trainer(config, dataset, world=World(), device=device, restored=restored, initial=initial)
-    reporter.start(trainer.state.progress.history)
-
-    def report(row: EpochMetrics, save: Callable[[Path], None]) -> None:
-        session.save(trainer, save)
-        _send(reporter.after_epoch(trainer.state.progress.history))
-
-    trainer.fit(report)
+    reporter = TrialReporter(spec.keys, 1, annealed=spec.config.stages.joint.anneal_epochs > 0)
+    trainer = train_single(
+        spec.config,
+        task.study.identity,
+        task.study.identity_file,
+        task.stage_cache,
+        use_gpu=task.use_gpu,
+        on_start=reporter.start,
+        on_epoch=lambda history: _send(reporter.after_epoch(history)),
+    )
     _send(reporter.at_end(trainer.state.progress.history))
-
-
-def trial_device(use_gpu: bool) -> torch.device:
-    """Device of a trial of one worker; a GPU may be visible that the trial did not reserve."""
-    return pick_device() if use_gpu else torch.device("cpu")
 
 
 def _train_group(task: TrialTask, spec: TrialSpec) -> None:

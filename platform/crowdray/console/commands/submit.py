@@ -35,11 +35,11 @@ class SubmitJob:
     """
 
     command: Annotated[
-        Literal["train", "tune", "convert", "evaluate", "predict"],
+        Literal["train", "tune", "ablate", "convert", "evaluate", "predict"],
         tyro.conf.Positional,
         tyro.conf.arg(metavar="COMMAND"),
     ]
-    """The command: train, tune, convert, evaluate or predict. Its own arguments follow."""
+    """The command: train, tune, ablate, convert, evaluate or predict. Its own arguments follow."""
     address: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Address of the cluster's job server; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or
     http://127.0.0.1:8265."""
