@@ -1,5 +1,6 @@
 """Commands: usage errors, and results that agree with the functions they call."""
 
+import csv
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from crowdray.data.decoding import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.datasets.sources import SOURCES
 from crowdray.errors import UserError
-from crowdray.evaluation.report import evaluate_images, summarise_images
+from crowdray.evaluation.images import evaluate_images
+from crowdray.evaluation.summary import summarise_images
 from crowdray.models.export import ExportedCounter
 from crowdray.registry.packaging import package_counter
 
+from ..support.builders import samples, write_dataset
 from ..support.counters import exported_counter, photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,18 +169,36 @@ def test_evaluate_command_writes_the_metrics_of_evaluation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     counter, model = package
-    main, result = evaluate.main, tmp_path / "result.json"
+    main, result, table = evaluate.main, tmp_path / "result.json", tmp_path / "images.csv"
     arguments = ["--model", model, "--data", discs.uri, "--split", "test", "--device", "cpu"]
-    assert status(main, [*arguments, "--json", str(result)]) == 0
+    assert status(main, [*arguments, "--json", str(result), "--csv", str(table)]) == 0
     content = json.loads(result.read_text())
     expected = summarise_images(list(evaluate_images(counter, discs, discs.rows("test").tolist())))
+    assert expected.overall is not None
     assert content["digest"] == discs.digest
     assert content["overall"]["images"] == 7
     for name in ("mae", "rmse", "bias", "nae", "game"):
         assert content["overall"][name] == pytest.approx(getattr(expected.overall, name), rel=1e-5)
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    predicted = [image["inside"]["predicted"] for image in content["images"]]
+    assert [float(row["predicted"]) for row in rows] == pytest.approx(predicted, abs=1e-6)
     assert f"{expected.overall.mae:.2f}" in capsys.readouterr().out
     assert status(main, [*arguments[:-3], "holidays"]) == 2
     assert "has no split 'holidays'; it has" in capsys.readouterr().err
+
+
+def test_evaluate_command_with_a_damaged_image_lists_it_and_exits_with_1(
+    package: tuple[ExportedCounter, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, damaged = samples(2, split="test")
+    write_dataset(str(tmp_path), [whole, replace(damaged, image=bytes(damaged.image)[:150])])
+    table = tmp_path / "images.csv"
+    assert status(evaluate.main, ["--model", package[1], "--data", str(tmp_path), "--csv", str(table)]) == 1
+    printed = capsys.readouterr()
+    assert "not evaluated by" in printed.out and "001: " in printed.out
+    assert "1 of 2 images could not be evaluated" in printed.err
+    first, second = csv.DictReader(table.read_text().splitlines())
+    assert first["predicted"] and not first["failure"] and not second["predicted"] and second["failure"]
 
 
 @pytest.mark.parametrize(

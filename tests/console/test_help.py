@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from crowdray.config import FIELDS
-from crowdray.console.commands.predict import CounterOptions
+from crowdray.console.commands.predict import CountingOptions
 from crowdray.console.main import COMMANDS
 from crowdray.datasets.sources import SOURCES
 from crowdray.evaluation.inference import TILE
@@ -95,7 +95,7 @@ def test_job_without_dependencies_starts_again_in_the_environment_or_says_how_to
 
 
 def test_defaults_of_options_agree_with_the_library() -> None:
-    assert CounterOptions.tile == TILE
+    assert CountingOptions.tile == TILE
 
 
 def test_preset_for_a_source_exists_and_is_the_one_for_your_own_photos_by_default() -> None:

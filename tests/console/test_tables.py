@@ -1,43 +1,69 @@
 """Tables show every figure, and fit a terminal."""
 
 import io
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
+from crowdray.console.evaluation_tables import show_evaluation
 from crowdray.console.study_display import StudyDisplay, trial_table
-from crowdray.console.tables import evaluation_table, validation_table
+from crowdray.console.tables import validation_table
 from crowdray.datasets.statistics import DatasetStats, image_stats
 from crowdray.datasets.validation import validate
-from crowdray.evaluation.report import EvaluatedImage, RegionCount, summarise_images
+from crowdray.evaluation.images import FailedImage
 from crowdray.training.state import StepProgress
 from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 
 from ..support.builders import samples
+from ..support.evaluations import evaluated_image, evaluation_report
 
 
-def text_of(table: Table, width: int = 80) -> str:
+def shown(show: Callable[[Console], object], width: int = 80) -> str:
     screen = Console(width=width, record=True, file=io.StringIO())
-    screen.print(table)
+    show(screen)
     return screen.export_text()
 
 
-def image(row: int, scene: str, error: float, error_without_roi: float) -> EvaluatedImage:
-    inside, whole = (RegionCount(10, 10 + e, (e,) * 4) for e in (error, error_without_roi))
-    return EvaluatedImage(row, str(row), scene, 1, inside, whole, True)
+def text_of(table: Table, width: int = 80) -> str:
+    return shown(lambda screen: screen.print(table), width)
 
 
-def test_evaluation_table_with_roi_and_scenes_shows_all_and_fits_80_columns() -> None:
-    # Scene east has a MAE of 2 inside the ROI and 6 without, scene west of 6 and 7.
-    images = [image(0, "west", 6.0, 7.0), *(image(n, "east", float(n), n + 4.0) for n in (1, 2, 3))]
-    table = evaluation_table(summarise_images(images), "a [bold]model[/] on test")
-    narrow, text = text_of(table), text_of(table, width=100)
-    assert "a [bold]model[/] on test" in narrow and "…" not in narrow
+def test_evaluation_tables_show_roi_scenes_and_counters_and_fit_80_columns() -> None:
+    # Scene east has a MAE of 2 inside the ROI and 6 without, scene west of 6 and 7; the second counter is 1 better.
+    errors = {0: ("west", 6.0, 7.0), **{n: ("east", float(n), n + 4.0) for n in (1, 2, 3)}}
+    counters = {
+        f"models:/crowdray-mall/{version}": [
+            evaluated_image(row, 10, 9 + version + inside, scene=scene, whole=9 + version + whole)
+            for row, (scene, inside, whole) in errors.items()
+        ]
+        for version in (1, 0)
+    }
+    report = evaluation_report(counters, data="[bold]data[/]")
+    narrow, text = (shown(lambda screen: show_evaluation(report, screen), width) for width in (80, 140))
+    assert "test of [bold]data[/]" in narrow and "…" not in narrow
+    assert max(map(len, narrow.split("crowdray-mall/0 is better")[0].splitlines())) <= 80
     lines = [line.split() for line in text.splitlines()]
-    for name, mae in (("ROI", "3.00"), ("images", "6.25"), ("east", "2.00"), ("west", "6.00")):
-        assert any(line[:1] == [name] and line[3] == mae for line in lines), name
-    assert ["mean", "of", "scenes,", "ROI", "4.00"] in lines and ["mean", "of", "scenes,", "images", "6.50"] in lines
+    for name, mae in (
+        ("crowdray-mall/1 ROI", "3.00"),
+        ("crowdray-mall/0 ROI", "2.00"),
+        ("west", "6.00"),
+        ("west", "5.00"),
+    ):
+        where = name.split()
+        assert any(line[: len(where)] == where and line[len(where) + 2] == mae for line in lines), name
+    assert ["whole", "images", "4", "40", "6.25"] in [line[:5] for line in lines]
+    assert ["mean", "of", "scenes,", "ROI", "4.00"] in lines
+    assert "crowdray-mall/0 is better than crowdray-mall/1: its MAE differs by -1.000 heads" in text
+    assert "medium, 10 to 10 heads: MAE (bias)" in narrow
+
+
+def test_evaluation_tables_without_an_evaluated_image_list_the_failures() -> None:
+    report = evaluation_report({"runs/a/model": [FailedImage(n, f"{n}.jpg", "cut off") for n in range(25)]})
+    text = shown(lambda screen: show_evaluation(report, screen))
+    assert "no image could be evaluated" in text and "not evaluated by a: 0.jpg: cut off" in text
+    assert "5 more, see --json or --csv" in text
 
 
 def test_validation_table_shows_minimum_median_and_maximum() -> None:

@@ -8,17 +8,19 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
+from crowdray.console.evaluation_tables import show_evaluation
 from crowdray.console.main import run_job
 from crowdray.console.progress import LiveDisplay, image_progress
-from crowdray.console.tables import evaluation_table, show_prediction, validation_table
+from crowdray.console.tables import show_prediction, validation_table
 from crowdray.datasets.statistics import DatasetStats, UnusableItem, image_stats
 from crowdray.datasets.validation import validate
 from crowdray.errors import UserError, escaped
-from crowdray.evaluation.report import EvaluatedImage, RegionCount, summarise_images
+from crowdray.evaluation.images import FailedImage
 from crowdray.pipeline.count_table import PhotoCount
 from crowdray.pipeline.predict import Prediction
 
 from ..support.builders import samples
+from ..support.evaluations import evaluated_image, evaluation_report
 
 HOSTILE = "a\x1b[31m\x1b]0;t\x07\x9b2J\u202e\u2066\x85\u2028\r\nerror:forged[bold]\udce9"
 SHOWN = r"a\x1b[31m\x1b]0;t\x07\x9b2J\u202e\u2066\x85\u2028\r\nerror:forged[bold]\udce9"
@@ -38,14 +40,14 @@ def test_escaped_shows_control_characters_and_leaves_names_of_all_languages() ->
 
 
 def test_tables_show_hostile_names_escaped() -> None:
-    region = RegionCount(1, 1, (0,) * 4)
-    images = [EvaluatedImage(row, HOSTILE, f"{row}{HOSTILE}", 1, region, region, True) for row in (0, 1)]
+    images = [evaluated_image(row, 1, 1.0, scene=f"{row}{HOSTILE}", whole=1.0, name=HOSTILE) for row in (0, 1)]
+    evaluated = evaluation_report({HOSTILE: [*images, FailedImage(2, HOSTILE, HOSTILE)]}, data=HOSTILE)
     stats = DatasetStats([image_stats(sample) for sample in samples(3)], [UnusableItem(HOSTILE, HOSTILE, "", HOSTILE)])
     report = validate(HOSTILE, "none", stats)
     counted = PhotoCount(HOSTILE, HOSTILE, count=1.0, width=1, height=1, warnings=(HOSTILE,))
     prediction = Prediction(f"/{HOSTILE}/counts.csv", HOSTILE, 2, 2.0, first=[counted], unlike_example=counted)
     shown: list[Callable[[Console], None]] = [
-        lambda console: console.print(evaluation_table(summarise_images(images), HOSTILE)),
+        lambda console: show_evaluation(evaluated, console),
         lambda console: console.print(validation_table(report)),
         lambda console: show_prediction(prediction, console),
     ]

@@ -27,7 +27,6 @@ from crowdray.pipeline.predict import (
     combine,
     count_part,
     find_images,
-    head_points,
     list_photos,
     result_stems,
     split_into_parts,
@@ -276,17 +275,6 @@ def test_prediction_error_lists_a_limited_number_of_photos() -> None:
     lines = str(error.value).splitlines()
     assert lines[0] == "2000 of 2001 images could not be counted:" and len(lines) == 22
     assert lines[-1] == "  and 1,980 more, see out/counts.csv"
-
-
-def test_head_points_are_the_highest_maxima() -> None:
-    density = np.zeros((30, 40), np.float32)
-    heads = {(5, 7): 1.0, (12, 30): 0.9, (20, 20): 0.8}
-    for (row, column), height in heads.items():
-        density[row, column] = height
-        density[row, column + 1] = 0.1
-    np.testing.assert_array_equal(head_points(density, 4), [[30, 22], [122, 50], [82, 82]])
-    assert len(head_points(density * 0.6, 4)) == 2  # as many as heads
-    assert len(head_points(np.zeros((3, 3), np.float32), 4)) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from crowdray.data.shards import Dataset
+from crowdray.evaluation.images import evaluate_images
 from crowdray.evaluation.metrics import Metrics
-from crowdray.evaluation.report import evaluate_images
 from crowdray.models.build import build_counter
 from crowdray.models.counter import DENSITY
 from crowdray.models.export import ExportedCounter, Geometry

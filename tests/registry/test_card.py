@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from crowdray.evaluation.intervals import mean_interval
-from crowdray.registry.card import MAX_DESCRIPTION, Source, error_levels
+from crowdray.registry.card import MAX_DESCRIPTION, Source
 
-from ..support.cards import COUNTS, model_card
+from ..support.cards import model_card
 
 SOURCE = Source("http://127.0.0.1:5000", "models:/crowdray-mall/3", "r" * 32, "7", "s" * 32)
 
@@ -51,13 +51,6 @@ def test_description_of_any_card_fits_the_database(length: int) -> None:
     text = card.description(SOURCE)
     assert len(text) < MAX_DESCRIPTION and "## Load it" in text
     assert text.endswith("among the artifacts of the run.") == (length > 1)
-
-
-def test_error_levels_contain_each_image_once_in_order_of_its_heads() -> None:
-    levels = error_levels(COUNTS)
-    assert [level.metrics.images for level in levels] == [2, 2, 2]
-    assert [level.heads for level in levels] == [(0, 3), (7, 12), (45, 90)]
-    assert [level.level for level in error_levels(COUNTS[:1])] == ["dense"]
 
 
 def test_mean_interval_covers_the_true_mean_in_most_samples() -> None:

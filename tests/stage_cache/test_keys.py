@@ -207,7 +207,7 @@ PLANTED = {
     **{f"evaluation/{name}.py": True for name in ("inference", "metrics")},
     **{f"{folder}/": False for folder in ("plots", "console", "tune", "datasets", "registry", "cluster", "pipeline")},
     **{f"{folder}/": False for folder in ("stage_cache", "storage", "scenes")},
-    **{name: False for name in ("evaluation/report.py", "presets.py", "errors.py", "config.py")},
+    **{name: False for name in ("evaluation/images.py", "presets.py", "errors.py", "config.py")},
 }
 """Part of the package, and whether a change there must change every stage key."""
 

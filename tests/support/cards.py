@@ -1,7 +1,8 @@
 """A model card with invented facts."""
 
+from crowdray.evaluation.levels import error_levels
 from crowdray.evaluation.metrics import ImageCount
-from crowdray.registry.card import ErrorRow, ModelCard, error_levels
+from crowdray.registry.card import ErrorRow, ModelCard
 from crowdray.registry.training_data import Appearance, Range, TrainingData
 
 COUNTS = [ImageCount(row, truth, truth + (-1) ** row * 2.0, 0.0) for row, truth in enumerate((3, 90, 12, 0, 45, 7))]

@@ -117,7 +117,7 @@ def _count_on_cluster(
         import ray
         import ray.data
 
-        workers = min(len(parts), _workers(resources, device))
+        workers = min(len(parts), device_workers(resources, device))
         gpu = choose_gpu(resources, workers, device)
         wait_for_workers(resources, 1, {"CPU": 1, "GPU": int(gpu)}, partial(print, flush=True))
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # which its import sets to INFO
@@ -178,7 +178,8 @@ def _package_folder(output: str) -> str:
     return storage.join(storage.resolve(output), STATE, "package")
 
 
-def _workers(resources: Resources, device: Device) -> int:
+def device_workers(resources: Resources, device: Device) -> int:
+    """Number of workers that use all GPUs, or all CPUs without GPUs."""
     return resources.gpus if resources.gpus and device != "cpu" else max(1, resources.cpus)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +19,15 @@ from crowdray.console.terminal import one_line, print_message
 from crowdray.console.ui import command as ui_command
 from crowdray.datasets.statistics import MAX_LISTED
 from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
-from crowdray.evaluation.metrics import GAME_LEVELS
 from crowdray.presets import preset_for
 from crowdray.registry.pages import is_server
 
 if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from crowdray.data.shards import Index
     from crowdray.datasets.validation import Distribution, SplitStats, ValidationReport
-    from crowdray.evaluation.metrics import GridMetrics, Metrics
-    from crowdray.evaluation.report import Evaluation
+    from crowdray.evaluation.metrics import Metrics
     from crowdray.pipeline.outcome import Outcome
     from crowdray.pipeline.predict import Prediction
     from crowdray.training.result import TrainingResult
@@ -164,9 +161,13 @@ def show_outcome(outcome: Outcome, data: str, console: Console) -> None:
     )
 
 
-def show_page(page: str, tracking_uri: str, console: Console) -> None:
-    """Print the web page of a run, and how to serve it if no server does."""
-    _print_fields(console, _page_fields(tracking_uri, {"its page": page}))
+def show_pages(pages: Sequence[str], tracking_uri: str, console: Console) -> None:
+    """Print the web pages of runs, and how to serve them if no server does."""
+    if len(pages) == 1:
+        _print_fields(console, _page_fields(tracking_uri, {"its page": pages[0]}))
+    elif pages:
+        numbered = {f"page {number}": page for number, page in enumerate(pages, 1)}
+        _print_fields(console, _page_fields(tracking_uri, numbered))
 
 
 def _tracking_fields(outcome: Outcome) -> dict[str, str]:
@@ -211,25 +212,6 @@ def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
     show_outcome(outcome.outcome, data, console)
 
 
-def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """Return the errors of an evaluation: overall, without ROI, and scene by scene."""
-    caption = "Heads per image. RMSE is what crowd-counting tables print as MSE; MAE is GAME0."
-    table = _report_table(title, caption, collapse_padding=True)
-    table.add_column("where")
-    for name in ("images", "heads", "MAE", "RMSE", "bias", "NAE", *(f"GAME{n}" for n in GAME_LEVELS if n)):
-        table.add_column(name, justify="right", no_wrap=True)
-    first = "images" if evaluation.without_roi is None else "ROI"
-    table.add_row(first, *_metric_cells(evaluation.overall), style="bold", end_section=True)
-    if evaluation.without_roi is not None:
-        table.add_row("images", *_metric_cells(evaluation.without_roi), end_section=True)
-    for scene, metrics in evaluation.scenes.items():
-        table.add_row(one_line(scene), *_metric_cells(metrics))
-    for region, mae in ((first, evaluation.scene_mae), ("images", evaluation.scene_mae_without_roi)):
-        if mae is not None:
-            table.add_row(f"mean of scenes, {region}", "", "", f"{mae:.2f}")
-    return table
-
-
 def show_prediction(prediction: Prediction, console: Console) -> None:
     """Print the first counts, the totals, what the counter was trained on, and the paths of the results."""
     table = Table(title="heads", title_justify="left")
@@ -267,13 +249,6 @@ def _report_table(title: str, caption: str, **options: Any) -> Table:
 
 def _mae_rmse(metrics: Metrics | None) -> list[str]:
     return ["", ""] if metrics is None else [f"{metrics.mae:.2f}", f"{metrics.rmse:.2f}"]
-
-
-def _metric_cells(metrics: GridMetrics) -> list[str]:
-    nae = f"{metrics.nae:.1%}" if math.isfinite(metrics.nae) else "-"
-    errors = [f"{metrics.mae:.2f}", f"{metrics.rmse:.2f}", f"{metrics.bias:+.2f}", nae]
-    games = [f"{value:.2f}" for level, value in zip(GAME_LEVELS, metrics.game, strict=True) if level]
-    return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
 
 
 def _min_median_max(values: Distribution | None) -> str:

@@ -1,185 +1,192 @@
-"""Evaluation of an exported counter on the whole images of a split, with and without regions of interest.
+"""Evaluations of one or several counters on one or several datasets, side by side."""
 
-Shape legend: H W image, h w density = ceil(H / k), ceil(W / k) for cells of k x k pixels, N heads.
-"""
-
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import attrgetter
+from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from crowdray.evaluation.comparison import Comparison, compare_errors
+from crowdray.evaluation.images import EvaluatedImage, FailedImage
+from crowdray.evaluation.summary import Evaluation, summarise_images
+from crowdray.presets import preset, preset_for
 
-from crowdray.data.decoding import decode_image
-from crowdray.data.image_cache import load_image
-from crowdray.data.sample import Sample
-from crowdray.data.shards import Dataset
-from crowdray.errors import DataError, UserError
-from crowdray.evaluation.inference import image_to_tensor, roi_cells
-from crowdray.evaluation.metrics import GAME_LEVELS, GridMetrics, ImageCount, game_error, scene_mae, summarise
-from crowdray.models.export import Geometry
+VIDEO_BLOCK = 50
+"""Consecutive frames of a video that intervals resample together."""
 
-_CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class RegionCount:
-    """True and predicted count in a region of one image: its region of interest, or all of it."""
-
-    truth: int
-    """Annotated heads in the region."""
-    predicted: float
-    """Sum of the density in the region."""
-    game: tuple[float, ...]
-    """`game_error` at GAME_LEVELS."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluatedImage:
-    """One image with its counts."""
-
-    row: int
-    """Row in the dataset."""
-    name: str
-    """Name within its split."""
-    scene: str
-    """Its camera or location."""
-    downsample: int
-    """Side in image pixels of one cell of its density."""
-    inside: RegionCount
-    """Counts inside the region of interest; equal to `whole` without one."""
-    whole: RegionCount
-    """Counts in the whole image."""
-    has_roi: bool
-    """Whether the image has a region of interest."""
+Outcome = EvaluatedImage | FailedImage
+"""What becomes of an image."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Metrics of a split."""
+class EvaluatedModel:
+    """A counter that was evaluated."""
 
-    overall: GridMetrics
-    """Inside the regions of interest: the numbers to report."""
-    without_roi: GridMetrics | None
-    """On whole images; None if no image has a region of interest."""
-    scenes: dict[str, GridMetrics]
-    """Inside the regions of interest, per scene; empty if all images share a scene or none do."""
-    scene_mae: float | None
-    """Unweighted mean of the scenes' MAE, WorldExpo'10's score; None without scenes."""
-    scene_mae_without_roi: float | None
-    """The same on whole images; None without scenes or regions of interest."""
-    images: list[EvaluatedImage]
-    """All images in the dataset's order."""
+    uri: str
+    """As it was given, without credentials."""
+    version: str
+    """models:/NAME/VERSION where it is registered, else `uri`."""
+    digest: str
+    """SHA-256 of its exported program."""
+    trained_on: str
+    """Description of its training images; empty if its package does not say."""
+    training_dataset: str
+    """Name of their dataset, such as mall; empty if its package does not say."""
+    cell: int
+    """Side of a cell of its density in image pixels."""
+    downsample: int
+    """Factor by which it downsamples images."""
+    precision: str
+    """Arithmetic of its convolutions."""
+    revision: str
+    """Git revision of the code that trained it; empty if unknown."""
 
-    def counts(self) -> list[ImageCount]:
-        """Counts of each image, as the plots take them."""
-        return [ImageCount(i.row, i.inside.truth, i.inside.predicted, i.whole.predicted) for i in self.images]
-
-    def to_dict(self, **metadata: Any) -> dict[str, Any]:
-        """The evaluation as JSON content after `metadata`; numbers that are not finite become None."""
-        text = json.dumps({**metadata, "game_levels": GAME_LEVELS, **asdict(self)})
-        content: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
-        return content
+    @property
+    def label(self) -> str:
+        """Short name: NAME/VERSION of a registered counter, else the name of the run in whose folder it lies."""
+        if self.version.startswith("models:/"):
+            return self.version.removeprefix("models:/")
+        return self.version.rstrip("/").removesuffix("/model").rpartition("/")[2] or self.version
 
 
-def evaluate_images(
-    density: Callable[[Tensor], Tensor],
-    dataset: Dataset,
-    rows: Iterable[int],
-    device: torch.device = _CPU,
-    geometry: Geometry | None = None,
-) -> Iterator[EvaluatedImage]:
-    """Count whole images one at a time, at their original size, and compare with their annotation.
+@dataclass(frozen=True)
+class EvaluatedDataset:
+    """A split on which counters were evaluated."""
 
-    Points and regions of interest are brought to downsampled pixels, and regions then to cells, as in training.
+    uri: str
+    """Location without credentials."""
+    name: str
+    """Name of its source, such as mall."""
+    digest: str
+    """Its content digest."""
+    split: str
+    """The split."""
+    images: int
+    """Number of images of the split, with those that could not be evaluated."""
+    heads: int
+    """Number of annotated heads of the split."""
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One counter on one dataset."""
+
+    model: EvaluatedModel
+    dataset: EvaluatedDataset
+    evaluation: Evaluation
+    comparison: Comparison | None
+    """Paired comparison with `reference` on the same images; None for the first counter, or without images."""
+    reference: str = ""
+    """Version of the first counter; empty for itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON content."""
+        return self.evaluation.to_dict(
+            model=self.model.uri,
+            data=self.dataset.uri,
+            digest=self.dataset.digest,
+            split=self.dataset.split,
+            counter=asdict(self.model),
+            dataset=asdict(self.dataset),
+            comparison=asdict(self.comparison) if self.comparison else None,
+            reference=self.reference,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All counters on all datasets."""
+
+    models: Sequence[EvaluatedModel]
+    """The counters in the order of the command line; the others are compared with the first."""
+    datasets: Sequence[EvaluatedDataset]
+    """The datasets in the order of the command line."""
+    results: Sequence[ModelResult]
+    """A result for each pair, dataset by dataset."""
+    device: str
+    """Device on which images were counted."""
+    tile: int
+    """Side of the tiles in which large images were counted; 0 for whole images."""
+    created: str
+    """UTC time at which the evaluation ended, ISO 8601."""
+
+    def result(self, model: EvaluatedModel, dataset: EvaluatedDataset) -> ModelResult:
+        """The result of one counter on one dataset."""
+        return next(r for r in self.results if r.model is model and r.dataset is dataset)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an image could not be evaluated."""
+        return any(result.evaluation.failed for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON content: the fields of a single result; of several, a list of these in `results`."""
+        results = [result.to_dict() for result in self.results]
+        settings = {"device": self.device, "tile": self.tile, "created": self.created}
+        return settings | (results[0] if len(results) == 1 else {"results": results})
+
+
+def make_report(
+    models: Sequence[EvaluatedModel],
+    datasets: Sequence[EvaluatedDataset],
+    outcomes: Mapping[tuple[int, int], Sequence[Outcome]],
+    *,
+    block: int | None = None,
+    device: str = "cpu",
+    tile: int = 0,
+) -> EvaluationReport:
+    """Summarise all counters on all datasets.
 
     Args:
-        density: Maps uint8 RGB (1, 3, H, W) to heads per cell (1, 1, h, w), as an exported counter does.
-        dataset: The dataset.
-        rows: Rows of the dataset.
-        device: Where to put images.
-        geometry: Downsampling and cell size of the density; None: cells are downsampled pixels.
-
-    Raises:
-        DataError: For an image that cannot be decoded.
-        UserError: For a density whose shape is not a downsampling of its image's.
+        models: The counters; the others are compared with the first.
+        datasets: The datasets.
+        outcomes: The images of each pair of indices of dataset and counter, in any order.
+        block: Consecutive images that intervals resample together; None: `block_length` of each dataset.
+        device: Where images were counted.
+        tile: Side of tiles in pixels; 0 for whole images.
     """
-    for row in rows:
-        sample = dataset.sample(int(row))
-        try:
-            image = decode_image(sample.image)
-        except DataError as error:
-            raise DataError(f"{sample.name} (row {row} of {dataset.uri}): {error}") from error
-        with torch.inference_mode():
-            cells = density(image_to_tensor(image, device))
-        yield evaluate_image(cells, sample, int(row), geometry)
+    results = [
+        result
+        for number, dataset in enumerate(datasets)
+        for result in _compare(
+            models, dataset, [outcomes.get((number, index), ()) for index in range(len(models))], block
+        )
+    ]
+    return EvaluationReport(models, datasets, results, device, tile, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def evaluate_image(density: Tensor, sample: Sample, row: int, geometry: Geometry | None) -> EvaluatedImage:
-    """Compare the density (1, 1, h, w) of a sample's image with its annotation."""
-    factor = density_stride((sample.height, sample.width), tuple(density.shape), sample.name)
-    cells = density[0, 0].float().cpu().numpy().astype(np.float64)
-    downsample, factor = (geometry.downsample, geometry.cell) if geometry else (factor, factor)
-    image = load_image(sample, row, downsample, use_roi=True)
-    points = np.asarray(sample.points, dtype=np.float32) / np.float32(factor)
-    whole = inside = _count(cells, points)
-    if image.roi is not None:
-        stride = factor // downsample
-        inside = _count(cells * roi_cells(image.roi, stride), image.points / np.float32(stride))
-    return EvaluatedImage(row, sample.name, sample.scene, factor, inside, whole, image.roi is not None)
+def block_length(dataset: str) -> int:
+    """Consecutive images that intervals resample together, by the dataset's name: VIDEO_BLOCK for a known video."""
+    return VIDEO_BLOCK if preset(preset_for(dataset)).sampling.validation == "run" else 1
 
 
-def density_stride(size: tuple[int, int], density: tuple[int, ...], name: str) -> int:
-    """The integer k for which an image of size (H, W) has a density (1, 1, ceil(H / k), ceil(W / k)).
-
-    Raises:
-        UserError: If there is none; `name` identifies the image.
-    """
-    for factor in range(1, max(size) + 1):
-        if density == (1, 1, math.ceil(size[0] / factor), math.ceil(size[1] / factor)):
-            return factor
-    raise UserError(
-        f"the model's output for {name} of {size[0]}x{size[1]} pixels has shape {density}, expected (1, 1, H/k, W/k) "
-        "for an integer k; give a model that jobs/train.py registered"
-    )
-
-
-def summarise_images(images: Sequence[EvaluatedImage]) -> Evaluation:
-    """Metrics over all images and per scene, for any order of the images; ValueError for none."""
-    ordered = sorted(images, key=lambda image: image.row)
-    with_roi = any(image.has_roi for image in ordered)
-    by_scene = attrgetter("scene")
-    groups = {scene: list(group) for scene, group in groupby(sorted(ordered, key=by_scene), by_scene)}
-    if len(groups) in (1, len(ordered)):
-        groups = {}
-    inside = {scene: _metrics(group, _inside) for scene, group in groups.items()}
-    whole = {scene: _metrics(group, _whole) for scene, group in groups.items()}
-    return Evaluation(
-        overall=_metrics(ordered, _inside),
-        without_roi=_metrics(ordered, _whole) if with_roi else None,
-        scenes=inside,
-        scene_mae=scene_mae(inside),
-        scene_mae_without_roi=scene_mae(whole) if with_roi else None,
-        images=ordered,
-    )
+def _compare(
+    models: Sequence[EvaluatedModel],
+    dataset: EvaluatedDataset,
+    outcomes: Sequence[Sequence[Outcome]],
+    block: int | None,
+) -> list[ModelResult]:
+    evaluations = [
+        summarise_images(
+            [image for image in images if isinstance(image, EvaluatedImage)],
+            [image for image in images if isinstance(image, FailedImage)],
+            block=block or block_length(dataset.name),
+        )
+        for images in outcomes
+    ]
+    first, others = ModelResult(models[0], dataset, evaluations[0], None), zip(models[1:], evaluations[1:], strict=True)
+    return [
+        first,
+        *(
+            ModelResult(model, dataset, evaluation, _paired(evaluations[0], evaluation), models[0].version)
+            for model, evaluation in others
+        ),
+    ]
 
 
-_inside, _whole = attrgetter("inside"), attrgetter("whole")
-
-
-def _count(cells: NDArray[np.float64], points: NDArray[np.float32]) -> RegionCount:
-    game = tuple(game_error(cells, points, level) for level in GAME_LEVELS)
-    return RegionCount(len(points), float(cells.sum()), game)
-
-
-def _metrics(images: Sequence[EvaluatedImage], region: Callable[[EvaluatedImage], RegionCount]) -> GridMetrics:
-    regions = [region(image) for image in images]
-    counts = [ImageCount(i.row, r.truth, r.predicted, i.whole.predicted) for i, r in zip(images, regions, strict=True)]
-    game = np.mean([r.game for r in regions], axis=0).tolist()
-    return GridMetrics(**asdict(summarise(counts)), heads=sum(r.truth for r in regions), game=tuple(game))
+def _paired(reference: Evaluation, other: Evaluation) -> Comparison | None:
+    """Compare the errors of two counters on the images that both have counted; None if there are none."""
+    first, second = ({count.row: count.predicted - count.truth for count in e.counts()} for e in (reference, other))
+    rows = sorted(first.keys() & second.keys())
+    if not rows:
+        return None
+    return compare_errors([first[row] for row in rows], [second[row] for row in rows], reference.block)

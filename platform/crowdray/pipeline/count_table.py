@@ -154,10 +154,11 @@ def _write_csv(path: Path, rows: Iterator[dict[str, Any]], columns: list[str]) -
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_text_cell(column) for column in columns)
-        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        writer.writerows([csv_cell(value) for value in row.values()] for row in rows)
 
 
-def _cell(value: object) -> str:
+def csv_cell(value: object) -> str:
+    """Return a value as a cell: numbers with six decimals, None empty, and text as text."""
     if isinstance(value, float):
         return f"{value:.6f}"
     return _text_cell("" if value is None else str(value))

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from crowdray import storage
 from crowdray.data.shards import Dataset
+from crowdray.evaluation.levels import error_levels
 from crowdray.evaluation.metrics import ImageCount
 from crowdray.pipeline.run import CONFIG, Run
-from crowdray.registry.card import ErrorRow, ModelCard, error_levels
+from crowdray.registry.card import ErrorRow, ModelCard
 from crowdray.registry.packaging import Package
 from crowdray.registry.tracking import GIT_REVISION
 from crowdray.registry.training_data import TrainingData

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from crowdray import storage
 from crowdray.config import Device
 from crowdray.data.decoding import DECODED_SUFFIXES, SUFFIXES, decode_upright
 from crowdray.errors import JobFailed, UserError, escaped, first_line
 from crowdray.evaluation.inference import TILE, image_to_tensor, tiled_density
+from crowdray.evaluation.localisation import head_points
 from crowdray.pipeline.count_table import FORMATS, Parts, PhotoCount, TableFormat, printable, write_part, write_table
 from crowdray.pipeline.zones import Zones
 from crowdray.plots.overlay import draw_overlay
@@ -322,19 +322,6 @@ def count_photo(counter: LoadedCounter, image: NDArray[np.uint8], tile: int = TI
     warnings = tuple(counter.training_data.differences(image, count)) if counter.training_data else ()
     interval = counter.interval.around(count) if counter.interval and not warnings else None
     return CountedPhoto(count, density, interval, warnings)
-
-
-def head_points(density: NDArray[np.float32], cell: int) -> NDArray[np.float64]:
-    """Return the likely positions of people: (N, 2) x y in pixels, most certain first.
-
-    They are the highest local maxima of a density (h, w), as many as it has heads. Where a crowd is so dense that
-    people share a maximum, there are fewer.
-    """
-    cells = torch.from_numpy(density)[None, None]
-    peaks = ((cells == max_pool2d(cells, 3, 1, 1)) & (cells > 0))[0, 0].numpy()
-    rows, columns = np.nonzero(peaks)
-    best = np.argsort(-density[rows, columns], kind="stable")[: max(0, round(float(density.sum(dtype=np.float64))))]
-    return (np.column_stack([columns[best], rows[best]]).astype(np.float64) + 0.5) * cell
 
 
 def tiled(counter: LoadedCounter, side: int) -> Callable[[Tensor], Tensor]:

@@ -17,9 +17,9 @@ from crowdray.config import BACKBONES, Device
 from crowdray.data.decoding import decode_image
 from crowdray.data.shards import Dataset
 from crowdray.errors import UserError, first_line
+from crowdray.evaluation.images import evaluate_images
 from crowdray.evaluation.inference import TILE, image_to_tensor
 from crowdray.evaluation.intervals import mean_interval
-from crowdray.evaluation.report import evaluate_images
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.pipeline.predict import choose_device, tiled

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import numpy as np
 
 from crowdray.evaluation.intervals import Interval, mean_interval
+from crowdray.evaluation.levels import LevelRow
 from crowdray.evaluation.metrics import ImageCount, Metrics, summarise
 from crowdray.registry.training_data import TrainingData
 
@@ -18,7 +19,6 @@ PICTURE = "card.png"
 MAX_DESCRIPTION = 5000
 """Characters of a description that MLflow's database stores."""
 
-_LEVELS = ("sparse", "medium", "dense")
 _RESERVED = 1000
 """Characters of a description that remain for the promotions of a version."""
 
@@ -38,18 +38,6 @@ class ErrorRow:
     def of(cls, predictor: str, counts: Sequence[ImageCount]) -> "ErrorRow":
         """Summarise the counts of a predictor."""
         return cls(predictor, summarise(counts), mean_interval([abs(c.predicted - c.truth) for c in counts]))
-
-
-@dataclass(frozen=True)
-class LevelRow:
-    """Errors on the photos of one density level."""
-
-    level: str
-    """sparse, medium or dense."""
-    heads: tuple[int, int]
-    """Fewest and most heads in a photo of this level."""
-    metrics: Metrics
-    """Errors on these photos."""
 
 
 @dataclass(frozen=True)
@@ -195,17 +183,6 @@ class ModelCard:
         data = "rendered by crowdray (Apache-2.0)" if self.data.rendered else "not recorded; ask its publisher"
         start = f"from {self.start}, whose licence is not recorded" if self.start else "from scratch"
         return f"Data: {data}. Weights: trained {start}; their own licence is not recorded."
-
-
-def error_levels(counts: Sequence[ImageCount]) -> list[LevelRow]:
-    """Return the errors on the third of the images with the fewest heads, the next and the last third."""
-    ordered = sorted(counts, key=lambda count: (count.truth, count.row))
-    parts = [ordered[n * len(ordered) // 3 : (n + 1) * len(ordered) // 3] for n in range(3)]
-    return [
-        LevelRow(level, (part[0].truth, part[-1].truth), summarise(part))
-        for level, part in zip(_LEVELS, parts, strict=True)
-        if part
-    ]
 
 
 def _quoted(text: str) -> str:

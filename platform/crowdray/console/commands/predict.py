@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from crowdray.cluster.ray_job import check_shared, in_ray_job
 from crowdray.config import Device, Precision
 from crowdray.console.arguments import console, parse, shared_paths, tracking_uri
-
-if TYPE_CHECKING:
-    from crowdray.registry.loading import LoadedCounter
 
 EXAMPLES = (
     "--model models:/crowdray-mall@candidate --input photos/ --output counted/",
@@ -22,11 +19,9 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CounterOptions:
-    """Options of jobs that count with a packaged counter."""
+class CountingOptions:
+    """Options of jobs that count with packaged counters."""
 
-    model: Annotated[str, tyro.conf.arg(metavar="URI")]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, or the folder of a packaged counter."""
     device: Device = "auto"
     """Device: auto uses a GPU if there is one."""
     precision: Precision = "fp32"
@@ -35,22 +30,17 @@ class CounterOptions:
     """Side in pixels of the overlapping tiles in which larger images are counted: the same density with less memory. 0
     counts each image whole."""
 
-    def load(self) -> LoadedCounter:
-        """Load the counter."""
-        from crowdray.pipeline.predict import choose_device
-        from crowdray.registry.loading import load_counter
-
-        return load_counter(self.model, choose_device(self.device), tracking_uri(), precision=self.precision)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PredictJob(CounterOptions):
+class PredictJob(CountingOptions):
     """Count the people in photos; writes counts.csv and a contact sheet. The same command resumes an interrupted one.
 
     Photos that cannot be counted are listed at the end and do not stop the others; the exit status is then 1. Uses Ray
     if RAY_ADDRESS is set, or for more than 1,000 photos.
     """
 
+    model: Annotated[str, tyro.conf.arg(metavar="URI")]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, or the folder of a packaged counter."""
     input: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """An image, a folder of images, or a quoted pattern such as 'photos/*.jpg'; a path or a URI."""
     output: Annotated[str, tyro.conf.arg(metavar="PATH")]

@@ -22,15 +22,10 @@ from crowdray.data.image_cache import ImageCache
 from crowdray.data.sample import Sample, encode_roi, make_sample
 from crowdray.data.shards import Dataset
 from crowdray.errors import DataError, UserError
+from crowdray.evaluation.images import EvaluatedImage, RegionCount, density_stride, evaluate_images
 from crowdray.evaluation.inference import count_images
 from crowdray.evaluation.metrics import GAME_LEVELS, game_error
-from crowdray.evaluation.report import (
-    EvaluatedImage,
-    RegionCount,
-    density_stride,
-    evaluate_images,
-    summarise_images,
-)
+from crowdray.evaluation.summary import summarise_images
 from crowdray.models.build import build_counter
 from crowdray.models.export import ExportedCounter
 from crowdray.presets import debug
@@ -100,6 +95,7 @@ def test_summarise_images_weights_scenes_equally() -> None:
     assert (evaluation.scenes["S1"].mae, evaluation.scenes["S2"].mae) == (2.0, 6.0)
     assert (evaluation.scene_mae, evaluation.scene_mae_without_roi) == (4.0, 6.5)
     overall = evaluation.overall
+    assert overall is not None
     assert (overall.images, overall.heads, overall.mae, overall.bias, overall.game) == (4, 40, 3.0, 0.0, (3.0,) * 4)
     assert evaluation.without_roi is not None and evaluation.without_roi.mae == 6.25
 
