@@ -42,3 +42,10 @@ def test_parse_arms_unknown_name_is_user_error(name: str) -> None:
 def test_parse_arms_wrong_sweep_is_user_error(sweep: str) -> None:
     with pytest.raises(UserError, match="--sweep"):
         parse_arms([], [sweep], LOSS)
+
+
+@pytest.mark.parametrize("name", ["depth", "depth+count"])
+def test_parse_arms_task_without_weight_is_user_error(name: str) -> None:
+    with pytest.raises(UserError, match=r"loss.depth is 0"):
+        parse_arms([name], [], LossConfig(depth=0))
+    assert parse_arms(["all"], [], LossConfig(depth=0))[0].weights["depth"] == 0

@@ -56,6 +56,11 @@ def _named(name: str, loss: LossConfig) -> Arm:
             f"+ from {', '.join(TASKS)}"
         )
     weights = {task: getattr(loss, task) if task in tasks else 0.0 for task in TASKS}
+    named = () if name in (ALL, PLACEBO) else tasks
+    if weightless := [task for task in named if not weights[task]]:
+        raise UserError(f"--arms has {name!r}, but loss.{weightless[0]} is 0; give --loss.{weightless[0]} a weight")
+    if name != NONE and not any(weights.values()):
+        raise UserError(f"--arms has {name!r}, but the weights of all tasks are 0; give --loss.depth a weight")
     ordered = name if name in (NONE, ALL, PLACEBO) else "+".join(task for task in TASKS if task in tasks)
     return Arm(ordered, weights, placebo=name == PLACEBO)
 

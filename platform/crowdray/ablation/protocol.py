@@ -229,7 +229,7 @@ def check_updates(updates: Mapping[Cell, int]) -> None:
             listed = ", ".join(f"{arm} {number:,}" for arm, number in numbers)
             raise UserError(
                 f"the arms cannot be compared, as their numbers of updates differ at fraction {group[0]:g} of "
-                f"{group[1]}: {listed}; leave out the arm that differs, or give its tasks a loss weight"
+                f"{group[1]}: {listed}; leave out the arm that differs"
             )
 
 
