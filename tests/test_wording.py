@@ -40,7 +40,7 @@ NAMES = {
     r"Leg|legs": "StageCost, stage_costs",
     r"Shelf|shelf|Sharing|announced|go_on_from": "StageCacheConfig, StageCacheSession, advertise, resume_from",
     r"Chain|chains_of": "StageKey, stage_keys",
-    r"Keeper|keeper|living|sweep": "LeaseRenewer, alive, collect",
+    r"Keeper|keeper|living": "LeaseRenewer, alive, collect",
     r"ship|spread|listener|is_loss": "publish_run, map_slices, callbacks, is_worker_loss",
     r"fitting|fitted|fastest": "batch_size_finder, find_batch_size",
     r"RunningStage|Training(?= ?[\(\].,:])": "StageTrainer, Trainer",
