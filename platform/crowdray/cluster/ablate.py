@@ -197,7 +197,7 @@ class _Driver:
             yield CellTask(ablation, stage_cache, use_gpu, queue), options, slots
 
     def _stages(self, cells: Sequence[Cell]) -> dict[str, Sequence[StageKey]]:
-        """The stages of each cell; their keys only tell cells apart, so that the numerics are left out."""
+        """The stages of each cell; their keys only distinguish cells, so that the numerics are left out."""
         configs = {cell.name: self.ablation.config(cell, self.dataset) for cell in cells}
         return {name: stage_keys(config, self.dataset.digest, 1, {}) for name, config in configs.items()}
 
