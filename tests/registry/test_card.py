@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from crowdray.evaluation.intervals import mean_interval
 from crowdray.registry.card import MAX_DESCRIPTION, Source
 
 from ..support.cards import model_card
@@ -51,10 +49,3 @@ def test_description_of_any_card_fits_the_database(length: int) -> None:
     text = card.description(SOURCE)
     assert len(text) < MAX_DESCRIPTION and "## Load it" in text
     assert text.endswith("among the artifacts of the run.") == (length > 1)
-
-
-def test_mean_interval_covers_the_true_mean_in_most_samples() -> None:
-    generator = np.random.default_rng(1)
-    intervals = [mean_interval(generator.normal(3.0, 2.0, 60).tolist()) for _ in range(20)]
-    assert sum(interval.low <= 3.0 <= interval.high for interval in intervals) >= 17
-    assert mean_interval([1.0, 2.0]) == mean_interval([1.0, 2.0])
