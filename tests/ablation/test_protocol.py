@@ -21,11 +21,12 @@ from crowdray.ablation.protocol import (
 )
 from crowdray.ablation.schedule import next_cell
 from crowdray.config import Config
-from crowdray.data.shards import Dataset
+from crowdray.data.shards import Dataset, write_index, write_shard
 from crowdray.errors import UserError
 from crowdray.presets import preset
 from crowdray.stage_cache.keys import stage_keys
 
+from ..support.builders import noise_sample
 from ..support.trainers import debug_config, trainer_of
 
 BASE = with_annealed_end(debug_config())
@@ -132,6 +133,15 @@ def test_create_or_verify_accepts_more_seeds_and_refuses_other_arms(discs: Datas
         plan(discs.uri, tmp_path, name="a", sweeps=["loss.depth=9"]).create_or_verify()
     with pytest.raises(UserError, match="device: recorded cpu, given gpu"):
         plan(discs.uri, tmp_path, name="a").create_or_verify(device="gpu")
+
+
+def test_plan_ablation_on_dataset_without_depth_needs_weight_0(tmp_path: Path) -> None:
+    listed = [noise_sample(number, "train", (24, 32), 2, roi=False, depth=None) for number in range(6)]
+    data = str(tmp_path / "data")
+    write_index(data, [write_shard(listed, data, 0)], source="listed", depth_teacher="none")
+    with pytest.raises(UserError, match=r"--loss.depth 0"):
+        plan(data, tmp_path)
+    plan(data, tmp_path, arms=["none", "count"])
 
 
 @pytest.mark.parametrize(

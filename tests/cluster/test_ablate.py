@@ -54,7 +54,8 @@ def make_ablation(discs: Dataset, folder: Path, seeds: tuple[int, ...] = (1,), a
 
 def run(ablation: Ablation, folder: Path) -> None:
     cache = StageCacheConfig(str(folder / "stages"), 2**30)
-    ablate(ablation, Display(), placement=PLACEMENT, command="ablate", read_again="", stage_cache=cache)
+    options: dict[str, Any] = {"placement": PLACEMENT, "command": "ablate", "read_again": "", "tracking_uri": None}
+    ablate(ablation, Display(), stage_cache=cache, **options)
 
 
 @pytest.mark.slow

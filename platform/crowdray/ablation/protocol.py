@@ -142,6 +142,11 @@ def plan_ablation(
         raise UserError(f"--cpus-per-run is {threads}; give at least 1")
     base = with_annealed_end(replace(config, seed=0, numerics=replace(config.numerics, threads=threads)))
     parsed = parse_arms(default_arms(base.loss) if arms is None else arms, sweeps, base.loss)
+    if Dataset.open(data).index.depth_teacher == "none" and any(arm.weights["depth"] for arm in parsed):
+        raise UserError(
+            f"{data} has no depth, so that arms with it would train without: give --loss.depth 0, or convert the "
+            "dataset with --depth"
+        )
     identity = plan_run(base, data, 1, folder, name, preset, tracking_uri=tracking_uri).identity
     backbones = tuple(backbones) or (base.model.backbone,)
     ablation = Ablation(identity, parsed, tuple(fractions), backbones, tuple(seeds))

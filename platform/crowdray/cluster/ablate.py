@@ -31,7 +31,9 @@ from crowdray.cluster.runtime import (
 from crowdray.config import Device
 from crowdray.data.shards import Dataset
 from crowdray.errors import RESUME_HINT, JobFailed, UserError
+from crowdray.pipeline.publish import open_run
 from crowdray.registry.provenance import git_revision
+from crowdray.registry.tracking import finish_on_exit
 from crowdray.stage_cache.keys import StageKey, stage_keys
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
@@ -54,7 +56,7 @@ class CellStatus:
 
     name: str
     state: str = "waiting"
-    """waiting, training, trained, counting or done."""
+    """waiting, training, trained, counting, done or failed."""
     progress: str = ""
     """Stage and epoch."""
     mae: float | None = None
@@ -103,6 +105,7 @@ def ablate(
     placement: Placement,
     command: str,
     read_again: str,
+    tracking_uri: str | None,
     stage_cache: StageCacheConfig,
 ) -> AblationRun:
     """Train all cells that are not finished, and then read the test split once.
@@ -113,6 +116,7 @@ def ablate(
         placement: Where its cells run.
         command: The command line, for the record of the test split.
         read_again: Why the test split is read a second time; empty if it is not.
+        tracking_uri: Where MLflow tracks the ablation; None for nowhere.
         stage_cache: Where cells share the states of their stages.
 
     Raises:
@@ -129,10 +133,13 @@ def ablate(
         ablation.create_or_verify()
     fix = "wait for it, or give another --name"
     with Lock(storage.join(ablation.uri, "driver"), f"the ablation {ablation.uri}", fix, callback.on_status):
-        driver = _Driver(ablation, dataset, callback, placement, stage_cache)
-        driver.run(command, read_again)
-    results = [load_cell(ablation.folder(cell)) for cell in ablation.cells]
-    return AblationRun(results, ReadLog.load(ablation.test_read_file, dataset.digest))
+        note = f"Ablation of {len(ablation.arms)} arms with seeds {', '.join(map(str, ablation.seeds))}"
+        with finish_on_exit(open_run(ablation.identity, dataset.index.name, tracking_uri, note=note)) as tracker:
+            driver = _Driver(ablation, dataset, callback, placement, stage_cache)
+            driver.run(command, read_again)
+            results = [load_cell(ablation.folder(cell)) for cell in ablation.cells]
+            tracker.set_tags({"crowdray.arms": ", ".join(arm.name for arm in ablation.arms)})
+            return AblationRun(results, ReadLog.load(ablation.test_read_file, dataset.digest))
 
 
 @dataclass

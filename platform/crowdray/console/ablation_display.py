@@ -55,7 +55,7 @@ class AblationDisplay(LiveDisplay):
             return one_line(title, "bold")
         columns = [
             Column("cell", [one_line(cell.name) for cell in running], justify="left"),
-            Column("", [cell.progress or cell.state for cell in running], justify="left"),
+            Column("stage", [cell.progress or cell.state for cell in running], justify="left"),
             Column("val MAE", ["" if cell.mae is None else f"{cell.mae:.2f}" for cell in running]),
         ]
         return fitting_table(columns, self._console, title=one_line(title, "bold"), title_justify="left")

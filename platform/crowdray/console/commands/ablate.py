@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> None:
             placement=Placement(job.cpus_per_run, job.gpus_per_run, job.device, job.concurrent),
             command=f"{program('ablate')} {shlex.join(arguments)}",
             read_again=job.read_test_again,
+            tracking_uri=tracking_uri(),
             stage_cache=job.cache.config(ablation.identity.storage),
         )
     show_ablation(done.results, ablation, screen)
