@@ -185,6 +185,8 @@ def test_evaluate_command_writes_the_metrics_of_evaluation(
     assert f"{expected.overall.mae:.2f}" in capsys.readouterr().out
     assert status(main, [*arguments[:-3], "holidays"]) == 2
     assert "has no split 'holidays'; it has" in capsys.readouterr().err
+    assert status(main, [*arguments[:-2], "train", "--device", "cpu"]) == 2
+    assert "--split has 2 names for 1 datasets" in capsys.readouterr().err
 
 
 def test_evaluate_command_with_a_damaged_image_lists_it_and_exits_with_1(
@@ -192,9 +194,11 @@ def test_evaluate_command_with_a_damaged_image_lists_it_and_exits_with_1(
 ) -> None:
     whole, damaged = samples(2, split="test")
     write_dataset(str(tmp_path), [whole, replace(damaged, image=bytes(damaged.image)[:150])])
-    table = tmp_path / "images.csv"
-    assert status(evaluate.main, ["--model", package[1], "--data", str(tmp_path), "--csv", str(table)]) == 1
+    table, report, matrix = (tmp_path / name for name in ("images.csv", "report.html", "matrix.png"))
+    options = ["--csv", str(table), "--report", str(report), "--matrix", str(matrix)]
+    assert status(evaluate.main, ["--model", package[1], "--data", str(tmp_path), *options]) == 1
     printed = capsys.readouterr()
+    assert "1 image could not be evaluated" in report.read_text() and matrix.stat().st_size > 1000
     assert "not evaluated by" in printed.out and "001: " in printed.out
     assert "1 of 2 images could not be evaluated" in printed.err
     first, second = csv.DictReader(table.read_text().splitlines())

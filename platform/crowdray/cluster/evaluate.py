@@ -34,7 +34,7 @@ Slice = tuple[int, int, Sequence[int]]
 def evaluate(
     models: Sequence[LoadedModel],
     datasets: Sequence[Dataset],
-    split: str,
+    splits: Sequence[str],
     *,
     workers: int | None = None,
     block: int | None = None,
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         models: The counters; the others are compared with the first.
         datasets: The datasets; workers must reach them under the same path or URI.
-        split: The split.
+        splits: The split of each dataset.
         workers: Ray actors, which share the CPUs if there are fewer; None: this process, or all CPUs or GPUs of the
             cluster at RAY_ADDRESS.
         block: Consecutive images that intervals resample together; None: 50 for known videos, else 1.
@@ -65,7 +65,7 @@ def evaluate(
         raise UserError(f"--workers is {workers}; give at least 1")
     if block is not None and block < 1:
         raise UserError(f"--block is {block}; give a number of images, at least 1")
-    rows = [dataset.rows(split).tolist() for dataset in datasets]
+    rows = [dataset.rows(split).tolist() for dataset, split in zip(datasets, splits, strict=True)]
     slices = [
         (number, index, part)
         for number, dataset_rows in enumerate(rows)
@@ -83,7 +83,7 @@ def evaluate(
             advance(len(images))
     return make_report(
         [model.model for model in models],
-        [describe_dataset(dataset, split) for dataset in datasets],
+        [describe_dataset(*pair) for pair in zip(datasets, splits, strict=True)],
         outcomes,
         block=block,
         device=models[0].counter.device.type,

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from crowdray.evaluation.comparison import Comparison, compare_errors
 from crowdray.evaluation.images import EvaluatedImage, FailedImage
 from crowdray.evaluation.summary import Evaluation, summarise_images
@@ -39,6 +41,8 @@ class EvaluatedModel:
     """Arithmetic of its convolutions."""
     revision: str
     """Git revision of the code that trained it; empty if unknown."""
+    training_digest: str = ""
+    """Digest of the dataset that it was trained on; empty if unknown."""
 
     @property
     def label(self) -> str:
@@ -77,6 +81,21 @@ class ModelResult:
     """Paired comparison with `reference` on the same images; None for the first counter, or without images."""
     reference: str = ""
     """Version of the first counter; empty for itself."""
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the counter was trained on this dataset, whatever the split."""
+        return self.model.training_dataset == self.dataset.name or self.model.training_digest == self.dataset.digest
+
+    @property
+    def relative_mae(self) -> float | None:
+        """MAE divided by that of a constant, the mean count of the images; None unless their counts differ."""
+        counts = self.evaluation.counts()
+        truth = np.array([count.truth for count in counts], dtype=np.float64)
+        if len(np.unique(truth)) < 2:
+            return None
+        predicted = np.array([count.predicted for count in counts])
+        return float(np.abs(predicted - truth).mean() / np.abs(truth - truth.mean()).mean())
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON content."""

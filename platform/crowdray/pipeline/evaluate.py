@@ -17,7 +17,7 @@ from crowdray.evaluation.images import FailedImage, evaluate_image
 from crowdray.evaluation.report import EvaluatedDataset, EvaluatedModel, Outcome
 from crowdray.pipeline.predict import choose_device, tiled
 from crowdray.registry.loading import LoadedCounter, load_counter, resolve_uri
-from crowdray.registry.tracking import GIT_REVISION
+from crowdray.registry.tracking import DATA_DIGEST, GIT_REVISION
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def load_models(
 
 def _load(uri: str, version: str, device: Device, tracking_uri: str | None, precision: Precision) -> LoadedModel:
     counter = load_counter(version, choose_device(device), tracking_uri, precision=precision)
-    tags, trained = counter.metadata.get("tags"), counter.training_data
+    recorded, trained = counter.metadata.get("tags"), counter.training_data
+    tags = recorded if isinstance(recorded, Mapping) else {}
     model = EvaluatedModel(
         uri=redacted(uri),
         version=redacted(version),
@@ -58,7 +59,8 @@ def _load(uri: str, version: str, device: Device, tracking_uri: str | None, prec
         cell=counter.geometry.cell,
         downsample=counter.geometry.downsample,
         precision=counter.precision,
-        revision=str(tags.get(GIT_REVISION, "")) if isinstance(tags, Mapping) else "",
+        revision=str(tags.get(GIT_REVISION, "")),
+        training_digest=str(tags.get(DATA_DIGEST, "")),
     )
     return LoadedModel(model, counter, version)
 
