@@ -131,6 +131,8 @@ def _describe_default(value: Any) -> str:
         return " (required)"
     if value is None or value is False or value in ("", ()):
         return ""
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
     return f" (default: {value:.4g})" if isinstance(value, float) else f" (default: {value})"
 
 

@@ -24,7 +24,7 @@ EXAMPLES = (
 class ConvertJob:
     """Convert a dataset into shards with an index; the same command resumes an interrupted conversion."""
 
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="SOURCE", metavar="SOURCE")]
     """Layout of the dataset, one of those above; SOURCE --help lists the options of one."""
     dest: Annotated[str, tyro.conf.arg(metavar="URI")] = ""
     """Path or URI of the new dataset."""
@@ -52,7 +52,9 @@ def parse_arguments(arguments: list[str]) -> ConvertJob:
     job_type: type[ConvertJob] = dataclasses.make_dataclass("ConvertJob", fields, bases=(ConvertJob,), frozen=True)
     job_type.__doc__ = ConvertJob.__doc__
     sources = {name: known.summary for name, known in SOURCES.items()}
-    return parse(job_type, arguments, "convert", examples=EXAMPLES, lists={"SOURCE is one of": sources})
+    job = parse(job_type, arguments, "convert", examples=EXAMPLES, lists={"SOURCE is one of": sources})
+    source_options(job.name)  # raises for an unknown source, before the imports of main
+    return job
 
 
 def main(arguments: list[str]) -> None:

@@ -37,7 +37,7 @@ class SubmitJob:
     command: Annotated[
         Literal["train", "tune", "ablate", "convert", "evaluate", "predict"],
         tyro.conf.Positional,
-        tyro.conf.arg(metavar="COMMAND"),
+        tyro.conf.arg(name="COMMAND", metavar="COMMAND"),
     ]
     """The command: train, tune, ablate, convert, evaluate or predict. Its own arguments follow."""
     address: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
