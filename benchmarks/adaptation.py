@@ -4,7 +4,7 @@ Both train the preset `adapt` on the same images with the same number of updates
 test images. Prints the test MAE of each number of images and seed, of the counter before adaptation and of the mean
 predictor. The default counter is that of `make train`:
 
-    python benchmarks/adaptation.py --data data/mall
+    .venv/bin/python benchmarks/adaptation.py --data data/mall
 """
 
 import argparse

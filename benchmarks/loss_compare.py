@@ -3,7 +3,7 @@
 Trains one epoch of each stage with this checkout and with another revision, on the same shards, and compares the
 whole history and the final errors. Exit status 1 when any number differs.
 
-    python benchmarks/loss_compare.py --base HEAD~1 --preset mall-cfcn --data data/mall --workers 2
+    .venv/bin/python benchmarks/loss_compare.py --base HEAD~1 --preset mall-cfcn --data data/mall --workers 2
 """
 
 import argparse

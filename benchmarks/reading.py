@@ -7,7 +7,7 @@ separate environment, whose Python --peers names; without it they are skipped:
     python3 -m venv /tmp/peers
     /tmp/peers/bin/pip install webdataset mosaicml-streaming litdata 'ray[data]' pydantic torch simplejpeg h5py \\
         opencv-python-headless pillow
-    python benchmarks/reading.py --peers /tmp/peers/bin/python
+    .venv/bin/python benchmarks/reading.py --peers /tmp/peers/bin/python
 """
 
 import argparse

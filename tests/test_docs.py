@@ -35,9 +35,8 @@ def commands_of(text: str) -> Iterator[str]:
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
         yield from filter(re.compile(start).match, block.replace("\\\n", " ").splitlines())
     sentences = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    yield from (
-        code for code in re.findall(r"`((?:\.venv/bin/|jobs/\S+\.py |make )[^`]+)`", sentences) if "..." not in code
-    )
+    starts = r"\.venv/bin/|jobs/\S+\.py |make |python3? |pytest "
+    yield from (code for code in re.findall(rf"`((?:{starts})[^`]+)`", sentences) if "..." not in code)
 
 
 def check_command(line: str) -> None:
