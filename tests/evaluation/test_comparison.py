@@ -25,9 +25,9 @@ def test_mean_interval_of_one_seed_equals_bootstrap_of_scipy() -> None:
 
 
 def test_mean_interval_of_blocks_has_width_of_their_means() -> None:
-    blocks = RNG.normal(size=400)
+    blocks = RNG.normal(size=100)
     interval = mean_interval(np.repeat(blocks, 5), block=5)
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * blocks.std() / np.sqrt(400), rel=0.03)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * blocks.std() / np.sqrt(100), rel=0.05)
     alone = mean_interval(np.repeat(blocks, 5))
     assert (interval.high - interval.low) / (alone.high - alone.low) == pytest.approx(np.sqrt(5), rel=0.04)
 
@@ -122,3 +122,9 @@ def test_required_seeds_is_fewest_with_power(std: float) -> None:
     seeds = required_seeds(std)
     assert power(seeds, std) >= 0.8
     assert seeds == 2 or power(seeds - 1, std) < 0.8
+
+
+def test_mean_interval_of_seeds_with_own_images_is_that_of_their_means() -> None:
+    values = RNG.normal(size=(6, 30))
+    nested, means = mean_interval(values, crossed=False), mean_interval(np.repeat(values.mean(axis=1)[:, None], 9, 1))
+    assert (nested.low, nested.high) == pytest.approx((means.low, means.high), abs=0.01)  # other random numbers

@@ -1,7 +1,7 @@
 """Errors of models over images and seeds, and their paired comparison.
 
-Errors are predicted minus true counts, float64 (S, N): a row for each seed, the same images in the same order in
-each. Shape legend: S seeds, N images.
+Errors are predicted minus true counts, float64 (S, N): a row for each seed, with the same images in the same order in
+each unless `crossed` is false. Shape legend: S seeds, N images.
 """
 
 from bisect import bisect_left
@@ -61,38 +61,40 @@ class Comparison:
         return None if self.seed_std is None else required_seeds(self.seed_std)
 
 
-def summarise_errors(errors: ArrayLike, block: int = 1) -> ErrorSummary:
+def summarise_errors(errors: ArrayLike, block: int = 1, *, crossed: bool = True) -> ErrorSummary:
     """Summarise signed errors (S, N) or (N,).
 
     Args:
         errors: Predicted minus true counts.
         block: Number of consecutive images that are resampled together (`mean_interval`).
+        crossed: Whether all seeds count the same images.
 
     Raises:
         ValueError: There is no image.
     """
     array = _seeds_by_images(errors)
-    squares = mean_interval(array**2, block)
+    squares = mean_interval(array**2, block, crossed=crossed)
     return ErrorSummary(
         seeds=array.shape[0],
         images=array.shape[1],
         mae=float(np.abs(array).mean()),
-        mae_interval=mean_interval(np.abs(array), block),
+        mae_interval=mean_interval(np.abs(array), block, crossed=crossed),
         rmse=float(np.sqrt(np.mean(array**2))),
         rmse_interval=Interval(*(float(np.sqrt(max(0.0, end))) for end in (squares.low, squares.high))),
         bias=float(array.mean()),
-        bias_interval=mean_interval(array, block),
+        bias_interval=mean_interval(array, block, crossed=crossed),
         seed_mae=tuple(np.abs(array).mean(axis=1).tolist()),
     )
 
 
-def compare_errors(reference: ArrayLike, other: ArrayLike, block: int = 1) -> Comparison:
+def compare_errors(reference: ArrayLike, other: ArrayLike, block: int = 1, *, crossed: bool = True) -> Comparison:
     """Compare the absolute errors of two models, paired by seed and image.
 
     Args:
         reference: Signed errors (S, N) or (N,) of the reference.
         other: Those of the other model, for the same seeds and images in the same order.
         block: Number of consecutive images that are resampled together (`mean_interval`).
+        crossed: Whether all seeds count the same images.
 
     Raises:
         ValueError: The shapes differ, or there is no image.
@@ -105,7 +107,7 @@ def compare_errors(reference: ArrayLike, other: ArrayLike, block: int = 1) -> Co
     std = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
     return Comparison(
         gain=float(gains.mean()),
-        interval=mean_interval(gains, block),
+        interval=mean_interval(gains, block, crossed=crossed),
         seed_gains=tuple(seeds.tolist()),
         seed_std=std,
         p_value=None if std is None else _p_value(float(seeds.mean()), std, len(seeds)),

@@ -27,11 +27,12 @@ class Interval:
     """97.5th percentile."""
 
 
-def mean_interval(values: ArrayLike, block: int = 1) -> Interval:
+def mean_interval(values: ArrayLike, block: int = 1, *, crossed: bool = True) -> Interval:
     """95% interval of a mean: percentiles of the means of resampled values, the same at every call.
 
-    All seeds count the same images, so seeds and images are crossed: both are resampled, independently of each other,
-    and their deviations from the mean are added. The order of the seeds does not matter.
+    Where all seeds count the same images, seeds and images are crossed: both are resampled, independently of each
+    other, and their deviations from the mean are added. Where each seed has its own images, the seeds alone are
+    resampled, since their means differ by their images too. The order of the seeds does not matter.
 
     Args:
         values: (N,) a value for each image, such as its absolute error, or the difference of two models' errors on
@@ -39,12 +40,14 @@ def mean_interval(values: ArrayLike, block: int = 1) -> Interval:
             the images alone.
         block: Number of consecutive images that are resampled together; above 1 for the frames of a video, whose
             interval would otherwise be too narrow.
+        crossed: Whether all seeds count the same images, such as a test split.
     """
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    blocks = np.add.reduceat(array.mean(axis=0), np.arange(0, array.shape[1], block))
-    sizes = np.diff(np.append(np.arange(0, array.shape[1], block), array.shape[1])).astype(np.float64)
-    generator = np.random.default_rng(0)
-    deviations = _deviations(blocks, sizes, generator)
+    generator, deviations = np.random.default_rng(0), np.zeros(RESAMPLES)
+    if crossed or len(array) == 1:
+        starts = np.arange(0, array.shape[1], block)
+        sizes = np.diff(np.append(starts, array.shape[1])).astype(np.float64)
+        deviations += _deviations(np.add.reduceat(array.mean(axis=0), starts), sizes, generator)
     if len(array) > 1:
         seeds = np.sort(array.mean(axis=1))
         deviations += _deviations(seeds, np.ones(len(seeds)), generator)
