@@ -13,11 +13,12 @@ from crowdray.console.tables import validation_table
 from crowdray.datasets.statistics import DatasetStats, image_stats
 from crowdray.datasets.validation import validate
 from crowdray.evaluation.images import FailedImage
+from crowdray.evaluation.report import EvaluatedDataset, make_report
 from crowdray.training.state import StepProgress
 from crowdray.tune.record import StageCost, StudyRecord, TrialRecord
 
 from ..support.builders import samples
-from ..support.evaluations import evaluated_image, evaluation_report
+from ..support.evaluations import evaluated_image, evaluated_model, evaluation_report
 
 
 def shown(show: Callable[[Console], object], width: int = 80) -> str:
@@ -64,6 +65,15 @@ def test_evaluation_tables_without_an_evaluated_image_list_the_failures() -> Non
     text = shown(lambda screen: show_evaluation(report, screen))
     assert "no image could be evaluated" in text and "not evaluated by a: 0.jpg: cut off" in text
     assert "5 more, see --json or --csv" in text
+
+
+def test_matrix_table_has_all_counters_on_all_datasets() -> None:
+    data = [EvaluatedDataset("/data", name, "e" * 64, "test", 2, 8) for name in ("mall", "demo")]
+    near, far = ([evaluated_image(0, 3, 3 + error), evaluated_image(1, 5, 5 + error)] for error in (0.5, 2.0))
+    report = make_report([evaluated_model()], data, {(0, 0): near, (1, 0): far})
+    lines = [line.split() for line in shown(lambda screen: show_evaluation(report, screen)).splitlines()]
+    assert ["counter", "mall", "test", "demo", "test"] in lines
+    assert ["crowdray-mall/1", "0.50", "(0.50)*", "2.00", "(2.00)"] in lines
 
 
 def test_validation_table_shows_minimum_median_and_maximum() -> None:

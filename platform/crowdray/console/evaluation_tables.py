@@ -40,6 +40,26 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
             print_message(console, comparison_sentence(result, results[0]))
         for result in results:
             _show_failures(result, console)
+    if len(report.datasets) > 1:
+        console.print(matrix_table(report, console))
+
+
+def matrix_table(report: EvaluationReport, console: Console) -> Table:
+    """Return the MAE of each counter on each dataset, and relative to a constant answer."""
+    columns = [Column("counter", [one_line(model.label) for model in report.models], 0, "left")]
+    for number, dataset in enumerate(report.datasets):
+        cells = [_matrix_cell(report.result(model, dataset)) for model in report.models]
+        columns.append(Column(one_line(f"{dataset.name} {dataset.split}"), cells, number))
+    caption = "MAE, in brackets relative to always answering the mean count of the split. *: trained on this dataset."
+    return fitting_table(columns, console, title="all counters on all datasets", caption=caption, **_STYLE)
+
+
+def _matrix_cell(result: ModelResult) -> str:
+    overall, ratio = result.evaluation.overall, result.relative_mae
+    if overall is None:
+        return "-"
+    relative = "" if ratio is None else f" ({ratio:.2f})"
+    return f"{overall.mae:.2f}{relative}{'*' if result.trained_here else ' '}"
 
 
 def errors_table(results: Sequence[ModelResult], dataset: EvaluatedDataset, console: Console) -> Table:
