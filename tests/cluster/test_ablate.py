@@ -55,6 +55,7 @@ def make_ablation(discs: Dataset, folder: Path, seeds: tuple[int, ...] = (1,), a
 def run(ablation: Ablation, folder: Path) -> None:
     cache = StageCacheConfig(str(folder / "stages"), 2**30)
     options: dict[str, Any] = {"placement": PLACEMENT, "command": "ablate", "read_again": "", "tracking_uri": None}
+    options["results"] = str(folder / "results")
     ablate(ablation, Display(), stage_cache=cache, **options)
 
 

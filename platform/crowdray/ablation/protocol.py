@@ -62,6 +62,8 @@ class Ablation:
     fractions: tuple[float, ...]
     backbones: tuple[str, ...]
     seeds: tuple[int, ...]
+    preset: str = ""
+    """Preset that the configuration started from."""
 
     @property
     def uri(self) -> str:
@@ -93,13 +95,16 @@ class Ablation:
         return cell_config(self.identity.config, cell, len(dataset.rows("train")))
 
     def create_or_verify(self, **fixed: str) -> None:
-        """Record the identity, or check that the folder belongs to this very ablation; see RunIdentity."""
+        """Record the identity, or check that the folder belongs to this very ablation; see RunIdentity.
+
+        Args:
+            fixed: What cells that are still to be trained or evaluated must have in common with finished ones.
+        """
         self.identity.create_or_verify(
             self.identity_file,
             arms={arm.name: asdict(arm) for arm in self.arms},
             fractions=list(self.fractions),
             backbones=_backbone_digests(self.identity.config, self.backbones),
-            code=code_digest(),  # results of different code are not comparable
             **fixed,
         )
 
@@ -149,7 +154,7 @@ def plan_ablation(
         )
     identity = plan_run(base, data, 1, folder, name, preset, tracking_uri=tracking_uri).identity
     backbones = tuple(backbones) or (base.model.backbone,)
-    ablation = Ablation(identity, parsed, tuple(fractions), backbones, tuple(seeds))
+    ablation = Ablation(identity, parsed, tuple(fractions), backbones, tuple(seeds), preset)
     if name is None:
         digests = _backbone_digests(identity.config, backbones)
         facts = (to_json(identity.config), identity.data_digest, code_digest(), repr((parsed, fractions, digests)))

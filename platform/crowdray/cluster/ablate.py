@@ -15,8 +15,9 @@ from crowdray.ablation.protocol import (
     check_updates,
     planned_updates,
 )
+from crowdray.ablation.publish import publish_ablation
 from crowdray.ablation.reads import Read, ReadLog
-from crowdray.ablation.result import CellResult
+from crowdray.ablation.record import AblationRecord
 from crowdray.ablation.schedule import next_cell
 from crowdray.cluster.cell import CellProgress, CellTask, count_cell, load_cell, train_cell
 from crowdray.cluster.runtime import (
@@ -34,7 +35,7 @@ from crowdray.errors import RESUME_HINT, JobFailed, UserError
 from crowdray.pipeline.publish import open_run
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import finish_on_exit
-from crowdray.stage_cache.keys import StageKey, stage_keys
+from crowdray.stage_cache.keys import StageKey, code_digest, stage_keys
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.storage.lock import Lock
 from crowdray.training.errors import DivergedError
@@ -89,13 +90,17 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class AblationRun:
-    """What an ablation left."""
+class AblationOutcome:
+    """Result of an ablation."""
 
-    results: list[CellResult]
-    """All cells."""
-    reads: ReadLog
-    """Reads of the test split; none for a dataset without one."""
+    ablation: str
+    """Its folder."""
+    record: AblationRecord
+    """Its numbers."""
+    record_uri: str
+    """File with the record."""
+    run_url: str | None
+    """Web page of its MLflow run."""
 
 
 def ablate(
@@ -105,17 +110,19 @@ def ablate(
     placement: Placement,
     command: str,
     read_again: str,
+    results: str,
     tracking_uri: str | None,
     stage_cache: StageCacheConfig,
-) -> AblationRun:
-    """Train all cells that are not finished, and then read the test split once.
+) -> AblationOutcome:
+    """Train all cells that are not finished, read the test split once, and write the record.
 
     Args:
         ablation: What to compare.
         callback: Receives the progress.
         placement: Where its cells run.
-        command: The command line, for the record of the test split.
+        command: The command line.
         read_again: Why the test split is read a second time; empty if it is not.
+        results: Folder or URI of the record.
         tracking_uri: Where MLflow tracks the ablation; None for nowhere.
         stage_cache: Where cells share the states of their stages.
 
@@ -129,17 +136,17 @@ def ablate(
     reads.check([cell.name for cell in ablation.cells], read_again, ablation.uri)
     if warning := deletion_warning(ablation.uri):
         callback.on_status(warning)
-    if storage.exists(ablation.identity_file):
-        ablation.create_or_verify()
     fix = "wait for it, or give another --name"
     with Lock(storage.join(ablation.uri, "driver"), f"the ablation {ablation.uri}", fix, callback.on_status):
         note = f"Ablation of {len(ablation.arms)} arms with seeds {', '.join(map(str, ablation.seeds))}"
         with finish_on_exit(open_run(ablation.identity, dataset.index.name, tracking_uri, note=note)) as tracker:
             driver = _Driver(ablation, dataset, callback, placement, stage_cache)
             driver.run(command, read_again)
-            results = [load_cell(ablation.folder(cell)) for cell in ablation.cells]
             tracker.set_tags({"crowdray.arms": ", ".join(arm.name for arm in ablation.arms)})
-            return AblationRun(results, ReadLog.load(ablation.test_read_file, dataset.digest))
+            callback.on_status("comparing the arms")
+            cells = [load_cell(ablation.folder(cell)) for cell in ablation.cells]
+            record, uri = publish_ablation(ablation, cells, dataset, command, results, tracker)
+            return AblationOutcome(ablation.uri, record, uri, tracker.url)
 
 
 @dataclass
@@ -163,9 +170,13 @@ class _Driver:
             state = "waiting" if cell in untrained else "trained" if cell in untested else "done"
             self.status[cell.name] = CellStatus(cell.name, state)
         if not untrained and not untested:
+            ablation.create_or_verify()
             self.callback.on_status(f"all {len(ablation.cells)} cells of {ablation.uri} are finished")
             return
-        with self._connected() as (task, options, slots):
+        code = code_digest()  # results of different code are not comparable
+        if storage.exists(ablation.identity_file):  # before Ray starts
+            ablation.create_or_verify(code=code)
+        with self._connected(code) as (task, options, slots):
             if untrained:
                 self.callback.on_status(f"training {len(untrained)} of {len(ablation.cells)} cells, {slots} at once")
                 runner = _Runner(task, options, slots, self._update)
@@ -184,7 +195,7 @@ class _Driver:
         return [cell for cell, folder in folders.items() if not storage.exists(storage.join(folder, file))]
 
     @contextmanager
-    def _connected(self) -> Iterator[tuple[CellTask, dict[str, Any], int]]:
+    def _connected(self, code: str) -> Iterator[tuple[CellTask, dict[str, Any], int]]:
         """Connect to Ray; yield what cells have in common, the options of their tasks, and how many run at once."""
         ablation, placement = self.ablation, self.placement
         with connect() as resources:
@@ -194,7 +205,7 @@ class _Driver:
 
             use_gpu = choose_gpu(resources, 1, placement.device)
             slots = cell_slots(resources, placement, use_gpu)
-            ablation.create_or_verify(device="gpu" if use_gpu else "cpu")  # cells of two devices are not comparable
+            ablation.create_or_verify(code=code, device="gpu" if use_gpu else "cpu")
             gpus = placement.gpus if use_gpu else 0
             wait_for_workers(resources, 1, {"CPU": placement.cpus, "GPU": gpus}, self.callback.on_status)
             driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

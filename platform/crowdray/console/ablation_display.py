@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from crowdray.ablation.verdict import verdicts
 from crowdray.console.columns import Column, fitting_table
 from crowdray.console.progress import LiveDisplay, duration
-from crowdray.console.terminal import one_line, print_line
-from crowdray.evaluation.metrics import summarise
+from crowdray.console.terminal import one_line, print_line, print_message
+from crowdray.errors import escaped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from crowdray.ablation.protocol import Ablation
-    from crowdray.ablation.result import CellResult
-    from crowdray.cluster.ablate import CellStatus
+    from crowdray.ablation.record import AblationRecord
+    from crowdray.cluster.ablate import AblationOutcome, CellStatus
+    from crowdray.evaluation.comparison import Comparison
+    from crowdray.evaluation.intervals import Interval
 
 LOG_INTERVAL_S = 20.0
 """Seconds between two lines about running cells in a log."""
@@ -68,19 +70,69 @@ def _error(cell: CellStatus) -> str:
     return "" if cell.mae is None else f"  val MAE {cell.mae:.2f}"
 
 
-def show_ablation(results: Sequence[CellResult], ablation: Ablation, console: Console) -> None:
-    """Print a row per arm."""
-    table = Table(title=one_line(ablation.uri), title_justify="left")
-    for name in ("arm", "fraction", "backbone", "seeds", "MAE", "RMSE", "updates", "s"):
-        table.add_column(name, justify="right")
-    rows: dict[tuple[str, float, str], list[CellResult]] = {}
-    for result in results:
-        rows.setdefault((result.arm, result.fraction, result.backbone), []).append(result)
-    for (arm, fraction, backbone), cells in rows.items():
-        metrics = [summarise(cell.test or cell.validation) for cell in cells]
-        errors = [f"{fmean(m.mae for m in metrics):.2f}", f"{fmean(m.rmse for m in metrics):.2f}"]
-        seconds = fmean(cell.seconds for cell in cells)
-        table.add_row(
-            arm, f"{fraction:g}", backbone, str(len(cells)), *errors, f"{cells[0].updates:,}", f"{seconds:.0f}"
-        )
-    console.print(table)
+def show_ablation(outcome: AblationOutcome, console: Console) -> None:
+    """Print a row for each arm, what its errors say, and where the results are."""
+    record = outcome.record
+    console.print(ablation_table(record, console))
+    for line in (*verdicts(record), *_notes(record)):
+        print_message(console, line)
+    fields = {"record": outcome.record_uri, "ablation": outcome.ablation, "its page": outcome.run_url or ""}
+    for name, value in fields.items():
+        if value:
+            print_message(console, f"{name + ':':<13}{value}")
+
+
+def ablation_table(record: AblationRecord, console: Console) -> Table:
+    """Return a row for each arm: errors, and gains over `none` and over the placebo, with 95% intervals."""
+    arms = record.arms
+    title = f"{record.dataset}, {record.split} split: {record.name}"
+    columns = [Column("arm", [arm.arm for arm in arms], justify="left")]
+    for header, values in (
+        ("fraction", [f"{arm.fraction:g}" for arm in arms]),
+        ("backbone", [escaped(arm.backbone) for arm in arms]),
+    ):
+        if len(set(values)) > 1:
+            columns.append(Column(header, values))
+    columns += [
+        Column("seeds", [str(len(arm.seeds)) for arm in arms], 20),
+        Column("MAE", [f"{arm.errors.mae:.2f}" for arm in arms]),
+        Column("95%", [_ends(arm.errors.mae_interval) for arm in arms], 10),
+        Column("RMSE", [f"{arm.errors.rmse:.2f}" for arm in arms], 5),
+        Column("95%", [_ends(arm.errors.rmse_interval) for arm in arms], 30),
+        *_gain_columns("none", [arm.gain for arm in arms], 0),
+        *_gain_columns("placebo", [arm.gain_over_placebo for arm in arms], 2),
+        Column("time", [duration(arm.seconds) for arm in arms], 15),
+    ]
+    caption = "Gains in heads of MAE, positive where the arm is better; p: paired t-test over seeds."
+    text: dict[str, Any] = {"title": one_line(title), "title_justify": "left", "caption": caption}
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAVY, "pad_edge": False, "caption_justify": "left"}
+    return fitting_table(columns, console, **text, **style)
+
+
+def _gain_columns(reference: str, gains: Sequence[Comparison | None], drop: int) -> list[Column]:
+    """Columns of the gain over a reference, its interval and p; none where it is not an arm."""
+    if not any(gains):
+        return []
+    values = ["" if gain is None else f"{gain.gain:+.2f}" for gain in gains]
+    intervals = ["" if gain is None else _ends(gain.interval, sign="+") for gain in gains]
+    p_values = ["" if gain is None or gain.p_value is None else f"{gain.p_value:.2g}" for gain in gains]
+    return [
+        Column(f"over {reference}", values, drop),
+        Column("95%", intervals, drop and drop + 1),
+        Column("p", p_values, drop + 7),
+    ]
+
+
+def _ends(interval: Interval, sign: str = "") -> str:
+    return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
+
+
+def _notes(record: AblationRecord) -> Iterator[str]:
+    """Yield what limits the result."""
+    if record.split == "validation":
+        yield "note: the dataset has no test split; the errors are those of the validation images"
+    for number, read in enumerate(record.test_reads):
+        if number:
+            yield f"note: the test split was read again on {read.time[:10]}: {read.reason}"
+    if record.other_reads:
+        yield f"note: {record.other_reads} other ablations in the same folder have read this test split"

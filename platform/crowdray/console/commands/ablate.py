@@ -1,16 +1,22 @@
 """`crowdray ablate`: compare what the auxiliary tasks contribute, over seeds and with a placebo."""
 
+import dataclasses
+import os
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import tyro
 
-from crowdray.console.arguments import console, parse_with_config, program, tracking_uri
+from crowdray.console.arguments import console, parse_with_config, tracking_uri, write_json
 from crowdray.console.commands.train import TrainingOptions
 from crowdray.errors import UserError
 
 Number = TypeVar("Number", int, float)
+
+_FOLDERS = ("--storage", "--stage-cache", "--results", "--json")
+"""Options that a record does not mention."""
 
 EXAMPLES = (
     "--preset mall-cfcn --data data/mall --seeds 1,2,3",
@@ -92,16 +98,32 @@ def main(arguments: list[str]) -> None:
                 f"the last {annealed.anneal_epochs} of {annealed.epochs} joint epochs are annealed, so that the last "
                 "one is the result (--stages.joint.anneal-epochs)"
             )
-        done = ablate(
+        outcome = ablate(
             ablation,
             display,
             placement=Placement(job.cpus_per_run, job.gpus_per_run, job.device, job.concurrent),
-            command=f"{program('ablate')} {shlex.join(arguments)}",
+            command=shlex.join(["jobs/ablate.py", *_repeatable(arguments)]),
             read_again=job.read_test_again,
+            results=job.results,
             tracking_uri=tracking_uri(),
             stage_cache=job.cache.config(ablation.identity.storage),
         )
-    show_ablation(done.results, ablation, screen)
+    show_ablation(outcome, screen)
+    write_json(job.json, dataclasses.asdict(outcome))
+
+
+def _repeatable(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments that decide the result: without the folders of this machine."""
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in _FOLDERS:
+            if not equals:
+                next(words, "")
+        elif os.path.isabs(value or word):
+            yield f"{name}=" * bool(equals) + os.path.basename(value or word)
+        else:
+            yield word
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
