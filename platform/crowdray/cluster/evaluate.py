@@ -6,8 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crowdray import storage
 from crowdray.cluster.parallel import Progress, no_progress
@@ -20,13 +19,18 @@ from crowdray.evaluation.inference import TILE
 from crowdray.evaluation.report import EvaluationReport, Outcome, make_report
 from crowdray.pipeline.evaluate import LoadedModel, describe_dataset, evaluate_rows
 from crowdray.pipeline.predict import choose_device
-from crowdray.registry.loading import DESCRIPTION, GRAPH, download_package, load_counter
+from crowdray.registry.loading import DESCRIPTION, GRAPH, LoadedCounter, download_package, load_counter
+
+if TYPE_CHECKING:
+    import ray
 
 SLICE_IMAGES = 16
 """Images of a task."""
 _THREADS = 4
 """Images counted at the same time in this process; each needs the memory of its activations."""
 
+Job = tuple[Sequence[dict[str, bytes]], Sequence[Dataset], int, Device, Precision]
+"""Files of each package, datasets, side of tiles, device and precision."""
 Slice = tuple[int, int, Sequence[int]]
 """Index of a dataset and of a counter, and rows of the dataset."""
 
@@ -127,9 +131,11 @@ def _evaluate_on_cluster(
             num_cpus=needs["CPU"], num_gpus=int(gpu), max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES
         )(_Evaluator)
         shared = ray.put((packages, datasets, tile, "gpu" if gpu else "cpu", models[0].counter.precision))
-        pool = ActorPool([actor.remote(shared) for _ in range(number)])
+        pool = ActorPool([actor.remote() for _ in range(number)])
         try:
-            yield from pool.map_unordered(lambda evaluator, part: evaluator.evaluate.remote(*part), list(slices))
+            yield from pool.map_unordered(
+                lambda evaluator, part: evaluator.evaluate.remote([shared], *part), list(slices)
+            )
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, UserError) else error from None
         except ray.exceptions.RayError as error:
@@ -149,20 +155,26 @@ def _read_package(uri: str, tracking_uri: str | None) -> dict[str, bytes]:
 class _Evaluator:
     """Actor that loads each counter when its first slice arrives."""
 
-    def __init__(self, job: tuple[Sequence[dict[str, bytes]], Sequence[Dataset], int, Device, Precision]) -> None:
-        self._packages, self._datasets, self._tile, self._device, self._precision = job
-        self._counters: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._counters: dict[int, LoadedCounter] = {}
 
-    def evaluate(self, number: int, index: int, rows: Sequence[int]) -> tuple[int, int, list[Outcome]]:
+    def evaluate(
+        self, shared: "Sequence[ray.ObjectRef[Job]]", number: int, index: int, rows: Sequence[int]
+    ) -> tuple[int, int, list[Outcome]]:
+        """Evaluate a slice. Its job comes in a list, unresolved, so that only the first slice fetches it."""
+        import ray
+
+        packages, datasets, tile, device, precision = self._job = self._job or ray.get(shared[0])
         if index not in self._counters:
-            self._counters[index] = self._load(index)
-        counted = evaluate_rows(self._counters[index], self._datasets[number], rows, self._tile)
-        return number, index, list(counted)
+            self._counters[index] = _load(packages[index], device, precision)
+        return number, index, list(evaluate_rows(self._counters[index], datasets[number], rows, tile))
 
-    def _load(self, index: int) -> Any:
-        with storage.scratch_folder("package") as folder:
-            for name, content in self._packages[index].items():
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            return load_counter(str(folder), choose_device(self._device), precision=self._precision)
+
+def _load(package: dict[str, bytes], device: Device, precision: Precision) -> LoadedCounter:
+    with storage.scratch_folder("package") as folder:
+        for name, content in package.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return load_counter(str(folder), choose_device(device), precision=precision)
