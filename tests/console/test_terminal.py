@@ -2,6 +2,7 @@
 
 import io
 import logging
+import textwrap
 import unicodedata
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from crowdray.console.evaluation_tables import show_evaluation
 from crowdray.console.main import run_job
 from crowdray.console.progress import LiveDisplay, image_progress
 from crowdray.console.tables import show_prediction, validation_table
+from crowdray.console.terminal import print_message
 from crowdray.datasets.statistics import DatasetStats, UnusableItem, image_stats
 from crowdray.datasets.validation import validate
 from crowdray.errors import UserError, escaped
@@ -76,3 +78,14 @@ def test_messages_and_logs_show_hostile_names_escaped(capsys: pytest.CaptureFixt
         check_text(text)
     assert len(out.splitlines()) == 2
     assert err.splitlines()[1:] == ["error: 2 problems:", f"  {SHOWN}", "  another"]
+
+
+def test_print_message_breaks_sentences_between_words_and_keeps_paths_whole() -> None:
+    sentence = "warning: 3 of 9 photos are unlike the training data: contrast, distance 7.2"
+    path = f"counts: /data/{'x' * 40}/counts.csv"
+    for terminal, printed in ((True, [*textwrap.wrap(sentence, 30), path]), (False, [sentence, path])):
+        console = Console(width=30, file=io.StringIO(), force_terminal=terminal, color_system=None)
+        print_message(console, sentence)
+        print_message(console, path)
+        assert isinstance(console.file, io.StringIO)
+        assert [line.rstrip() for line in console.file.getvalue().splitlines()] == printed

@@ -97,7 +97,8 @@ def _line(trial: TrialRecord) -> str:
     error = "" if trial.mae is None else f"  val MAE {trial.mae:.2f}"
     reused = sum(cost.reused for cost in trial.stage_costs)
     cost = f"{trial.spent:.0f} s spent, {trial.saved:.0f} s saved"
-    return f"{_stage(trial)}{error}  {values}  {reused} epochs reused, {cost}"
+    epochs = "1 epoch" if reused == 1 else f"{reused} epochs"
+    return f"{_stage(trial)}{error}  {values}  {epochs} reused, {cost}"
 
 
 def _best(record: StudyRecord) -> str:

@@ -31,10 +31,11 @@ def print_line(text: str) -> None:
 
 
 def print_message(console: Console, text: str, style: str = "") -> None:
-    """Print a message, whose lines are not wrapped."""
+    """Print a message; a terminal breaks its lines between words, but not those of paths, URLs and commands."""
     from rich.text import Text
 
-    console.print(Text(message(text), style), soft_wrap=True)
+    copied = "/" in text  # a line break in it would be pasted too
+    console.print(Text(message(text), style), soft_wrap=copied or not console.is_terminal)
 
 
 class OneLineFormatter(logging.Formatter):
