@@ -231,7 +231,7 @@ def show_prediction(prediction: Prediction, console: Console) -> None:
             console, "note: this counter was trained on rendered scenes; do not rely on it for photos", "yellow"
         )
     if example := prediction.unlike_example:
-        many = f"{prediction.unlike:,} of {prediction.photos:,} photos are unlike the training data"
+        many = f"photos unlike the training data: {prediction.unlike:,} of {prediction.photos:,}"
         print_message(console, f"warning: {many}: {example.image}: {'; '.join(example.warnings)}", "yellow")
     fields = {
         "total": f"{prediction.heads:,.1f} heads; photos: {prediction.photos:,} counted, {prediction.failed:,} failed",
