@@ -47,20 +47,24 @@ def _draw_overview(
     counter.load_state_dict(checkpoint.weights, strict=False)  # without the count decoder
     counter.load_state_dict(checkpoint.best_weights[result.best_stage], strict=False)
     baseline.load_state_dict(checkpoint.best_weights["baseline"], strict=False)
-    rows = dataset.rows(split)
-    count = OVERVIEW_IMAGES
-    chosen = sorted({rows[(2 * number + 1) * len(rows) // (2 * count)] for number in range(count)})
+    chosen = overview_rows(dataset, split)
     images = ImageCache(dataset, config.sampling.downsample, config.sampling.roi, 0)
     draw_overview(
         counter,
-        [images[int(row)] for row in chosen],
+        [images[row] for row in chosen],
         path,
         sigma=config.target.sigma,
         threshold=config.target.threshold,
         baseline=None if result.best_stage == "baseline" else baseline,
         title=title,
-        names=[dataset.sample(int(row)).name for row in chosen],
+        names=[dataset.sample(row).name for row in chosen],
     )
+
+
+def overview_rows(dataset: Dataset, split: str) -> list[int]:
+    """Return up to OVERVIEW_IMAGES rows evenly spaced in a split."""
+    rows, count = dataset.rows(split), OVERVIEW_IMAGES
+    return sorted({int(rows[(2 * number + 1) * len(rows) // (2 * count)]) for number in range(count)})
 
 
 def write_card_picture(overview: Path, folder: Path) -> Path:

@@ -45,8 +45,8 @@ class SweepPoint:
     """Loss weight of the task."""
     mae: float
     """Mean absolute error over all seeds."""
-    interval: Interval
-    """Its 95% interval, or that of the paired gain about this error."""
+    interval: Interval | None
+    """95% interval of its paired difference from weight 0, about that weight's error; None for weight 0."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def draw_gains(
         hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": style.VERMILION, "markersize": 6.5}
         axes.plot(*zip(*papers, strict=True), "D", linestyle="none", label="paper", zorder=5, **hollow)
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axes.set(ylim=(len(arms) - 0.4, -0.6), xlabel="heads of mean absolute error fewer than without auxiliary tasks")
+    axes.set(ylim=(len(arms) - 0.4, -0.6), xlabel="gain over none: heads of mean absolute error, right is better")
     for row, arm in enumerate(arms):
         options: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 8}
         axes.text(1.02, row, f"{arm.mae:.2f}", color=style.INK, **options)
@@ -140,20 +140,23 @@ def draw_sweeps(
     """
     if not sweeps:
         return style.text_figure(title, "no sweep of a loss weight", path)
-    figure = Figure(figsize=(2.2 + 2.5 * len(sweeps), 4.6), dpi=style.DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.0, 4.6), dpi=style.DPI, layout="constrained", facecolor="white")
     grid = figure.subplots(2, len(sweeps), squeeze=False, sharey="row")
-    for column, (task, points) in enumerate(sweeps.items()):
+    shown = [list(paper[task].values()) for task in sweeps if task in paper]
+    # Much larger errors are cut off, so that a gain is visible.
+    top = max((errors[0] + max(0.5, 2.5 * (errors[0] - min(errors))) for errors in shown), default=0.0)
+    for (above, below), (task, points) in zip(grid.T, sweeps.items(), strict=True):
         ours, theirs = sorted(points, key=lambda point: point.weight), sorted(paper.get(task, {}).items())
         weights = sorted({point.weight for point in ours} | {weight for weight, _ in theirs})
-        above, below = grid[:, column]
-        ends = np.array([(point.mae - point.interval.low, point.interval.high - point.mae) for point in ours]).T
-        style_line: dict[str, Any] = {"color": style.BLUE, "linewidth": 1.4, "markersize": 5, "capsize": 2.5}
+        for point in ours:
+            if point.interval:
+                x = _log_positions([point.weight] * 2, weights)
+                above.plot(x, [point.interval.low, point.interval.high], color=style.BLUE, linewidth=1.6, alpha=0.6)
         x = _log_positions([point.weight for point in ours], weights)
-        above.errorbar(x, [point.mae for point in ours], ends.clip(0), fmt="o-", elinewidth=1.2, **style_line)
+        above.plot(x, [point.mae for point in ours], "o-", color=style.BLUE, linewidth=1.4, markersize=5)
+        above.axhline(ours[0].mae, color=style.FAINT, linewidth=0.8, linestyle="--")
         if theirs:
-            x = _log_positions([weight for weight, _ in theirs], weights)
-            hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5.5, "linewidth": 1.2}
-            below.plot(x, [mae for _, mae in theirs], "D--", color=style.VERMILION, **hollow)
+            _draw_cut(below, _log_positions([weight for weight, _ in theirs], weights), [mae for _, mae in theirs], top)
         for axes in (above, below):
             _weight_axis(axes, weights)
         above.set_title(task, size=9, color=style.INK)
@@ -162,7 +165,19 @@ def draw_sweeps(
     grid[1, 0].set_ylabel(f"MAE, paper{paper_title and f', {paper_title}'}")
     for axes in grid.flat:
         style.style_axes(axes)
+    figure.supxlabel("Bars: 95% of the paired difference from weight 0 (dashed).", size=7.5, color=style.FAINT)
     style.save_figure(figure, path)
+
+
+def _draw_cut(axes: Axes, x: NDArray[np.float64], errors: Sequence[float], top: float) -> None:
+    """Draw errors by weight; those above `top` are drawn there, with their number."""
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5.5, "linewidth": 1.2}
+    axes.plot(x, np.minimum(errors, top), "D--", color=style.VERMILION, **hollow)
+    for position, error in zip(x, errors, strict=True):
+        if error > top:
+            offset: dict[str, Any] = {"xytext": (-6, -3), "textcoords": "offset points", "ha": "right", "va": "center"}
+            axes.annotate(f"{error:.1f} ↑", (position, top), size=8, color=style.VERMILION, **offset)
+    axes.axhline(errors[0], color=style.FAINT, linewidth=0.8, linestyle="--")
 
 
 def _log_positions(values: Sequence[float], weights: Sequence[float]) -> NDArray[np.float64]:
@@ -225,23 +240,28 @@ def draw_groups(
         path: Path or URI of the PNG.
         title: Dataset and split.
     """
-    figure = Figure(figsize=(7.0, 3.7), dpi=style.DPI, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(7.0, 5.0), dpi=style.DPI, layout="constrained", facecolor="white")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     positions = np.arange(1, len(groups) + 1)
-    axes.bar(positions, [group.mean_truth for group in groups], 0.78, color=style.PAPER, label="ground truth")
+    above.bar(positions, [group.mean_truth for group in groups], 0.78, color=style.PAPER, label="ground truth")
+    below.axhline(0, color=style.INK, linewidth=1)
+    truth = np.array([group.mean_truth for group in groups])
     looks = ((style.ORANGE, "s"), (style.BLUE, "o"), (style.GREEN, "^"))
     for number, (name, (colour, marker)) in enumerate(zip(names, looks, strict=False)):
         means = np.array([group.predicted[number] for group in groups])
-        ends = np.array([(group.intervals[number].low, group.intervals[number].high) for group in groups]).T
-        errors = np.abs(ends - means)
+        intervals = [group.intervals[number] for group in groups]
+        ends = np.array([[interval.low for interval in intervals], [interval.high for interval in intervals]])
         x = positions + 0.26 * (number - (len(names) - 1) / 2)
-        options: dict[str, Any] = {"markersize": 5.5, "elinewidth": 1.2, "capsize": 2.5, "label": f"{name}, 95%"}
-        axes.errorbar(x, means, errors, fmt=marker, color=colour, **options)
-    axes.set_xticks(positions, [_range(group.truth) for group in groups])
-    axes.set(xlabel="annotated heads in an image, ten groups of images", ylabel="mean heads per image")
-    axes.set_title(title, size=9, color=style.INK, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
-    style.style_axes(axes)
+        above.plot(x, means, marker, color=colour, markersize=5.5, label=name)
+        below.vlines(x, *(ends - truth), color=colour, linewidth=1.6, alpha=0.7)
+        below.plot(x, means - truth, marker, color=colour, markersize=5.5)
+    below.set_xticks(positions, [_range(group.truth) for group in groups])
+    below.set(xlabel="annotated heads of the images in each group", ylabel="predicted minus true, 95%")
+    above.set_ylabel("mean heads per image")
+    above.set_title(title, size=9, color=style.INK, loc="left")
+    above.legend(frameon=False, fontsize=8, loc="upper left")
+    for axes in (above, below):
+        style.style_axes(axes)
     style.save_figure(figure, path)
 
 
