@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from crowdray.ablation.protocol import Ablation, Cell, plan_ablation, planned_updates
+from crowdray.ablation.publish import AblationOutcome
 from crowdray.ablation.reads import Read, ReadLog
+from crowdray.ablation.record import read_records
 from crowdray.cluster.ablate import Placement, ablate, cell_slots
 from crowdray.cluster.cell import CellProgress, CellTask, count_cell, count_split, load_cell, train_cell
 from crowdray.cluster.runtime import Resources
@@ -16,6 +18,7 @@ from crowdray.config import Config
 from crowdray.data.shards import Dataset
 from crowdray.data.splits import split_rows
 from crowdray.errors import UserError
+from crowdray.evaluation.metrics import summarise
 from crowdray.presets import preset
 from crowdray.stage_cache.session import StageCacheConfig
 from crowdray.training.checkpoint import load_checkpoint
@@ -52,11 +55,15 @@ def make_ablation(discs: Dataset, folder: Path, seeds: tuple[int, ...] = (1,), a
     )
 
 
-def run(ablation: Ablation, folder: Path) -> None:
+def first_read(discs: Dataset, cell: Cell) -> ReadLog:
+    return ReadLog(discs.digest, (Read("2026-01-01T00:00:00+00:00", "abc", "ablate", (cell.name,)),))
+
+
+def run(ablation: Ablation, folder: Path) -> AblationOutcome:
     cache = StageCacheConfig(str(folder / "stages"), 2**30)
     options: dict[str, Any] = {"placement": PLACEMENT, "command": "ablate", "read_again": "", "tracking_uri": None}
     options["results"] = str(folder / "results")
-    ablate(ablation, Display(), stage_cache=cache, **options)
+    return ablate(ablation, Display(), stage_cache=cache, **options)
 
 
 @pytest.mark.slow
@@ -82,13 +89,17 @@ def test_cell_counts_test_split_with_weights_of_its_last_epoch(discs: Dataset, t
     tested = load_cell(folder)
     assert dataclasses.replace(tested, test=None) == trained
     assert tested.test is not None and [count.row for count in tested.test] == discs.rows("test").tolist()
+    first_read(discs, cell).save(ablation.test_read_file)
+    outcomes = [run(ablation, tmp_path) for _ in range(2)]  # finished: without Ray
+    record = outcomes[0].record
+    assert record == outcomes[1].record and read_records(str(tmp_path / "results")) == [record]
+    assert (record.split, record.date, record.test_reads[0].cells) == ("test", "2026-01-01", 1)
+    assert record.arms[0].errors.mae == pytest.approx(summarise(tested.test).mae)
 
 
 def test_ablate_refuses_second_read_of_test_split_before_training(discs: Dataset, tmp_path: Path) -> None:
     ablation = make_ablation(discs, tmp_path)
-    ReadLog(discs.digest, (Read("2026-01-01", "abc", "ablate", ("none_cfcn_0.5_seed1",)),)).save(
-        ablation.test_read_file
-    )
+    first_read(discs, ablation.cells[0]).save(ablation.test_read_file)
     with pytest.raises(UserError, match="already read"):
         run(make_ablation(discs, tmp_path, seeds=(1, 2)), tmp_path)
 

@@ -1,8 +1,8 @@
-"""Publication of a finished ablation: its record, and its numbers in MLflow."""
+"""Publication of a finished ablation: its record and its figures, in storage and in MLflow."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 
 import crowdray
 from crowdray import storage
+from crowdray.ablation.figures import draw_figures
 from crowdray.ablation.protocol import Ablation
 from crowdray.ablation.reads import ReadLog, reads_by_others
 from crowdray.ablation.record import AblationRecord, Machine, TestRead, write_record
@@ -24,27 +25,43 @@ VIDEO_BLOCK = 50
 """Frames of a video that the bootstrap resamples together: neighbouring frames show the same people."""
 
 
+@dataclass(frozen=True)
+class AblationOutcome:
+    """Result of an ablation."""
+
+    ablation: str
+    """Its folder."""
+    record: AblationRecord
+    """Its numbers."""
+    record_uri: str
+    """File with the record."""
+    figures: tuple[str, ...]
+    """URIs of the figures."""
+    run_url: str | None
+    """Web page of its MLflow run."""
+
+
 def publish_ablation(
     ablation: Ablation, cells: Sequence[CellResult], dataset: Dataset, command: str, results: str, tracker: Tracker
-) -> tuple[AblationRecord, str]:
-    """Write the record of an ablation and log it; safe to repeat.
+) -> AblationOutcome:
+    """Draw the figures of an ablation, write its record, and log both; safe to repeat.
 
     Args:
         cells: All cells.
         command: The command, for the record.
         results: Folder or URI of records.
-
-    Returns:
-        The record, and its URI.
     """
-    record = make_record(ablation, cells, dataset, command)
-    uri = write_record(record, results)
+    record, figures = make_record(ablation, cells, dataset, command), list[str]()
     tracker.log_summary(_metrics(record), 0)
     with storage.scratch_folder("ablation") as folder:
+        for path in draw_figures(ablation, record, cells, dataset, folder):
+            tracker.log_file(path, "figures")
+            figures.append(storage.join(ablation.uri, path.name))
+            storage.publish_file(path, figures[-1])
         copy = folder / f"{record.name}.json"
         copy.write_text(record.to_json(), encoding="utf-8")
         tracker.log_file(copy)
-    return record, uri
+    return AblationOutcome(ablation.uri, record, write_record(record, results), tuple(figures), tracker.url)
 
 
 def make_record(ablation: Ablation, cells: Sequence[CellResult], dataset: Dataset, command: str) -> AblationRecord:

@@ -15,9 +15,8 @@ from crowdray.ablation.protocol import (
     check_updates,
     planned_updates,
 )
-from crowdray.ablation.publish import publish_ablation
+from crowdray.ablation.publish import AblationOutcome, publish_ablation
 from crowdray.ablation.reads import Read, ReadLog
-from crowdray.ablation.record import AblationRecord
 from crowdray.ablation.schedule import next_cell
 from crowdray.cluster.cell import CellProgress, CellTask, count_cell, load_cell, train_cell
 from crowdray.cluster.runtime import (
@@ -89,20 +88,6 @@ class Placement:
     """Most cells at once; None for as many as fit."""
 
 
-@dataclass(frozen=True)
-class AblationOutcome:
-    """Result of an ablation."""
-
-    ablation: str
-    """Its folder."""
-    record: AblationRecord
-    """Its numbers."""
-    record_uri: str
-    """File with the record."""
-    run_url: str | None
-    """Web page of its MLflow run."""
-
-
 def ablate(
     ablation: Ablation,
     callback: AblationCallback,
@@ -114,7 +99,7 @@ def ablate(
     tracking_uri: str | None,
     stage_cache: StageCacheConfig,
 ) -> AblationOutcome:
-    """Train all cells that are not finished, read the test split once, and write the record.
+    """Train all cells that are not finished, read the test split once, and publish the result.
 
     Args:
         ablation: What to compare.
@@ -143,10 +128,9 @@ def ablate(
             driver = _Driver(ablation, dataset, callback, placement, stage_cache)
             driver.run(command, read_again)
             tracker.set_tags({"crowdray.arms": ", ".join(arm.name for arm in ablation.arms)})
-            callback.on_status("comparing the arms")
+            callback.on_status("comparing the arms and drawing figures")
             cells = [load_cell(ablation.folder(cell)) for cell in ablation.cells]
-            record, uri = publish_ablation(ablation, cells, dataset, command, results, tracker)
-            return AblationOutcome(ablation.uri, record, uri, tracker.url)
+            return publish_ablation(ablation, cells, dataset, command, results, tracker)
 
 
 @dataclass

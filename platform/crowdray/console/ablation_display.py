@@ -18,8 +18,9 @@ from crowdray.errors import escaped
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from crowdray.ablation.publish import AblationOutcome
     from crowdray.ablation.record import AblationRecord
-    from crowdray.cluster.ablate import AblationOutcome, CellStatus
+    from crowdray.cluster.ablate import CellStatus
     from crowdray.evaluation.comparison import Comparison
     from crowdray.evaluation.intervals import Interval
 
@@ -76,7 +77,8 @@ def show_ablation(outcome: AblationOutcome, console: Console) -> None:
     console.print(ablation_table(record, console))
     for line in (*verdicts(record), *_notes(record)):
         print_message(console, line)
-    fields = {"record": outcome.record_uri, "ablation": outcome.ablation, "its page": outcome.run_url or ""}
+    fields = {"record": outcome.record_uri, "figures": ", ".join(outcome.figures)}
+    fields |= {"ablation": outcome.ablation, "its page": outcome.run_url or ""}
     for name, value in fields.items():
         if value:
             print_message(console, f"{name + ':':<13}{value}")

@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
             ablation,
             display,
             placement=Placement(job.cpus_per_run, job.gpus_per_run, job.device, job.concurrent),
-            command=shlex.join(["jobs/ablate.py", *_repeatable(arguments)]),
+            command=shlex.join(["jobs/ablate.py", *repeatable(arguments)]),
             read_again=job.read_test_again,
             results=job.results,
             tracking_uri=tracking_uri(),
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
     write_json(job.json, dataclasses.asdict(outcome))
 
 
-def _repeatable(arguments: Sequence[str]) -> Iterator[str]:
+def repeatable(arguments: Sequence[str]) -> Iterator[str]:
     """Yield the arguments that decide the result: without the folders of this machine."""
     words = iter(arguments)
     for word in words:
