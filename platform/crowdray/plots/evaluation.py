@@ -30,7 +30,7 @@ _SIZE = (3.7, 3.3)
 _RASTERISED = 300
 """Images from which points are drawn as pixels instead of one element each."""
 _WORST_RATIO = 8.0
-"""Error relative to the mean predictor from which the matrix is as dark as it becomes, and its inverse."""
+"""Error relative to the constant at which the matrix has its darkest red; its inverse has the darkest blue."""
 
 
 def draw_errors(counts: Sequence[ImageCount], colour: str, limits: tuple[float, float] | None = None) -> Figure:
@@ -100,8 +100,8 @@ def head_range(counts: Sequence[ImageCount]) -> str:
 def draw_matrix(report: EvaluationReport) -> Figure:
     """Draw the MAE of each counter on each dataset.
 
-    The colour is the MAE divided by that of a constant, the mean count of the split: blue is better, red is worse than
-    counting nothing at all. A frame marks a counter on the dataset that it was trained on.
+    The colour is the MAE divided by that of a constant, the mean count of the split: blue is better than that, red is
+    worse. A frame marks a counter on the dataset that it was trained on.
     """
     rows, columns = len(report.models), len(report.datasets)
     figure = Figure(figsize=(1.9 + 1.5 * columns, 1.1 + 0.75 * rows), dpi=style.DPI, layout="constrained")
