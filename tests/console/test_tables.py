@@ -55,7 +55,8 @@ def test_evaluation_tables_show_roi_scenes_and_counters_and_fit_80_columns() -> 
         where = name.split()
         assert any(line[: len(where)] == where and line[len(where) + 2] == mae for line in lines), name
     assert ["whole", "images", "4", "40", "6.25"] in [line[:5] for line in lines]
-    assert ["mean", "of", "scenes,", "ROI", "4.00"] in lines
+    assert ["mean", "of", "scenes", "4.00", "6.50"] in lines
+    assert ["west", "1", "10", "6.00", "7.00"] in [line[:5] for line in lines]
     assert "crowdray-mall/0 is better than crowdray-mall/1: its MAE differs by -1.000 heads" in text
     assert "medium, 10 to 10 heads: MAE (bias)" in narrow
 

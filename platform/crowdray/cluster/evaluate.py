@@ -31,6 +31,8 @@ _THREADS = 4
 
 Job = tuple[Sequence[dict[str, bytes]], Sequence[Dataset], int, Device, Precision]
 """Files of each package, datasets, side of tiles, device and precision."""
+Result = tuple[int, int, list[Outcome], str]
+"""Index of a dataset and of a counter, images, and the device that counted them."""
 Slice = tuple[int, int, Sequence[int]]
 """Index of a dataset and of a counter, and rows of the dataset."""
 
@@ -81,16 +83,18 @@ def evaluate(
     else:
         results = _evaluate_on_cluster(models, datasets, slices, tile, workers, device, tracking_uri)
     outcomes: defaultdict[tuple[int, int], list[Outcome]] = defaultdict(list)
+    used = set[str]()
     with progress(sum(map(len, rows)) * len(models), 0) as advance, closing(results):
-        for number, index, images in results:
+        for number, index, images, worker_device in results:
             outcomes[number, index] += images
+            used.add(worker_device)
             advance(len(images))
     return make_report(
         [model.model for model in models],
         [describe_dataset(*pair) for pair in zip(datasets, splits, strict=True)],
         outcomes,
         block=block,
-        device=models[0].counter.device.type,
+        device=", ".join(sorted(used)),
         tile=tile,
     )
 
@@ -102,10 +106,11 @@ def slice_rows(rows: Sequence[int], length: int) -> list[Sequence[int]]:
 
 def _evaluate_here(
     models: Sequence[LoadedModel], datasets: Sequence[Dataset], slices: Sequence[Slice], tile: int
-) -> Generator[tuple[int, int, list[Outcome]], None, None]:
+) -> Generator[Result, None, None]:
     threads = min(_THREADS, len(os.sched_getaffinity(0)))
     for number, index, rows in slices:
-        yield number, index, list(evaluate_rows(models[index].counter, datasets[number], rows, tile, threads))
+        counter = models[index].counter
+        yield number, index, list(evaluate_rows(counter, datasets[number], rows, tile, threads)), counter.device.type
 
 
 def _evaluate_on_cluster(
@@ -116,7 +121,7 @@ def _evaluate_on_cluster(
     workers: int | None,
     device: Device,
     tracking_uri: str | None,
-) -> Generator[tuple[int, int, list[Outcome]], None, None]:
+) -> Generator[Result, None, None]:
     """Yield the images of each slice in order of completion."""
     packages = [_read_package(model.uri, tracking_uri) for model in models]
     with connect() as resources:
@@ -159,16 +164,15 @@ class _Evaluator:
         self._job: Job | None = None
         self._counters: dict[int, LoadedCounter] = {}
 
-    def evaluate(
-        self, shared: "Sequence[ray.ObjectRef[Job]]", number: int, index: int, rows: Sequence[int]
-    ) -> tuple[int, int, list[Outcome]]:
+    def evaluate(self, shared: "Sequence[ray.ObjectRef[Job]]", number: int, index: int, rows: Sequence[int]) -> Result:
         """Evaluate a slice. Its job comes in a list, unresolved, so that only the first slice fetches it."""
         import ray
 
         packages, datasets, tile, device, precision = self._job = self._job or ray.get(shared[0])
         if index not in self._counters:
             self._counters[index] = _load(packages[index], device, precision)
-        return number, index, list(evaluate_rows(self._counters[index], datasets[number], rows, tile))
+        counter = self._counters[index]
+        return number, index, list(evaluate_rows(counter, datasets[number], rows, tile)), counter.device.type
 
 
 def _load(package: dict[str, bytes], device: Device, precision: Precision) -> LoadedCounter:

@@ -35,7 +35,10 @@ def show_evaluation(report: EvaluationReport, console: Console) -> None:
     for dataset in report.datasets:
         results = [result for result in report.results if result.dataset is dataset]
         console.print(errors_table(results, dataset, console))
-        console.print(measures_table(results, console))
+        measures = measures_table(results, console)
+        console.print(measures)
+        if hidden := 1 + len(results) - len(measures.columns):
+            print_message(console, f"note: {hidden} counters more do not fit into the terminal; see --report or --json")
         for result in results[1:]:
             print_message(console, comparison_sentence(result, results[0]))
         for result in results:
@@ -71,10 +74,15 @@ def errors_table(results: Sequence[ModelResult], dataset: EvaluatedDataset, cons
         lines = list(_error_rows(result.evaluation))
         rows += [[name if number == 0 else "", *line] for number, line in enumerate(lines)]
         styles += ["bold" if number == 0 else "" for number in range(len(lines))]
-    columns = {"counter": 0, "where": 0, "images": 4, "heads": 5, "MAE": 0, "95%": 2, "RMSE": 0, "bias": 1, "NAE": 3}
-    columns |= {f"GAME{level}": 9 - level for level in GAME_LEVELS if level}
+    columns = {"counter": 0, "where": 0, "images": 4, "heads": 5, "MAE": 0, "no ROI": 1, "95%": 3, "RMSE": 0, "bias": 2}
+    columns |= {"NAE": 4} | {f"GAME{level}": 9 - level for level in GAME_LEVELS if level}
     cells = list(zip(*rows, strict=True))
-    title = one_line(f"{dataset.split} of {dataset.uri}: {dataset.images:,} images, {dataset.heads:,} heads")
+    if not any(result.evaluation.without_roi for result in results):
+        del cells[list(columns).index("no ROI")], columns["no ROI"]
+    title = f"{dataset.split} of {dataset.uri}: {dataset.images:,} images, {dataset.heads:,} heads"
+    if len(results) == 1:
+        del cells[0], columns["counter"]
+        title = f"{results[0].model.label} on {title}"
     return fitting_table(
         [
             Column(name, list(values), drop, "left" if name in ("counter", "where") else "right")
@@ -82,7 +90,7 @@ def errors_table(results: Sequence[ModelResult], dataset: EvaluatedDataset, cons
         ],
         console,
         styles=styles,
-        title=title,
+        title=one_line(title),
         caption="Heads per image, inside the ROI if there is one. RMSE is what crowd-counting tables print as MSE.",
         **_STYLE,
     )
@@ -112,27 +120,39 @@ def comparison_sentence(result: ModelResult, reference: ModelResult) -> str:
 
 def _error_rows(evaluation: Evaluation) -> Iterator[list[Any]]:
     """Yield the rows of a counter."""
-    if evaluation.overall is None:
-        yield ["no image could be evaluated", *[""] * (7 + len(GAME_LEVELS) - 1)]
+    overall, whole = evaluation.overall, evaluation.without_roi
+    empty = [""] * (4 + len(GAME_LEVELS))
+    if overall is None:
+        yield ["no image could be evaluated", *empty, "", "", ""]
         return
-    inside = "all" if evaluation.without_roi is None else "ROI"
     interval = evaluation.errors.mae_interval if evaluation.errors else None
-    yield [inside, *_metric_cells(evaluation.overall, interval)]
-    if evaluation.without_roi is not None:
-        yield ["whole images", *_metric_cells(evaluation.without_roi)]
+    yield ["ROI" if whole else "all", *_metric_cells(overall, whole, interval)]
+    if whole is not None:
+        yield ["whole images", *_metric_cells(whole)]
     for scene, metrics in evaluation.scenes.items():
-        yield [one_line(scene), *_metric_cells(metrics)]
-    means = ((inside, evaluation.scene_mae), ("whole images", evaluation.scene_mae_without_roi))
-    for region, mae in means:
-        if mae is not None:
-            yield [f"mean of scenes, {region}", "", "", f"{mae:.2f}", *[""] * (4 + len(GAME_LEVELS) - 1)]
+        yield [one_line(scene), *_metric_cells(metrics, evaluation.scenes_without_roi.get(scene))]
+    if evaluation.scene_mae is not None:
+        means = [_mae(evaluation.scene_mae), _mae(evaluation.scene_mae_without_roi)]
+        yield ["mean of scenes", "", "", *means, *empty[1:]]
 
 
-def _metric_cells(metrics: GridMetrics, interval: Interval | None = None) -> list[str]:
+def _metric_cells(
+    metrics: GridMetrics, whole: GridMetrics | None = None, interval: Interval | None = None
+) -> list[str]:
     ends = f"{interval.low:.2f} to {interval.high:.2f}" if interval else ""
-    errors = [f"{metrics.mae:.2f}", ends, f"{metrics.rmse:.2f}", f"{metrics.bias:+.2f}", _number(metrics.nae, ".1%")]
+    errors = [
+        _mae(metrics.mae),
+        _mae(whole.mae if whole else None),
+        ends,
+        f"{metrics.rmse:.2f}",
+        f"{metrics.bias:+.2f}",
+    ]
     games = [f"{value:.2f}" for level, value in zip(GAME_LEVELS, metrics.game, strict=True) if level]
-    return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
+    return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, _number(metrics.nae, ".1%"), *games]
+
+
+def _mae(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _measures(evaluation: Evaluation) -> Iterator[tuple[str, str]]:

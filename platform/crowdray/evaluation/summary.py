@@ -27,6 +27,8 @@ class Evaluation:
     """On whole images; None if no image has a region of interest."""
     scenes: dict[str, GridMetrics]
     """Inside the regions of interest, per scene; empty if all images share a scene or none do."""
+    scenes_without_roi: dict[str, GridMetrics]
+    """On whole images, per scene; empty without scenes or regions of interest."""
     scene_mae: float | None
     """Unweighted mean of the scenes' MAE, WorldExpo'10's score; None without scenes."""
     scene_mae_without_roi: float | None
@@ -85,6 +87,7 @@ def summarise_images(
         overall=_metrics(ordered, _inside) if ordered else None,
         without_roi=_metrics(ordered, _whole) if with_roi else None,
         scenes=inside,
+        scenes_without_roi=whole if with_roi else {},
         scene_mae=scene_mae(inside),
         scene_mae_without_roi=scene_mae(whole) if with_roi else None,
         images=ordered,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import tyro
 
 from crowdray import storage
 from crowdray.cluster.ray_job import check_shared, in_ray_job
+from crowdray.config import Device
 from crowdray.console.arguments import console, parse, tracking_uri, write_json
 from crowdray.console.commands.predict import CountingOptions
 from crowdray.errors import JobFailed, UserError
@@ -56,6 +58,11 @@ class EvaluateJob(CountingOptions):
     csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Path or URI for a table with a row for each image and counter."""
 
+    def local_device(self) -> Device:
+        """The device of this process; the GPUs may be on other nodes."""
+        on_cluster = self.workers is not None or bool(os.environ.get("RAY_ADDRESS"))
+        return "auto" if on_cluster and self.device == "gpu" else self.device
+
     def splits(self) -> tuple[str, ...]:
         """The split of each dataset."""
         if len(self.split) not in (1, len(self.data)):
@@ -89,7 +96,7 @@ def main(arguments: list[str]) -> None:
 
     screen, splits = console(), job.splits()
     datasets = [Dataset.open(uri) for uri in job.data]
-    models = load_models(job.model, job.device, tracking_uri(), job.precision)
+    models = load_models(job.model, job.local_device(), tracking_uri(), job.precision)
     report = evaluate(
         models,
         datasets,
