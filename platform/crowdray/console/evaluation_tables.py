@@ -74,7 +74,7 @@ def errors_table(results: Sequence[ModelResult], dataset: EvaluatedDataset, cons
         lines = list(_error_rows(result.evaluation))
         rows += [[name if number == 0 else "", *line] for number, line in enumerate(lines)]
         styles += ["bold" if number == 0 else "" for number in range(len(lines))]
-    columns = {"counter": 0, "where": 0, "images": 4, "heads": 5, "MAE": 0, "no ROI": 1, "95%": 3, "RMSE": 0, "bias": 2}
+    columns = {"counter": 0, "where": 0, "images": 4, "heads": 5, "MAE": 0, "95%": 3, "no ROI": 1, "RMSE": 0, "bias": 2}
     columns |= {"NAE": 4} | {f"GAME{level}": 9 - level for level in GAME_LEVELS if level}
     cells = list(zip(*rows, strict=True))
     if not any(result.evaluation.without_roi for result in results):
@@ -121,9 +121,9 @@ def comparison_sentence(result: ModelResult, reference: ModelResult) -> str:
 def _error_rows(evaluation: Evaluation) -> Iterator[list[Any]]:
     """Yield the rows of a counter."""
     overall, whole = evaluation.overall, evaluation.without_roi
-    empty = [""] * (4 + len(GAME_LEVELS))
+    empty = [""] * (2 + len(GAME_LEVELS))
     if overall is None:
-        yield ["no image could be evaluated", *empty, "", "", ""]
+        yield ["no image could be evaluated", *empty, *[""] * 5]
         return
     interval = evaluation.errors.mae_interval if evaluation.errors else None
     yield ["ROI" if whole else "all", *_metric_cells(overall, whole, interval)]
@@ -132,23 +132,18 @@ def _error_rows(evaluation: Evaluation) -> Iterator[list[Any]]:
     for scene, metrics in evaluation.scenes.items():
         yield [one_line(scene), *_metric_cells(metrics, evaluation.scenes_without_roi.get(scene))]
     if evaluation.scene_mae is not None:
-        means = [_mae(evaluation.scene_mae), _mae(evaluation.scene_mae_without_roi)]
-        yield ["mean of scenes", "", "", *means, *empty[1:]]
+        means = [_mae(evaluation.scene_mae), "", _mae(evaluation.scene_mae_without_roi)]
+        yield ["mean of scenes", "", "", *means, *empty]
 
 
 def _metric_cells(
     metrics: GridMetrics, whole: GridMetrics | None = None, interval: Interval | None = None
 ) -> list[str]:
     ends = f"{interval.low:.2f} to {interval.high:.2f}" if interval else ""
-    errors = [
-        _mae(metrics.mae),
-        _mae(whole.mae if whole else None),
-        ends,
-        f"{metrics.rmse:.2f}",
-        f"{metrics.bias:+.2f}",
-    ]
+    mae = [_mae(metrics.mae), ends, _mae(whole.mae if whole else None)]
+    errors = [*mae, f"{metrics.rmse:.2f}", f"{metrics.bias:+.2f}", _number(metrics.nae, ".1%")]
     games = [f"{value:.2f}" for level, value in zip(GAME_LEVELS, metrics.game, strict=True) if level]
-    return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, _number(metrics.nae, ".1%"), *games]
+    return [f"{metrics.images:,}", f"{metrics.heads:,}", *errors, *games]
 
 
 def _mae(value: float | None) -> str:
