@@ -204,8 +204,8 @@ def show_study(outcome: StudyOutcome, data: str, console: Console) -> None:
         {
             "stage cache": f"{record.spent:.0f} worker-seconds spent, {record.saved:.0f} saved: {record.speedup:.2f} "
             "times faster than without it",
-            "figures": ", ".join(outcome.figures),
             "study": outcome.study,
+            "its figures": ", ".join(figure.rpartition("/")[2] for figure in outcome.figures),
             **({"its page": outcome.run_url} if outcome.run_url else {}),
         },
     )
