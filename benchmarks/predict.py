@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from crowdray import storage
+from crowdray.console.arguments import tracking_uri
 from crowdray.data.decoding import decode_upright
 from crowdray.evaluation.inference import image_to_tensor
 from crowdray.pipeline.predict import PredictOptions, count_part, find_images, list_photos, split_into_parts
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    counter = load_counter(arguments.model)
+    counter = load_counter(arguments.model, tracking_uri=tracking_uri())
     ratios = []
     with tempfile.TemporaryDirectory() as output:
         options = PredictOptions(output, arguments.model)
