@@ -21,6 +21,8 @@ from crowdray.pipeline.identity import read_identity
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import Tracker
 
+RECORD_FILE = "record.json"
+"""The record in the ablation's own folder, which outlives a submitted job."""
 VIDEO_BLOCK = 50
 """Frames of a video that the bootstrap resamples together: neighbouring frames show the same people."""
 
@@ -58,9 +60,10 @@ def publish_ablation(
             tracker.log_file(path, "figures")
             figures.append(storage.join(ablation.uri, path.name))
             storage.publish_file(path, figures[-1])
-        copy = folder / f"{record.name}.json"
+        copy = folder / RECORD_FILE
         copy.write_text(record.to_json(), encoding="utf-8")
         tracker.log_file(copy)
+        storage.publish_file(copy, storage.join(ablation.uri, RECORD_FILE))
     return AblationOutcome(ablation.uri, record, write_record(record, results), tuple(figures), tracker.url)
 
 

@@ -137,4 +137,5 @@ def _notes(record: AblationRecord) -> Iterator[str]:
         if number:
             yield f"note: the test split was read again on {read.time[:10]}: {read.reason}"
     if record.other_reads:
-        yield f"note: {record.other_reads} other ablations in the same folder have read this test split"
+        others = "another ablation" if record.other_reads == 1 else f"{record.other_reads} other ablations"
+        yield f"note: {others} in the same folder also read this test split"
