@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,12 @@ def test_constraints_pin_exact_public_versions() -> None:
 @pytest.mark.parametrize("requirement", stated_requirements(), ids=lambda requirement: requirement.name)
 def test_dependency_pin_is_within_range(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), requirement
+
+
+def test_constraints_can_be_installed_with_the_oldest_python() -> None:
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    needs = {package.name: package.metadata["Requires-Python"] for package in importlib.metadata.distributions()}
+    assert {name: needs[name] for name in needs if needs[name] and oldest not in SpecifierSet(needs[name])} == {}
 
 
 def test_constraints_pin_transitive_dependencies() -> None:
