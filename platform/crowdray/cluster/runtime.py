@@ -47,12 +47,17 @@ _DRIVER_ENV = {
 _LOCAL_ENV = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # elsewhere too, Ray then listens on the loopback interface only
 }
-_WORKER_ENV = {
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial still running after this loses its slot for good; Ray's is 2 s
-    # glibc would return the large tensors of each training step to the system, and clear their pages in the next one.
+ALLOCATOR_ENV = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
+"""Settings of glibc for workers: its defaults return the large tensors of each training step to the system, and clear
+new pages for those of the next one (benchmarks/allocator.py)."""
+
+_WORKER_ENV = {
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial still running after this loses its slot for good; Ray's is 2 s
+    **ALLOCATOR_ENV,
 }
 
 
