@@ -1,5 +1,7 @@
 """BatchNorm's statistics belong to the averaged weights that are validated and exported."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -28,3 +30,19 @@ def test_exported_batch_norm_statistics_are_those_of_the_exported_weights(discs:
             variances.append(values.var((0, 2, 3)))
     torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
     torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0))
+
+
+def test_batch_norm_statistics_are_fixed_in_annealed_epochs(discs: Dataset) -> None:
+    """So that the last steps train the network that is exported, on whatever sizes of images it will see."""
+    stages = StagesConfig(StageConfig(4, 1e-3, anneal_epochs=2), StageConfig(0, 1e-3), StageConfig(0, 1e-3))
+    trainer = trainer_of(discs, debug_config(stages=stages, model=ModelConfig(SMALL, "pooled")))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(*_: object) -> None:
+        weights = trainer.state.best_weights["baseline"]
+        seen.append((weights["encoder.blocks.0.1.running_mean"], weights["encoder.blocks.0.0.weight"]))
+
+    trainer.fit(record)
+    statistics, kernels = zip(*seen, strict=True)
+    assert [torch.equal(*pair) for pair in pairwise(statistics)] == [False, False, True]
+    assert not any(torch.equal(*pair) for pair in pairwise(kernels))

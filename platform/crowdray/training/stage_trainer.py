@@ -80,7 +80,7 @@ class StageTrainer:
         self.precision = resolve_precision(config.numerics.precision, state.device)
         self.optimizer = build_optimizer(config.optimizer, self.parameters, stage.schedule.learning_rate)
         self.plateau = Plateau(self.optimizer, config.optimizer)
-        self.ema = ExponentialMovingAverage(_exported_tensors(counter), config.optimizer.ema_decay)
+        self.ema = ExponentialMovingAverage(_exported_parameters(counter), config.optimizer.ema_decay)
         self.learning_rate = stage.schedule.learning_rate
         if restored is not None and progress.stage_epochs > 0:
             self.learning_rate = progress.learning_rate
@@ -111,6 +111,8 @@ class StageTrainer:
         progress.epochs += 1
         progress.stage_epochs += 1
         rate = self.annealed_rate
+        if progress.stage_epochs == self._first_annealed_epoch:
+            self._update_batch_norm(progress.epochs)
         torch.manual_seed(hash((state.config.seed, progress.epochs, state.world.rank)) % 2**63)
         started = perf_counter()
         losses, data_wait_s, windows = self.train_epoch()
@@ -236,6 +238,15 @@ class StageTrainer:
         counter = self.state.counter
         for name, module in {ENCODER: counter.encoder, **counter.decoders}.items():
             module.train(name in self.stage.modules)
+        if self.state.progress.stage_epochs >= self._first_annealed_epoch:
+            for module in _batch_norms(counter):
+                module.eval()
+
+    @property
+    def _first_annealed_epoch(self) -> int:
+        """The stage's first annealed epoch, counted from 1; after its end without annealing."""
+        schedule = self.stage.schedule
+        return schedule.epochs - schedule.anneal_epochs + 1
 
     def _to_device(self, batch: Batch) -> Batch:
         """Move a batch to the device; a GPU copies it during the previous step."""
@@ -307,7 +318,8 @@ class StageTrainer:
         """Validate the averaged weights, keep them if they are the best, and step the plateau schedule."""
         state, progress = self.state, self.state.progress
         with self._averaged_weights():
-            self._update_batch_norm()
+            if state.progress.stage_epochs < self._first_annealed_epoch:
+                self._update_batch_norm(progress.epochs + 1)
             state.counter.eval()
             metrics = validate(self.autocast)
             exported = {name: value.clone() for name, value in _exported_state(state.counter).items()}
@@ -322,32 +334,29 @@ class StageTrainer:
             f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
         }
 
-    def _update_batch_norm(self) -> None:
-        """Measure BatchNorm's statistics for the current weights, on the first windows of the next epoch.
+    def _update_batch_norm(self, epoch: int) -> None:
+        """Measure BatchNorm's statistics for the current weights, on the first windows of an epoch.
 
         Averages of running statistics are not the statistics of averaged weights (Izmailov et al., UAI 2018).
         """
         exported = self.state.counter.strip()
-        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in exported.modules()):
+        if not _batch_norms(exported):
             return
-        with closing(self.loader.epoch(self.state.progress.epochs + 1, depth=False)) as batches:
+        with closing(self.loader.epoch(epoch, depth=False)) as batches:
             images = (self._to_device(batch).augmented_images() for batch in islice(batches, BATCH_NORM_BATCHES))
             with self.autocast():
                 update_bn(images, exported)
-        for name, value in exported.named_buffers():
-            if value.is_floating_point() and "running" in name:
-                value.copy_(self.state.world.all_reduce_mean(value))
+        self._average_buffers()
 
     def _step_plateau(self, error: float) -> None:
         """Update the plateau schedule, until annealing starts."""
-        schedule = self.stage.schedule
-        if self.state.progress.stage_epochs <= schedule.epochs - schedule.anneal_epochs:
+        if self.state.progress.stage_epochs < self._first_annealed_epoch:
             self.plateau.step(error)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """Swap the averaged weights into the counter within a block."""
-        current = _exported_tensors(self.state.counter)
+        current = _exported_parameters(self.state.counter)
         saved = {name: value.detach().clone() for name, value in current.items()}
         with torch.no_grad():
             for name, value in current.items():
@@ -360,11 +369,11 @@ class StageTrainer:
 
     def _average_buffers(self) -> None:
         """Average the running statistics (BatchNorm) over all ranks."""
-        parameters = {name for name, _ in self.state.counter.named_parameters()}
-        for tensors in (self.state.counter.state_dict(), self.ema.values):
-            for name, value in tensors.items():
-                if name not in parameters and value.is_floating_point():
-                    value.copy_(self.state.world.all_reduce_mean(value))
+        counter = self.state.counter
+        parameters = {name for name, _ in counter.named_parameters()}
+        for name, value in counter.state_dict().items():
+            if name not in parameters and value.is_floating_point():
+                value.copy_(self.state.world.all_reduce_mean(value))
 
     def _initial_loss_weights(self) -> dict[str, float]:
         """Return weights of 1, or balance the losses on the first batches of the stage's first epoch."""
@@ -378,11 +387,15 @@ class StageTrainer:
         return balanced_weights(state.config.loss, state.progress.gradient_norms)
 
 
+def _batch_norms(counter: Counter) -> list[nn.Module]:
+    return [module for module in counter.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def _exported_state(counter: Counter) -> dict[str, Tensor]:
     """Parameters and buffers of the exported modules, as references."""
     return {name: value for name, value in counter.state_dict().items() if module_of(name) in (ENCODER, DENSITY)}
 
 
-def _exported_tensors(counter: Counter) -> dict[str, Tensor]:
-    """The floating-point ones among them."""
-    return {name: value for name, value in _exported_state(counter).items() if value.is_floating_point()}
+def _exported_parameters(counter: Counter) -> dict[str, Tensor]:
+    """The parameters among them."""
+    return dict(counter.strip().named_parameters())
