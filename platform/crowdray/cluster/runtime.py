@@ -49,11 +49,11 @@ _LOCAL_ENV = {
 }
 ALLOCATOR_ENV = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 """Settings of glibc for workers: its defaults return the large tensors of each training step to the system, and clear
-new pages for those of the next one (benchmarks/allocator.py)."""
+new pages for those of the next one (benchmarks/allocator.py). Higher thresholds fragment the heap by gigabytes."""
 
 _WORKER_ENV = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a trial still running after this loses its slot for good; Ray's is 2 s
