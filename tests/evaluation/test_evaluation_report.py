@@ -8,7 +8,8 @@ import pytest
 
 from crowdray.evaluation.comparison import compare_errors
 from crowdray.evaluation.images import FailedImage
-from crowdray.evaluation.report import VIDEO_BLOCK, Outcome, block_length
+from crowdray.evaluation.intervals import VIDEO_BLOCK
+from crowdray.evaluation.report import Outcome, block_length
 
 from ..support.evaluations import evaluated_image, evaluated_model, evaluation_report
 

@@ -17,14 +17,13 @@ from crowdray.ablation.record import AblationRecord, Machine, TestRead, write_re
 from crowdray.ablation.result import CellResult
 from crowdray.ablation.summary import summarise_arms
 from crowdray.data.shards import Dataset
+from crowdray.evaluation.intervals import VIDEO_BLOCK
 from crowdray.pipeline.identity import read_identity
 from crowdray.registry.provenance import git_revision
 from crowdray.registry.tracking import Tracker
 
 RECORD_FILE = "record.json"
 """The record in the ablation's own folder, which outlives a submitted job."""
-VIDEO_BLOCK = 50
-"""Frames of a video that the bootstrap resamples together: neighbouring frames show the same people."""
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from collections.abc import Iterator
 
-from crowdray.ablation.arms import ALL, NONE, PLACEBO
+from crowdray.ablation.arms import ALL, PLACEBO
 from crowdray.ablation.record import AblationRecord
 from crowdray.ablation.summary import ArmSummary
 from crowdray.evaluation.comparison import EFFECT, POWER, Comparison
 
 
 def verdicts(record: AblationRecord) -> Iterator[str]:
-    """Yield a sentence for each arm, then what the placebo says, for each fraction and backbone."""
+    """Yield a sentence for each arm but those of sweeps, then what the placebo says, for each group of cells."""
     groups: dict[tuple[float, str], list[ArmSummary]] = {}
     for arm in record.arms:
         groups.setdefault((arm.fraction, arm.backbone), []).append(arm)
     for (fraction, backbone), arms in groups.items():
         prefix = f"{fraction:.0%} of the labels, {backbone}: " if len(groups) > 1 else ""
+        by_name = {arm.arm: arm for arm in arms if "=" not in arm.arm}
         yield from (
-            f"{prefix}{arm.arm}: {_gain(arm.gain)}." for arm in arms if arm.gain and arm.arm not in (NONE, PLACEBO)
+            f"{prefix}{name}: {_gain(arm.gain)}." for name, arm in by_name.items() if arm.gain and name != PLACEBO
         )
-        by_name = {arm.arm: arm for arm in arms}
         yield from (f"{prefix}{sentence}" for sentence in _placebo(by_name.get(PLACEBO), by_name.get(ALL)))
 
 

@@ -9,11 +9,9 @@ import numpy as np
 
 from crowdray.evaluation.comparison import Comparison, compare_errors
 from crowdray.evaluation.images import EvaluatedImage, FailedImage
+from crowdray.evaluation.intervals import VIDEO_BLOCK
 from crowdray.evaluation.summary import Evaluation, summarise_images
 from crowdray.presets import preset, preset_for
-
-VIDEO_BLOCK = 50
-"""Consecutive frames of a video that intervals resample together."""
 
 Outcome = EvaluatedImage | FailedImage
 """What becomes of an image."""
