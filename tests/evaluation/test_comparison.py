@@ -128,3 +128,9 @@ def test_mean_interval_of_seeds_with_own_images_is_that_of_their_means() -> None
     values = RNG.normal(size=(6, 30))
     nested, means = mean_interval(values, crossed=False), mean_interval(np.repeat(values.mean(axis=1)[:, None], 9, 1))
     assert (nested.low, nested.high) == pytest.approx((means.low, means.high), abs=0.01)  # other random numbers
+
+
+def test_mean_interval_of_less_than_a_block_has_a_width() -> None:
+    interval = mean_interval([1.0, 2.0, 3.0, 4.0], block=50)
+    assert interval.high - interval.low > 3  # two blocks say next to nothing
+    assert mean_interval([1.0], block=50) == Interval(1.0, 1.0)

@@ -39,13 +39,13 @@ def mean_interval(values: ArrayLike, block: int = 1, *, crossed: bool = True) ->
             it; (S, N) for several seeds. A single seed yields no information on other seeds: its interval is that of
             the images alone.
         block: Number of consecutive images that are resampled together; above 1 for the frames of a video, whose
-            interval would otherwise be too narrow.
+            interval would otherwise be too narrow. At most half of the images, as one block has no spread.
         crossed: Whether all seeds count the same images, such as a test split.
     """
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     generator, deviations = np.random.default_rng(0), np.zeros(RESAMPLES)
     if crossed or len(array) == 1:
-        starts = np.arange(0, array.shape[1], block)
+        starts = np.arange(0, array.shape[1], min(block, max(1, array.shape[1] // 2)))
         sizes = np.diff(np.append(starts, array.shape[1])).astype(np.float64)
         deviations += _deviations(np.add.reduceat(array.mean(axis=0), starts), sizes, generator)
     if len(array) > 1:

@@ -206,7 +206,7 @@ def group_counts(models: Sequence[Sequence[Sequence[ImageCount]]], block: int = 
 
     Args:
         models: Counts of each model and seed, of the same images in any order.
-        block: Number of consecutive images of a group that a bootstrap resamples together.
+        block: Consecutive images that a bootstrap resamples together; a group contains a tenth of them.
     """
     ordered = [[sorted(seed, key=lambda count: count.row) for seed in seeds] for seeds in models]
     truth = np.array([count.truth for count in ordered[0][0]])
@@ -216,7 +216,7 @@ def group_counts(models: Sequence[Sequence[Sequence[ImageCount]]], block: int = 
     for group in map(np.sort, groups):  # in the dataset's order, so that blocks are consecutive frames
         heads = truth[group]
         errors = [counts[:, group] - heads for counts in predicted]
-        intervals = (mean_interval(error, block) for error in errors)
+        intervals = (mean_interval(error, -(-block // len(groups))) for error in errors)
         mean = float(heads.mean())
         found.append(
             GroupCounts(
