@@ -39,7 +39,7 @@ def mean_interval(values: ArrayLike, block: int = 1, *, crossed: bool = True) ->
             it; (S, N) for several seeds. A single seed yields no information on other seeds: its interval is that of
             the images alone.
         block: Number of consecutive images that are resampled together; above 1 for the frames of a video, whose
-            interval would otherwise be too narrow. At most half of the images, as a single block says nothing on the variance.
+            interval would otherwise be too narrow. At most half of the images: a single block has no variance.
         crossed: Whether all seeds count the same images, such as a test split.
     """
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
