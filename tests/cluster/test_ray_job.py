@@ -114,7 +114,8 @@ def test_submit_sends_the_package_and_what_the_arguments_name(
         "thin:Thin",
     ]
     names, entrypoint, variables = submitted(command, tmp_path, monkeypatch)
-    package = {str(Path("crowdray") / path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    files = (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.jinja"))
+    package = {str(Path("crowdray") / path.relative_to(PACKAGE)) for path in files}
     assert names == package | {"crowdray/py.typed", "space.json", "thin.py"}
     assert entrypoint == ["python", "-m", "crowdray.console.main", *command]
     assert set(variables) == {"MLFLOW_TRACKING_URI", PROGRAM, "CROWDRAY_GIT_REVISION"}
