@@ -9,7 +9,7 @@ from crowdray.config import ModelConfig, NumericsConfig, StageConfig, StagesConf
 from crowdray.data.shards import Dataset
 
 from ..support.backbones import SMALL
-from ..support.trainers import debug_config, trainer_of
+from ..support.trainers import debug_config, equal_tensors, trainer_of
 
 
 def test_exported_batch_norm_statistics_are_those_of_the_exported_weights(discs: Dataset) -> None:
@@ -46,3 +46,10 @@ def test_batch_norm_statistics_are_fixed_in_annealed_epochs(discs: Dataset) -> N
     statistics, kernels = zip(*seen, strict=True)
     assert [torch.equal(*pair) for pair in pairwise(statistics)] == [False, False, True]
     assert not any(torch.equal(*pair) for pair in pairwise(kernels))
+
+
+def test_annealed_decoders_stage_changes_no_statistics_of_the_frozen_encoder(discs: Dataset) -> None:
+    stages = StagesConfig(StageConfig(1, 1e-3), StageConfig(2, 1e-3, anneal_epochs=1), StageConfig(0, 1e-3))
+    trainer = trainer_of(discs, debug_config(stages=stages, model=ModelConfig(SMALL, "pooled")))
+    trainer.fit()
+    assert equal_tensors(trainer.state.counter.strip().state_dict(), trainer.state.best_weights["baseline"])

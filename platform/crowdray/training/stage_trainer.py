@@ -111,7 +111,7 @@ class StageTrainer:
         progress.epochs += 1
         progress.stage_epochs += 1
         rate = self.annealed_rate
-        if progress.stage_epochs == self._first_annealed_epoch:
+        if progress.stage_epochs == self._first_annealed_epoch and self.stage.trains_encoder:
             self._update_batch_norm(progress.epochs)
         torch.manual_seed(hash((state.config.seed, progress.epochs, state.world.rank)) % 2**63)
         started = perf_counter()
