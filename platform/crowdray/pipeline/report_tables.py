@@ -50,7 +50,7 @@ class _Value:
     form: str = ".2f"
     note: str = ""
     cost: Callable[[float], float] | None = abs
-    """Lowest for the best counter; None if there is no best one."""
+    """Lowest for the best counter; None where counters are not ranked."""
 
 
 _Measures = Iterator[tuple[str, str, str, _Value]]
