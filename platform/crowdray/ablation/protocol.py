@@ -166,7 +166,7 @@ def with_annealed_end(config: Config) -> Config:
     """Return the configuration with an annealed joint stage, the last third of it unless it says otherwise.
 
     Raises:
-        UserError: The joint stage has 0 epochs, or a stage may stop early, which would end arms after different updates.
+        UserError: The joint stage has 0 epochs, or a stage may stop early, which ends arms after different updates.
     """
     stages = config.stages
     if stages.joint.epochs == 0:
