@@ -111,8 +111,6 @@ class StageTrainer:
         progress.epochs += 1
         progress.stage_epochs += 1
         rate = self.annealed_rate
-        if progress.stage_epochs == self._first_annealed_epoch and self.stage.trains_encoder:
-            self._update_batch_norm(progress.epochs)
         torch.manual_seed(hash((state.config.seed, progress.epochs, state.world.rank)) % 2**63)
         started = perf_counter()
         losses, data_wait_s, windows = self.train_epoch()
@@ -238,15 +236,6 @@ class StageTrainer:
         counter = self.state.counter
         for name, module in {ENCODER: counter.encoder, **counter.decoders}.items():
             module.train(name in self.stage.modules)
-        if self.state.progress.stage_epochs >= self._first_annealed_epoch:
-            for module in _batch_norms(counter):
-                module.eval()
-
-    @property
-    def _first_annealed_epoch(self) -> int:
-        """The stage's first annealed epoch, counted from 1; after its end without annealing."""
-        schedule = self.stage.schedule
-        return schedule.epochs - schedule.anneal_epochs + 1
 
     def _to_device(self, batch: Batch) -> Batch:
         """Move a batch to the device; a GPU copies it during the previous step."""
@@ -318,8 +307,7 @@ class StageTrainer:
         """Validate the averaged weights, keep them if they are the best, and step the plateau schedule."""
         state, progress = self.state, self.state.progress
         with self._averaged_weights():
-            if state.progress.stage_epochs < self._first_annealed_epoch:
-                self._update_batch_norm(progress.epochs + 1)
+            self._update_batch_norm()
             state.counter.eval()
             metrics = validate(self.autocast)
             exported = {name: value.clone() for name, value in _exported_state(state.counter).items()}
@@ -334,15 +322,15 @@ class StageTrainer:
             f"val/{name}": value for name, value in asdict(metrics).items() if name != "images" and np.isfinite(value)
         }
 
-    def _update_batch_norm(self, epoch: int) -> None:
-        """Measure BatchNorm's statistics for the current weights, on the first windows of an epoch.
+    def _update_batch_norm(self) -> None:
+        """Measure BatchNorm's statistics for the current weights, on the first windows of the next epoch.
 
         Averages of running statistics are not the statistics of averaged weights (Izmailov et al., UAI 2018).
         """
         exported = self.state.counter.strip()
-        if not _batch_norms(exported):
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in exported.modules()):
             return
-        with closing(self.loader.epoch(epoch, depth=False)) as batches:
+        with closing(self.loader.epoch(self.state.progress.epochs + 1, depth=False)) as batches:
             images = (self._to_device(batch).augmented_images() for batch in islice(batches, BATCH_NORM_BATCHES))
             with self.autocast():
                 update_bn(images, exported)
@@ -350,7 +338,8 @@ class StageTrainer:
 
     def _step_plateau(self, error: float) -> None:
         """Update the plateau schedule, until annealing starts."""
-        if self.state.progress.stage_epochs < self._first_annealed_epoch:
+        schedule = self.stage.schedule
+        if self.state.progress.stage_epochs <= schedule.epochs - schedule.anneal_epochs:
             self.plateau.step(error)
 
     @contextmanager
@@ -385,10 +374,6 @@ class StageTrainer:
         own = torch.tensor([norms[task] for task in tasks], device=state.device)
         state.progress.gradient_norms = dict(zip(tasks, state.world.all_reduce_mean(own).tolist(), strict=True))
         return balanced_weights(state.config.loss, state.progress.gradient_norms)
-
-
-def _batch_norms(counter: Counter) -> list[nn.Module]:
-    return [module for module in counter.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _exported_state(counter: Counter) -> dict[str, Tensor]:
