@@ -74,6 +74,16 @@ def test_connect_to_a_local_ray_is_private_and_quotes_the_interpreter(
     assert shlex.split(command) == [f"{folder}/python"]
 
 
+def test_a_local_ray_that_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(address: str, **options: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # the class that Ray raises
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", time_out)
+    with pytest.raises(UserError, match="cannot start Ray on this machine: The current node timed out.*run the command"):
+        connect().__enter__()
+
+
 def test_wait_for_workers_says_what_it_waits_for_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[object] = []
     group = SimpleNamespace(ready=lambda: "ready")

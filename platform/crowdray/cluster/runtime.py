@@ -173,11 +173,13 @@ def _init(address: str, **options: Any) -> None:
     handler, terminated = signal.getsignal(signal.SIGTERM), False
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)  # workers answer with reports
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        local = address == "local"
-        action = "start Ray on this machine" if local else f"connect to the Ray cluster at RAY_ADDRESS={address}"
-        fix = "" if local else "; start it, correct the address, or unset RAY_ADDRESS to run on this machine"
-        raise UserError(f"cannot {action}: {first_line(error)}{fix}") from error
+    except Exception as error:  # Ray raises the base class where its processes start too slowly
+        if address == "local":
+            action, fix = "start Ray on this machine", "end other programs if it is busy, then run the command again"
+        else:
+            action = f"connect to the Ray cluster at RAY_ADDRESS={address}"
+            fix = "start it, correct the address, or unset RAY_ADDRESS to run on this machine"
+        raise UserError(f"cannot {action}: {first_line(error).rstrip('.')}; {fix}") from error
     except SystemExit:
         terminated = True
     finally:
