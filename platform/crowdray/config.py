@@ -143,6 +143,10 @@ BACKBONES = {
 """Built-in backbones by the name that model.backbone takes."""
 
 
+IMAGENET = "imagenet"
+"""Value of model.weights for the weights in the backbone's `imagenet_package`."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Group):
     """Network and pretrained weights."""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from crowdray.config import (
+    IMAGENET,
     Config,
     LossConfig,
     ModelConfig,
@@ -18,16 +19,16 @@ from crowdray.errors import UserError
 def demo() -> Config:
     """The rendered scenes of convert.py synthetic: minutes on two CPU cores, to see the whole way work.
 
-    Whole images of 320x240 as windows, small crops for the count.
+    EfficientNet-Lite0 on whole images of 320x240 as windows, small crops for the count.
     """
     return Config(
-        sampling=SamplingConfig(crop=96, context=112, batch=4, brightness=0.1, contrast=0.1, colour=0.1),
-        loss=LossConfig(gradient_share=0.3),
-        optimizer=OptimizerConfig(ema_decay=0.995, warmup=30),
+        sampling=SamplingConfig(crop=96, context=112, batch=8, brightness=0.1, contrast=0.1, colour=0.1),
+        model=ModelConfig(backbone="lite0", count_decoder="pooled", weights=IMAGENET),
+        optimizer=OptimizerConfig(name="adamw"),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=3, learning_rate=2e-3),
-            decoders=StageConfig(epochs=1, learning_rate=2e-3),
-            joint=StageConfig(epochs=5, learning_rate=1e-3),
+            baseline=StageConfig(epochs=4, learning_rate=1e-3),
+            decoders=StageConfig(epochs=1, learning_rate=1e-3),
+            joint=StageConfig(epochs=5, learning_rate=1e-3, anneal_epochs=3),
         ),
     )
 
@@ -65,8 +66,25 @@ def shb_cfcn() -> Config:
     return Config(sampling=SamplingConfig(crops_per_image=4, brightness=0.1, contrast=0.1))
 
 
+def lite0() -> Config:
+    """Your own photos: EfficientNet-Lite0, pretrained on ImageNet (extra lite), on a CPU; start here."""
+    return Config(
+        sampling=SamplingConfig(
+            crop=224, context=0, batch=16, crops_per_image=4, brightness=0.1, contrast=0.1, colour=0.1, scale=0.3
+        ),
+        model=ModelConfig(backbone="lite0", count_decoder="pooled", weights=IMAGENET),
+        loss=LossConfig(local_counts=0.1),
+        optimizer=OptimizerConfig(name="adamw"),
+        stages=StagesConfig(
+            baseline=StageConfig(epochs=6, learning_rate=5e-4),
+            decoders=StageConfig(epochs=1, learning_rate=1e-3),
+            joint=StageConfig(epochs=12, learning_rate=5e-4, anneal_epochs=8),
+        ),
+    )
+
+
 def cfcn() -> Config:
-    """Your own photos: CFCN, the light network; start here."""
+    """Your own photos: CFCN, a small network without pretrained weights."""
     return Config(sampling=SamplingConfig(crops_per_image=2, brightness=0.1, contrast=0.1))
 
 
@@ -133,7 +151,7 @@ def debug() -> Config:
     )
 
 
-_FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, cfcn, adapt, csrnet, debug)
+_FUNCTIONS = (demo, mall_cfcn, shb_cfcn, shb_csrnet, sha_csrnet, worldexpo_csrnet, lite0, cfcn, adapt, csrnet, debug)
 PRESETS = {function.__name__.replace("_", "-"): function for function in _FUNCTIONS}
 
 _PRESET_OF_DATASET = {

@@ -12,13 +12,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from crowdray import storage
-from crowdray.config import Config
+from crowdray.config import IMAGENET, Config
 from crowdray.errors import UserError, missing_package
 from crowdray.models.build import backbone_class
 from crowdray.models.counter import Counter
-
-IMAGENET = "imagenet"
-"""Value of model.weights for the weights in the backbone's `imagenet_package`."""
 
 
 def pin_weights(config: Config) -> Config:
