@@ -80,7 +80,9 @@ def test_a_local_ray_that_does_not_start_is_one_message(monkeypatch: pytest.Monk
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("ray.init", time_out)
-    with pytest.raises(UserError, match="cannot start Ray on this machine: The current node timed out.*run the command"):
+    with pytest.raises(
+        UserError, match=r"cannot start Ray on this machine: The current node timed out.*run the command"
+    ):
         connect().__enter__()
 
 
