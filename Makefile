@@ -60,11 +60,11 @@ data/demo/index.json: | .venv/.run
 		"$(PYTHON) is " + sys.version.split()[0] + ": name another, as in make train PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv, once: this takes a minute or two"
-	$(PIP) --editable '.[lite]'
+	$(PIP) --editable .
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -W ignore -m compileall -qq -j 0 -x /tests/ .venv/lib || true # some are templates
 	touch $@
 
 .venv/.dev: .venv/.run
 	@echo "Adding the development tools to .venv"
-	$(PIP) --editable '.[dev,docs,lite]'
+	$(PIP) --editable '.[dev,docs]'
 	touch $@

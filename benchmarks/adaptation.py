@@ -1,4 +1,4 @@
-"""Adaptation of a registered counter to few images of another camera, against training from scratch.
+"""Adaptation of a registered counter to few images of another camera, against training from ImageNet's weights.
 
 Both train the preset `adapt` on the same images with the same number of updates, and are evaluated on the same
 test images. Prints the test MAE of each number of images and seed, of the counter before adaptation and of the mean
@@ -36,7 +36,7 @@ def configure(options: argparse.Namespace, dataset: Dataset, images: int, seed: 
     config = replace(config, seed=seed, sampling=sampling)
     windows = len(split_rows(config, dataset, 1)[0]) * sampling.crops_per_image
     epochs = round(options.updates / max(1, windows // sampling.batch))
-    baseline = replace(config.stages.baseline, epochs=epochs)
+    baseline = replace(config.stages.baseline, epochs=epochs, anneal_epochs=epochs // 2)
     return replace(config, stages=replace(config.stages, baseline=baseline))
 
 
@@ -95,9 +95,9 @@ def main() -> None:
                 end=", ",
                 flush=True,
             )
-            scratch = comparison.train(config, None)[1]
+            other = comparison.train(config, None)[1]
             seconds = time.perf_counter() - clock
-            print(f"from scratch {scratch.mae:.2f} (bias {scratch.bias:+.2f}); {seconds:.0f} s", flush=True)
+            print(f"from ImageNet {other.mae:.2f} (bias {other.bias:+.2f}); {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from crowdray.config import (
     TargetConfig,
     from_json,
     to_json,
+    with_init,
 )
 from crowdray.errors import UserError
 from crowdray.presets import PRESETS, preset
@@ -88,3 +89,8 @@ def test_from_json_with_both_names_of_a_field_keeps_the_present_one() -> None:
 
 def test_from_json_fills_missing_fields_with_defaults() -> None:
     assert from_json('{"seed": 3}', "config.json") == dataclasses.replace(Config(), seed=3)
+
+
+def test_a_counter_to_start_from_replaces_pretrained_weights() -> None:
+    model = with_init(preset("lite0"), "models:/crowdray-mall/1").model
+    assert (model.init, model.weights) == ("models:/crowdray-mall/1", "")

@@ -160,7 +160,7 @@ class ModelConfig(_Group):
     million for csrnet), pooled averages over the crop. The exported model contains neither."""
     weights: str = ""
     """Path or URI of pretrained encoder weights, .safetensors or .pth: for csrnet, VGG-16 on ImageNet in torchvision's
-    layout. imagenet: those of the Python package for lite0 or lite2 (extra lite). Empty: random initialization."""
+    layout. imagenet: those of the Python package for lite0, or lite2 (extra lite2). Empty: random initialization."""
     weights_sha256: str = ""
     """Expected SHA-256 of that file; empty: the actual one is recorded."""
     init: str = ""
@@ -363,8 +363,8 @@ FIELDS: dict[str, Any] = dict(_leaves(Config))
 
 
 def with_init(config: Config, uri: str) -> Config:
-    """The same configuration with the weights of a packaged counter to start from."""
-    return replace(config, model=replace(config.model, init=uri, init_sha256=""))
+    """The same configuration with the weights of a packaged counter to start from, instead of pretrained ones."""
+    return replace(config, model=replace(config.model, init=uri, init_sha256="", weights="", weights_sha256=""))
 
 
 def to_json(config: Config) -> str:

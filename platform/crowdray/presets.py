@@ -28,7 +28,7 @@ def demo() -> Config:
         stages=StagesConfig(
             baseline=StageConfig(epochs=4, learning_rate=1e-3),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
-            joint=StageConfig(epochs=5, learning_rate=1e-3, anneal_epochs=3),
+            joint=StageConfig(epochs=5, learning_rate=1e-3),
         ),
     )
 
@@ -67,7 +67,7 @@ def shb_cfcn() -> Config:
 
 
 def lite0() -> Config:
-    """Your own photos: EfficientNet-Lite0, pretrained on ImageNet (extra lite), on a CPU; start here."""
+    """Your own photos: EfficientNet-Lite0, pretrained on ImageNet and fast on CPUs; start here."""
     return Config(
         sampling=SamplingConfig(
             crop=224, context=0, batch=16, crops_per_image=4, brightness=0.1, contrast=0.1, colour=0.1, scale=0.3
@@ -78,7 +78,7 @@ def lite0() -> Config:
         stages=StagesConfig(
             baseline=StageConfig(epochs=6, learning_rate=5e-4),
             decoders=StageConfig(epochs=1, learning_rate=1e-3),
-            joint=StageConfig(epochs=12, learning_rate=5e-4, anneal_epochs=8),
+            joint=StageConfig(epochs=12, learning_rate=5e-4, anneal_epochs=6),
         ),
     )
 
@@ -90,11 +90,13 @@ def cfcn() -> Config:
 
 def adapt() -> Config:
     """Start from a registered counter (--init) and learn from few photos of your own camera, with the density loss."""
-    return Config(
-        sampling=SamplingConfig(crops_per_image=2, brightness=0.25, contrast=0.3, colour=0.2, scale=0.25),
-        optimizer=OptimizerConfig(weight_decay=0.5, ema_decay=0.98, warmup=20, plateau_factor=0.3),
+    config = lite0()
+    return replace(
+        config,
+        sampling=replace(config.sampling, brightness=0.25, contrast=0.3, colour=0.2, scale=0.25),
+        optimizer=replace(config.optimizer, ema_decay=0.98, warmup=20),
         stages=StagesConfig(
-            baseline=StageConfig(epochs=20, learning_rate=1e-3),
+            baseline=StageConfig(epochs=20, learning_rate=5e-4, anneal_epochs=10),
             decoders=StageConfig(epochs=0, learning_rate=1e-3),
             joint=StageConfig(epochs=0, learning_rate=1e-3),
         ),
@@ -158,7 +160,7 @@ _PRESET_OF_DATASET = {
     "synthetic": "demo",
     "mall": "mall-cfcn",
     "shanghaitech-a": "sha-csrnet",
-    "shanghaitech-b": "shb-cfcn",
+    "shanghaitech-b": "lite0",
     "worldexpo": "worldexpo-csrnet",
 }
 
@@ -179,4 +181,4 @@ def preset_summaries() -> dict[str, str]:
 
 def preset_for(dataset: str) -> str:
     """The preset made for a dataset by its name, else the one for your own photos."""
-    return _PRESET_OF_DATASET.get(dataset, "cfcn")
+    return _PRESET_OF_DATASET.get(dataset, "lite0")

@@ -100,5 +100,5 @@ def test_defaults_of_options_agree_with_the_library() -> None:
 
 def test_preset_for_a_source_exists_and_is_the_one_for_your_own_photos_by_default() -> None:
     assert {preset_for(name) for name in (*SOURCES, "shanghaitech-a", "shanghaitech-b")} <= set(PRESETS)
-    chosen = {"mall": "mall-cfcn", "synthetic": "demo", "shanghaitech-b": "shb-cfcn", "market": "cfcn"}
+    chosen = {"mall": "mall-cfcn", "synthetic": "demo", "shanghaitech-b": "lite0", "market": "lite0"}
     assert {name: preset_for(name) for name in chosen} == chosen

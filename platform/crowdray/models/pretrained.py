@@ -60,7 +60,7 @@ def _weights_uri(config: Config) -> str:
     if not backbone.imagenet_package:
         raise UserError(
             f"model.weights is {IMAGENET}, but no package has ImageNet weights of {backbone.__name__}; give the path "
-            "or URI of a file"
+            "or URI of a file, or --model.weights '' for a random initialization"
         )
     try:
         folder = importlib.resources.files(backbone.imagenet_package) / "models"

@@ -20,8 +20,8 @@ from crowdray.errors import UserError, shell_path
 
 EXAMPLES = (
     "train --preset mall-cfcn --data s3://bucket/mall --storage s3://bucket/runs --workers 8",
-    "--address http://127.0.0.1:8265 --no-wait tune --preset cfcn --data s3://bucket/market --storage s3://bucket/runs "
-    "--trials 32",
+    "--address http://127.0.0.1:8265 --no-wait tune --preset lite0 --data s3://bucket/market "
+    "--storage s3://bucket/runs --trials 32",
 )
 
 

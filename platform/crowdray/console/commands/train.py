@@ -15,7 +15,7 @@ from crowdray.stage_cache.options import StageCacheOptions
 EXAMPLES = (
     "--preset demo --data data/demo",
     "--preset mall-cfcn --data data/mall --workers 2",
-    "--preset cfcn --data data/market --stages.joint.epochs 40 --name longer",
+    "--preset lite0 --data data/market --stages.joint.epochs 40 --name longer",
     "--preset adapt --init models:/crowdray-mall@candidate --data data/market",
 )
 
@@ -51,7 +51,7 @@ class TrainingOptions:
         if self.preset == "adapt" and not config.model.init:
             raise UserError(
                 "--preset adapt is too short to train from scratch; give --init models:/NAME@candidate to start from "
-                "a registered counter, or --preset cfcn"
+                "a registered counter, or --preset lite0"
             )
         return config
 
