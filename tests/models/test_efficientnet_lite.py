@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from efficientnet_lite_pytorch import EfficientNet
 
-from crowdray.config import Config, ModelConfig, SamplingConfig
+from crowdray.config import IMAGENET, Config, ModelConfig, SamplingConfig
 from crowdray.errors import UserError
 from crowdray.models.build import build_counter
 from crowdray.models.efficientnet_lite import EfficientNetLite0, EfficientNetLite2
-from crowdray.models.pretrained import IMAGENET, load_pretrained, pin_weights
+from crowdray.models.pretrained import load_pretrained, pin_weights
 
 
 def published(name: str) -> EfficientNet:
