@@ -229,13 +229,13 @@ class StageConfig(_Group):
     epochs: NonNegativeInt
     """Passes over the training images; 0 skips the stage."""
     learning_rate: Annotated[float, Limits(1e-9, 10.0)]
-    """Initial learning rate; until annealing only plateaus reduce it, so that a short stage is the prefix of a long
+    """Initial learning rate. Without annealing only plateaus reduce it, so that a short stage is the prefix of a long
     one."""
     patience: NonNegativeInt = 0
     """Early stopping: epochs without a better validation error before the stage ends; 0 disables it."""
     anneal_epochs: NonNegativeInt = 0
-    """Annealing: in the last so many epochs the learning rate falls linearly to 0, and the stage's result is its last
-    epoch. 0 disables it; the result is then the epoch with the lowest validation error."""
+    """Annealing: the learning rate is constant, then falls linearly to 0 in the last so many epochs, and the stage's
+    result is its last epoch. 0 disables it; the result is then the epoch with the lowest validation error."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def metrics(mae: float) -> Metrics:
 
 
 def test_fit_with_annealing_lowers_the_rate_linearly_to_zero(discs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error never falls: plateaus halve the rate after the second epoch, and no longer once it is annealed."""
+    """The error never falls: a stage without annealing would halve its rate after each epoch."""
     rates: list[float] = []
     step = torch.optim.AdamW.step
 
@@ -41,7 +41,7 @@ def test_fit_with_annealing_lowers_the_rate_linearly_to_zero(discs: Dataset, mon
     monkeypatch.setattr(trainer, "validate", lambda autocast: metrics(1.0))
     trainer.fit()
     steps = trainer.loader.steps()
-    constant, falling = [1e-3] * 2 * steps, [0.5e-3 * left / (2 * steps) for left in range(2 * steps, 0, -1)]
+    constant, falling = [1e-3] * 2 * steps, [1e-3 * left / (2 * steps) for left in range(2 * steps, 0, -1)]
     assert rates[-4 * steps :] == pytest.approx(constant + falling)
 
 

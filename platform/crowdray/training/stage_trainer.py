@@ -337,9 +337,8 @@ class StageTrainer:
         self._average_buffers()
 
     def _step_plateau(self, error: float) -> None:
-        """Update the plateau schedule, until annealing starts."""
-        schedule = self.stage.schedule
-        if self.state.progress.stage_epochs <= schedule.epochs - schedule.anneal_epochs:
+        """Update the plateau schedule; an annealed stage has none."""
+        if not self.stage.schedule.anneal_epochs:
             self.plateau.step(error)
 
     @contextmanager
