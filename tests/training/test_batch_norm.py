@@ -1,5 +1,7 @@
 """BatchNorm's statistics belong to the averaged weights that are validated and exported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,10 +15,12 @@ from ..support.trainers import debug_config, equal_tensors, trainer_of
 
 @pytest.mark.parametrize("anneal_epochs", [0, 1])
 def test_exported_batch_norm_statistics_are_those_of_the_exported_weights(discs: Dataset, anneal_epochs: int) -> None:
-    """The first layer's: mean and variance of its input over the first windows of the next epoch."""
+    """The first layer's: mean and variance of its input over the windows of the next epoch, without augmentation."""
     stages = StagesConfig(StageConfig(2, 1e-3, anneal_epochs=anneal_epochs), StageConfig(0, 1e-3), StageConfig(0, 1e-3))
     config = debug_config(stages=stages, model=ModelConfig(SMALL, "pooled"), numerics=NumericsConfig(precision="fp32"))
-    trainer = trainer_of(discs, config)
+    trainer = trainer_of(
+        discs, replace(config, sampling=replace(config.sampling, scale=0.5, brightness=0.2, colour=0.2))
+    )
     trainer.fit()
     epoch = trainer.state.progress.best["baseline"].epoch
     counter = trainer.best_counter("baseline")
@@ -24,7 +28,7 @@ def test_exported_batch_norm_statistics_are_those_of_the_exported_weights(discs:
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
     means, variances = [], []
     with torch.no_grad():
-        for batch in trainer.loader.epoch(epoch + 1):
+        for batch in trainer_of(discs, config).loader.epoch(epoch + 1):
             values = convolution((batch.augmented_images() - counter.mean) / counter.std)
             means.append(values.mean((0, 2, 3)))
             variances.append(values.var((0, 2, 3)))

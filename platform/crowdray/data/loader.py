@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any
@@ -44,6 +44,11 @@ class Loader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crowdray-loader")
         self._prefetched: tuple[int, bool, list[Future[Batch]]] = (0, False, [])
         """Epoch and depth of the batches that were started for the next epoch, and these."""
+
+    def without_augmentation(self) -> "Loader":
+        """A loader of windows that keep their size and colours, as evaluated images do; it prepares none ahead."""
+        sampling = replace(self.windows.sampling, scale=0.0, brightness=0.0, contrast=0.0, colour=0.0)
+        return replace(self, windows=replace(self.windows, sampling=sampling), ahead=0)
 
     def steps(self) -> int:
         """Updates per epoch."""

@@ -324,14 +324,16 @@ class StageTrainer:
         }
 
     def _update_batch_norm(self) -> None:
-        """Measure BatchNorm's statistics for the current weights, on the first windows of the next epoch.
+        """Measure BatchNorm's statistics for the current weights, on windows of the next epoch without augmentation.
 
-        Averages of running statistics are not the statistics of averaged weights (Izmailov et al., UAI 2018).
+        Averages of running statistics are not the statistics of averaged weights (Izmailov et al., UAI 2018), and those
+        of resized windows are not the statistics of images.
         """
         exported = self.state.counter.strip()
         if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in exported.modules()):
             return
-        with closing(self.loader.epoch(self.state.progress.epochs + 1, depth=False)) as batches:
+        loader = self.loader.without_augmentation()
+        with closing(loader.epoch(self.state.progress.epochs + 1, depth=False)) as batches:
             images = (self._to_device(batch).augmented_images() for batch in islice(batches, BATCH_NORM_BATCHES))
             with self.autocast():
                 update_bn(images, exported)
