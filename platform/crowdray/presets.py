@@ -67,7 +67,10 @@ def shb_cfcn() -> Config:
 
 
 def lite0() -> Config:
-    """Your own photos: EfficientNet-Lite0, pretrained on ImageNet and fast on CPUs; start here."""
+    """Your own photos: EfficientNet-Lite0, pretrained on ImageNet and fast on CPUs; start here.
+
+    Network, loss and rate were compared on ShanghaiTech B (docs/lab-notes.md); the lengths of the stages are untested.
+    """
     return Config(
         sampling=SamplingConfig(
             crop=224, context=0, batch=16, crops_per_image=4, brightness=0.1, contrast=0.1, colour=0.1, scale=0.3

@@ -36,7 +36,7 @@ from crowdray.training.state import StepProgress, TrainState
 
 BATCH_NORM_BATCHES = 128
 """Batches on which BatchNorm's statistics are measured, at most an epoch. By statistics of 32 batches, the same weights
-counted up to ten heads more or fewer per photo of ShanghaiTech B."""
+counted between 2 and 14 heads too few per photo of ShanghaiTech B."""
 
 Validate = Callable[[Callable[[], AbstractContextManager[object]]], Metrics]
 """Returns the errors on the validation images with the current weights, given an autocast context."""
