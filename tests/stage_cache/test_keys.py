@@ -91,10 +91,11 @@ FIELDS: dict[str, tuple[object, str | None]] = {
 
 ANNEALING = [f"stages.{stage}.anneal_epochs" for stage in STAGES]
 COMBINABLE = sorted(
-    FIELDS.keys() - {"numerics.activation_checkpointing", "model.init", "model.init_sha256", *ANNEALING}
+    FIELDS.keys()
+    - {"numerics.activation_checkpointing", "model.weights", "model.init", "model.init_sha256", *ANNEALING}
 )
-"""Fields that may change together: compilation excludes activation checkpointing, a counter's weights those of an
-encoder, and annealing makes a stage depend on its length."""
+"""Fields that may change together: compilation excludes activation checkpointing, the hash of weights replaces their
+path, a counter's weights those of an encoder, and annealing makes a stage depend on its length."""
 
 
 class Other(CFCN):
