@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crowdray.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone
 from crowdray.models.decoders import ShuffleDecoder
+from crowdray.models.depthwise import depthwise_conv2d
 
 _STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3))
 """Expansion, kernel, stride, channels and number of blocks of the stages up to stride 16 (Table 1 of the paper)."""
@@ -131,11 +132,14 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (B, C, h, w)."""
-        total = self.kernel_size[0] - self.stride[0]
+        stride = self.stride[0]
+        total = self.kernel_size[0] - stride
         low, high = total // 2, total - total // 2
-        if low == high:
-            return F.conv2d(x, self.weight, None, self.stride, low, 1, self.groups)
-        return F.conv2d(F.pad(x, (low, high, low, high)), self.weight, None, self.stride, 0, 1, self.groups)
+        if low != high:
+            x, low = F.pad(x, (low, high, low, high)), 0
+        if self.groups > 1:
+            return depthwise_conv2d(x, self.weight, stride, low)
+        return F.conv2d(x, self.weight, None, stride, low)
 
 
 def _conv(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
