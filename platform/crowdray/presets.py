@@ -92,7 +92,10 @@ def cfcn() -> Config:
 
 
 def adapt() -> Config:
-    """Start from a registered counter (--init) and learn from few photos of your own camera, with the density loss."""
+    """Few photos of your own camera, up to some 200: the density loss alone, from ImageNet or a counter (--init).
+
+    200 updates on 50 photos; `training_options` changes the number of epochs for other numbers.
+    """
     config = lite0()
     return replace(
         config,
@@ -182,6 +185,21 @@ def preset_summaries() -> dict[str, str]:
     return {name: (function.__doc__ or "").splitlines()[0].rstrip(".") for name, function in PRESETS.items()}
 
 
+FEW_PHOTOS = 200
+"""Up to this number of photos for training, `training_options` suggests the preset adapt."""
+
+
 def preset_for(dataset: str) -> str:
     """The preset made for a dataset by its name, else the one for your own photos."""
     return _PRESET_OF_DATASET.get(dataset, "lite0")
+
+
+def training_options(dataset: str, photos: int) -> str:
+    """Options of the training job for a dataset by its name and its number of photos for training.
+
+    Few photos need more epochs for the same number of updates.
+    """
+    if dataset in _PRESET_OF_DATASET or photos > FEW_PHOTOS:
+        return f"--preset {preset_for(dataset)}"
+    epochs = min(200, round(adapt().stages.baseline.epochs * 50 / max(photos, 1)))
+    return f"--preset adapt --stages.baseline.epochs {epochs} --stages.baseline.anneal-epochs {epochs // 2}"

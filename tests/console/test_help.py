@@ -13,7 +13,7 @@ from crowdray.console.commands.predict import CountingOptions
 from crowdray.console.main import COMMANDS
 from crowdray.datasets.sources import SOURCES
 from crowdray.evaluation.inference import TILE
-from crowdray.presets import PRESETS, preset_for
+from crowdray.presets import PRESETS, preset, preset_for, training_options
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "mlflow", "pyarrow", "optuna", "matplotlib", "numpy")
@@ -102,3 +102,17 @@ def test_preset_for_a_source_exists_and_is_the_one_for_your_own_photos_by_defaul
     assert {preset_for(name) for name in (*SOURCES, "shanghaitech-a", "shanghaitech-b")} <= set(PRESETS)
     chosen = {"mall": "mall-cfcn", "synthetic": "demo", "shanghaitech-b": "lite0", "market": "lite0"}
     assert {name: preset_for(name) for name in chosen} == chosen
+
+
+@pytest.mark.parametrize("photos", [1, 10, 50, 150, 200])
+def test_options_for_few_photos_keep_the_number_of_updates(photos: int) -> None:
+    overrides = iter(training_options("market", photos).split())
+    options = dict(zip(overrides, overrides, strict=True))
+    epochs, annealed = (int(options[f"--stages.baseline.{name}"]) for name in ("epochs", "anneal-epochs"))
+    assert options["--preset"] == "adapt" and annealed == epochs // 2
+    assert epochs == 200 or 0.9 < epochs * photos / (50 * preset("adapt").stages.baseline.epochs) < 1.1
+
+
+def test_options_for_many_photos_or_a_dataset_with_a_preset() -> None:
+    assert training_options("market", 201) == "--preset lite0"
+    assert training_options("mall", 50) == "--preset mall-cfcn"

@@ -19,7 +19,7 @@ from crowdray.console.terminal import one_line, print_message
 from crowdray.console.ui import command as ui_command
 from crowdray.datasets.statistics import MAX_LISTED
 from crowdray.datasets.validation import QUARANTINE, REPORT, read_quarantine
-from crowdray.presets import preset_for
+from crowdray.presets import training_options
 from crowdray.registry.pages import is_server
 
 if TYPE_CHECKING:  # a command imports only the packages that it uses: tune, training and matplotlib take seconds
@@ -51,13 +51,14 @@ def show_dataset(index: Index, dest: str, console: Console) -> None:
         print_message(console, f"left out: {item}")
     if more := len(left_out[MAX_LISTED:]):
         print_message(console, f"left out: {more} more, see {storage.join(dest, QUARANTINE)}")
+    options = training_options(index.name, index.splits.get("train", {"rows": 0})["rows"])
     _print_fields(
         console,
         {
             "dataset": dest,
             "digest": index.digest[:12],
             "check it": f"{program('convert')} crowdray --source {shlex.quote(dest)} --check",
-            "train on it": f"{program('train')} --preset {preset_for(index.name)} --data {shlex.quote(dest)}",
+            "train on it": f"{program('train')} {options} --data {shlex.quote(dest)}",
         },
     )
 
