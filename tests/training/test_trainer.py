@@ -32,6 +32,7 @@ from crowdray.models.counter import AUXILIARY, DENSITY, TASKS
 from crowdray.training.checkpoint import EpochMetrics, load_checkpoint
 from crowdray.training.distributed import World
 from crowdray.training.errors import DivergedError
+from crowdray.training.losses import measure_scales
 from crowdray.training.result import final_result
 from crowdray.training.stages import build_stages, module_of
 from crowdray.training.trainer import Trainer
@@ -167,6 +168,15 @@ def test_fit_with_patience_stops_stage_early(discs: Dataset, monkeypatch: pytest
 def test_trainer_with_checkpoint_of_other_data_raises(discs: Dataset) -> None:
     with pytest.raises(DataError, match="under a new --name"):
         trainer_of(discs, restored=checkpoint(1))
+
+
+def test_trainer_with_rows_measures_trains_and_validates_these_only(discs: Dataset) -> None:
+    rows = discs.rows("train")
+    trainer = Trainer(debug_config(), discs, world=World(), device=CPU, rows=(rows[:8], rows[8:10]))
+    scales = measure_scales(debug_config(), discs, rows[:8], trainer.state.counter.encoder.output_stride)
+    assert trainer.state.scales == scales
+    assert {row for batch in trainer.loader.epoch(1) for row in batch.rows.tolist()} == set(rows[:8].tolist())
+    assert trainer.validate(nullcontext).images == 2
 
 
 def test_trainer_without_validation_images_raises(discs: Dataset) -> None:

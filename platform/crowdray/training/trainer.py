@@ -45,6 +45,7 @@ class Trainer:
 
     Args:
         initial: The weights of config.model.init; not needed with `restored`.
+        rows: Training and validation rows; by default those that `split_rows` draws with the seed.
     """
 
     def __init__(
@@ -56,11 +57,12 @@ class Trainer:
         device: torch.device,
         restored: Checkpoint | None = None,
         initial: InitialWeights | None = None,
+        rows: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     ) -> None:
         if config.model.init and restored is None and initial is None:
             raise ValueError(f"pass the weights of model.init {config.model.init!r} as `initial`")
         self.stages = build_stages(config)
-        self.train_rows, self.validation_rows = split_rows(config, dataset, world.size)
+        self.train_rows, self.validation_rows = rows or split_rows(config, dataset, world.size)
         self.images = open_images(config, dataset)
         self.state = create_state(
             config, dataset, self.train_rows, world=world, device=device, restored=restored, initial=initial
