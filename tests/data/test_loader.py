@@ -1,9 +1,12 @@
 """Batches: their content, augmentation, division among ranks and microbatches, and preparation by threads."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +14,15 @@ import torch
 from PIL import Image
 
 from crowdray.config import SamplingConfig
+from crowdray.data import decoding, image_cache
 from crowdray.data.batch import Batch, Crop, collate
-from crowdray.data.image_cache import DecodedImage, ImageCache, scaled_size
+from crowdray.data.image_cache import DecodedImage, EncodedImage, ImageCache, scaled_size
 from crowdray.data.loader import Loader
 from crowdray.data.sampling import Window, WindowConfig, draw_window, loss_weight
 from crowdray.data.shards import Dataset
 from crowdray.data.targets import KERNEL_RADIUS, Targets, make_targets
+
+from ..support.builders import encode, noise_sample, write_dataset
 
 CONFIG = WindowConfig(SamplingConfig(crop=32, context=8, flip=0), margin=8, stride=4)
 
@@ -118,9 +124,9 @@ class CountingCache(ImageCache):
         super().__init__(dataset, 1, True, 1e8)
         self.accessed: list[int] = []
 
-    def __getitem__(self, row: int) -> DecodedImage:
+    def open(self, row: int) -> DecodedImage | EncodedImage:
         self.accessed.append(row)
-        return super().__getitem__(row)
+        return super().open(row)
 
 
 def test_loader_prepares_first_batches_of_the_next_epoch(discs: Dataset) -> None:
@@ -150,6 +156,43 @@ def test_loader_decodes_a_sample_once_for_all_its_repeats(discs: Dataset) -> Non
     rows = torch.cat([batch.rows for batch in loader(images).epoch(2)]).tolist()
     assert len(rows) == 2 * len(set(rows))
     assert sorted(images.accessed) == sorted(set(rows))
+
+
+def photos(folder: Path, **options: Any) -> Dataset:
+    """Eight JPEGs of two sizes with heads, regions of interest and depth; `options` are those of Pillow's encoder."""
+    listed, rng = [], np.random.default_rng(0)
+    for number in range(8):
+        size = (120, 96) if number % 3 else (75, 101)
+        sample = noise_sample(number, "train", size, 5, roi=number % 2 == 0, depth=size)
+        pixels = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+        content = encode(pixels if number % 4 else pixels.convert("L"), "JPEG", **options)
+        listed.append(dataclasses.replace(sample, image=content, sha256=hashlib.sha256(content).hexdigest()))
+    return write_dataset(str(folder), listed)
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+@pytest.mark.parametrize(("downsample", "scale"), [(1, 0.0), (1, 0.3), (2, 0.0), (3, 0.3)])
+def test_batches_of_jpegs_with_restart_markers_are_the_same(
+    crops: int, downsample: int, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although only the rows of their windows are decoded, of the images that are not cached."""
+    sampling = SamplingConfig(crop=24, context=4, batch=6, crops_per_image=crops, scale=scale)
+    config = dataclasses.replace(CONFIG, sampling=sampling)
+    plain, marked = photos(tmp_path / "plain"), photos(tmp_path / "marked", restart_marker_rows=1)
+
+    def batches(dataset: Dataset, cache_bytes: float) -> list[Batch]:
+        cache = ImageCache(dataset, downsample, True, cache_bytes)
+        return list(Loader(cache, dataset.rows("train"), config, seed=3).epoch(1))
+
+    expected = batches(plain, 0)
+    assert sum(len(batch.rows) for batch in expected) >= 6
+    for cache_bytes in (1e4, 1e6):
+        for one, other in zip(expected, batches(marked, cache_bytes), strict=True):
+            assert not differing_fields(one, other)
+    monkeypatch.setattr(image_cache, "decode_image", None)
+    monkeypatch.setattr(decoding, "decode_image", None)
+    for one, other in zip(expected, batches(marked, 0), strict=True):
+        assert not differing_fields(one, other)
 
 
 def test_loader_without_depth_changes_only_the_depth_fields(cache: ImageCache) -> None:

@@ -210,7 +210,7 @@ def _cut(
     source, size, window = crop
     rows = slice(window.top, min(window.top + window.height, size[0]))
     columns = slice(window.left, min(window.left + window.width, size[1]))
-    image = crop_image(source.image, size, rows, columns)
+    image = crop_image(source, size, rows, columns)
     roi = np.ones(image.shape[:2], bool) if source.roi is None else crop_map(source.roi, size, rows, columns) >= 0.5
     known = source.depth if with_depth else None
     depth = np.zeros((0, 0), np.float32) if known is None else crop_map(known, size, rows, columns)

@@ -59,7 +59,8 @@ class GpuImageCache:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams will read them
 
-    def __getitem__(self, row: int) -> GpuImage:
+    def open(self, row: int) -> GpuImage:
+        """The image of a row."""
         return self._by_row[row]
 
     def collate(self, crops: Iterable[Crop[GpuImage]], config: WindowConfig, global_size: int, depth: bool) -> Batch:

@@ -1,8 +1,9 @@
-"""A memory cache of decoded images, and rectangles cut from images at any size.
+"""Images that windows are cut from: decoded where windows need them, or cached in memory; resized rectangles of them.
 
 Shape legend: H W image in working pixels, N heads, h w rectangle of it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from mmap import mmap
@@ -13,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from crowdray.data.decoding import content_size, decode_image
+from crowdray.data.decoding import Encoded, content_size, decode_image, decode_rows
 from crowdray.data.sample import Sample, decode_depth, decode_roi
 from crowdray.data.shards import Dataset
+from crowdray.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,13 @@ class DecodedImage(AnnotatedImage):
     """A decoded sample, from which windows are cut."""
 
     image: NDArray[np.uint8]
-    """(H, W, 3) RGB."""
+    """(h, W, 3) RGB: all H rows, or those that the windows need."""
     roi: NDArray[np.bool_] | None
     """(H, W), the region of interest; None means everywhere."""
     encoded_depth: bytes | None
     """Depth as in `Sample`; None if unknown."""
+    top: int = 0
+    """First decoded row."""
 
     @property
     def depth(self) -> NDArray[np.float16] | None:
@@ -64,6 +68,33 @@ class DecodedImage(AnnotatedImage):
         return size
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedImage(AnnotatedImage):
+    """A sample whose image is not decoded yet."""
+
+    content: Encoded
+    downsample: int
+    """Factor between the encoded image and working pixels."""
+    roi: NDArray[np.bool_] | None
+    """As in `DecodedImage`."""
+    encoded_depth: bytes | None
+    """Depth as in `Sample`; None if unknown."""
+
+    def decode(self, first: int = 0, last: int | None = None) -> DecodedImage:
+        """Decode the rows `first` to `last` - 1 of the working pixels, by default all.
+
+        Raises:
+            DataError: The image is damaged, or has not the size that its sample states.
+        """
+        top, bottom = (row * self.downsample for row in (first, self.size[0] if last is None else last))
+        pixels = decode_image(self.content) if last is None else decode_rows(self.content, top, bottom)
+        image = downsample_image(pixels, self.downsample)
+        expected = (self.size[0] if last is None else last) - first, self.size[1]
+        if image.shape[:2] != expected:
+            raise DataError(f"the image of row {self.row} has another size than its sample; convert the dataset again")
+        return DecodedImage(self.row, self.size, self.points, image, self.roi, self.encoded_depth, first)
+
+
 @dataclass(eq=False)
 class ImageCache:
     """Thread-safe memory cache of a dataset's decoded images, without eviction.
@@ -78,7 +109,7 @@ class ImageCache:
     use_roi: bool
     """Whether to apply regions of interest."""
     cache_bytes: float
-    """Capacity; images that do not fit are decoded at each access."""
+    """Capacity; of images that do not fit, the rows that windows need are decoded at each access."""
 
     def __post_init__(self) -> None:
         self._free_bytes = self.cache_bytes
@@ -86,9 +117,18 @@ class ImageCache:
         self._lock = Lock()
 
     def __getitem__(self, row: int) -> DecodedImage:
+        """The whole image."""
+        image = self.open(row)
+        return image.decode() if isinstance(image, EncodedImage) else image
+
+    def open(self, row: int) -> DecodedImage | EncodedImage:
+        """The whole image if it is cached, now or before, else the encoded one."""
         if (cached := self._cached.get(row)) is not None:
             return cached
-        image = load_image(self.dataset.sample(row), row, self.downsample, self.use_roi)
+        encoded = open_sample(self.dataset.sample(row), row, self.downsample, self.use_roi)
+        if 3 * math.prod(encoded.size) > self._free_bytes:
+            return encoded
+        image = encoded.decode()
         with self._lock:
             if row in self._cached or image.nbytes > self._free_bytes:
                 return image
@@ -111,8 +151,12 @@ def _copy_outside_heap(image: DecodedImage) -> DecodedImage:
 
 def load_image(sample: Sample, row: int, downsample: int, use_roi: bool) -> DecodedImage:
     """Decode a sample and convert it to working pixels; heads outside the region of interest are removed."""
-    image = downsample_image(decode_image(sample.image), downsample)
-    height, width = image.shape[:2]
+    return open_sample(sample, row, downsample, use_roi).decode()
+
+
+def open_sample(sample: Sample, row: int, downsample: int, use_roi: bool) -> EncodedImage:
+    """The sample in working pixels, to be decoded; heads outside the region of interest are removed."""
+    height, width = (-(-side // downsample) for side in (sample.height, sample.width))
     points = np.array(sample.points, dtype=np.float32) / np.float32(downsample)
     roi = None
     if use_roi and sample.roi is not None:
@@ -120,7 +164,8 @@ def load_image(sample: Sample, row: int, downsample: int, use_roi: bool) -> Deco
         column = np.clip(points[:, 0].astype(int), 0, width - 1)
         line = np.clip(points[:, 1].astype(int), 0, height - 1)
         points = points[roi[line, column]]
-    return DecodedImage(row, (height, width), points, image, roi, None if sample.depth is None else bytes(sample.depth))
+    depth = None if sample.depth is None else bytes(sample.depth)
+    return EncodedImage(row, (height, width), points, sample.image, downsample, roi, depth)
 
 
 # Images of one scene often have equal masks and depth: they share the arrays too.
@@ -155,13 +200,20 @@ def scaled_size(image: AnnotatedImage, scale: float, stride: int) -> tuple[int, 
     return height, width
 
 
-def crop_image(image: NDArray[np.uint8], size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.uint8]:
+def source_rows(image: AnnotatedImage, size: tuple[int, int], rows: slice) -> tuple[int, int]:
+    """The first and last + 1 row of an image that `crop_image` reads for rows of the image resized to (H, W)."""
+    if image.size == size:
+        return rows.start, rows.stop
+    return _source_span(image.size[0], size[0], rows)[2:]
+
+
+def crop_image(image: DecodedImage, size: tuple[int, int], rows: slice, columns: slice) -> NDArray[np.uint8]:
     """Rows and columns (h, w, 3) of an image resized to (H, W), bilinear; only the rectangle is computed."""
-    if image.shape[:2] == size:
-        return image[rows, columns]
-    top, bottom, first, last = _source_span(image.shape[0], size[0], rows)
-    left, right, start, end = _source_span(image.shape[1], size[1], columns)
-    source = Image.fromarray(np.ascontiguousarray(image[first:last, start:end]))
+    if image.size == size:
+        return image.image[rows.start - image.top : rows.stop - image.top, columns]
+    top, bottom, first, last = _source_span(image.size[0], size[0], rows)
+    left, right, start, end = _source_span(image.size[1], size[1], columns)
+    source = Image.fromarray(np.ascontiguousarray(image.image[first - image.top : last - image.top, start:end]))
     box = (left - start, top - first, right - start, bottom - first)
     shape = (columns.stop - columns.start, rows.stop - rows.start)
     return np.asarray(source.resize(shape, Image.Resampling.BILINEAR, box=box))

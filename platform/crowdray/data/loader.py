@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crowdray.data.batch import Batch, Crop, collate
 from crowdray.data.gpu_cache import GpuImageCache
-from crowdray.data.image_cache import ImageCache, scaled_size
+from crowdray.data.image_cache import AnnotatedImage, EncodedImage, ImageCache, scaled_size, source_rows
 from crowdray.data.sampling import WindowConfig, draw_scale, draw_window, epoch_batches, rank_slice
 
 _MIN_THREADS, _MAX_THREADS = 2, 8
@@ -104,10 +104,15 @@ class Loader:
     def _crops(self, draws: NDArray[np.int64], epoch: int, number: int) -> Iterator[Crop[Any]]:
         """Crops image by image, so that at most two decoded images are in memory."""
         scale = draw_scale(self.windows, seed=self.seed, epoch=epoch, batch=number)
-        for position, repeats in groupby(draws.tolist(), lambda draw: draw // self._repeats):
-            image = self.images[int(self.rows[position])]
+        for position, group in groupby(draws.tolist(), lambda draw: draw // self._repeats):
+            image: AnnotatedImage = self.images.open(int(self.rows[position]))
             size = scaled_size(image, scale, self.windows.stride)
-            for draw in repeats:
-                repeat = draw % self._repeats
-                window = draw_window(self.windows, size, seed=self.seed, epoch=epoch, sample=image.row, repeat=repeat)
-                yield Crop(image, size, window)
+            repeats = [draw % self._repeats for draw in group]
+            windows = [
+                draw_window(self.windows, size, seed=self.seed, epoch=epoch, sample=image.row, repeat=repeat)
+                for repeat in repeats
+            ]
+            if isinstance(image, EncodedImage):
+                bottom = max(min(window.top + window.height, size[0]) for window in windows)
+                image = image.decode(*source_rows(image, size, slice(min(window.top for window in windows), bottom)))
+            yield from (Crop(image, size, window) for window in windows)
