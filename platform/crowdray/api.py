@@ -185,6 +185,7 @@ def convert(
     depth: str = "auto",
     overwrite: bool = False,
     strict: bool = False,
+    restart_markers: bool = False,
     **options: Any,
 ) -> Index:
     """Convert a dataset from its official layout into shards, as `crowdray convert` does.
@@ -197,6 +198,7 @@ def convert(
         depth: Source of depth.
         overwrite: Replace an existing dataset.
         strict: Fail if any item is unusable, instead of leaving it out.
+        restart_markers: Add restart markers to JPEGs, without loss; needs jpegtran.
         **options: Options of the source, such as train=40 of "synthetic".
 
     Raises:
@@ -206,4 +208,6 @@ def convert(
     from crowdray.datasets.sources import open_source
 
     opened = open_source(source, None if folder is None else fspath(folder), depth=depth, **options)
-    return convert(opened, fspath(dest), splits=splits, overwrite=overwrite, strict=strict)
+    return convert(
+        opened, fspath(dest), splits=splits, overwrite=overwrite, strict=strict, restart_markers=restart_markers
+    )

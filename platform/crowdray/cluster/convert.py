@@ -18,15 +18,18 @@ def convert(
     splits: Sequence[str] = (),
     overwrite: bool = False,
     strict: bool = False,
+    restart_markers: bool = False,
     progress: Progress = no_progress,
 ) -> Index:
     """Convert a source into a dataset at `dest` and publish it.
 
     The bytes depend neither on the number of workers nor on restarts; finished slices are kept on any failure.
 
-    Empty `splits` means all; `strict` fails on any unusable item, otherwise only most of a split is an error.
+    Empty `splits` means all; `strict` fails on any unusable item, otherwise only most of a split is an error;
+    `restart_markers` adds them to JPEGs (see datasets.restart_markers).
     """
-    with open_conversion(source, dest, splits=splits, overwrite=overwrite, log=_print) as conversion:
+    options = {"overwrite": overwrite, "restart_markers": restart_markers}
+    with open_conversion(source, dest, splits=splits, **options, log=_print) as conversion:
         try:
             if conversion.pending:
                 _convert_pending(conversion, progress)
@@ -42,10 +45,10 @@ def _convert_pending(conversion: Conversion, progress: Progress) -> None:
     slices = conversion.slices
     if resumed := len(conversion.results):
         _print(f"resuming after {resumed} of {len(slices)} slices")
-    dest, keys = conversion.dest, conversion.keys
+    dest, keys, restart_markers = conversion.dest, conversion.keys, conversion.restart_markers
 
     def convert_part(source: Source, items: Sequence[Item], number: int) -> SliceResult:
-        return convert_slice(source, items, dest, number, keys[number])
+        return convert_slice(source, items, dest, number, keys[number], restart_markers=restart_markers)
 
     done = sum(len(slices[number]) for number in conversion.results)
     parts = [(number, slices[number]) for number in conversion.pending]

@@ -37,6 +37,9 @@ SCHEMA: pa.Schema = pa.schema(
 )
 """A row of a shard; `points` are x and y of one head after the other."""
 
+REWRITTEN_SCHEMA: pa.Schema = SCHEMA.append(pa.field("source_sha256", pa.string()))
+"""A row of a shard whose images conversion may have rewritten without loss."""
+
 MAX_DISTANCE = 1e6
 """Distance in pixels from the image's corner beyond which a point is an error, not a head outside the image."""
 
@@ -54,7 +57,7 @@ class Sample:
     scene: str
     """Camera or location, by which reports group images; images of one camera share their perspective."""
     image: Encoded
-    """The image, byte for byte as in the source."""
+    """The image, byte for byte as in the source unless `source_sha256` differs from `sha256`."""
     height: int
     """Image height in pixels."""
     width: int
@@ -67,6 +70,8 @@ class Sample:
     """16-bit greyscale PNG of at most the image's size; 0..65535 maps to [0, 1], larger = farther."""
     sha256: str
     """SHA-256 of the image's bytes."""
+    source_sha256: str | None = None
+    """SHA-256 of its bytes in the source, if conversion may have rewritten them without loss; None: the same."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle with copies of views into a mapped file."""

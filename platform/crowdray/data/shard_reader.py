@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from crowdray import storage
 from crowdray.data.decoding import Encoded
-from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Sample
+from crowdray.data.sample import REWRITTEN_SCHEMA, SCHEMA, SCHEMA_VERSION, Sample
 from crowdray.errors import DataError
 
 ByteRange = tuple[int, int]
 """First and last + 1 byte."""
 
 _LARGE = ("image", "roi", "depth", "points")
-_SMALL = ("name", "split", "scene", "height", "width", "sha256")
 _EAGER_BYTES = 2**14
 """Bytes at the start of each read that are fetched at once; the metadata of a record batch takes about 1,000."""
 _MAX_GAP = 2**14
@@ -33,7 +32,7 @@ class Shard:
     """Rows of Arrow record batches, converted to samples when they are accessed."""
 
     def __init__(self, uri: str, batches: Sequence[pa.RecordBatch], schema: pa.Schema, rows: int) -> None:
-        if not schema.equals(SCHEMA):
+        if not any(map(schema.equals, (SCHEMA, REWRITTEN_SCHEMA))):
             raise DataError(f"{uri} does not have the columns of schema version {SCHEMA_VERSION}; convert again")
         if sum(map(len, batches)) != rows:
             raise DataError(f"{uri} does not have the {rows} rows of its index; convert the dataset again")
@@ -60,7 +59,7 @@ class Shard:
             roi=roi or None,
             depth=depth or None,
             points=np.frombuffer(points, np.float32).reshape(-1, 2),
-            **{name: batch.column(name)[row].as_py() for name in _SMALL},
+            **{name: batch.column(name)[row].as_py() for name in batch.schema.names if name not in _LARGE},
         )
 
     def strings(self, column: Literal["name", "scene", "split"]) -> NDArray[np.object_]:

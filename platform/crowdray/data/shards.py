@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from crowdray import storage
-from crowdray.data.sample import SCHEMA, SCHEMA_VERSION, Sample
+from crowdray.data.sample import REWRITTEN_SCHEMA, SCHEMA, SCHEMA_VERSION, Sample
 from crowdray.data.shard_reader import MappedShard, RemoteShard, Shard
 from crowdray.documents import parse_as, parse_json
 from crowdray.errors import DataError, UserError
@@ -146,15 +146,18 @@ def write_shard(samples: Iterable[Sample], dest: str, number: int) -> ShardInfo:
     """
     splits: list[str] = []
     heads: Counter[str] = Counter()
+    batches = _batches(samples)
+    if (first := next(batches, None)) is None:
+        raise DataError(f"shard {number} of {dest} has no samples; give at least one")
+    # Without such images, the bytes and so the digest are those of earlier versions.
+    schema = SCHEMA if first[0].source_sha256 is None else REWRITTEN_SCHEMA
     with storage.staging_file(storage.join(storage.resolve(dest), f"shard-{number:05d}.arrow")) as scratch:
-        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for rows in _batches(samples):
-                writer.write_batch(_record_batch(rows))
+        with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for rows in chain([first], batches):
+                writer.write_batch(_record_batch(rows, schema))
                 for row in rows:
                     splits.append(row.split)
                     heads[row.split] += len(row.points)
-        if not splits:
-            raise DataError(f"shard {number} of {dest} has no samples; give at least one")
         sha256 = storage.hash_file(scratch)
         name = f"shard-{number:05d}-{sha256[:16]}.arrow"
         size = scratch.stat().st_size
@@ -309,14 +312,14 @@ def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield rows
 
 
-def _record_batch(rows: Sequence[Sample]) -> pa.RecordBatch:
+def _record_batch(rows: Sequence[Sample], schema: pa.Schema) -> pa.RecordBatch:
     def arrow_value(value: Any) -> Any:
         if isinstance(value, memoryview):
             return bytes(value)
         return value.reshape(-1) if isinstance(value, np.ndarray) else value
 
-    columns = [[arrow_value(getattr(row, name)) for row in rows] for name in SCHEMA.names]
-    return pa.RecordBatch.from_arrays(list(map(pa.array, columns, SCHEMA.types)), schema=SCHEMA)
+    columns = [[arrow_value(getattr(row, name)) for row in rows] for name in schema.names]
+    return pa.RecordBatch.from_arrays(list(map(pa.array, columns, schema.types)), schema=schema)
 
 
 def _check_shard(shard: ShardInfo) -> None:

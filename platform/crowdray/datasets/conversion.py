@@ -11,8 +11,10 @@ from itertools import chain
 from pathlib import PurePosixPath
 
 from crowdray import storage
+from crowdray.data.sample import Sample
 from crowdray.data.shards import INDEX, SHARD_NAME, Index, ShardInfo, write_index, write_shard
 from crowdray.datasets import resume
+from crowdray.datasets.restart_markers import with_restart_markers
 from crowdray.datasets.resume import SliceResult
 from crowdray.datasets.sources import Item, Source
 from crowdray.datasets.statistics import DatasetStats, load_usable
@@ -38,6 +40,8 @@ class Conversion:
     source: Source
     dest: str
     splits: tuple[str, ...]
+    restart_markers: bool
+    """Whether to add restart markers to JPEGs."""
     lock: Lock
     """Exclusive right to convert into `dest`."""
     slices: Sequence[Sequence[Item]]
@@ -54,7 +58,8 @@ class Conversion:
 
     def convert(self, number: int) -> SliceResult:
         """Convert a slice in this process."""
-        return convert_slice(self.source, self.slices[number], self.dest, number, self.keys[number])
+        items, key = self.slices[number], self.keys[number]
+        return convert_slice(self.source, items, self.dest, number, key, restart_markers=self.restart_markers)
 
     def add(self, result: SliceResult) -> None:
         """Add the result of a slice; UserError if another process has taken over the destination."""
@@ -83,6 +88,9 @@ class Conversion:
             raise DataError(f"{source.name}: there is nothing to convert; check --source and --split")
         _check_shards(self.dest, shards)
         notes = _index_notes(report)
+        if self.restart_markers:
+            rewritten, images = sum(result.rewritten for result in ordered), sum(shard.rows for shard in shards)
+            notes.append(f"restart markers added to {rewritten:,} of {images:,} images")
         digest = Index(source.name, source.teacher.name, tuple(shards), tuple(notes)).digest
         if report.unusable:
             write_quarantine(self.dest, report.unusable, digest)
@@ -116,10 +124,14 @@ def check_destination(dest: str, *, overwrite: bool = False) -> None:
         raise UserError(f"{dest} already contains a dataset; choose another --dest, or replace it with --overwrite")
 
 
-def convert_slice(source: Source, items: Sequence[Item], dest: str, number: int, key: str = "") -> SliceResult:
+def convert_slice(
+    source: Source, items: Sequence[Item], dest: str, number: int, key: str = "", *, restart_markers: bool = False
+) -> SliceResult:
     """Load the items of a slice, write its shard and, with a key, save its result; UserError if storage fails."""
     result = SliceResult(number)
     samples = load_usable(source, items, result.stats)
+    if restart_markers:
+        samples = _with_restart_markers(samples, result)
     if (first := next(samples, None)) is not None:
         result.shard = write_shard(chain([first], samples), dest, number)
         # Missing files may be missing on this worker only, and a slice without a shard is quickly converted again.
@@ -135,20 +147,23 @@ def open_conversion(
     *,
     splits: Sequence[str] = (),
     overwrite: bool = False,
+    restart_markers: bool = False,
     log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Conversion]:
     """Lock `dest` and yield its conversion, with the results of an interrupted run of the same conversion.
 
     Finished slices are kept if the block fails. `log` receives a message while it waits for another process.
-    UserError if `dest` contains other files or a dataset, or another process converts into it.
+    UserError if `dest` contains other files or a dataset, another process converts into it, or the program that adds
+    restart markers is missing.
     """
     dest = storage.resolve(dest)
     check_destination(dest, overwrite=overwrite)
     slices = split_into_slices(source.items(splits), ROWS_PER_SHARD)
     with resume.lock_destination(dest, log) as lock:
         check_destination(dest, overwrite=overwrite)  # another process may have finished since
-        keys = resume.slice_keys(source, slices)
-        yield Conversion(source, dest, tuple(splits), lock, slices, keys, resume.load_results(dest, keys))
+        keys = resume.slice_keys(source, slices, rewrite=restart_markers)
+        results = resume.load_results(dest, keys)
+        yield Conversion(source, dest, tuple(splits), restart_markers, lock, slices, keys, results)
 
 
 def convert(
@@ -158,14 +173,25 @@ def convert(
     splits: Sequence[str] = (),
     overwrite: bool = False,
     strict: bool = False,
+    restart_markers: bool = False,
     on_slice: Callable[[SliceResult], None] = lambda result: None,
 ) -> Index:
     """Convert a source in this process; `on_slice` receives the result of each converted slice."""
-    with open_conversion(source, dest, splits=splits, overwrite=overwrite) as conversion:
+    with open_conversion(
+        source, dest, splits=splits, overwrite=overwrite, restart_markers=restart_markers
+    ) as conversion:
         for number in conversion.pending:
             conversion.add(result := conversion.convert(number))
             on_slice(result)
         return conversion.publish(strict=strict)
+
+
+def _with_restart_markers(samples: Iterator[Sample], result: SliceResult) -> Iterator[Sample]:
+    """Samples with restart markers in their images; `result` counts those that changed."""
+    for sample in samples:
+        rewritten = with_restart_markers(sample)
+        result.rewritten += rewritten.sha256 != sample.sha256
+        yield rewritten
 
 
 def _index_notes(report: ValidationReport) -> list[str]:

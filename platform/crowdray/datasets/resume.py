@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from crowdray import storage
 from crowdray.data.shards import ShardInfo
+from crowdray.datasets import restart_markers
 from crowdray.datasets.sources import Item, Source
 from crowdray.datasets.statistics import DatasetStats
 from crowdray.errors import UserError
@@ -36,6 +37,7 @@ PACKAGE = Path(__file__).parents[1]
 
 SHARED_CODE = (
     "data/decoding.py",
+    "data/jpeg_strips.py",
     "data/sample.py",
     "data/shards.py",
     "datasets/depth/analytic.py",
@@ -46,6 +48,7 @@ SHARED_CODE = (
     "datasets/sources/annotations/annotation.py",
     "datasets/sources/annotations/images.py",
     "datasets/sources/annotations/json_reader.py",
+    "datasets/restart_markers.py",
     "datasets/statistics.py",
     "scenes/*.py",
 )
@@ -64,6 +67,8 @@ class SliceResult:
     shard: ShardInfo | None = None
     """Its shard; None, and nothing written, if no item can be used."""
     stats: DatasetStats = field(default_factory=DatasetStats)
+    rewritten: int = 0
+    """Images to which restart markers were added."""
 
 
 _JSON = TypeAdapter(SliceResult)
@@ -87,13 +92,16 @@ def lock_destination(dest: str, log: Callable[[str], None]) -> Iterator[Lock]:
                 Path(storage.resolve(folder)).rmdir()
 
 
-def slice_keys(source: Source, slices: Sequence[Sequence[Item]]) -> list[str]:
+def slice_keys(source: Source, slices: Sequence[Sequence[Item]], *, rewrite: bool = False) -> list[str]:
     """For each slice, a digest of everything that decides its result.
 
-    This is the code, the source as pickled for workers, the slice's items, and the size and time of their files.
+    This is the code, the source as pickled for workers, the slice's items, the size and time of their files, and with
+    `rewrite` the program that adds restart markers.
     """
     stamps = _stamps({uri for items in slices for item in items for uri in (item.image, item.annotation) if uri})
     common = [code_digest(source), hashlib.sha256(pickle.dumps(source)).hexdigest()]
+    if rewrite:
+        common.append(restart_markers.program_version())
 
     def key(number: int, items: Sequence[Item]) -> str:
         listed = [(repr(item), stamps.get(item.image), stamps.get(item.annotation)) for item in items]

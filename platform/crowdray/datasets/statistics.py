@@ -29,7 +29,7 @@ class ImageStats:
     split: str
     name: str
     sha256: str
-    """Hash of the encoded image."""
+    """Hash of the encoded image in the source."""
     height: int
     width: int
     colours: str
@@ -125,7 +125,7 @@ def image_stats(sample: Sample) -> ImageStats:
     return ImageStats(
         split=sample.split,
         name=sample.name,
-        sha256=sample.sha256,
+        sha256=sample.source_sha256 or sample.sha256,
         height=sample.height,
         width=sample.width,
         colours=header.colours,

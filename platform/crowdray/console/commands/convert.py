@@ -37,6 +37,9 @@ class ConvertJob:
     dataset, precomputed:URI, onnx:URI or hf:MODEL, each with options after commas (docs/depth.md)."""
     overwrite: bool = False
     """Replace an existing dataset at --dest."""
+    restart_markers: bool = False
+    """Add restart markers to JPEGs, without loss: training then decodes only the rows of its windows. Needs jpegtran
+    (docs/own-data.md)."""
     check: bool = False
     """Check every image instead of converting; --dest is not needed and not changed."""
     report: Annotated[str, tyro.conf.arg(metavar="URI")] = ""
@@ -78,7 +81,13 @@ def main(arguments: list[str]) -> None:
     if not job.dest:
         raise UserError("--dest is missing; give the path or URI of the new dataset, or --check to check the source")
     index = convert(
-        source, job.dest, splits=job.split, overwrite=job.overwrite, strict=job.strict, progress=image_progress
+        source,
+        job.dest,
+        splits=job.split,
+        overwrite=job.overwrite,
+        strict=job.strict,
+        restart_markers=job.restart_markers,
+        progress=image_progress,
     )
     show_dataset(index, job.dest, console())
 
