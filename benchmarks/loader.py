@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,10 +24,14 @@ def main() -> None:
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--cache-gib", type=float, help="memory for decoded images; by default that of the preset")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    trainer = Trainer(preset(arguments.preset), Dataset.open(arguments.data), world=World(), device=pick_device())
+    config = preset(arguments.preset)
+    if arguments.cache_gib is not None:
+        config = replace(config, sampling=replace(config.sampling, cache_gib=arguments.cache_gib))
+    trainer = Trainer(config, Dataset.open(arguments.data), world=World(), device=pick_device())
     stage_trainer = trainer.stage_trainer(trainer.stages[0])
     memory = [batch.to(trainer.state.device) for batch in islice(trainer.loader.epoch(0), arguments.steps)]
     for batch in memory[:2]:
@@ -45,7 +50,8 @@ def main() -> None:
         synchronize(trainer.state.device)
         loaded = images / (time.perf_counter() - started)
         ratios.append(loaded / from_memory)
-        kind = "first epoch, decoding" if number == 1 else "decoded images cached"
+        decodes = number == 1 or config.sampling.cache_gib == 0
+        kind = "decoding" if decodes else "decoded images cached"
         print(f"  in memory {from_memory:.1f} images/s, loader {loaded:.1f} ({kind}), ratio {ratios[-1]:.3f}")
     print(f"  median ratio {sorted(ratios)[len(ratios) // 2]:.3f} (goal: at least 0.9), {arguments.threads} threads")
 

@@ -1,8 +1,9 @@
 """Windows per second from JPEGs to batches: this loader, the usual recipe, and other data loading libraries.
 
 All use the same images, cores and number of windows per decoded image. The other libraries return pixels and points; so
-this loader is compared without depth, and also measured with it. They require another version of torch and run in a
-separate environment, whose Python --peers names; without it they are skipped:
+this loader is compared without depth, and also measured with it. If jpegtran is installed, this loader also reads the
+images with restart markers (--restart-markers of jobs/convert.py). The other libraries require another version of torch
+and run in a separate environment, whose Python --peers names; without it they are skipped:
 
     python3 -m venv /tmp/peers
     /tmp/peers/bin/pip install webdataset mosaicml-streaming litdata 'ray[data]' pydantic torch simplejpeg h5py \\
@@ -13,6 +14,7 @@ separate environment, whose Python --peers names; without it they are skipped:
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,14 @@ def render(folder: Path, images: int) -> None:
     convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "synthetic", "--dest", str(folder)]
     convert += ["--train", str(images), "--test", "1", "--width", "1024", "--height", "768"]
     subprocess.run(convert, check=True, capture_output=True)
+
+
+def add_restart_markers(dataset: Dataset, folder: Path) -> Dataset:
+    """Convert the training images of a dataset again, with restart markers."""
+    convert = [sys.executable, str(ROOT / "jobs" / "convert.py"), "crowdray", "--source", dataset.uri]
+    convert += ["--dest", str(folder), "--split", "train", "--restart-markers"]
+    subprocess.run(convert, check=True, capture_output=True)
+    return Dataset.open(str(folder))
 
 
 def export_files(dataset: Dataset, folder: Path, limit: int | None = None) -> None:
@@ -99,9 +109,14 @@ def main() -> None:
         folder = Path(scratch) / "files"
         folder.mkdir()
         export_files(dataset, folder)
+        marked = add_restart_markers(dataset, Path(scratch) / "marked") if shutil.which("jpegtran") else None
+        if marked is None:
+            print("jpegtran is not installed: restart markers are not measured")
         print(f"{len(dataset.rows('train'))} images, {cores} cores, batches of {BATCH} windows of {CROP}x{CROP}")
         for crops in (1, 4):
             rates = {"this loader": measure_loader(dataset, crops, arguments.epochs)}
+            if marked:
+                rates["this loader, restart markers"] = measure_loader(marked, crops, arguments.epochs)
             for reader in arguments.readers if arguments.peers else ():
                 if reader == "usual" and crops > 1:
                     continue  # it cuts one window per decoding
@@ -109,8 +124,11 @@ def main() -> None:
             rates["this loader, with depth"] = measure_loader(dataset, crops, arguments.epochs, depth=True)
             rates["this loader, images cached"] = measure_loader(dataset, crops, arguments.epochs, 2**34)
             print(f"  windows/s, {crops} per decoded image")
+            own = [rates["this loader"], rates.get("this loader, restart markers", float("nan"))]
             for name, rate in rates.items():
-                print(f"    {name:30} {rate:8.0f}   this loader is {rates['this loader'] / rate:.2f} times as fast")
+                plain, with_markers = (f"{value / rate:.2f}" for value in own)
+                print(f"    {name:30} {rate:8.0f}   this loader is {plain} ({with_markers}) times as fast")
+    print("  in brackets: with restart markers (goal: 1.8 times the best other library, one window per decoded image)")
     print("  goals: 10 times the usual recipe, 1.2 times the best other library")
 
 
