@@ -80,12 +80,13 @@ def test_decoded_rows_of_jpegtrans_output_equal_those_of_its_input(subsampling: 
 
 def test_decoded_rows_of_grey_with_a_sampling_factor_equal_those_of_the_whole_image() -> None:
     """Factors of the only component change nothing, but some cameras write them."""
-    content = bytearray(marked_jpeg(77, 41, "L"))
-    content[content.index(b"\xff\xc0") + 11] = 0x22
-    whole = decode_image(bytes(content))
+    content = marked_jpeg(77, 41, "L")
+    factors = content.index(b"\xff\xc0") + 11
+    content = content[:factors] + b"\x22" + content[factors + 1 :]
+    whole = decode_image(content)
     for first in range(70):
         assert cut_strip(content, first, first + 7)
-        np.testing.assert_array_equal(decode_rows(bytes(content), first, first + 7), whole[first : first + 7])
+        np.testing.assert_array_equal(decode_rows(content, first, first + 7), whole[first : first + 7])
 
 
 @pytest.mark.parametrize("first", [0, 100, 180])
@@ -133,7 +134,7 @@ def test_decoded_rows_of_a_damaged_image_are_those_of_the_whole_or_its_error(sub
     for case in range(1500):
         damaged = bytearray(content[: rng.integers(1, len(content))] if case % 10 == 0 else content)
         if case % 10:
-            damaged[rng.integers(header.scan, len(damaged))] = rng.choice([0xFF, 0xD3, 0xD9, rng.integers(256)])
+            damaged[rng.integers(header.scan, len(damaged))] = rng.choice([0xFF, 0xD3, 0xD9, int(rng.integers(256))])
         first = int(rng.integers(100))
         whole = outcome(lambda damaged=damaged: decode_image(bytes(damaged)))
         rows = outcome(lambda damaged=damaged, first=first: decode_rows(bytes(damaged), first, first + 20))
