@@ -180,10 +180,11 @@ def _override_problems(base: Config, arguments: Sequence[str]) -> Iterator[str]:
                 f"use --{close[0]}" if close else "see --help-all"
             )
     overrides = [(name, text) for name in FIELDS for text in _values(f"--{name.replace('_', '-')}", arguments)]
-    if problems := _problems(base, overrides):
-        # Each override alone as well: where one has a wrong type, the ranges of the others are not checked.
-        yield from (problem for override in overrides for problem in _problems(base, [override]))
-        yield from problems
+    problems = _problems(base, overrides)
+    # The others as well: where one override has a wrong type, their ranges are not checked.
+    others = [override for override in overrides if not set(_problems(base, [override])) & set(problems)]
+    yield from problems
+    yield from _problems(base, others) if problems else ()
 
 
 def _problems(base: Config, overrides: Sequence[tuple[str, str]]) -> list[str]:
