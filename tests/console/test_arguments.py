@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from crowdray.config import ConfigError
+from crowdray.config import IMAGENET, ConfigError
 from crowdray.console.arguments import parse, parse_with_config
 from crowdray.console.commands.convert import ConvertJob
 from crowdray.console.commands.train import TrainJob
@@ -53,18 +53,24 @@ def test_parse_with_config_overrides_the_preset() -> None:
     )
 
 
-def test_init_replaces_the_counter_of_a_recorded_configuration_and_adapt_needs_one() -> None:
+def test_init_replaces_pretrained_weights_and_the_counter_of_a_recorded_configuration() -> None:
     arguments = ["--preset", "adapt", "--data", "d", "--model.init-sha256", "0" * 64]
-    with pytest.raises(UserError, match="give --init models:/NAME@candidate"):
-        _ = parse_with_config(TrainJob, arguments, "train").resolved_config
+    assert parse_with_config(TrainJob, arguments, "train").resolved_config.model.weights == IMAGENET
     model = parse_with_config(TrainJob, [*arguments, "--init", "models:/a/1"], "train").resolved_config.model
-    assert (model.init, model.init_sha256) == ("models:/a/1", "")
+    assert (model.init, model.init_sha256, model.weights) == ("models:/a/1", "", "")
 
 
 def test_parse_with_config_accepts_overrides_that_are_valid_only_together() -> None:
     overrides = ["--stages.decoders.epochs", "0", "--stages.joint.epochs", "0"]
     stages = parse_with_config(TrainJob, [*REQUIRED, *overrides], "train").config.stages
     assert stages.decoders.epochs == stages.joint.epochs == 0
+
+
+def test_overrides_that_are_valid_only_together_are_not_among_the_problems_of_others() -> None:
+    arguments = ["--stages.baseline.epochs", "40", "--stages.baseline.anneal-epochs", "20", "--sampling.flip", "7"]
+    with pytest.raises(ConfigError) as caught:
+        parse_with_config(TrainJob, ["--preset", "lite0", "--data", "x", *arguments], "train")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["sampling.flip"]
 
 
 def test_parse_with_config_accepts_previous_option_names() -> None:

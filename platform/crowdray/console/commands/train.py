@@ -9,7 +9,6 @@ import tyro
 from crowdray.config import Config, Device, with_init
 from crowdray.console.arguments import console, parse_with_config, tracking_uri, write_json
 from crowdray.console.help import Advanced
-from crowdray.errors import UserError
 from crowdray.stage_cache.options import StageCacheOptions
 
 EXAMPLES = (
@@ -46,14 +45,8 @@ class TrainingOptions:
 
     @property
     def resolved_config(self) -> Config:
-        """The configuration with --init; raises UserError for the preset `adapt` without one."""
-        config = self.config if self.init is None else with_init(self.config, self.init)
-        if self.preset == "adapt" and not config.model.init:
-            raise UserError(
-                "--preset adapt is too short to train from scratch; give --init models:/NAME@candidate to start from "
-                "a registered counter, or --preset lite0"
-            )
-        return config
+        """The configuration with --init."""
+        return self.config if self.init is None else with_init(self.config, self.init)
 
 
 @dataclass(frozen=True, kw_only=True)
