@@ -134,3 +134,9 @@ def test_mean_interval_of_less_than_a_block_has_a_width() -> None:
     interval = mean_interval([1.0, 2.0, 3.0, 4.0], block=50)
     assert interval.high - interval.low > 3  # two blocks say next to nothing
     assert mean_interval([1.0], block=50) == Interval(1.0, 1.0)
+
+
+def test_intervals_of_errors_of_unequal_seeds_are_not_negative() -> None:
+    summary = summarise_errors(np.outer([1.0, 2.0, 90.0], np.ones(4)))
+    assert mean_interval(np.outer([1.0, 2.0, 90.0], np.ones(4))).low < 0
+    assert summary.mae_interval.low == summary.rmse_interval.low == 0 and summary.bias_interval.low < 0

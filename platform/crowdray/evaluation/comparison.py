@@ -73,14 +73,18 @@ def summarise_errors(errors: ArrayLike, block: int = 1, *, crossed: bool = True)
         ValueError: The errors are empty.
     """
     array = _seeds_by_images(errors)
-    squares = mean_interval(array**2, block, crossed=crossed)
+    # Intervals over few seeds are widened, beyond 0 if their errors differ much.
+    absolute, squares = (
+        Interval(max(0.0, found.low), found.high)
+        for found in (mean_interval(values, block, crossed=crossed) for values in (np.abs(array), array**2))
+    )
     return ErrorSummary(
         seeds=array.shape[0],
         images=array.shape[1],
         mae=float(np.abs(array).mean()),
-        mae_interval=mean_interval(np.abs(array), block, crossed=crossed),
+        mae_interval=absolute,
         rmse=float(np.sqrt(np.mean(array**2))),
-        rmse_interval=Interval(*(float(np.sqrt(max(0.0, end))) for end in (squares.low, squares.high))),
+        rmse_interval=Interval(float(np.sqrt(squares.low)), float(np.sqrt(squares.high))),
         bias=float(array.mean()),
         bias_interval=mean_interval(array, block, crossed=crossed),
         seed_mae=tuple(np.abs(array).mean(axis=1).tolist()),
