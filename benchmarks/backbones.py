@@ -36,16 +36,18 @@ def stage_trainer_of(config: Config, dataset: Dataset, stage: int, defaults: boo
     return trainer.stage_trainer(trainer.stages[stage])
 
 
-def time_interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def time_interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median seconds of each call over interleaved rounds, without the first one."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
     return {name: median(seconds[1:]) for name, seconds in times.items()}
 
 

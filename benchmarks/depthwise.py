@@ -7,15 +7,18 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "platform"), str(ROOT)]
+from benchmarks.backbones import time_interleaved
+
 from crowdray.data.shards import Dataset
 from crowdray.models import efficientnet_lite
 from crowdray.models.depthwise import depthwise_conv2d
@@ -53,15 +56,14 @@ def main() -> None:
         trainer = Trainer(config, dataset, world=World(), device=torch.device("cpu"))
         stages[name] = trainer.stage_trainer(trainer.stages[0])
     batch = next(stages[ours].loader.epoch(1))
-    times: dict[str, list[float]] = {name: [] for name in stages}
-    for _ in range(arguments.rounds + 1):
-        for name, stage in stages.items():
-            function = onednn_conv2d if name == onednn else depthwise_conv2d
-            with mock.patch.object(efficientnet_lite, "depthwise_conv2d", function):
-                started = time.process_time()
-                stage.train_step(batch)
-                times[name].append(time.process_time() - started)
-    steps = {name: median(seconds[1:]) for name, seconds in times.items()}
+
+    def train_step(name: str) -> None:
+        function = onednn_conv2d if name == onednn else depthwise_conv2d
+        with mock.patch.object(efficientnet_lite, "depthwise_conv2d", function):
+            stages[name].train_step(batch)
+
+    calls = {name: partial(train_step, name) for name in stages}
+    steps = time_interleaved(calls, arguments.rounds, clock=time.process_time)
     height, width = batch.image.shape[2:]
     print(f"{arguments.backbone}, {arguments.batch} windows of {height}x{width}, one thread")
     for name, seconds in steps.items():
