@@ -7,7 +7,7 @@ relative to the FLOP/s of large matrix products on this device in the same preci
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ def stage_trainer_of(config: Config, dataset: Dataset, stage: int, defaults: boo
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    calls: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Return the median seconds of each call over interleaved rounds, without the first one."""
     times: dict[str, list[float]] = {name: [] for name in calls}
